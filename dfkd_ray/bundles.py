@@ -1,0 +1,278 @@
+"""Bundles: a trained network as a folder, readable without running any code of it.
+
+`teacher.json` (schema version, architecture and arguments, class count, image shape, mean / std / pixel range, test
+accuracy if known, SHA-256 of the weights) and `weights.safetensors`. A pruned student is a bundle too: its pruned
+weights lie on disk as non-zero values plus one bit per weight, so the file shrinks with the sparsity.
+An architecture given by import path is imported only when the user has named that module.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from pydantic import BaseModel, Field, model_validator
+from torch import Tensor, nn
+
+from dfkd_ray import models
+from dfkd_ray.config import STRICT, stable_hash, validate
+from dfkd_ray.images import PixelSpace
+
+SCHEMA = "dfkd_ray.bundle/1"
+BUNDLED = Path(__file__).parent / "bundled"
+MASK, VALUES = "::mask", "::values"
+
+
+class BundleInfo(BaseModel):
+    """The contents of `teacher.json`."""
+
+    model_config = STRICT
+
+    schema_version: str = SCHEMA
+    architecture: str = Field(description="a name of models.FAMILIES, wrn_<d>_<k>, or package.module:factory")
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    num_classes: int = Field(ge=2)
+    image_shape: tuple[int, int, int] = Field(description="channels, height, width")
+    mean: tuple[float, ...] = Field(description="per channel, in pixel units")
+    std: tuple[float, ...]
+    pixel_range: tuple[float, float] = (0.0, 1.0)
+    class_names: tuple[str, ...] = ()
+    dataset: str | None = Field(None, description="what it was trained on, where known")
+    test_accuracy: float | None = Field(None, ge=0, le=1)
+    trained: bool = Field(True, description="false: random weights, for tests")
+    weights_sha256: str = ""
+    notes: dict[str, Any] = Field(default_factory=dict, description="how it was made: command, seed, epochs, …")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "BundleInfo":
+        channels = self.image_shape[0]
+        if len(self.mean) != channels or len(self.std) != channels:
+            raise ValueError(
+                f"mean has {len(self.mean)} and std {len(self.std)} values, expected {channels}, one per image channel"
+            )
+        if min(self.std) <= 0:
+            raise ValueError("std must be above 0 in every channel")
+        if self.pixel_range[0] >= self.pixel_range[1]:
+            raise ValueError("pixel_range must be (low, high) with low < high")
+        if min(self.image_shape) < 1:
+            raise ValueError("image_shape must be three sizes of at least 1: channels, height, width")
+        if self.class_names and len(self.class_names) != self.num_classes:
+            raise ValueError(f"{len(self.class_names)} class names for {self.num_classes} classes")
+        return self
+
+    @property
+    def space(self) -> PixelSpace:
+        """The pixel space of the network's images."""
+        return PixelSpace(self.mean, self.std, *self.pixel_range)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A loaded network in eval mode with frozen parameters, and what its bundle says of it."""
+
+    network: nn.Module
+    info: BundleInfo
+    hash: str
+    name: str
+
+
+def teacher_hash(info: BundleInfo) -> str:
+    """Hash of all that decides what the network computes; names, notes and accuracies stay out."""
+    fields = ("architecture", "arguments", "num_classes", "image_shape", "mean", "std", "pixel_range", "weights_sha256")
+    return stable_hash(info.model_dump(mode="json", include=set(fields)))
+
+
+def locate(name: str) -> Path:
+    """The folder of a bundle: a path, or the name of a bundled teacher. `ValueError` lists the bundled ones."""
+    for folder in (Path(name), BUNDLED / name):
+        if (folder / "teacher.json").is_file():
+            return folder
+    shipped = sorted(path.parent.name for path in BUNDLED.glob("*/teacher.json"))
+    raise ValueError(
+        f"teacher {name!r}: no folder with a teacher.json there; expected a bundle folder (make one with "
+        f"`dfkd-ray teacher import`) or a bundled teacher ({', '.join(shipped) or 'none'})"
+    )
+
+
+def read_info(folder: Path) -> BundleInfo:
+    """Read and check `teacher.json`."""
+    path = folder / "teacher.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(data, dict) or data.get("schema_version") != SCHEMA:
+        found = data.get("schema_version") if isinstance(data, dict) else type(data).__name__
+        raise ValueError(f"{path}: schema_version is {found!r}, this version reads {SCHEMA!r}")
+    return validate(BundleInfo, data, str(path))
+
+
+def load(name: str, trust_code: Sequence[str] = ()) -> Teacher:
+    """Load a bundle onto the CPU.
+
+    `ValueError` where weights are missing, truncated, of another hash or another shape, or where the architecture is
+    an import path whose module is not in `trust_code`.
+    """
+    folder = locate(name)
+    info = read_info(folder)
+    module_name, colon, _ = info.architecture.partition(":")
+    if colon and module_name not in trust_code:
+        raise ValueError(
+            f"{folder}: its architecture is code, {info.architecture!r}; if you trust that module, "
+            f"add --trust-code {module_name}"
+        )
+    weights = folder / "weights.safetensors"
+    if not weights.is_file():
+        raise ValueError(f"{folder}: weights.safetensors is missing")
+    digest = sha256(weights)
+    if digest != info.weights_sha256:
+        raise ValueError(
+            f"{weights}: SHA-256 is {digest[:12]}…, teacher.json says {info.weights_sha256[:12]}…; "
+            "the file is truncated or not the one of this bundle"
+        )
+    network = models.build(
+        info.architecture, info.arguments, num_classes=info.num_classes, image_shape=info.image_shape
+    )
+    load_state(network, from_stored(read_safetensors(weights)), str(weights))
+    return Teacher(freeze(network), info, teacher_hash(info), Path(folder).name)
+
+
+def freeze(network: nn.Module) -> nn.Module:
+    """Eval mode, no gradient for any parameter."""
+    return network.eval().requires_grad_(False)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; `ValueError` where it is damaged."""
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """A state dict from `.safetensors`, or from `.pt` / `.pth` read without running code.
+
+    `ValueError` for a missing file, another ending, a pickle with more than tensors in it, or one that is no state dict.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such weights file")
+    if path.suffix == ".safetensors":
+        return from_stored(read_safetensors(path))
+    if path.suffix not in (".pt", ".pth", ".bin", ".ckpt"):
+        raise ValueError(f"{path}: expected .safetensors, .pt or .pth")
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 - any failure of reading a foreign file is the same one: it is not usable
+        reason = str(error).split("Please file")[0].split(". ")[0].strip().splitlines()[0]
+        raise ValueError(
+            f"{path}: cannot be read as plain tensors ({type(error).__name__}: {reason[:120]}); files that run code on "
+            "loading are refused, save network.state_dict() alone"
+        ) from None
+    if isinstance(data, Mapping) and isinstance(data.get("state_dict"), Mapping):
+        data = data["state_dict"]
+    if not isinstance(data, Mapping) or not all(isinstance(value, Tensor) for value in data.values()):
+        raise ValueError(f"{path}: expected a state dict (name → tensor), got {type(data).__name__}")
+    return {key.removeprefix("module."): value for key, value in data.items()}
+
+
+def load_state(network: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Load a state dict; `ValueError` names the first mismatch and counts the others."""
+    expected = network.state_dict()
+    problems = [f"{name} is missing" for name in expected if name not in state]
+    problems += [f"{name} is not of this architecture" for name in state if name not in expected]
+    problems += [
+        f"{name} is {'x'.join(map(str, state[name].shape))}, expected {'x'.join(map(str, tensor.shape))}"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ValueError(f"{where}: does not fit the architecture or class count: {problems[0]}{more}")
+    broken = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(f"{where}: {broken[0]} has values that are not finite")
+    network.load_state_dict(state)
+
+
+def to_stored(state: Mapping[str, Tensor], pruned: Sequence[str]) -> dict[str, Tensor]:
+    """A state dict as stored: each tensor named in `pruned` as its non-zero values and a packed bit mask."""
+    stored = {}
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        if name in pruned:
+            mask = (tensor != 0).flatten().numpy()
+            stored[name + MASK] = torch.from_numpy(np.packbits(mask))
+            stored[name + MASK + "::shape"] = torch.tensor(tensor.shape, dtype=torch.int32)
+            stored[name + VALUES] = tensor.flatten()[torch.from_numpy(mask)].clone()
+        else:
+            stored[name] = tensor.clone()
+    return stored
+
+
+def from_stored(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `to_stored`; a plain state dict passes through."""
+    state = {}
+    for key, tensor in stored.items():
+        if key.endswith(MASK):
+            name = key.removesuffix(MASK)
+            shape = tuple(stored[key + "::shape"].tolist())
+            mask = np.unpackbits(tensor.numpy(), count=int(np.prod(shape))).astype(bool)
+            dense = torch.zeros(mask.size, dtype=stored[name + VALUES].dtype)
+            dense[torch.from_numpy(mask)] = stored[name + VALUES]
+            state[name] = dense.view(shape)
+        elif "::" not in key:
+            state[key] = tensor
+    return state
+
+
+def stored_bytes(state: Mapping[str, Tensor], pruned: Sequence[str]) -> int:
+    """Size in bytes of the weights file that `save` would write."""
+    return len(safetensors.torch.save(to_stored(state, pruned)))
+
+
+def save(folder: Path, info: BundleInfo, state: Mapping[str, Tensor], pruned: Sequence[str] = ()) -> BundleInfo:
+    """Write a bundle whole: into a hidden folder beside it, then renamed. Returns `info` with the weights' hash.
+
+    An existing bundle there is replaced. `OSError` (a full disk, say) leaves nothing half-written.
+    """
+    with whole_folder(folder) as partial:
+        safetensors.torch.save_file(to_stored(state, pruned), partial / "weights.safetensors")
+        info = info.model_copy(update={"weights_sha256": sha256(partial / "weights.safetensors")})
+        (partial / "teacher.json").write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return info
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A hidden folder that takes the place of `folder` when the block ends well, and is removed when it does not."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        if folder.is_dir():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+            os.replace(folder, old / "bundle")
+            os.replace(partial, folder)
+            shutil.rmtree(old)
+        else:
+            os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,358 @@
+"""Every option, as frozen pydantic models: one place for names, ranges, units and defaults.
+
+A file plus `--set a.b=c` becomes one dict, validated once; all errors come at once, one line each with the path.
+Imports pydantic and nothing heavy, so that `--help` and validation need no torch.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+
+STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+Precision = Literal["bfloat16", "tf32", "float32"]
+Storage = Literal["uint8", "float16", "float32"]
+Weight = Annotated[float, Field(ge=0)]
+Threads = Annotated[int, Field(ge=1, le=1024, description="CPU threads; gradients differ in the last bits with it")]
+
+
+class DeepInversionConfig(BaseModel):
+    """Images by gradient descent on the teacher. Source: Yin et al. 2020, arXiv 1912.08795, equations 1 to 4."""
+
+    model_config = STRICT
+
+    method: Literal["deepinversion"] = "deepinversion"
+    seed: int = Field(0, ge=0, description="seed of every batch, together with the teacher and the batch index")
+    batch_size: int = Field(256, ge=2, description="images per batch; they share their BatchNorm statistics")
+    num_steps: int = Field(200, ge=1, description="optimiser steps per batch")
+    learning_rate: float = Field(0.05, gt=0, description="Adam learning rate, in units of normalised pixels")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="learning rate over the steps")
+    label_loss: Literal["cross_entropy", "entropy"] = Field(
+        "cross_entropy", description="cross-entropy to balanced labels, or entropy of the teacher's own output"
+    )
+    label_weight: Weight = Field(1.0, description="weight of the label loss")
+    bn_weight: Weight = Field(10.0, description="weight of the BatchNorm statistics term")
+    bn_first_multiplier: Weight = Field(1.0, description="extra factor on the first BatchNorm layer's term")
+    tv_weight: Weight = Field(
+        0.01, description="weight of total variation, mean-reduced (free of batch and resolution)"
+    )
+    l2_weight: Weight = Field(0.0, description="weight of the mean squared normalised pixel")
+    jitter: int = Field(2, ge=0, description="largest cyclic shift per step, pixels")
+    flip: bool = Field(True, description="flip the batch left to right in half of the steps")
+    precision: Precision = Field("bfloat16", description="of the network; statistics and images stay in float32")
+    channels_last: bool = True
+    compile: bool = Field(False, description="torch.compile the network; without a compiler it is said and left out")
+    fast: bool = Field(False, description="CUDA: autotuned, non-deterministic kernels")
+    plateau_patience: int = Field(
+        0,
+        ge=0,
+        description="stop a batch when the loss has not improved for this many checks (every 25 steps); 0: never",
+    )
+    storage: Storage = Field("uint8", description="type of a stored image, uint8 over the teacher's pixel range")
+    num_threads: Threads = 2
+
+
+class NoiseConfig(BaseModel):
+    """Gaussian images of the teacher's channel mean and standard deviation: the lower baseline."""
+
+    model_config = STRICT
+
+    method: Literal["noise"] = "noise"
+    seed: int = Field(0, ge=0)
+    batch_size: int = Field(256, ge=2)
+    storage: Storage = "uint8"
+
+
+class RealConfig(BaseModel):
+    """Real training images, injected by the command line: the upper bound. Not data-free; marked in every row."""
+
+    model_config = STRICT
+
+    method: Literal["real"] = "real"
+    seed: int = Field(0, ge=0, description="which images, and their order")
+    batch_size: int = Field(256, ge=2)
+    storage: Storage = "uint8"
+
+
+def _method(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return str(value.get("method", "deepinversion"))
+    return str(getattr(value, "method", "deepinversion"))
+
+
+SynthesisConfig = Annotated[
+    Annotated[DeepInversionConfig, Tag("deepinversion")]
+    | Annotated[NoiseConfig, Tag("noise")]
+    | Annotated[RealConfig, Tag("real")],
+    Discriminator(_method),
+]
+
+
+class PruningConfig(BaseModel):
+    """Unstructured pruning of the student's convolution and linear weights."""
+
+    model_config = STRICT
+
+    criterion: Literal["global_magnitude", "uniform", "lamp"] = Field(
+        "global_magnitude", description="what is pruned first: smallest |w| overall, per layer, or by LAMP score"
+    )
+    sparsity: float = Field(0.75, ge=0, lt=1, description="share of zeros over all Conv and Linear weights")
+    schedule: Literal["one_shot", "cubic"] = Field(
+        "one_shot", description="all at once before distillation, or cubic during it (Zhu and Gupta 2017)"
+    )
+    schedule_end: float = Field(
+        0.5, gt=0, le=1, description="cubic: share of the distillation steps until full sparsity"
+    )
+    schedule_every: int = Field(10, ge=1, description="cubic: steps between two prunings")
+    spare_first: bool = Field(False, description="leave the first convolution dense")
+    spare_last: bool = Field(False, description="leave the last linear layer dense")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _cubic_fields_need_cubic(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("schedule", "one_shot") != "cubic":
+            for name in ("schedule_end", "schedule_every"):
+                if name in data and data[name] != cls.model_fields[name].default:
+                    raise ValueError(f"{name} acts with schedule=cubic only; leave it out or set schedule=cubic")
+        return data
+
+
+class StudentConfig(BaseModel):
+    """What is trained: the pruned teacher, or another architecture from scratch."""
+
+    model_config = STRICT
+
+    architecture: str | None = Field(
+        None, description="null: the teacher itself; else a name or package.module:factory"
+    )
+    arguments: dict[str, Any] = Field(default_factory=dict, description="arguments of the architecture")
+
+    @model_validator(mode="after")
+    def _arguments_need_an_architecture(self) -> "StudentConfig":
+        if self.architecture is None and self.arguments:
+            raise ValueError("arguments are given but no architecture; set student.architecture")
+        return self
+
+
+class DistillationConfig(BaseModel):
+    """Knowledge distillation. Source: Hinton et al. 2015, arXiv 1503.02531, section 2 (the T² factor included)."""
+
+    model_config = STRICT
+
+    seed: int = Field(0, ge=0, description="seed of order, augmentation and a new student's weights")
+    num_images: int = Field(1024, ge=1, description="distinct images; taken as whole batches, rounded up")
+    num_steps: int = Field(
+        400, ge=0, description="optimiser steps; 0 leaves the student as BatchNorm re-estimation left it"
+    )
+    batch_size: int = Field(128, ge=2)
+    learning_rate: float = Field(0.05, gt=0, description="peak SGD learning rate, cosine to zero")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps with a linear rise")
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(5e-4, ge=0)
+    clip_norm: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    temperature: float = Field(4.0, gt=0, description="softmax temperature of teacher and student")
+    kl_weight: Weight = 1.0
+    label_weight: Weight = Field(0.0, description="weight of cross-entropy to the synthesis labels")
+    feature_weight: Weight = Field(0.0, description="weight of the mean squared error of the last linear layer's input")
+    bn_mode: Literal["frozen", "reestimated", "trained"] = Field(
+        "trained", description="BatchNorm: the teacher's statistics, re-estimated ones held fixed, or batch statistics"
+    )
+    shift: int = Field(2, ge=0, description="augmentation: largest shift with zero padding, pixels")
+    flip: bool = Field(True, description="augmentation: left to right, each image with probability 1/2")
+    mixup: float = Field(
+        0.0, ge=0, le=1, description="augmentation: share of images mixed with another, weight U(0, 1)"
+    )
+    precision: Precision = "bfloat16"
+    fast: bool = Field(False, description="CUDA: autotuned, non-deterministic kernels")
+    eval_every: int = Field(100, ge=1, description="steps between two looks at the reference set")
+    patience: int = Field(0, ge=0, description="stop after this many looks without a better agreement; 0: never")
+    checkpoint_every: int = Field(200, ge=1, description="steps between two checkpoints, where a folder is given")
+    num_threads: Threads = 2
+
+
+class ReferenceConfig(BaseModel):
+    """The held-out synthetic set on which students are selected: one per teacher, the same for every trial."""
+
+    model_config = STRICT
+
+    num_images: int = Field(256, ge=2)
+    synthesis: DeepInversionConfig = DeepInversionConfig()
+
+
+class TrialConfig(BaseModel):
+    """One trial: prune, re-estimate BatchNorm, distil, evaluate."""
+
+    model_config = STRICT
+
+    teacher: str = Field(description="bundle folder, or the name of a bundled teacher")
+    pruning: PruningConfig = PruningConfig()
+    student: StudentConfig = StudentConfig()
+    synthesis: SynthesisConfig = DeepInversionConfig()
+    bn_num_images: int = Field(1024, ge=2, description="images for BatchNorm re-estimation, rounded up to batches")
+    distillation: DistillationConfig = DistillationConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="after")
+    def _options_can_act(self) -> "TrialConfig":
+        if self.distillation.label_weight and self.synthesis.method == "noise":
+            raise ValueError("distillation.label_weight needs labels; synthesis.method=noise has none")
+        new_student = self.student.architecture is not None
+        if new_student and self.distillation.bn_mode != "trained":
+            raise ValueError("a student from scratch has no BatchNorm statistics yet; set distillation.bn_mode=trained")
+        return self
+
+
+class TeacherTrainingConfig(BaseModel):
+    """Training of a teacher on real images: SGD with OneCycle learning rate."""
+
+    model_config = STRICT
+
+    architecture: str
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    dataset: str
+    image_size: int | None = Field(None, ge=8, description="pixels; null: the data set's own, 28 padded to 32")
+    num_epochs: int = Field(20, ge=1)
+    batch_size: int = Field(256, ge=2)
+    learning_rate: float = Field(0.2, gt=0, description="peak of OneCycle, for the whole batch")
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(5e-4, ge=0)
+    shift: int = Field(2, ge=0, description="largest shift with zero padding, pixels")
+    flip: bool = True
+    num_validation: int = Field(
+        0, ge=0, description="training images held out of training (the last ones of a seeded shuffle)"
+    )
+    precision: Precision = "bfloat16"
+    seed: int = Field(0, ge=0)
+    num_threads: Threads = 2
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def validate(model: type[Model], data: Mapping[str, Any], where: str = "config") -> Model:
+    """Build a config from plain data. `ValueError` carries every error at once, one line each with its path."""
+    try:
+        return model.model_validate(dict(data))
+    except ValidationError as error:
+        raise ValueError("\n".join(describe(model, item, where) for item in error.errors())) from None
+
+
+def describe(model: type[BaseModel], error: Mapping[str, Any], where: str) -> str:
+    """One pydantic error as one line: where, what was given, what was expected."""
+    path = [str(part) for part in error["loc"] if part not in ("deepinversion", "noise", "real")]
+    name = ".".join(path) or where
+    given = error.get("input")
+    if error["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(name, list(field_paths(model)), n=1, cutoff=0.6)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return f"{where}: {name}: unknown field{hint}"
+    if error["type"] == "missing":
+        return f"{where}: {name}: missing, a value is needed"
+    if error["type"] == "union_tag_invalid":
+        return f"{where}: {name}.method: unknown method {_method(given)!r}; expected deepinversion, noise or real"
+    message = error["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(given, Mapping | BaseModel) else f" (given: {given!r})"
+    return f"{where}: {name}: {message[0].lower() + message[1:]}{shown}"
+
+
+def field_paths(model: type[BaseModel], prefix: str = "") -> Iterable[str]:
+    """Every dotted field name below `model`."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for kind in nested_models(field.annotation):
+            yield from field_paths(kind, f"{prefix}{name}.")
+
+
+def nested_models(annotation: Any) -> list[type[BaseModel]]:
+    """The pydantic models in an annotation, through unions and `Annotated`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in getattr(annotation, "__args__", ()) for model in nested_models(part)]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping. `ValueError` where the file is missing, broken or something else."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: expected a mapping of fields, got {type(data).__name__}")
+    return data
+
+
+def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
+    """`["a.b=1", "c=x"]` as `{"a.b": 1, "c": "x"}`; values are YAML scalars or lists. `ValueError` without a `=`."""
+    overrides = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--set {assignment!r}: expected FIELD=VALUE, as in distillation.temperature=4")
+        try:
+            overrides[name.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(f"--set {assignment!r}: the value is not valid YAML") from None
+    return overrides
+
+
+def with_overrides(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of nested `data` with dotted `overrides` put in. `ValueError` where a path runs through a plain value."""
+    result = {key: with_overrides(value, {}) if isinstance(value, Mapping) else value for key, value in data.items()}
+    for name, value in overrides.items():
+        *parents, leaf = name.split(".")
+        node = result
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{name}: {parent!r} is a plain value, it has no fields")
+        node[leaf] = value
+    return result
+
+
+def merged(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with nested `extra` laid over it."""
+    result = dict(base)
+    for key, value in extra.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested data as dotted names; empty mappings and lists become JSON text."""
+    columns: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping) and value:
+            columns |= flat(value, f"{prefix}{key}.")
+        else:
+            columns[prefix + key] = json.dumps(value) if isinstance(value, Mapping | list) else value
+    return columns
+
+
+def stable_hash(data: Any) -> str:
+    """SHA-256 (64 hex digits) of the canonical JSON of plain data: the same in every process and on every machine."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def config_hash(config: BaseModel) -> str:
+    """Hash of every field of a config: equal configs, equal hashes."""
+    return stable_hash(config.model_dump(mode="json"))
+
+
+def synthesis_key(teacher_hash: str, config: BaseModel, domain: str = "train") -> str:
+    """Hash of the teacher and every field that changes pixels (design: one key, one sequence of batches).
+
+    `domain` separates the seeds of the held-out reference set from those of training images.
+    """
+    return stable_hash({"teacher": teacher_hash, "config": config.model_dump(mode="json"), "domain": domain})

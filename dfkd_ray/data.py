@@ -1,0 +1,211 @@
+"""Real data sets, for training teachers, for test accuracy and for the upper bound. Imported by teachers and cli only.
+
+Nothing is downloaded unless asked for. Small sets lie in memory as uint8; celeba and folders are decoded as they are
+read. torchvision reads CIFAR's own pickles only after their MD5 sums match the ones it ships.
+"""
+
+import gzip
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+BUNDLED = Path(__file__).parent / "bundled"
+FASHION_CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """A data set: `read(indices)` gives uint8 images (n, channels, height, width), `labels` is int64 (num_images,)."""
+
+    name: str
+    read: Callable[[Sequence[int] | Tensor], Tensor]
+    labels: Tensor
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def open_dataset(
+    name: str,
+    root: Path,
+    *,
+    train: bool,
+    image_shape: Sequence[int] | None = None,
+    download: bool = False,
+    attribute: str = "Smiling",
+) -> LabelledImages:
+    """Open a data set by name, or a folder with `train/<class>/…` and `test/<class>/…` by its path.
+
+    `image_shape` (channels, height, width) is what images become: grey is repeated or made from colour, 28x28 digits
+    are padded to 32x32, other sizes resized. `attribute` is CelebA's one attribute. `ValueError` for an unknown or
+    missing set says where it looked and what to run.
+    """
+    if name in OPENERS:
+        return OPENERS[name](name, root, train, image_shape, download, attribute)
+    folder = Path(name)
+    if folder.is_dir():
+        return open_folder(folder / ("train" if train else "test"), image_shape)
+    raise ValueError(f"unknown data set {name!r}; expected one of {', '.join(OPENERS)}, or a folder of class folders")
+
+
+def fit_images(images: Tensor, image_shape: Sequence[int]) -> Tensor:
+    """uint8 images (n, c, h, w) in the wanted shape: channels first, then padding (28 to 32) or antialiased resizing."""
+    channels, height, width = image_shape
+    if images.shape[1] != channels:
+        if images.shape[1] == 1:
+            images = images.expand(-1, channels, -1, -1)
+        elif images.shape[1] == 3 and channels == 1:
+            images = TF.rgb_to_grayscale(images)
+        else:
+            raise ValueError(f"images have {images.shape[1]} channels, the network wants {channels}")
+    if images.shape[2:] == (28, 28) and (height, width) == (32, 32):
+        images = TF.pad(images, [2, 2, 2, 2])
+    elif images.shape[2:] != (height, width):
+        images = TF.resize(images, [height, width], antialias=True)
+    return images.contiguous()
+
+
+def in_memory(
+    name: str, images: Tensor, labels: Tensor, class_names: Sequence[str], image_shape: Sequence[int] | None
+) -> LabelledImages:
+    """A data set that lies in memory."""
+    if image_shape is None:
+        size = 32 if images.shape[2:] == (28, 28) else images.shape[2]
+        image_shape = (images.shape[1], size, size)
+    images = fit_images(images, image_shape)
+    c, h, w = image_shape
+    return LabelledImages(name, lambda indices: images[indices], labels.long(), tuple(class_names), (c, h, w))
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """The array of an IDX file of unsigned bytes (LeCun's format), plain or `.gz`."""
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            data = file.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from None
+    if len(data) < 4 or data[:3] != b"\x00\x00\x08":
+        raise ValueError(f"{path}: not an IDX file of unsigned bytes")
+    dims = data[3]
+    shape = np.frombuffer(data, ">i4", dims, offset=4).tolist() if len(data) >= 4 + 4 * dims else [-1]
+    if len(data) != 4 + 4 * dims + int(np.prod(shape)):
+        raise ValueError(f"{path}: {len(data)} bytes do not fit its shape {shape}; the file is truncated or damaged")
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape)
+
+
+def open_idx(
+    name: str, root: Path, train: bool, image_shape: Sequence[int] | None, download: bool, _attribute: str
+) -> LabelledImages:
+    """MNIST or Fashion-MNIST from IDX files, where torchvision or the publisher's download puts them."""
+    vision = {"mnist": torchvision.datasets.MNIST, "fashion_mnist": torchvision.datasets.FashionMNIST}[name]
+    if download:
+        vision(str(root), train=train, download=True)
+    stem = "train" if train else "t10k"
+    folders = [root / vision.__name__ / "raw", root / name, root / name.replace("_", "-"), root]
+    for folder in folders:
+        for ending in ("", ".gz"):
+            images, labels = (folder / f"{stem}-{part}-ubyte{ending}" for part in ("images-idx3", "labels-idx1"))
+            if images.is_file() and labels.is_file():
+                names = FASHION_CLASSES if name == "fashion_mnist" else [str(digit) for digit in range(10)]
+                pixels = torch.tensor(read_idx(images)).unsqueeze(1)
+                return in_memory(name, pixels, torch.tensor(read_idx(labels)), names, image_shape)
+    raise missing(name, ", ".join(str(folder) for folder in folders))
+
+
+def open_vision(
+    name: str, root: Path, train: bool, image_shape: Sequence[int] | None, download: bool, _attribute: str
+) -> LabelledImages:
+    """CIFAR-10, CIFAR-100 or SVHN through torchvision."""
+    try:
+        if name == "svhn":
+            found = torchvision.datasets.SVHN(str(root), split="train" if train else "test", download=download)
+            return in_memory(name, torch.tensor(found.data), torch.tensor(found.labels), [*"0123456789"], image_shape)
+        vision = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+        found = vision(str(root), train=train, download=download)
+    except RuntimeError as error:
+        raise missing(name, f"{root} ({str(error).splitlines()[0]})") from None
+    pixels = torch.tensor(found.data).permute(0, 3, 1, 2).contiguous()
+    return in_memory(name, pixels, torch.tensor(found.targets), found.classes, image_shape)
+
+
+def open_celeba(
+    name: str, root: Path, train: bool, image_shape: Sequence[int] | None, download: bool, attribute: str
+) -> LabelledImages:
+    """CelebA with one attribute as a two-class problem, through torchvision; images are decoded as they are read."""
+    try:
+        found = torchvision.datasets.CelebA(str(root), split="train" if train else "test", download=download)
+    except RuntimeError as error:
+        raise missing(name, f"{root / 'celeba'} ({str(error).splitlines()[0]})") from None
+    if attribute not in found.attr_names:
+        raise ValueError(f"celeba has no attribute {attribute!r}; it has {', '.join(filter(None, found.attr_names))}")
+    labels = found.attr[:, found.attr_names.index(attribute)]
+    c, h, w = image_shape or (3, 224, 224)
+
+    def read(indices: Sequence[int] | Tensor) -> Tensor:
+        images = [TF.pil_to_tensor(found[int(index)][0])[None] for index in indices]
+        return torch.cat([fit_images(image, (c, h, w)) for image in images])
+
+    return LabelledImages(name, read, labels.long(), (f"not {attribute}", attribute), (c, h, w))
+
+
+def open_folder(folder: Path, image_shape: Sequence[int] | None) -> LabelledImages:
+    """A folder of class folders; images are decoded as they are read. Without a shape, the first image gives it."""
+    try:
+        found = torchvision.datasets.ImageFolder(str(folder))
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder}: expected class folders with images ({str(error).splitlines()[0]})") from None
+    if image_shape is None:
+        width, height = found[0][0].size
+        image_shape = (3, height, width)
+    c, h, w = image_shape
+
+    def read(indices: Sequence[int] | Tensor) -> Tensor:
+        images = [TF.pil_to_tensor(found[int(index)][0])[None] for index in indices]
+        return torch.cat([fit_images(image, (c, h, w)) for image in images])
+
+    return LabelledImages(folder.parent.name, read, torch.tensor(found.targets), tuple(found.classes), (c, h, w))
+
+
+def missing(name: str, where: str) -> ValueError:
+    """The error for a data set that is not there."""
+    return ValueError(
+        f"data set {name!r} not found; looked in {where}; give --data-root DIR, or fetch it once with --download"
+    )
+
+
+def bundled_test_set(name: str, image_shape: Sequence[int]) -> LabelledImages | None:
+    """The test images that come with the package, or None where there are none for that data set."""
+    folder = BUNDLED / name
+    if not (folder / "t10k-images-idx3-ubyte.gz").is_file():
+        return None
+    return open_idx(name, folder, False, image_shape, False, "")
+
+
+OPENERS: dict[str, Callable[..., LabelledImages]] = {
+    "cifar10": open_vision,
+    "cifar100": open_vision,
+    "mnist": open_idx,
+    "fashion_mnist": open_idx,
+    "svhn": open_vision,
+    "celeba": open_celeba,
+}

@@ -1,0 +1,67 @@
+"""Device, precision, threads and determinism: what decides the last bits of a result, in one place."""
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+
+def resolve(device: str) -> torch.device:
+    """ "auto" is CUDA where there is one. `ValueError` where CUDA is asked for and missing."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda: this torch sees no CUDA device; use --device cpu or auto")
+    return torch.device(device)
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """`ValueError` for a precision that would silently do nothing."""
+    if precision == "tf32" and device.type != "cuda":
+        raise ValueError("precision tf32 acts on CUDA only; use bfloat16 or float32 on this device")
+
+
+def autocast(precision: str, device: torch.device) -> Any:
+    """The context in which a network runs in `precision`; what it stores and differentiates stays float32."""
+    if precision == "bfloat16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+@contextmanager
+def numerics(precision: str, device: torch.device, num_threads: int, fast: bool = False) -> Iterator[None]:
+    """Threads, TF32 and determinism for a piece of work; restores what was there before.
+
+    CUDA runs deterministic algorithms without autotuning unless `fast`.
+    """
+    check_precision(precision, device)
+    if fast and device.type != "cuda":
+        raise ValueError("fast acts on CUDA only (autotuned, non-deterministic kernels); leave it out on this device")
+    before = (
+        torch.get_num_threads(),
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.deterministic,
+    )
+    if before[0] != num_threads:
+        torch.set_num_threads(num_threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.benchmark = fast
+    torch.backends.cudnn.deterministic = not fast
+    try:
+        yield
+    finally:
+        if before[0] != num_threads:
+            torch.set_num_threads(before[0])
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before[1], before[2]
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = before[3], before[4]
+
+
+def numerics_class(device: torch.device) -> str:
+    """What must be equal for equal bits: device model or instruction set, and the torch version."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"

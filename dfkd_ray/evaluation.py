@@ -1,0 +1,76 @@
+"""What a network is worth: accuracy on given test batches, agreement with the teacher on the reference set.
+
+Takes batches, never a data set: whoever calls hands in the test set or none.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dfkd_ray import devices, losses
+from dfkd_ray.images import Batch, PixelSpace, decode
+
+EVALUATION_BATCH = 500
+
+
+@torch.no_grad()
+def logits(network: nn.Module, images: np.ndarray, space: PixelSpace, device: torch.device, precision: str) -> Tensor:
+    """Float32 logits of stored images, (num_images, classes), on `device`; the network is in eval mode."""
+    network.eval()
+    parts = []
+    for start in range(0, len(images), EVALUATION_BATCH):
+        x = decode(images[start : start + EVALUATION_BATCH], space, device)
+        with devices.autocast(precision, device):
+            parts.append(network(x.contiguous(memory_format=torch.channels_last)).float())
+    return torch.cat(parts)
+
+
+def accuracy(
+    network: nn.Module, batches: Iterable[Batch], space: PixelSpace, device: torch.device, precision: str
+) -> float:
+    """Share of labels hit, in [0, 1]. `ValueError` for labels outside the network's classes, or no image at all."""
+    hits = total = 0
+    for batch in batches:
+        predicted = logits(network, batch.images, space, device, precision)
+        if int(batch.labels.max()) >= predicted.shape[1] or int(batch.labels.min()) < 0:
+            raise ValueError(
+                f"the test set has labels up to {int(batch.labels.max())}, the network has {predicted.shape[1]} classes"
+            )
+        hits += int((predicted.argmax(dim=1).cpu() == torch.from_numpy(batch.labels)).sum())
+        total += len(batch.labels)
+    if total == 0:
+        raise ValueError("the test set has no images")
+    return hits / total
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The held-out synthetic set with the teacher's float32 logits on it."""
+
+    images: np.ndarray
+    teacher_logits: Tensor
+
+    def compare(
+        self, network: nn.Module, space: PixelSpace, device: torch.device, precision: str
+    ) -> tuple[float, float]:
+        """Agreement (share of equal argmax, in [0, 1]) and KL(teacher || network) in nats at temperature 1."""
+        student = logits(network, self.images, space, device, precision)
+        same = float((student.argmax(dim=1) == self.teacher_logits.argmax(dim=1)).float().mean())
+        return same, float(losses.distillation_kl(student, self.teacher_logits, 1.0))
+
+
+def reference(
+    teacher: nn.Module, batches: Sequence[Batch], space: PixelSpace, device: torch.device, precision: str
+) -> Reference:
+    """The reference set out of its batches."""
+    images = np.concatenate([batch.images for batch in batches])
+    return Reference(images, logits(teacher, images, space, device, precision))
+
+
+def in_batches(images: np.ndarray, labels: np.ndarray, size: int = EVALUATION_BATCH) -> Iterator[Batch]:
+    """Stored images and labels as batches in order."""
+    for index, start in enumerate(range(0, len(labels), size)):
+        yield Batch(index, images[start : start + size], labels[start : start + size], key="test")

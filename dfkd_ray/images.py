@@ -1,0 +1,154 @@
+"""A batch of images, how its pixels are stored, and augmentation. Pure: randomness is an argument.
+
+Three spaces: *stored* (uint8 over the pixel range, float16 or float32), *pixels* (`low` to `high`, usually 0 to 1) and
+*normalised* ((pixel - mean) / std), which is what networks see. Decoding always makes a new tensor, so nothing can
+write into a stored batch that others share.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+STORAGE_DTYPES = {"uint8": torch.uint8, "float16": torch.float16, "float32": torch.float32}
+NO_LABEL = -1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of one synthesis index, as stored.
+
+    `images` is (batch, channels, height, width) in the storage type, `labels` int64 (batch,), -1 without a label;
+    `terms` are what its making measured: unweighted losses, teacher confidence, class histogram, seconds.
+    """
+
+    index: int
+    images: np.ndarray
+    labels: np.ndarray
+    key: str
+    terms: dict[str, float] = field(default_factory=dict)
+
+
+# The seam of every synthesis method, of the cache and of what streams them: batch i, whatever came before.
+BatchSource = Callable[[int], Batch]
+
+
+@dataclass(frozen=True)
+class PixelSpace:
+    """Per-channel mean and standard deviation, and the range of a pixel, all in pixel units."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    low: float = 0.0
+    high: float = 1.0
+
+    def per_channel(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, float32, each shaped (1, channels, 1, 1)."""
+        mean = torch.tensor(self.mean, dtype=torch.float32, device=device).view(1, -1, 1, 1)
+        std = torch.tensor(self.std, dtype=torch.float32, device=device).view(1, -1, 1, 1)
+        return mean, std
+
+    def bounds(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """The pixel range in normalised units, each shaped (1, channels, 1, 1)."""
+        mean, std = self.per_channel(device)
+        return (self.low - mean) / std, (self.high - mean) / std
+
+
+def encode(images: Float[Tensor, "n c h w"], space: PixelSpace, storage: str) -> np.ndarray:
+    """Normalised images as stored; outside the pixel range they are clipped to it."""
+    mean, std = space.per_channel(images.device)
+    pixels = (images.detach().float() * std + mean).clamp(space.low, space.high)
+    if storage == "uint8":
+        pixels = ((pixels - space.low) * (255.0 / (space.high - space.low))).round()
+    return pixels.to(STORAGE_DTYPES[storage]).contiguous().cpu().numpy()
+
+
+def decode(images: np.ndarray | Tensor, space: PixelSpace, device: torch.device | str = "cpu") -> Tensor:
+    """Stored images as normalised float32, always a new tensor."""
+    if isinstance(images, np.ndarray):
+        # A read-only view (object store, memory map) warns in from_numpy; dlpack shares it without, and it is only read.
+        images = torch.from_dlpack(images) if images.flags.aligned else torch.tensor(images)
+    pixels = images.to(device, non_blocking=True).to(torch.float32)
+    mean, std = space.per_channel(device)
+    if images.dtype == torch.uint8:
+        return pixels * ((space.high - space.low) / 255.0 / std) + (space.low - mean) / std
+    return (pixels - mean) / std
+
+
+def shift_images(
+    images: Float[Tensor, "n c h w"],
+    largest: int,
+    fill: Float[Tensor, "1 c 1 1"],
+    generator: torch.Generator,
+) -> Float[Tensor, "n c h w"]:
+    """Move each image by up to `largest` pixels in both directions, filling with `fill`. `generator` is on the CPU."""
+    if largest == 0:
+        return images
+    n, c, h, w = images.shape
+    padded = fill.expand(n, c, h + 2 * largest, w + 2 * largest).clone()
+    padded[:, :, largest : largest + h, largest : largest + w] = images
+    offsets = torch.randint(0, 2 * largest + 1, (2, n), generator=generator).to(images.device)
+    rows = offsets[0][:, None] + torch.arange(h, device=images.device)
+    columns = offsets[1][:, None] + torch.arange(w, device=images.device)
+    which = torch.arange(n, device=images.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def flip_images(images: Float[Tensor, "n c h w"], generator: torch.Generator) -> Float[Tensor, "n c h w"]:
+    """Mirror each image left to right with probability 1/2."""
+    chosen = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
+    return torch.where(chosen[:, None, None, None], images.flip(3), images)
+
+
+def mix_images(
+    images: Float[Tensor, "n c h w"], share: float, generator: torch.Generator
+) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, " n"], Int[Tensor, " n"]]:
+    """Mix a share of the images with partners from the batch.
+
+    Returns the images w x + (1 - w) x[partner], w ~ U(0, 1) for the chosen ones and 1 for the rest, w and partners.
+    Source: Zhang et al. 2018, arXiv 1710.09412 (mixup, alpha = 1).
+    """
+    n = len(images)
+    partner = torch.randperm(n, generator=generator).to(images.device)
+    chosen = torch.rand(n, generator=generator) < share
+    weight = torch.where(chosen, torch.rand(n, generator=generator), torch.ones(n)).to(images.device)
+    w = weight[:, None, None, None]
+    return w * images + (1 - w) * images[partner], weight, partner
+
+
+def epoch_order(num_images: int, seed: int) -> Iterable[Int[Tensor, " n"]]:
+    """An endless sequence of permutations of the images, each a pure function of (seed, epoch)."""
+    for epoch in count():
+        yield torch.randperm(num_images, generator=torch.Generator().manual_seed(mix_seed(seed, epoch)))
+
+
+def mix_seed(*parts: int) -> int:
+    """One 63-bit seed out of several numbers, without collisions of neighbours (splitmix64 over the parts)."""
+    state = 0
+    for part in parts:
+        state = (state ^ (part & 0xFFFFFFFFFFFFFFFF)) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
+
+
+def batch_seed(key: str, index: int) -> int:
+    """The seed of batch `index` of a synthesis key (hex digest)."""
+    return mix_seed(int(key[:16], 16), index)
+
+
+def class_grid(batches: Sequence[Batch], num_classes: int, per_class: int) -> list[np.ndarray]:
+    """Up to `per_class` stored images for each class in turn, blank where there are fewer: rows of a picture."""
+    images = np.concatenate([batch.images for batch in batches])
+    labels = np.concatenate([batch.labels for batch in batches])
+    rows = []
+    for label in range(num_classes):
+        found = images[labels == label][:per_class]
+        blank = np.zeros((per_class - len(found), *images.shape[1:]), images.dtype)
+        rows.append(np.concatenate([found, blank]))
+    return rows

@@ -1,0 +1,152 @@
+"""Unstructured pruning: which weights become zero, exactly how many, and that they stay so.
+
+A criterion gives every prunable weight a score; the lowest go first, ties by position, so that the count of zeros is
+the count asked for. Sparsity is the share of zeros over all Conv and Linear weights, spared layers included.
+Adding a criterion is one function and one line in `CRITERIA`.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from dfkd_ray.config import PruningConfig
+
+Weights = dict[str, nn.Parameter]
+Masks = dict[str, Tensor]
+KINDS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+)
+
+
+def prunable(network: nn.Module) -> Weights:
+    """Convolution and linear weights by state-dict name, each tensor once."""
+    found: Weights = {}
+    seen: set[int] = set()
+    for name, module in network.named_modules():
+        if isinstance(module, KINDS) and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            found[f"{name}.weight" if name else "weight"] = module.weight
+    return found
+
+
+def magnitude_scores(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """|w|, compared over all layers."""
+    return {name: weight.detach().abs() for name, weight in weights.items()}
+
+
+def lamp_scores(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """w² over the sum of squares of the layer's weights that are at least as large.
+
+    Source: Lee et al. 2021, arXiv 2010.07611, equation 3. The largest weight of a layer scores 1: none is emptied.
+    """
+    scores = {}
+    for name, weight in weights.items():
+        squares = weight.detach().double().square().flatten()
+        order = torch.argsort(squares, stable=True)
+        remaining = squares[order].flip(0).cumsum(0).flip(0)
+        score = torch.empty_like(squares)
+        score[order] = squares[order] / remaining.clamp_min(torch.finfo(squares.dtype).tiny)
+        scores[name] = score.view_as(weight)
+    return scores
+
+
+def lowest(scores: Mapping[str, Tensor], num_zeros: int) -> Masks:
+    """Masks (True: kept) that drop the `num_zeros` lowest scores over all tensors together."""
+    flat = torch.cat([score.flatten() for score in scores.values()])
+    keep = torch.ones_like(flat, dtype=torch.bool)
+    keep[torch.argsort(flat, stable=True)[:num_zeros]] = False
+    parts = keep.split([score.numel() for score in scores.values()])
+    return {name: part.view_as(score) for (name, score), part in zip(scores.items(), parts, strict=True)}
+
+
+def global_magnitude(weights: Mapping[str, Tensor], num_zeros: int) -> Masks:
+    """Smallest magnitudes over all layers. Source: Tripurwar et al. 2025, arXiv 2511.20702."""
+    return lowest(magnitude_scores(weights), num_zeros)
+
+
+def lamp(weights: Mapping[str, Tensor], num_zeros: int) -> Masks:
+    """Lowest LAMP scores over all layers."""
+    return lowest(lamp_scores(weights), num_zeros)
+
+
+def uniform(weights: Mapping[str, Tensor], num_zeros: int) -> Masks:
+    """The same share of smallest magnitudes in each layer; rounding goes to the largest remainders."""
+    sizes = {name: weight.numel() for name, weight in weights.items()}
+    total = sum(sizes.values())
+    exact = {name: num_zeros * size / total for name, size in sizes.items()}
+    counts = {name: int(value) for name, value in exact.items()}
+    by_remainder = sorted(sizes, key=lambda name: counts[name] - exact[name])
+    for name in by_remainder[: num_zeros - sum(counts.values())]:
+        counts[name] += 1
+    scores = magnitude_scores(weights)
+    return {name: lowest({name: scores[name]}, counts[name])[name] for name in weights}
+
+
+CRITERIA: dict[str, Callable[[Mapping[str, Tensor], int], Masks]] = {
+    "global_magnitude": global_magnitude,
+    "uniform": uniform,
+    "lamp": lamp,
+}
+
+
+def masks(network: nn.Module, config: PruningConfig, sparsity: float | None = None) -> Masks:
+    """The masks for `sparsity` (default: the config's) on the network's present weights; nothing is changed.
+
+    `ValueError` where sparing layers leaves fewer weights than must go, or nothing is prunable.
+    """
+    sparsity = config.sparsity if sparsity is None else sparsity
+    weights = prunable(network)
+    if not weights:
+        raise ValueError("the network has no Conv or Linear weight to prune")
+    total = sum(weight.numel() for weight in weights.values())
+    num_zeros = round(sparsity * total)
+    chosen = dict(weights)
+    convolutions = [name for name, weight in weights.items() if weight.ndim > 2]
+    linears = [name for name, weight in weights.items() if weight.ndim == 2]
+    if config.spare_first and convolutions:
+        chosen.pop(convolutions[0], None)
+    if config.spare_last and linears:
+        chosen.pop(linears[-1], None)
+    available = sum(weight.numel() for weight in chosen.values())
+    if num_zeros > available:
+        raise ValueError(
+            f"pruning.sparsity={sparsity}: {num_zeros} of {total} weights must go, but only {available} are not spared"
+        )
+    result = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+    return result | CRITERIA[config.criterion](chosen, num_zeros)
+
+
+@torch.no_grad()
+def apply(network: nn.Module, masks: Masks) -> None:
+    """Set the dropped weights to exactly zero."""
+    for name, weight in prunable(network).items():
+        if name in masks:
+            weight.masked_fill_(~masks[name], 0.0)
+
+
+def cubic_sparsity(step: int, num_steps: int, end: float, final: float) -> float:
+    """final (1 - (1 - t)³), t the share of the `end` · `num_steps` ramp behind us.
+
+    Source: Zhu and Gupta 2017, arXiv 1710.01878, equation 1, from zero sparsity.
+    """
+    ramp = max(1, round(end * num_steps))
+    t = min(1.0, step / ramp)
+    return final * (1 - (1 - t) ** 3)
+
+
+def achieved_sparsity(network: nn.Module) -> float:
+    """Zeros over all Conv and Linear weights, counted in the tensors as they are."""
+    weights = prunable(network).values()
+    return sum(int((weight == 0).sum()) for weight in weights) / max(1, sum(weight.numel() for weight in weights))
+
+
+def num_nonzero(network: nn.Module) -> int:
+    """Non-zero parameters of the whole network, biases and BatchNorm included."""
+    return sum(int((parameter != 0).sum()) for parameter in network.parameters())

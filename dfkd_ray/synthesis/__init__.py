@@ -1,0 +1,26 @@
+"""Synthesis methods: each gives a source `batch(i)`, a pure function of (teacher, config, i).
+
+A method is one module with one function `source(teacher, config, key, device) -> BatchSource` and one line in
+`METHODS`. Real images are no method: they are injected (see `dfkd_ray.trial.run`).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dfkd_ray.bundles import Teacher
+from dfkd_ray.config import synthesis_key
+from dfkd_ray.images import BatchSource
+from dfkd_ray.synthesis import deepinversion, noise
+
+METHODS: dict[str, Callable[[Teacher, Any, str, torch.device], BatchSource]] = {
+    "deepinversion": deepinversion.source,
+    "noise": noise.source,
+}
+
+
+def source(teacher: Teacher, config: Any, device: torch.device, domain: str = "train") -> tuple[str, BatchSource]:
+    """The synthesis key of (teacher, config, domain), and its batches by index."""
+    key = synthesis_key(teacher.hash, config, domain)
+    return key, METHODS[config.method](teacher, config, key, device)

@@ -1,0 +1,170 @@
+"""DeepInversion: images by gradient descent on a frozen teacher.
+
+minimise  label_weight · label + bn_weight · bn + tv_weight · tv + l2_weight · l2  over the images of one batch, where
+`bn` sums `losses.batchnorm_distance` over the BatchNorm layers. Source: Yin et al. 2020, arXiv 1912.08795, section 3.
+Labels are balanced: they cycle over the classes, on through the batches.
+
+The best image is not tracked: the last iterate of a cosine schedule is what is stored, and is measured as stored.
+"""
+
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable
+from copy import deepcopy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfkd_ray import batchnorm, devices, losses
+from dfkd_ray.bundles import Teacher, freeze
+from dfkd_ray.config import DeepInversionConfig
+from dfkd_ray.images import Batch, BatchSource, PixelSpace, batch_seed, decode, encode
+
+CHECK_EVERY = 25  # steps between looks at the loss: each look is a host synchronisation on a GPU
+log = logging.getLogger(__name__)
+
+
+def source(teacher: Teacher, config: DeepInversionConfig, key: str, device: torch.device) -> BatchSource:
+    """Batches of inverted images. `ValueError` for a teacher without BatchNorm statistics.
+
+    The teacher's own network is not touched: the source works on a copy, on `device`.
+    """
+    devices.check_precision(config.precision, device)
+    network = freeze(deepcopy(teacher.network)).to(device)
+    if config.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    if not batchnorm.layers(network):
+        with batchnorm.recorded(network):  # raises with the sentence that says what to do
+            pass
+    run = compiled(network) if config.compile else network
+    space, num_classes = teacher.info.space, teacher.info.num_classes
+
+    def batch(index: int) -> Batch:
+        start = time.perf_counter()
+        with devices.numerics(config.precision, device, config.num_threads, config.fast):
+            generator = torch.Generator().manual_seed(batch_seed(key, index))
+            labels = (torch.arange(config.batch_size) + index * config.batch_size) % num_classes
+            images = torch.randn(config.batch_size, *teacher.info.image_shape, generator=generator)
+            images, steps = invert(network, run, config, space, images.to(device), labels.to(device), generator)
+            stored = encode(images, space, config.storage)
+            terms = measure(network, config, decode(stored, space, device), labels.to(device), num_classes)
+        terms |= {"num_steps": steps, "wall_s": time.perf_counter() - start}
+        return Batch(index, stored, labels.numpy(), key, terms)
+
+    return batch
+
+
+def compiled(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The compiled network where that can work, else the network itself, with a line in the log that says so."""
+    if next(network.parameters()).device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+        log.warning("compile=true: no C++ compiler found (g++ or clang++); running without torch.compile")
+        return network
+    return torch.compile(network, dynamic=False)
+
+
+def learning_rate(config: DeepInversionConfig, step: int) -> float:
+    """Adam's learning rate at `step`."""
+    if config.schedule == "constant":
+        return config.learning_rate
+    return config.learning_rate * (1 + math.cos(math.pi * step / config.num_steps)) / 2
+
+
+def invert(
+    network: nn.Module,
+    run: Callable[[Tensor], Tensor],
+    config: DeepInversionConfig,
+    space: PixelSpace,
+    images: Tensor,
+    labels: Tensor,
+    generator: torch.Generator,
+) -> tuple[Tensor, int]:
+    """Optimise `images` (normalised); returns them clamped to the pixel range, and the number of steps taken.
+
+    `FloatingPointError` when the loss is no longer finite.
+    """
+    low, high = space.bounds(images.device)
+    images = torch.clamp(images, low, high)
+    if config.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    images.requires_grad_(True)
+    optimiser = torch.optim.Adam([images], lr=config.learning_rate)
+    best, checks_since_best = math.inf, 0
+    with batchnorm.recorded(network) as statistics:
+        for step in range(config.num_steps):
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(config, step)
+            statistics.clear()
+            with devices.autocast(config.precision, images.device):
+                logits = run(augmented(images, config, generator)).float()
+            loss = total(config, terms(config, images, logits, labels, statistics))
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            with torch.no_grad():
+                images.copy_(torch.clamp(images, low, high))
+            if (step + 1) % CHECK_EVERY and step + 1 < config.num_steps:
+                continue
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise FloatingPointError(f"synthesis: the loss is {value} at step {step + 1}; lower learning_rate")
+            best, checks_since_best = (value, 0) if value < best * 0.999 else (best, checks_since_best + 1)
+            if config.plateau_patience and checks_since_best >= config.plateau_patience:
+                return images.detach(), step + 1
+    return images.detach(), config.num_steps
+
+
+def augmented(images: Tensor, config: DeepInversionConfig, generator: torch.Generator) -> Tensor:
+    """The whole batch shifted cyclically and, in half of the steps, mirrored: one draw a step, no synchronisation."""
+    if config.jitter:
+        dy, dx = torch.randint(-config.jitter, config.jitter + 1, (2,), generator=generator).tolist()
+        images = torch.roll(images, (dy, dx), dims=(2, 3))
+    if config.flip and float(torch.rand((), generator=generator)) < 0.5:
+        images = images.flip(3)
+    return images
+
+
+def terms(
+    config: DeepInversionConfig, images: Tensor, logits: Tensor, labels: Tensor, statistics: batchnorm.Statistics
+) -> dict[str, Tensor]:
+    """Every unweighted term by its name."""
+    bn = torch.zeros((), device=images.device)
+    for position, layer in enumerate(statistics.layers):
+        assert layer.running_mean is not None and layer.running_var is not None
+        distance = losses.batchnorm_distance(
+            statistics.means[position], statistics.variances[position], layer.running_mean, layer.running_var
+        )
+        bn = bn + (config.bn_first_multiplier * distance if position == 0 else distance)
+    label = F.cross_entropy(logits, labels) if config.label_loss == "cross_entropy" else losses.output_entropy(logits)
+    return {"label": label, "bn": bn, "tv": losses.total_variation(images), "l2": losses.mean_square(images)}
+
+
+def total(config: DeepInversionConfig, terms: dict[str, Tensor]) -> Tensor:
+    """The weighted sum of the terms."""
+    weights = {
+        "label": config.label_weight,
+        "bn": config.bn_weight,
+        "tv": config.tv_weight,
+        "l2": config.l2_weight,
+    }
+    return torch.stack([weights[name] * term for name, term in terms.items() if weights[name]]).sum()
+
+
+@torch.no_grad()
+def measure(
+    network: nn.Module, config: DeepInversionConfig, images: Tensor, labels: Tensor, num_classes: int
+) -> dict[str, float | list[int]]:
+    """The terms of the images as stored, without jitter: plus teacher confidence, accuracy and class histogram."""
+    if config.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    with batchnorm.recorded(network) as statistics, devices.autocast(config.precision, images.device):
+        logits = network(images).float()
+        measured = {name: float(term) for name, term in terms(config, images, logits, labels, statistics).items()}
+    predicted = logits.argmax(dim=1)
+    return measured | {
+        "confidence": float(logits.softmax(dim=1).amax(dim=1).mean()),
+        "label_agreement": float((predicted == labels).float().mean()),
+        "class_histogram": torch.bincount(predicted, minlength=num_classes).tolist(),
+    }

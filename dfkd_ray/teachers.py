@@ -1,0 +1,164 @@
+"""Training of teachers on real data: OneCycle SGD, shift and flip, bfloat16, resumable to the same numbers.
+
+Every random draw is a function of (seed, epoch, step), so a resumed run continues as if it had not stopped.
+The test set is read once, after the last epoch: nothing is selected on it.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfkd_ray import devices, models
+from dfkd_ray.bundles import BundleInfo, freeze, read_safetensors, whole_folder
+from dfkd_ray.config import TeacherTrainingConfig, config_hash
+from dfkd_ray.data import LabelledImages
+from dfkd_ray.images import PixelSpace, decode, flip_images, mix_seed, shift_images
+
+Progress = Callable[[str, int, int, Mapping[str, float]], None]
+
+
+def split(num_images: int, num_validation: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices for training and for validation, from one seeded shuffle. `ValueError` if nothing is left to train on."""
+    if num_validation >= num_images:
+        raise ValueError(f"num_validation={num_validation} leaves none of the {num_images} training images")
+    order = torch.randperm(num_images, generator=torch.Generator().manual_seed(mix_seed(seed, 0x5A11D)))
+    return order[: num_images - num_validation], order[num_images - num_validation :]
+
+
+def channel_statistics(data: LabelledImages, indices: Tensor, largest: int = 10_000) -> PixelSpace:
+    """Per-channel mean and standard deviation over (at most `largest`) training images, rounded to 4 digits."""
+    pixels = data.read(indices[:largest]).double() / 255
+    mean = pixels.mean(dim=(0, 2, 3))
+    std = pixels.std(dim=(0, 2, 3), correction=0).clamp_min(1e-3)
+    return PixelSpace(tuple(round(v, 4) for v in mean.tolist()), tuple(round(v, 4) for v in std.tolist()))
+
+
+def one_cycle(step: int, num_steps: int, peak: float, warmup: float = 0.3) -> float:
+    """OneCycle learning rate with cosine legs: from peak / 25 up to the peak, then down to zero.
+
+    Source: Smith and Topin 2017, arXiv 1708.07120.
+    """
+    rise = max(1, round(num_steps * warmup))
+    if step < rise:
+        return peak * (1 / 25 + (1 - 1 / 25) * (1 - math.cos(math.pi * step / rise)) / 2)
+    return peak * (1 + math.cos(math.pi * (step - rise) / max(1, num_steps - rise))) / 2
+
+
+def train(
+    config: TeacherTrainingConfig,
+    data: LabelledImages,
+    *,
+    checkpoint: Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[BundleInfo, nn.Module]:
+    """Train a teacher; returns its bundle's info (no test accuracy yet) and the network in eval mode on the CPU.
+
+    With a `checkpoint` folder the state is kept there after every epoch and continued from, if it is of this config.
+    `FloatingPointError` when the loss is no longer finite.
+    """
+    device = devices.resolve(config.device)
+    train_indices, _ = split(len(data), config.num_validation, config.seed)
+    space = channel_statistics(data, train_indices)
+    num_classes = len(data.class_names)
+    torch.manual_seed(config.seed)  # the layers' own initialisation draws from the global generator
+    network = models.build(
+        config.architecture, config.arguments, num_classes=num_classes, image_shape=data.image_shape
+    ).to(device, memory_format=torch.channels_last)
+    optimiser = make_optimiser(network, config)
+    first_epoch = read_checkpoint(checkpoint, config, network, optimiser) if checkpoint else 0
+
+    steps_per_epoch = max(1, len(train_indices) // config.batch_size)
+    num_steps = steps_per_epoch * config.num_epochs
+    with devices.numerics(config.precision, device, config.num_threads):
+        for epoch in range(first_epoch, config.num_epochs):
+            network.train()
+            order = torch.randperm(
+                len(train_indices), generator=torch.Generator().manual_seed(mix_seed(config.seed, epoch))
+            )
+            total_loss = torch.zeros((), device=device)
+            for step in range(steps_per_epoch):
+                rows = train_indices[order[step * config.batch_size : (step + 1) * config.batch_size]]
+                generator = torch.Generator().manual_seed(mix_seed(config.seed, epoch, step))
+                images = decode(data.read(rows), space, device)
+                images = shift_images(images, config.shift, space.bounds(device)[0], generator)
+                if config.flip:
+                    images = flip_images(images, generator)
+                for group in optimiser.param_groups:
+                    group["lr"] = one_cycle(epoch * steps_per_epoch + step, num_steps, config.learning_rate)
+                with devices.autocast(config.precision, device):
+                    logits = network(images.to(memory_format=torch.channels_last))
+                loss = F.cross_entropy(logits.float(), data.labels[rows].to(device))
+                optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                optimiser.step()
+                total_loss += loss.detach()
+                if progress and (step + 1) % 20 == 0:
+                    done = epoch * steps_per_epoch + step + 1
+                    progress("training", done, num_steps, {"epoch": epoch + 1, "loss": float(total_loss) / (step + 1)})
+            if not math.isfinite(float(total_loss)):
+                raise FloatingPointError(f"training: the loss is not finite in epoch {epoch + 1}; lower learning_rate")
+            if checkpoint:
+                write_checkpoint(checkpoint, config, network, optimiser, epoch + 1)
+    info = BundleInfo(
+        architecture=config.architecture,
+        arguments=config.arguments,
+        num_classes=num_classes,
+        image_shape=data.image_shape,
+        mean=space.mean,
+        std=space.std,
+        class_names=data.class_names,
+        dataset=data.name,
+        notes={"training": config.model_dump(mode="json")},
+    )
+    return info, freeze(network.to("cpu", memory_format=torch.contiguous_format))
+
+
+def make_optimiser(network: nn.Module, config: TeacherTrainingConfig) -> torch.optim.SGD:
+    """SGD with Nesterov momentum; weight decay on weights of two and more dimensions only."""
+    decayed = [p for p in network.parameters() if p.ndim > 1]
+    others = [p for p in network.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0)
+
+
+def write_checkpoint(
+    folder: Path, config: TeacherTrainingConfig, network: nn.Module, optimiser: torch.optim.SGD, num_epochs: int
+) -> None:
+    """Weights, momentum and the count of finished epochs, written whole."""
+    tensors = {f"network.{name}": tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    for index, parameter in enumerate(parameters(optimiser)):
+        momentum = optimiser.state[parameter].get("momentum_buffer")
+        if momentum is not None:
+            tensors[f"momentum.{index}"] = momentum.cpu().contiguous()
+    with whole_folder(folder) as partial:
+        safetensors.torch.save_file(tensors, partial / "state.safetensors")
+        state = {"config": config_hash(config), "num_epochs": num_epochs}
+        (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
+
+
+def read_checkpoint(folder: Path, config: TeacherTrainingConfig, network: nn.Module, optimiser: torch.optim.SGD) -> int:
+    """Restore a checkpoint of this very config; returns the count of finished epochs, 0 where there is none."""
+    if not (folder / "state.json").is_file():
+        return 0
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if state["config"] != config_hash(config):
+        return 0
+    tensors = read_safetensors(folder / "state.safetensors")
+    network.load_state_dict(
+        {name.removeprefix("network."): tensor for name, tensor in tensors.items() if name.startswith("network.")}
+    )
+    for index, parameter in enumerate(parameters(optimiser)):
+        if f"momentum.{index}" in tensors:
+            optimiser.state[parameter]["momentum_buffer"] = tensors[f"momentum.{index}"].to(parameter.device)
+    return int(state["num_epochs"])
+
+
+def parameters(optimiser: torch.optim.Optimizer) -> list[Tensor]:
+    """The parameters in the optimiser's order."""
+    return [parameter for group in optimiser.param_groups for parameter in group["params"]]
