@@ -68,7 +68,9 @@ class _EvalBatchNorm(torch.autograd.Function):
         return channel_affine(x, scale, shift), mean, variance
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, grad_mean: Tensor, grad_variance: Tensor) -> tuple[Tensor, None, None]:
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_y: Tensor, grad_mean: Tensor, grad_variance: Tensor
+    ) -> tuple[Tensor, None, None]:
         x, scale, mean = ctx.saved_tensors
         count = x.numel() // x.shape[1]
         slope = 2.0 / count * grad_variance

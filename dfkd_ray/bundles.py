@@ -47,9 +47,9 @@ class BundleInfo(BaseModel):
     std: tuple[float, ...]
     pixel_range: tuple[float, float] = (0.0, 1.0)
     class_names: tuple[str, ...] = ()
-    dataset: str | None = Field(None, description="what it was trained on, where known")
-    test_accuracy: float | None = Field(None, ge=0, le=1)
-    trained: bool = Field(True, description="false: random weights, for tests")
+    dataset: str | None = Field(default=None, description="what it was trained on, where known")
+    test_accuracy: float | None = Field(default=None, ge=0, le=1)
+    trained: bool = Field(default=True, description="false: random weights, for tests")
     weights_sha256: str = ""
     notes: dict[str, Any] = Field(default_factory=dict, description="how it was made: command, seed, epochs, …")
 
@@ -169,7 +169,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """A state dict from `.safetensors`, or from `.pt` / `.pth` read without running code.
 
-    `ValueError` for a missing file, another ending, a pickle with more than tensors in it, or one that is no state dict.
+    `ValueError` for a missing file, another ending, a pickle with more than tensors in it, or no state dict.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such weights file")
@@ -209,6 +209,13 @@ def load_state(network: nn.Module, state: Mapping[str, Tensor], where: str) -> N
     if broken:
         raise ValueError(f"{where}: {broken[0]} has values that are not finite")
     network.load_state_dict(state)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors; a full disk is an `OSError`, which the library's own writer hides in an error of its own."""
+    path.write_bytes(
+        safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    )
 
 
 def to_stored(state: Mapping[str, Tensor], pruned: Sequence[str]) -> dict[str, Tensor]:
@@ -253,7 +260,7 @@ def save(folder: Path, info: BundleInfo, state: Mapping[str, Tensor], pruned: Se
     An existing bundle there is replaced. `OSError` (a full disk, say) leaves nothing half-written.
     """
     with whole_folder(folder) as partial:
-        safetensors.torch.save_file(to_stored(state, pruned), partial / "weights.safetensors")
+        write_safetensors(partial / "weights.safetensors", to_stored(state, pruned))
         info = info.model_copy(update={"weights_sha256": sha256(partial / "weights.safetensors")})
         (partial / "teacher.json").write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return info

@@ -37,8 +37,8 @@ def folder_of(root: Path, key: str, numerics: str) -> Path:
 def digest(images: np.ndarray, labels: np.ndarray) -> str:
     """SHA-256 over types, shapes and bytes of a batch's arrays."""
     sha = hashlib.sha256(f"{images.dtype}{images.shape}{labels.dtype}{labels.shape}".encode())
-    sha.update(np.ascontiguousarray(images))
-    sha.update(np.ascontiguousarray(labels))
+    sha.update(images.tobytes())
+    sha.update(labels.tobytes())
     return sha.hexdigest()
 
 

@@ -28,33 +28,39 @@ class DeepInversionConfig(BaseModel):
     model_config = STRICT
 
     method: Literal["deepinversion"] = "deepinversion"
-    seed: int = Field(0, ge=0, description="seed of every batch, together with the teacher and the batch index")
-    batch_size: int = Field(256, ge=2, description="images per batch; they share their BatchNorm statistics")
-    num_steps: int = Field(200, ge=1, description="optimiser steps per batch")
-    learning_rate: float = Field(0.05, gt=0, description="Adam learning rate, in units of normalised pixels")
-    schedule: Literal["cosine", "constant"] = Field("cosine", description="learning rate over the steps")
+    seed: int = Field(default=0, ge=0, description="seed of every batch, together with the teacher and the batch index")
+    batch_size: int = Field(default=256, ge=2, description="images per batch; they share their BatchNorm statistics")
+    num_steps: int = Field(default=200, ge=1, description="optimiser steps per batch")
+    learning_rate: float = Field(default=0.05, gt=0, description="Adam learning rate, in units of normalised pixels")
+    schedule: Literal["cosine", "constant"] = Field(default="cosine", description="learning rate over the steps")
     label_loss: Literal["cross_entropy", "entropy"] = Field(
-        "cross_entropy", description="cross-entropy to balanced labels, or entropy of the teacher's own output"
+        default="cross_entropy", description="cross-entropy to balanced labels, or entropy of the teacher's own output"
     )
-    label_weight: Weight = Field(1.0, description="weight of the label loss")
-    bn_weight: Weight = Field(10.0, description="weight of the BatchNorm statistics term")
-    bn_first_multiplier: Weight = Field(1.0, description="extra factor on the first BatchNorm layer's term")
+    label_weight: Weight = Field(default=1.0, description="weight of the label loss")
+    bn_weight: Weight = Field(default=10.0, description="weight of the BatchNorm statistics term")
+    bn_first_multiplier: Weight = Field(default=1.0, description="extra factor on the first BatchNorm layer's term")
     tv_weight: Weight = Field(
-        0.01, description="weight of total variation, mean-reduced (free of batch and resolution)"
+        default=0.01, description="weight of total variation, mean-reduced (free of batch and resolution)"
     )
-    l2_weight: Weight = Field(0.0, description="weight of the mean squared normalised pixel")
-    jitter: int = Field(2, ge=0, description="largest cyclic shift per step, pixels")
-    flip: bool = Field(True, description="flip the batch left to right in half of the steps")
-    precision: Precision = Field("bfloat16", description="of the network; statistics and images stay in float32")
+    l2_weight: Weight = Field(default=0.0, description="weight of the mean squared normalised pixel")
+    jitter: int = Field(default=2, ge=0, description="largest cyclic shift per step, pixels")
+    flip: bool = Field(default=True, description="flip the batch left to right in half of the steps")
+    precision: Precision = Field(
+        default="bfloat16", description="of the network; statistics and images stay in float32"
+    )
     channels_last: bool = True
-    compile: bool = Field(False, description="torch.compile the network; without a compiler it is said and left out")
-    fast: bool = Field(False, description="CUDA: autotuned, non-deterministic kernels")
+    compile: bool = Field(
+        default=False, description="torch.compile the network; without a compiler it is said and left out"
+    )
+    fast: bool = Field(default=False, description="CUDA: autotuned, non-deterministic kernels")
     plateau_patience: int = Field(
-        0,
+        default=0,
         ge=0,
         description="stop a batch when the loss has not improved for this many checks (every 25 steps); 0: never",
     )
-    storage: Storage = Field("uint8", description="type of a stored image, uint8 over the teacher's pixel range")
+    storage: Storage = Field(
+        default="uint8", description="type of a stored image, uint8 over the teacher's pixel range"
+    )
     num_threads: Threads = 2
 
 
@@ -64,8 +70,8 @@ class NoiseConfig(BaseModel):
     model_config = STRICT
 
     method: Literal["noise"] = "noise"
-    seed: int = Field(0, ge=0)
-    batch_size: int = Field(256, ge=2)
+    seed: int = Field(default=0, ge=0)
+    batch_size: int = Field(default=256, ge=2)
     storage: Storage = "uint8"
 
 
@@ -75,8 +81,8 @@ class RealConfig(BaseModel):
     model_config = STRICT
 
     method: Literal["real"] = "real"
-    seed: int = Field(0, ge=0, description="which images, and their order")
-    batch_size: int = Field(256, ge=2)
+    seed: int = Field(default=0, ge=0, description="which images, and their order")
+    batch_size: int = Field(default=256, ge=2)
     storage: Storage = "uint8"
 
 
@@ -94,24 +100,32 @@ SynthesisConfig = Annotated[
 ]
 
 
+SYNTHESIS_CONFIGS: dict[str, type[BaseModel]] = {
+    "deepinversion": DeepInversionConfig,
+    "noise": NoiseConfig,
+    "real": RealConfig,
+}
+
+
 class PruningConfig(BaseModel):
     """Unstructured pruning of the student's convolution and linear weights."""
 
     model_config = STRICT
 
     criterion: Literal["global_magnitude", "uniform", "lamp"] = Field(
-        "global_magnitude", description="what is pruned first: smallest |w| overall, per layer, or by LAMP score"
+        default="global_magnitude",
+        description="what is pruned first: smallest |w| overall, per layer, or by LAMP score",
     )
-    sparsity: float = Field(0.75, ge=0, lt=1, description="share of zeros over all Conv and Linear weights")
+    sparsity: float = Field(default=0.75, ge=0, lt=1, description="share of zeros over all Conv and Linear weights")
     schedule: Literal["one_shot", "cubic"] = Field(
-        "one_shot", description="all at once before distillation, or cubic during it (Zhu and Gupta 2017)"
+        default="one_shot", description="all at once before distillation, or cubic during it (Zhu and Gupta 2017)"
     )
     schedule_end: float = Field(
-        0.5, gt=0, le=1, description="cubic: share of the distillation steps until full sparsity"
+        default=0.5, gt=0, le=1, description="cubic: share of the distillation steps until full sparsity"
     )
-    schedule_every: int = Field(10, ge=1, description="cubic: steps between two prunings")
-    spare_first: bool = Field(False, description="leave the first convolution dense")
-    spare_last: bool = Field(False, description="leave the last linear layer dense")
+    schedule_every: int = Field(default=10, ge=1, description="cubic: steps between two prunings")
+    spare_first: bool = Field(default=False, description="leave the first convolution dense")
+    spare_last: bool = Field(default=False, description="leave the last linear layer dense")
 
     @model_validator(mode="before")
     @classmethod
@@ -129,7 +143,7 @@ class StudentConfig(BaseModel):
     model_config = STRICT
 
     architecture: str | None = Field(
-        None, description="null: the teacher itself; else a name or package.module:factory"
+        default=None, description="null: the teacher itself; else a name or package.module:factory"
     )
     arguments: dict[str, Any] = Field(default_factory=dict, description="arguments of the architecture")
 
@@ -145,34 +159,41 @@ class DistillationConfig(BaseModel):
 
     model_config = STRICT
 
-    seed: int = Field(0, ge=0, description="seed of order, augmentation and a new student's weights")
-    num_images: int = Field(1024, ge=1, description="distinct images; taken as whole batches, rounded up")
+    seed: int = Field(default=0, ge=0, description="seed of order, augmentation and a new student's weights")
+    num_images: int = Field(default=1024, ge=1, description="distinct images; taken as whole batches, rounded up")
     num_steps: int = Field(
-        400, ge=0, description="optimiser steps; 0 leaves the student as BatchNorm re-estimation left it"
+        default=400, ge=0, description="optimiser steps; 0 leaves the student as BatchNorm re-estimation left it"
     )
-    batch_size: int = Field(128, ge=2)
-    learning_rate: float = Field(0.05, gt=0, description="peak SGD learning rate, cosine to zero")
-    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps with a linear rise")
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(5e-4, ge=0)
-    clip_norm: float = Field(1.0, gt=0, description="largest norm of the gradient")
-    temperature: float = Field(4.0, gt=0, description="softmax temperature of teacher and student")
+    batch_size: int = Field(default=128, ge=2)
+    learning_rate: float = Field(default=0.05, gt=0, description="peak SGD learning rate, cosine to zero")
+    warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps with a linear rise")
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=5e-4, ge=0)
+    clip_norm: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
+    temperature: float = Field(default=4.0, gt=0, description="softmax temperature of teacher and student")
     kl_weight: Weight = 1.0
-    label_weight: Weight = Field(0.0, description="weight of cross-entropy to the synthesis labels")
-    feature_weight: Weight = Field(0.0, description="weight of the mean squared error of the last linear layer's input")
-    bn_mode: Literal["frozen", "reestimated", "trained"] = Field(
-        "trained", description="BatchNorm: the teacher's statistics, re-estimated ones held fixed, or batch statistics"
+    label_weight: Weight = Field(default=0.0, description="weight of cross-entropy to the synthesis labels")
+    feature_weight: Weight = Field(
+        default=0.0, description="weight of the mean squared error of the last linear layer's input"
     )
-    shift: int = Field(2, ge=0, description="augmentation: largest shift with zero padding, pixels")
-    flip: bool = Field(True, description="augmentation: left to right, each image with probability 1/2")
+    bn_mode: Literal["frozen", "reestimated", "trained"] = Field(
+        default="trained",
+        description="BatchNorm: the teacher's statistics, re-estimated ones held fixed, or batch statistics",
+    )
+    shift: int = Field(default=2, ge=0, description="augmentation: largest shift with zero padding, pixels")
+    flip: bool = Field(default=True, description="augmentation: left to right, each image with probability 1/2")
     mixup: float = Field(
-        0.0, ge=0, le=1, description="augmentation: share of images mixed with another, weight U(0, 1)"
+        default=0.0, ge=0, le=1, description="augmentation: share of images mixed with another, weight U(0, 1)"
     )
     precision: Precision = "bfloat16"
-    fast: bool = Field(False, description="CUDA: autotuned, non-deterministic kernels")
-    eval_every: int = Field(100, ge=1, description="steps between two looks at the reference set")
-    patience: int = Field(0, ge=0, description="stop after this many looks without a better agreement; 0: never")
-    checkpoint_every: int = Field(200, ge=1, description="steps between two checkpoints, where a folder is given")
+    fast: bool = Field(default=False, description="CUDA: autotuned, non-deterministic kernels")
+    eval_every: int = Field(default=100, ge=1, description="steps between two looks at the reference set")
+    patience: int = Field(
+        default=0, ge=0, description="stop after this many looks without a better agreement; 0: never"
+    )
+    checkpoint_every: int = Field(
+        default=200, ge=1, description="steps between two checkpoints, where a folder is given"
+    )
     num_threads: Threads = 2
 
 
@@ -181,7 +202,7 @@ class ReferenceConfig(BaseModel):
 
     model_config = STRICT
 
-    num_images: int = Field(256, ge=2)
+    num_images: int = Field(default=256, ge=2)
     synthesis: DeepInversionConfig = DeepInversionConfig()
 
 
@@ -194,7 +215,9 @@ class TrialConfig(BaseModel):
     pruning: PruningConfig = PruningConfig()
     student: StudentConfig = StudentConfig()
     synthesis: SynthesisConfig = DeepInversionConfig()
-    bn_num_images: int = Field(1024, ge=2, description="images for BatchNorm re-estimation, rounded up to batches")
+    bn_num_images: int = Field(
+        default=1024, ge=2, description="images for BatchNorm re-estimation, rounded up to batches"
+    )
     distillation: DistillationConfig = DistillationConfig()
     reference: ReferenceConfig = ReferenceConfig()
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -217,19 +240,19 @@ class TeacherTrainingConfig(BaseModel):
     architecture: str
     arguments: dict[str, Any] = Field(default_factory=dict)
     dataset: str
-    image_size: int | None = Field(None, ge=8, description="pixels; null: the data set's own, 28 padded to 32")
-    num_epochs: int = Field(20, ge=1)
-    batch_size: int = Field(256, ge=2)
-    learning_rate: float = Field(0.2, gt=0, description="peak of OneCycle, for the whole batch")
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(5e-4, ge=0)
-    shift: int = Field(2, ge=0, description="largest shift with zero padding, pixels")
+    image_size: int | None = Field(default=None, ge=8, description="pixels; null: the data set's own, 28 padded to 32")
+    num_epochs: int = Field(default=20, ge=1)
+    batch_size: int = Field(default=256, ge=2)
+    learning_rate: float = Field(default=0.2, gt=0, description="peak of OneCycle, for the whole batch")
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=5e-4, ge=0)
+    shift: int = Field(default=2, ge=0, description="largest shift with zero padding, pixels")
     flip: bool = True
     num_validation: int = Field(
-        0, ge=0, description="training images held out of training (the last ones of a seeded shuffle)"
+        default=0, ge=0, description="training images held out of training (the last ones of a seeded shuffle)"
     )
     precision: Precision = "bfloat16"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     num_threads: Threads = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -247,7 +270,7 @@ def validate(model: type[Model], data: Mapping[str, Any], where: str = "config")
 
 def describe(model: type[BaseModel], error: Mapping[str, Any], where: str) -> str:
     """One pydantic error as one line: where, what was given, what was expected."""
-    path = [str(part) for part in error["loc"] if part not in ("deepinversion", "noise", "real")]
+    path = [str(part) for part in error["loc"] if part not in SYNTHESIS_CONFIGS]
     name = ".".join(path) or where
     given = error.get("input")
     if error["type"] == "extra_forbidden":
@@ -257,7 +280,7 @@ def describe(model: type[BaseModel], error: Mapping[str, Any], where: str) -> st
     if error["type"] == "missing":
         return f"{where}: {name}: missing, a value is needed"
     if error["type"] == "union_tag_invalid":
-        return f"{where}: {name}.method: unknown method {_method(given)!r}; expected deepinversion, noise or real"
+        return f"{where}: {name}.method: unknown method {_method(given)!r}; expected {', '.join(SYNTHESIS_CONFIGS)}"
     message = error["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(given, Mapping | BaseModel) else f" (given: {given!r})"
     return f"{where}: {name}: {message[0].lower() + message[1:]}{shown}"
@@ -316,15 +339,6 @@ def with_overrides(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dic
             if not isinstance(node, dict):
                 raise ValueError(f"{name}: {parent!r} is a plain value, it has no fields")
         node[leaf] = value
-    return result
-
-
-def merged(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with nested `extra` laid over it."""
-    result = dict(base)
-    for key, value in extra.items():
-        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-        result[key] = merged(result[key], value) if both else value
     return result
 
 

@@ -69,7 +69,7 @@ def open_dataset(
 
 
 def fit_images(images: Tensor, image_shape: Sequence[int]) -> Tensor:
-    """uint8 images (n, c, h, w) in the wanted shape: channels first, then padding (28 to 32) or antialiased resizing."""
+    """uint8 images (n, c, h, w) in the wanted shape: channels, then padding (28 to 32) or antialiased resizing."""
     channels, height, width = image_shape
     if images.shape[1] != channels:
         if images.shape[1] == 1:

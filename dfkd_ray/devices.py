@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 
 
 def resolve(device: str) -> torch.device:
@@ -15,6 +16,12 @@ def resolve(device: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda: this torch sees no CUDA device; use --device cpu or auto")
     return torch.device(device)
+
+
+def place(network: nn.Module, device: torch.device, *, channels_last: bool = True) -> nn.Module:
+    """Move a network to a device, its convolution weights with channels last (or contiguous)."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return network.to(device).to(memory_format=layout)  # type: ignore[call-overload]
 
 
 def check_precision(precision: str, device: torch.device) -> None:

@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from dfkd_ray import batchnorm, devices, losses, pruning
-from dfkd_ray.bundles import read_safetensors, whole_folder
+from dfkd_ray.bundles import read_safetensors, whole_folder, write_safetensors
 from dfkd_ray.config import DistillationConfig, PruningConfig
 from dfkd_ray.evaluation import Reference
 from dfkd_ray.images import PixelSpace, decode, flip_images, mix_images, mix_seed, shift_images
@@ -277,8 +276,7 @@ def write_checkpoint(folder: Path, student: nn.Module, optimiser: torch.optim.SG
     plain = {name: value for name, value in vars(state).items() if name != "best"}
     plain["best_kl"] = state.best_kl if math.isfinite(state.best_kl) else None
     with whole_folder(folder) as partial:
-        contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        safetensors.torch.save_file(contiguous, partial / "state.safetensors")
+        write_safetensors(partial / "state.safetensors", tensors)
         (partial / "state.json").write_text(json.dumps(plain), encoding="utf-8")
 
 

@@ -5,13 +5,16 @@ Three spaces: *stored* (uint8 over the pixel range, float16 or float32), *pixels
 write into a stored batch that others share.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from PIL import Image
 from torch import Tensor
 
 STORAGE_DTYPES = {"uint8": torch.uint8, "float16": torch.float16, "float32": torch.float32}
@@ -30,7 +33,7 @@ class Batch:
     images: np.ndarray
     labels: np.ndarray
     key: str
-    terms: dict[str, float] = field(default_factory=dict)
+    terms: dict[str, Any] = field(default_factory=dict)
 
 
 # The seam of every synthesis method, of the cache and of what streams them: batch i, whatever came before.
@@ -70,7 +73,7 @@ def encode(images: Float[Tensor, "n c h w"], space: PixelSpace, storage: str) ->
 def decode(images: np.ndarray | Tensor, space: PixelSpace, device: torch.device | str = "cpu") -> Tensor:
     """Stored images as normalised float32, always a new tensor."""
     if isinstance(images, np.ndarray):
-        # A read-only view (object store, memory map) warns in from_numpy; dlpack shares it without, and it is only read.
+        # from_numpy warns of a read-only view (object store, memory map); dlpack does not, and it is only read here.
         images = torch.from_dlpack(images) if images.flags.aligned else torch.tensor(images)
     pixels = images.to(device, non_blocking=True).to(torch.float32)
     mean, std = space.per_channel(device)
@@ -120,12 +123,6 @@ def mix_images(
     return w * images + (1 - w) * images[partner], weight, partner
 
 
-def epoch_order(num_images: int, seed: int) -> Iterable[Int[Tensor, " n"]]:
-    """An endless sequence of permutations of the images, each a pure function of (seed, epoch)."""
-    for epoch in count():
-        yield torch.randperm(num_images, generator=torch.Generator().manual_seed(mix_seed(seed, epoch)))
-
-
 def mix_seed(*parts: int) -> int:
     """One 63-bit seed out of several numbers, without collisions of neighbours (splitmix64 over the parts)."""
     state = 0
@@ -142,13 +139,29 @@ def batch_seed(key: str, index: int) -> int:
     return mix_seed(int(key[:16], 16), index)
 
 
-def class_grid(batches: Sequence[Batch], num_classes: int, per_class: int) -> list[np.ndarray]:
-    """Up to `per_class` stored images for each class in turn, blank where there are fewer: rows of a picture."""
+def save_class_grid(
+    path: Path, batches: Sequence[Batch], num_classes: int, space: PixelSpace, per_class: int = 12, largest: int = 20
+) -> None:
+    """A PNG with a row of stored images for each of the first `largest` classes; unlabelled noise fills in order."""
     images = np.concatenate([batch.images for batch in batches])
     labels = np.concatenate([batch.labels for batch in batches])
-    rows = []
-    for label in range(num_classes):
-        found = images[labels == label][:per_class]
-        blank = np.zeros((per_class - len(found), *images.shape[1:]), images.dtype)
-        rows.append(np.concatenate([found, blank]))
-    return rows
+    if (labels == NO_LABEL).all():
+        labels = np.arange(len(labels)) % num_classes
+    c, h, w = images.shape[1:]
+    rows = min(num_classes, largest)
+    picture = np.full((c, rows * (h + 2) - 2, per_class * (w + 2) - 2), 255, np.uint8)
+    for row in range(rows):
+        for column, image in enumerate(images[labels == row][:per_class]):
+            if image.dtype != np.uint8:
+                scaled = (image.astype(np.float32) - space.low) / (space.high - space.low)
+                image = (scaled * 255).round().clip(0, 255).astype(np.uint8)
+            picture[:, row * (h + 2) : row * (h + 2) + h, column * (w + 2) : column * (w + 2) + w] = image
+    # Grey or colour; of other channel counts the first is shown.
+    shown = picture.transpose(1, 2, 0) if c == 3 else picture[0]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        Image.fromarray(shown).save(partial, format="PNG")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dfkd_ray.config import PruningConfig
 
-Weights = dict[str, nn.Parameter]
+Weights = dict[str, Tensor]
 Masks = dict[str, Tensor]
 KINDS = (
     nn.Conv1d,

@@ -9,13 +9,12 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfkd_ray import devices, models
-from dfkd_ray.bundles import BundleInfo, freeze, read_safetensors, whole_folder
+from dfkd_ray.bundles import BundleInfo, freeze, read_safetensors, whole_folder, write_safetensors
 from dfkd_ray.config import TeacherTrainingConfig, config_hash
 from dfkd_ray.data import LabelledImages
 from dfkd_ray.images import PixelSpace, decode, flip_images, mix_seed, shift_images
@@ -67,9 +66,8 @@ def train(
     space = channel_statistics(data, train_indices)
     num_classes = len(data.class_names)
     torch.manual_seed(config.seed)  # the layers' own initialisation draws from the global generator
-    network = models.build(
-        config.architecture, config.arguments, num_classes=num_classes, image_shape=data.image_shape
-    ).to(device, memory_format=torch.channels_last)
+    network = models.build(config.architecture, config.arguments, num_classes=num_classes, image_shape=data.image_shape)
+    network = devices.place(network, device)
     optimiser = make_optimiser(network, config)
     first_epoch = read_checkpoint(checkpoint, config, network, optimiser) if checkpoint else 0
 
@@ -116,7 +114,7 @@ def train(
         dataset=data.name,
         notes={"training": config.model_dump(mode="json")},
     )
-    return info, freeze(network.to("cpu", memory_format=torch.contiguous_format))
+    return info, freeze(devices.place(network, torch.device("cpu"), channels_last=False))
 
 
 def make_optimiser(network: nn.Module, config: TeacherTrainingConfig) -> torch.optim.SGD:
@@ -137,7 +135,7 @@ def write_checkpoint(
         if momentum is not None:
             tensors[f"momentum.{index}"] = momentum.cpu().contiguous()
     with whole_folder(folder) as partial:
-        safetensors.torch.save_file(tensors, partial / "state.safetensors")
+        write_safetensors(partial / "state.safetensors", tensors)
         state = {"config": config_hash(config), "num_epochs": num_epochs}
         (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
 

@@ -164,7 +164,7 @@ def steps(
         "status": "finished",
     }
     row |= size_columns(student)
-    student = student.to("cpu", memory_format=torch.contiguous_format)
+    student = devices.place(student, torch.device("cpu"), channels_last=False)
     pruned = tuple(pruning.prunable(student)) if config.pruning.sparsity > 0 else ()
     info = student_info(config, teacher, row)
     return Outcome(row, student.requires_grad_(False), info, pruned, tuple(batches), tuple(state.epochs))
@@ -172,7 +172,7 @@ def steps(
 
 def on_device(network: nn.Module, device: torch.device) -> nn.Module:
     """A frozen copy on the device, channels last: the bundle's own network is never touched."""
-    return bundles.freeze(deepcopy(network)).to(device, memory_format=torch.channels_last)
+    return devices.place(bundles.freeze(deepcopy(network)), device)
 
 
 def starting_student(
@@ -278,7 +278,7 @@ def image_columns(
     bn = [float(batch.terms["bn"]) for batch in batches if "bn" in batch.terms]
     return {
         "num_images": len(pool.labels),
-        "images_sha256": hashlib.sha256(np.ascontiguousarray(pool.images)).hexdigest(),
+        "images_sha256": hashlib.sha256(pool.images.tobytes()).hexdigest(),
         "image_confidence": float(logits.softmax(dim=1).amax(dim=1).mean()),
         "class_histogram": json.dumps(histogram),
         "image_bn": sum(bn) / len(bn) if bn else None,

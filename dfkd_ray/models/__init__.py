@@ -9,7 +9,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -70,7 +70,7 @@ def import_factory(path: str) -> Callable[..., nn.Module]:
         raise ValueError(f"architecture {path!r}: cannot import {module_name!r} ({error})") from None
     if not callable(factory):
         raise ValueError(f"architecture {path!r}: {module_name!r} has no callable {name!r}")
-    return factory
+    return cast(Callable[..., nn.Module], factory)
 
 
 @torch.no_grad()

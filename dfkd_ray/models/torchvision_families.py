@@ -8,7 +8,7 @@ Source: Tripurwar et al. 2025, arXiv 2511.20702 (the list of families).
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -113,9 +113,10 @@ def mobilenet_v2(
     """MobileNetV2."""
     net = MobileNetV2(num_classes=num_classes, width_mult=width_multiplier)
     cifar = check_stem(stem)
-    net.features[0][0] = first_conv(net.features[0][0], image_shape[0], stride=1 if cifar else 2)
+    blocks: Any = net.features
+    blocks[0][0] = first_conv(blocks[0][0], image_shape[0], stride=1 if cifar else 2)
     if cifar:
-        net.features[2].conv[1][0].stride = (1, 1)
+        blocks[2].conv[1][0].stride = (1, 1)
     return net
 
 

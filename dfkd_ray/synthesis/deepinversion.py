@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable
 from copy import deepcopy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +34,7 @@ def source(teacher: Teacher, config: DeepInversionConfig, key: str, device: torc
     The teacher's own network is not touched: the source works on a copy, on `device`.
     """
     devices.check_precision(config.precision, device)
-    network = freeze(deepcopy(teacher.network)).to(device)
-    if config.channels_last:
-        network = network.to(memory_format=torch.channels_last)
+    network = devices.place(freeze(deepcopy(teacher.network)), device, channels_last=config.channels_last)
     if not batchnorm.layers(network):
         with batchnorm.recorded(network):  # raises with the sentence that says what to do
             pass
@@ -155,7 +154,7 @@ def total(config: DeepInversionConfig, terms: dict[str, Tensor]) -> Tensor:
 @torch.no_grad()
 def measure(
     network: nn.Module, config: DeepInversionConfig, images: Tensor, labels: Tensor, num_classes: int
-) -> dict[str, float | list[int]]:
+) -> dict[str, Any]:
     """The terms of the images as stored, without jitter: plus teacher confidence, accuracy and class histogram."""
     if config.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,270 @@
+"""Speed as ratios against a plain reference, both measured in one run on the same teacher.
+
+The reference is kept here: eager float32, one forward hook per BatchNorm layer, no channels_last, and the public
+recipe that accompanies Tripurwar et al. 2025 (arXiv 2511.20702), written from its published settings. Its teacher's
+parameters are frozen and its teacher is in eval mode, which the recipe leaves open: that only makes it faster.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfkd_ray import batchnorm, devices, evaluation, models, pruning, trial
+from dfkd_ray.bundles import BundleInfo, Teacher, freeze, teacher_hash
+from dfkd_ray.config import DeepInversionConfig, PruningConfig, TrialConfig
+from dfkd_ray.distillation import Progress
+from dfkd_ray.images import Batch
+from dfkd_ray.synthesis import deepinversion
+
+# The fast configuration: what recovers within about a point in a small share of the recipe's time.
+FAST: dict[str, Any] = {
+    "bn_num_images": 256,
+    "synthesis": {"num_steps": 100},
+    "distillation": {"num_images": 256, "num_steps": 150, "eval_every": 150},
+    "reference": {"num_images": 64, "synthesis": {"batch_size": 64, "num_steps": 50}},
+}
+RECIPE = {"num_images": 1024, "batch_size": 32, "num_steps": 200, "num_epochs": 15, "temperature": 3.0}
+
+
+def default_teacher() -> Teacher:
+    """An untrained ResNet-18 with CIFAR stem at width 32 on 1x32x32: speed does not depend on the weights."""
+    arguments = {"stem": "cifar", "width_multiplier": 0.5}
+    torch.manual_seed(0)
+    network = models.build("resnet18", arguments, num_classes=10, image_shape=(1, 32, 32))
+    info = BundleInfo(
+        architecture="resnet18",
+        arguments=arguments,
+        num_classes=10,
+        image_shape=(1, 32, 32),
+        mean=(0.3,),
+        std=(0.35,),
+        trained=False,
+    )
+    return Teacher(freeze(network), info, teacher_hash(info), "untrained resnet18, width 32")
+
+
+@contextmanager
+def hooked(network: nn.Module) -> Iterator[list[Tensor]]:
+    """The plain way: a forward hook per BatchNorm layer, each adding its layer's distance to a list."""
+    distances: list[Tensor] = []
+
+    def hook(layer: Any, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+        x = inputs[0].float()
+        dims = [0, *range(2, x.ndim)]
+        mean, variance = x.mean(dims), x.var(dims, unbiased=False)
+        distances.append(
+            torch.linalg.vector_norm(mean - layer.running_mean) + torch.linalg.vector_norm(variance - layer.running_var)
+        )
+
+    handles = [layer.register_forward_hook(hook) for layer in batchnorm.layers(network)]
+    try:
+        yield distances
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def reference_inversion(network: nn.Module, images: Tensor, num_steps: int, generator: torch.Generator) -> Tensor:
+    """The recipe's synthesis of one batch: entropy + 10 BN + 1e-5 summed TV, Adam lr 0.05, jitter, clamp to [-3, 3]."""
+    images = images.clone().requires_grad_(True)
+    optimiser = torch.optim.Adam([images], lr=0.05)
+    with hooked(network) as distances:
+        for _ in range(num_steps):
+            distances.clear()
+            dy, dx = torch.randint(-2, 3, (2,), generator=generator).tolist()
+            logits = network(torch.roll(images, (dy, dx), dims=(2, 3)))
+            log_p = F.log_softmax(logits, dim=1)
+            entropy = -(log_p.exp() * log_p).sum(dim=1).mean()
+            tv = (images[:, :, 1:] - images[:, :, :-1]).abs().sum() + (
+                images[:, :, :, 1:] - images[:, :, :, :-1]
+            ).abs().sum()
+            loss = entropy + 10.0 * torch.stack(distances).sum() + 1e-5 * tv
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            with torch.no_grad():
+                images.clamp_(-3.0, 3.0)
+    return images.detach()
+
+
+def reference_distillation(
+    student: nn.Module, teacher: nn.Module, images: Tensor, masks: pruning.Masks, num_epochs: int, seed: int
+) -> None:
+    """The recipe's distillation: SGD lr 1e-3 momentum 0.9, T = 3, KL without T², BatchNorm frozen, masks kept."""
+    student.eval().requires_grad_(True)
+    optimiser = torch.optim.SGD(student.parameters(), lr=1e-3, momentum=0.9)
+    temperature, size = RECIPE["temperature"], int(RECIPE["batch_size"])
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(num_epochs):
+        for rows in torch.randperm(len(images), generator=generator).split(size):
+            x = images[rows]
+            with torch.no_grad():
+                target = F.softmax(teacher(x) / temperature, dim=1)
+            loss = F.kl_div(F.log_softmax(student(x) / temperature, dim=1), target, reduction="batchmean")
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            pruning.apply(student, masks)
+
+
+def bare_steps(network: nn.Module, images: Tensor, labels: Tensor, precision: str, num_steps: int) -> None:
+    """Forward and backward of the network alone: no statistics, no optimiser. The limit to aim at."""
+    images = images.contiguous(memory_format=torch.channels_last).requires_grad_(True)
+    for _ in range(num_steps):
+        with devices.autocast(precision, images.device):
+            logits = network(images).float()
+        torch.autograd.grad(F.cross_entropy(logits, labels), images)
+
+
+def inversion(
+    teacher: Teacher, config: DeepInversionConfig, *, steps: int, repeats: int, device_name: str
+) -> dict[str, float]:
+    """Print and return images·steps per second of the three sides, and the ratios; medians of alternating runs."""
+    device = devices.resolve(device_name)
+    plain = freeze(deepcopy(teacher.network)).to(device)
+    ours = trial.on_device(teacher.network, device)
+    run = deepinversion.compiled(ours) if config.compile else ours
+    space = teacher.info.space
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(config.batch_size, *teacher.info.image_shape, generator=generator).to(device)
+    labels = (torch.arange(config.batch_size) % teacher.info.num_classes).to(device)
+
+    def run_reference(num: int) -> None:
+        with devices.numerics("float32", device, config.num_threads):
+            reference_inversion(plain, images, num, generator)
+
+    def run_bare(num: int) -> None:
+        with devices.numerics(config.precision, device, config.num_threads):
+            bare_steps(ours, images, labels, config.precision, num)
+
+    def run_ours(num: int) -> None:
+        with devices.numerics(config.precision, device, config.num_threads):
+            settings = config.model_copy(update={"num_steps": num})
+            deepinversion.invert(ours, run, settings, space, images, labels, generator)
+
+    sides: dict[str, Callable[[int], None]] = {"reference": run_reference, "bare": run_bare, "ours": run_ours}
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for side in sides.values():
+        side(2)
+    for _ in range(repeats):
+        for name, side in sides.items():
+            synchronise(device)
+            start = time.perf_counter()
+            side(steps)
+            synchronise(device)
+            times[name].append(time.perf_counter() - start)
+    rates = {name: config.batch_size * steps / statistics.median(values) for name, values in times.items()}
+    result = rates | {
+        "ours_to_reference": rates["ours"] / rates["reference"],
+        "ours_to_bare": rates["ours"] / rates["bare"],
+    }
+    print(f"bench inversion: {teacher.name}, batch {config.batch_size}, {steps} steps a run, median of {repeats}")
+    print(f"machine: {devices.numerics_class(device)}, {config.num_threads} threads")
+    spread = {name: (max(values) - min(values)) / statistics.median(values) for name, values in times.items()}
+    described = {
+        "reference": "eager float32, forward hooks",
+        "bare": f"forward + backward alone, {config.precision}",
+        "ours": f"{config.precision}{', compiled' if config.compile else ''}",
+    }
+    for name, what in described.items():
+        print(f"  {name:10}{rates[name]:9.0f} images·steps/s  (spread {100 * spread[name]:.0f} %)  {what}")
+    print(f"  ours / reference {result['ours_to_reference']:.2f}   ours / bare {result['ours_to_bare']:.2f}")
+    return result
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the device, so that a clock read means something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def recovery(
+    teacher: Teacher,
+    config: TrialConfig,
+    test: Sequence[Batch],
+    sparsities: Sequence[float],
+    *,
+    scale: float,
+    seed: int,
+    progress: Progress,
+) -> list[dict[str, float]]:
+    """Print and return points lost and seconds of the recipe and of ours, per sparsity.
+
+    Each side's seconds are those of one whole recovery: synthesis, pruning and distillation, without test evaluation;
+    the recipe's images are made once and their time counted for every sparsity, ours are made anew each time.
+    """
+    device = devices.resolve(config.device)
+    space, kd = teacher.info.space, config.distillation
+    network = trial.on_device(teacher.network, device)
+    base = evaluation.accuracy(network, test, space, device, "float32")
+    print(f"bench recovery: {teacher.name}, test accuracy {100 * base:.2f} %, seed {seed}", flush=True)
+    print(f"machine: {devices.numerics_class(device)}, {kd.num_threads} threads")
+
+    ours = []
+    for sparsity in sparsities:
+        pruned = config.pruning.model_copy(update={"sparsity": sparsity})
+        start = time.perf_counter()
+        outcome = trial.run(config.model_copy(update={"pruning": pruned}), teacher, progress=progress)
+        wall = time.perf_counter() - start
+        if outcome.student is None:
+            raise FloatingPointError(f"bench recovery at sparsity {sparsity}: {outcome.row['reason']}")
+        accuracy = evaluation.accuracy(trial.on_device(outcome.student, device), test, space, device, kd.precision)
+        ours.append((accuracy, wall))
+        print(f"  ours    {sparsity:.2f}: lost {100 * (base - accuracy):6.2f} points, {wall:7.1f} s", flush=True)
+
+    rows = []
+    with devices.numerics("float32", device, kd.num_threads):
+        start = time.perf_counter()
+        plain = freeze(deepcopy(teacher.network)).to(device)
+        images = recipe_images(plain, teacher.info.image_shape, scale, seed, device, progress)
+        synthesis_s = time.perf_counter() - start
+        for sparsity, (our_accuracy, our_wall) in zip(sparsities, ours, strict=True):
+            start = time.perf_counter()
+            student = deepcopy(plain)
+            masks = pruning.masks(student, PruningConfig(sparsity=sparsity))
+            pruning.apply(student, masks)
+            epochs = max(1, round(RECIPE["num_epochs"] * scale))
+            reference_distillation(student, plain, images, masks, epochs, seed)
+            wall = synthesis_s + time.perf_counter() - start
+            accuracy = evaluation.accuracy(student, test, space, device, "float32")
+            print(f"  recipe  {sparsity:.2f}: lost {100 * (base - accuracy):6.2f} points, {wall:7.1f} s", flush=True)
+            row = {
+                "sparsity": sparsity,
+                "ours_lost_points": 100 * (base - our_accuracy),
+                "recipe_lost_points": 100 * (base - accuracy),
+                "ours_wall_s": our_wall,
+                "recipe_wall_s": wall,
+                "recipe_to_ours": wall / our_wall,
+            }
+            rows.append(row)
+    for row in rows:
+        print(f"  sparsity {row['sparsity']:.2f}: recipe / ours wall time {row['recipe_to_ours']:.1f}")
+    return rows
+
+
+def recipe_images(
+    network: nn.Module,
+    image_shape: Sequence[int],
+    scale: float,
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+) -> Tensor:
+    """The recipe's images, normalised float32; `scale` shrinks their number and steps."""
+    size = int(RECIPE["batch_size"])
+    num_batches = max(1, round(RECIPE["num_images"] * scale / size))
+    num_steps = max(1, round(RECIPE["num_steps"] * scale))
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for index in range(num_batches):
+        start = torch.randn(size, *image_shape, generator=generator).to(device)
+        batches.append(reference_inversion(network, start, num_steps, generator))
+        progress("recipe's images", index + 1, num_batches, {})
+    return torch.cat(batches)

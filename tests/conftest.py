@@ -1,0 +1,54 @@
+"""Fixtures that several files share; the environment is set before anything of the package is imported."""
+
+import os
+import tempfile
+
+SCRATCH = tempfile.TemporaryDirectory(prefix="dfkd_ray-tests-")
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["DFKD_RAY_CACHE"] = SCRATCH.name
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dfkd_ray import batchnorm, bundles, models
+
+TINY_INFO = bundles.BundleInfo(
+    architecture="resnet8",
+    arguments={"width_multiplier": 0.5},
+    num_classes=10,
+    image_shape=(1, 16, 16),
+    mean=(0.5,),
+    std=(0.25,),
+    trained=False,
+)
+
+
+def randomise_statistics(network: nn.Module, seed: int = 0) -> None:
+    """Give every BatchNorm layer running statistics, weights and biases that look like those of a trained network."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in batchnorm.layers(network):
+            layer.running_mean.normal_(0, 0.3, generator=generator)
+            layer.running_var.uniform_(0.5, 1.5, generator=generator)
+            if layer.affine:
+                layer.weight.uniform_(0.5, 1.5, generator=generator)
+                layer.bias.normal_(0, 0.3, generator=generator)
+
+
+def tiny_network(seed: int = 0) -> nn.Module:
+    """An untrained ResNet-8 of half width for 10 classes of 1x16x16 images."""
+    torch.manual_seed(seed)
+    network = models.build("resnet8", TINY_INFO.arguments, num_classes=10, image_shape=(1, 16, 16))
+    randomise_statistics(network, seed)
+    return network
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an untrained teacher's bundle; read it, do not write into it."""
+    folder = tmp_path_factory.mktemp("teachers") / "tiny"
+    bundles.save(folder, TINY_INFO, tiny_network().state_dict())
+    return folder
