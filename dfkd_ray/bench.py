@@ -26,7 +26,7 @@ from dfkd_ray.synthesis import deepinversion
 # The fast configuration: what recovers within about a point in a small share of the recipe's time.
 FAST: dict[str, Any] = {
     "bn_num_images": 256,
-    "synthesis": {"num_steps": 100},
+    "synthesis": {"num_steps": 50},
     "distillation": {"num_images": 256, "num_steps": 150, "eval_every": 150},
     "reference": {"num_images": 64, "synthesis": {"batch_size": 64, "num_steps": 50}},
 }
@@ -116,7 +116,7 @@ def reference_distillation(
 
 def bare_steps(network: nn.Module, images: Tensor, labels: Tensor, precision: str, num_steps: int) -> None:
     """Forward and backward of the network alone: no statistics, no optimiser. The limit to aim at."""
-    images = images.contiguous(memory_format=torch.channels_last).requires_grad_(True)
+    images = images.clone(memory_format=torch.channels_last).requires_grad_(True)
     for _ in range(num_steps):
         with devices.autocast(precision, images.device):
             logits = network(images).float()
@@ -134,6 +134,7 @@ def inversion(
     space = teacher.info.space
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(config.batch_size, *teacher.info.image_shape, generator=generator).to(device)
+    parts = deepinversion.initial_parts(config, teacher.info.image_shape, generator, device)
     labels = (torch.arange(config.batch_size) % teacher.info.num_classes).to(device)
 
     def run_reference(num: int) -> None:
@@ -147,7 +148,7 @@ def inversion(
     def run_ours(num: int) -> None:
         with devices.numerics(config.precision, device, config.num_threads):
             settings = config.model_copy(update={"num_steps": num})
-            deepinversion.invert(ours, run, settings, space, images, labels, generator)
+            deepinversion.invert(ours, run, settings, space, parts, labels, generator)
 
     sides: dict[str, Callable[[int], None]] = {"reference": run_reference, "bare": run_bare, "ours": run_ours}
     times: dict[str, list[float]] = {name: [] for name in sides}

@@ -96,7 +96,7 @@ class Progress:
         self.every_s = 0.1 if self.live else every_s
         self.stage, self.start, self.shown = "", 0.0, 0.0
 
-    def __call__(self, stage: str, done: int, total: int, numbers: Mapping[str, float]) -> None:
+    def __call__(self, stage: str, done: int, total: int, numbers: Mapping[str, float | int]) -> None:
         """Show where a stage stands."""
         now = time.monotonic()
         if stage != self.stage:
@@ -486,6 +486,9 @@ def sweep(
     set_: Set = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="the file's small size, for a look in seconds")] = False,
     test_data: TestData = "auto",
+    real_data: Annotated[
+        str | None, typer.Option(help="for trials with method real: the training set, by name")
+    ] = None,
     data_root: DataRoot = Path("data"),
     download: Download = False,
     cache: Annotated[Path | None, typer.Option(help="where synthesised batches are kept")] = None,
@@ -500,14 +503,19 @@ def sweep(
 
     settings = configs.validate(sweeps.SweepConfig, data, str(file))
     jobs = sweeps.plan(sweeps.expand(settings, overrides, tiny=tiny), lambda name: load_teacher(name, trust_code))
-    if any(job.config.synthesis.method == "real" for job in jobs):
-        raise ValueError(f"{file}: synthesis.method=real is for `dfkd-ray recover --method real --real-data NAME`")
+    uses_real = any(job.config.synthesis.method == "real" for job in jobs)
+    if uses_real != (real_data is not None):
+        raise ValueError(f"{file}: trials with synthesis.method=real and --real-data NAME go together")
     folder = (results or Path("runs") / (file.stem + ("-tiny" if tiny else ""))).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sweep.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
     num_done = len(sweeps.finished_ids(folder) & {job.id for job in jobs})
     print(f"{file}: {len(jobs)} trials, {num_done} already finished; results in {folder}", flush=True)
     start = time.monotonic()
+
+    def real_of(teacher: "Teacher", synthesis: configs.RealConfig) -> "BatchSource":
+        assert real_data is not None
+        return open_real(teacher, real_data, data_root, synthesis, download)
 
     def on_row(row: Mapping[str, Any], done: int, total: int) -> None:
         if row["status"] == "failed":
@@ -524,6 +532,7 @@ def sweep(
         folder,
         (cache or caches.default_folder()).absolute(),
         test_of=lambda teacher: open_test(teacher, test_data, data_root, download),
+        real_of=real_of if real_data else None,
         on_row=on_row,
         trust_code=tuple(trust_code or ()),
     )

@@ -30,14 +30,18 @@ class DeepInversionConfig(BaseModel):
     method: Literal["deepinversion"] = "deepinversion"
     seed: int = Field(default=0, ge=0, description="seed of every batch, together with the teacher and the batch index")
     batch_size: int = Field(default=256, ge=2, description="images per batch; they share their BatchNorm statistics")
-    num_steps: int = Field(default=200, ge=1, description="optimiser steps per batch")
-    learning_rate: float = Field(default=0.05, gt=0, description="Adam learning rate, in units of normalised pixels")
+    num_steps: int = Field(default=60, ge=1, description="optimiser steps per batch")
+    parametrisation: Literal["pyramid", "pixel"] = Field(
+        default="pyramid",
+        description="what Adam moves: a sum of images at halved resolutions, or the pixels themselves",
+    )
+    learning_rate: float = Field(default=0.1, gt=0, description="Adam learning rate, in units of normalised pixels")
     schedule: Literal["cosine", "constant"] = Field(default="cosine", description="learning rate over the steps")
     label_loss: Literal["cross_entropy", "entropy"] = Field(
         default="cross_entropy", description="cross-entropy to balanced labels, or entropy of the teacher's own output"
     )
     label_weight: Weight = Field(default=1.0, description="weight of the label loss")
-    bn_weight: Weight = Field(default=10.0, description="weight of the BatchNorm statistics term")
+    bn_weight: Weight = Field(default=0.2, description="weight of the BatchNorm statistics term")
     bn_first_multiplier: Weight = Field(default=1.0, description="extra factor on the first BatchNorm layer's term")
     tv_weight: Weight = Field(
         default=0.01, description="weight of total variation, mean-reduced (free of batch and resolution)"
@@ -62,6 +66,12 @@ class DeepInversionConfig(BaseModel):
         default="uint8", description="type of a stored image, uint8 over the teacher's pixel range"
     )
     num_threads: Threads = 2
+
+    @model_validator(mode="after")
+    def _something_to_minimise(self) -> "DeepInversionConfig":
+        if not self.label_weight and not self.bn_weight:
+            raise ValueError("label_weight and bn_weight are both 0: nothing ties the images to the teacher")
+        return self
 
 
 class NoiseConfig(BaseModel):
@@ -162,7 +172,7 @@ class DistillationConfig(BaseModel):
     seed: int = Field(default=0, ge=0, description="seed of order, augmentation and a new student's weights")
     num_images: int = Field(default=1024, ge=1, description="distinct images; taken as whole batches, rounded up")
     num_steps: int = Field(
-        default=400, ge=0, description="optimiser steps; 0 leaves the student as BatchNorm re-estimation left it"
+        default=300, ge=0, description="optimiser steps; 0 leaves the student as BatchNorm re-estimation left it"
     )
     batch_size: int = Field(default=128, ge=2)
     learning_rate: float = Field(default=0.05, gt=0, description="peak SGD learning rate, cosine to zero")
@@ -183,7 +193,7 @@ class DistillationConfig(BaseModel):
     shift: int = Field(default=2, ge=0, description="augmentation: largest shift with zero padding, pixels")
     flip: bool = Field(default=True, description="augmentation: left to right, each image with probability 1/2")
     mixup: float = Field(
-        default=0.0, ge=0, le=1, description="augmentation: share of images mixed with another, weight U(0, 1)"
+        default=0.5, ge=0, le=1, description="augmentation: share of images mixed with another, weight U(0, 1)"
     )
     precision: Precision = "bfloat16"
     fast: bool = Field(default=False, description="CUDA: autotuned, non-deterministic kernels")
@@ -226,6 +236,8 @@ class TrialConfig(BaseModel):
     def _options_can_act(self) -> "TrialConfig":
         if self.distillation.label_weight and self.synthesis.method == "noise":
             raise ValueError("distillation.label_weight needs labels; synthesis.method=noise has none")
+        if self.pruning.schedule == "cubic" and self.distillation.num_steps == 0:
+            raise ValueError("pruning.schedule=cubic prunes during distillation; distillation.num_steps is 0")
         new_student = self.student.architecture is not None
         if new_student and self.distillation.bn_mode != "trained":
             raise ValueError("a student from scratch has no BatchNorm statistics yet; set distillation.bn_mode=trained")

@@ -21,7 +21,7 @@ from dfkd_ray.config import DistillationConfig, PruningConfig
 from dfkd_ray.evaluation import Reference
 from dfkd_ray.images import PixelSpace, decode, flip_images, mix_images, mix_seed, shift_images
 
-Progress = Callable[[str, int, int, Mapping[str, float]], None]
+Progress = Callable[[str, int, int, Mapping[str, float | int]], None]
 Snapshot = dict[str, Tensor]
 
 
@@ -43,7 +43,7 @@ class State:
     best_kl: float = math.inf
     looks_since_best: int = 0
     best: Snapshot = field(default_factory=dict)
-    epochs: list[dict[str, float]] = field(default_factory=list)
+    epochs: list[dict[str, float | int]] = field(default_factory=list)
 
 
 def learning_rate(config: DistillationConfig, step: int) -> float:
@@ -115,18 +115,19 @@ def distil(
         state = read_checkpoint(checkpoint, student, optimiser)
         masks = {name: weight.detach() != 0 for name, weight in pruning.prunable(student).items() if name in masks}
     precision = config.precision
+    last_pruning = last_pruning_step(pruning_config, config.num_steps)
     with (
         devices.numerics(precision, device, config.num_threads, config.fast),
         last_linear_inputs(student, config.feature_weight > 0) as student_features,
         last_linear_inputs(teacher, config.feature_weight > 0) as teacher_features,
     ):
         if state.step == 0:
-            look(state, student, config, reference, space, device, {})
+            look(state, student, config, reference, space, device, {}, candidate=last_pruning < 0)
         sums: dict[str, Tensor] = {}
         while state.step < config.num_steps:
             step = state.step
-            if pruning_config.schedule == "cubic" and step % pruning_config.schedule_every == 0:
-                masks = cubic_masks(student, pruning_config, step, config.num_steps)
+            if step == last_pruning or (step < last_pruning and step % pruning_config.schedule_every == 0):
+                masks = cubic_masks(student, pruning_config, step, config.num_steps, final=step == last_pruning)
             generator = torch.Generator().manual_seed(mix_seed(config.seed, 2, step))
             rows = rows_of(config, len(pool.labels), step)
             images, weight, partner = augmented(pool, rows, config, space, device, generator)
@@ -156,8 +157,7 @@ def distil(
                 if not all(math.isfinite(value) for value in means.values()):
                     raise FloatingPointError(f"distillation: the loss is not finite by step {state.step}: {means}")
                 # A student that is still being pruned is no candidate: it has not the sparsity asked for.
-                final = pruning_config.schedule == "one_shot" or full_sparsity(pruning_config, state.step, config)
-                look(state, student, config, reference, space, device, means, candidate=final)
+                look(state, student, config, reference, space, device, means, candidate=step >= last_pruning)
                 if config.patience and state.looks_since_best >= config.patience:
                     break
             if progress:
@@ -227,19 +227,20 @@ def update(
     pruning.apply(student, masks)
 
 
-def cubic_masks(student: nn.Module, config: PruningConfig, step: int, num_steps: int) -> pruning.Masks:
+def last_pruning_step(config: PruningConfig, num_steps: int) -> int:
+    """The step before whose update the cubic schedule reaches its sparsity; -1 for one-shot pruning, done before."""
+    if config.schedule == "one_shot":
+        return -1
+    return min(max(1, round(config.schedule_end * num_steps)), num_steps - 1)
+
+
+def cubic_masks(student: nn.Module, config: PruningConfig, step: int, num_steps: int, *, final: bool) -> pruning.Masks:
     """Prune `student` to the schedule's sparsity at `step`; weights that are zero score lowest, so none comes back."""
-    sparsity = pruning.cubic_sparsity(step, num_steps, config.schedule_end, config.sparsity)
+    reached = pruning.cubic_sparsity(step, num_steps, config.schedule_end, config.sparsity)
+    sparsity = config.sparsity if final else reached
     masks = pruning.masks(student, config, sparsity)
     pruning.apply(student, masks)
     return masks
-
-
-def full_sparsity(config: PruningConfig, step: int, distillation: DistillationConfig) -> bool:
-    """Whether the cubic schedule's last pruning is behind step `step`."""
-    ramp = max(1, round(config.schedule_end * distillation.num_steps))
-    last = min(-(-ramp // config.schedule_every) * config.schedule_every, distillation.num_steps - 1)
-    return step > last
 
 
 def look(

@@ -19,8 +19,8 @@ from pydantic import BaseModel, Field
 from dfkd_ray import results
 from dfkd_ray import trial as one_trial
 from dfkd_ray.bundles import Teacher
-from dfkd_ray.config import STRICT, SYNTHESIS_CONFIGS, TrialConfig, validate, with_overrides
-from dfkd_ray.images import Batch, save_class_grid
+from dfkd_ray.config import STRICT, SYNTHESIS_CONFIGS, RealConfig, TrialConfig, validate, with_overrides
+from dfkd_ray.images import Batch, BatchSource, save_class_grid
 
 log = logging.getLogger(__name__)
 OnRow = Callable[[Mapping[str, Any], int, int], None]
@@ -130,7 +130,12 @@ def plan(configs: Sequence[TrialConfig], open_teacher: Callable[[str], Teacher])
 
 
 def run_job(
-    job: Job, test: Sequence[Batch] | None, results_folder: Path, cache_folder: Path, trust_code: Sequence[str]
+    job: Job,
+    test: Sequence[Batch] | None,
+    real: BatchSource | None,
+    results_folder: Path,
+    cache_folder: Path,
+    trust_code: Sequence[str],
 ) -> dict[str, Any]:
     """Run one trial and write what it leaves: student, picture, row (last, so that a row means all is there)."""
     try:
@@ -138,6 +143,7 @@ def run_job(
             job.config,
             job.teacher,
             test=test,
+            real=real,
             cache_folder=cache_folder,
             checkpoint=results_folder / "checkpoints",
             trust_code=trust_code,
@@ -161,13 +167,20 @@ def run(
     cache_folder: Path,
     *,
     test_of: Callable[[Teacher], Sequence[Batch] | None] = lambda _teacher: None,
+    real_of: Callable[[Teacher, RealConfig], BatchSource] | None = None,
     on_row: OnRow | None = None,
     trust_code: Sequence[str] = (),
 ) -> int:
     """Run the trials that have no finished row yet, on this machine; returns how many failed.
 
-    As many trials run side by side as there are cores for their `distillation.num_threads`.
+    As many trials run side by side as there are cores for their `distillation.num_threads`. `test_of` gives a
+    teacher's test batches or None, `real_of` the real images for trials with `synthesis.method=real`; without it such
+    trials are refused (`ValueError`).
     """
+    if real_of is None and any(isinstance(job.config.synthesis, RealConfig) for job in jobs):
+        raise ValueError(
+            "synthesis.method=real needs real images, which are used only when asked for: --real-data NAME"
+        )
     done = finished_ids(results_folder)
     todo = [job for job in jobs if job.id not in done]
     if not todo:
@@ -185,16 +198,23 @@ def run(
         threads = max(job.config.distillation.num_threads for job in todo)
         on_gpu = gpus and any(job.config.device != "cpu" for job in todo)
         resources = {"cpu": float(min(threads, cpus)), "gpu": 1.0 if on_gpu else 0.0}
-        tests = {job.teacher.hash: test_of(job.teacher) for job in todo}
+        tests = {teacher.hash: test_of(teacher) for teacher in {job.teacher.hash: job.teacher for job in todo}.values()}
+        reals = {}
+        for job in todo:
+            if isinstance(job.config.synthesis, RealConfig) and real_of is not None:
+                reals[job.id] = real_of(job.teacher, job.config.synthesis)
 
-        def trainable(point: Mapping[str, Any], todo: Sequence[Job], tests: Mapping[str, Any]) -> None:
+        def trainable(
+            point: Mapping[str, Any], todo: Sequence[Job], tests: Mapping[str, Any], reals: Mapping[str, Any]
+        ) -> None:
             job = todo[point["job"]]
-            row = run_job(job, tests[job.teacher.hash], results_folder, cache_folder, trust_code)
+            test, real = tests[job.teacher.hash], reals.get(job.id)
+            row = run_job(job, test, real, results_folder, cache_folder, trust_code)
             tune.report({"failed": int(row["status"] == "failed")})
 
         with tempfile.TemporaryDirectory(prefix="dfkd_ray-tune-") as scratch:
             tuner = tune.Tuner(
-                tune.with_resources(tune.with_parameters(trainable, todo=todo, tests=tests), resources),
+                tune.with_resources(tune.with_parameters(trainable, todo=todo, tests=tests, reals=reals), resources),
                 param_space={"job": tune.grid_search(list(range(len(todo))))},
                 tune_config=tune.TuneConfig(
                     reuse_actors=True,

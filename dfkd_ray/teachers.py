@@ -19,7 +19,7 @@ from dfkd_ray.config import TeacherTrainingConfig, config_hash
 from dfkd_ray.data import LabelledImages
 from dfkd_ray.images import PixelSpace, decode, flip_images, mix_seed, shift_images
 
-Progress = Callable[[str, int, int, Mapping[str, float]], None]
+Progress = Callable[[str, int, int, Mapping[str, float | int]], None]
 
 
 def split(num_images: int, num_validation: int, seed: int) -> tuple[Tensor, Tensor]:

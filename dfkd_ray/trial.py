@@ -40,7 +40,7 @@ class Outcome:
     student_info: bundles.BundleInfo | None = None
     pruned: tuple[str, ...] = ()
     batches: tuple[Batch, ...] = ()
-    epochs: tuple[Mapping[str, float], ...] = ()
+    epochs: tuple[Mapping[str, float | int], ...] = ()
 
     def save_student(self, folder: Path) -> bundles.BundleInfo:
         """Write the student as a bundle."""

@@ -1,19 +1,24 @@
-"""Fixtures that several files share; the environment is set before anything of the package is imported."""
+"""What several test files share: the environment, and a tiny untrained teacher."""
 
 import os
+import sys
 import tempfile
-
-SCRATCH = tempfile.TemporaryDirectory(prefix="dfkd_ray-tests-")
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["DFKD_RAY_CACHE"] = SCRATCH.name
-
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from dfkd_ray import batchnorm, bundles, models
+from dfkd_ray import batchnorm, bundles, cli, models
+
+# Before any test module is imported: Ray reads its variable once, and no test may touch the user's cache.
+SCRATCH = tempfile.TemporaryDirectory(prefix="dfkd_ray-tests-")
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["DFKD_RAY_CACHE"] = SCRATCH.name
+# Tensors here are tiny; on a busy machine threads that wait for each other cost a hundred times more than they give.
+torch.set_num_threads(1)
 
 TINY_INFO = bundles.BundleInfo(
     architecture="resnet8",
@@ -52,3 +57,29 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("teachers") / "tiny"
     bundles.save(folder, TINY_INFO, tiny_network().state_dict())
     return folder
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command line left: exit code, standard output, standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """Run `dfkd-ray` with some words in this process."""
+
+    def run(*words: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["dfkd-ray", *words])
+        monkeypatch.setenv("COLUMNS", "160")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        code = caught.value.code
+        captured = capsys.readouterr()
+        return Done(code if isinstance(code, int) else int(bool(code)), captured.out, captured.err)
+
+    return run

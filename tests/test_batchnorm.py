@@ -232,6 +232,7 @@ def test_a_network_in_train_mode_is_refused():
 
 def test_reestimated_statistics_are_the_mean_over_batches():
     network = nn.Sequential(nn.BatchNorm1d(3))
+    network[0].num_batches_tracked.fill_(50)  # as after training
     batches = [normal(6, 3, seed=1) * 2 + 1, normal(10, 3, seed=2), normal(4, 3, seed=3) - 5]
     batchnorm.reestimate(network, batches)
     mean = sum(batch.mean(dim=0) for batch in batches) / 3
@@ -244,6 +245,8 @@ def test_reestimated_statistics_do_not_depend_on_the_old_ones():
     one, other = tiny_network(), tiny_network()
     randomise_statistics(other, seed=9)
     other.load_state_dict({k: v for k, v in one.state_dict().items() if "running" not in k}, strict=False)
+    for layer in batchnorm.layers(other):
+        layer.num_batches_tracked.fill_(50)
     batches = [normal(8, 1, 16, 16, seed=seed) for seed in range(2)]
     assert not torch.equal(one.bn1.running_mean, other.bn1.running_mean)
     batchnorm.reestimate(one, batches)

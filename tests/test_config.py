@@ -27,26 +27,27 @@ from dfkd_ray.config import (
 
 # Another value than the default for every field of DeepInversion: each of them changes pixels.
 OTHER_SYNTHESIS = {
-    "seed": 1,
-    "batch_size": 128,
-    "num_steps": 100,
-    "learning_rate": 0.1,
+    "seed": 12,
+    "batch_size": 123,
+    "num_steps": 123,
+    "parametrisation": "pixel",
+    "learning_rate": 0.123,
     "schedule": "constant",
     "label_loss": "entropy",
-    "label_weight": 0.5,
-    "bn_weight": 1.0,
-    "bn_first_multiplier": 2.0,
-    "tv_weight": 0.1,
-    "l2_weight": 0.1,
-    "jitter": 0,
+    "label_weight": 0.123,
+    "bn_weight": 1.23,
+    "bn_first_multiplier": 1.23,
+    "tv_weight": 0.123,
+    "l2_weight": 0.123,
+    "jitter": 12,
     "flip": False,
     "precision": "float32",
     "channels_last": False,
     "compile": True,
     "fast": True,
-    "plateau_patience": 4,
+    "plateau_patience": 12,
     "storage": "float16",
-    "num_threads": 1,
+    "num_threads": 12,
 }
 
 
@@ -82,7 +83,11 @@ def test_all_errors_come_at_once_each_with_its_path():
         ({"sparsity": 0.5}, "sparsity", "pruning.sparsity"),
         ({"synthesis": {"num_step": 3}}, "synthesis.num_step", "synthesis.num_steps"),
         ({"synthesis": {"method": "noise", "batchsize": 3}}, "synthesis.batchsize", "synthesis.batch_size"),
-        ({"reference": {"synthesis": {"tvweight": 1}}}, "reference.synthesis.tvweight", "reference.synthesis.tv_weight"),
+        (
+            {"reference": {"synthesis": {"tvweight": 1}}},
+            "reference.synthesis.tvweight",
+            "reference.synthesis.tv_weight",
+        ),
     ],
 )
 def test_a_misspelt_field_is_refused_with_the_name_that_was_meant(data, given, meant):
@@ -162,6 +167,7 @@ def test_the_error_names_the_file_that_was_read():
         ({"pruning": {"schedule_every": 5}}, "schedule_every acts with schedule=cubic only"),
         ({"student": {"arguments": {"width_multiplier": 0.5}}}, "no architecture"),
         ({"synthesis": {"method": "noise"}, "distillation": {"label_weight": 1}}, "needs labels"),
+        ({"synthesis": {"label_weight": 0, "bn_weight": 0}}, "nothing ties the images to the teacher"),
         ({"student": {"architecture": "resnet8"}, "distillation": {"bn_mode": "frozen"}}, "bn_mode=trained"),
     ],
 )
@@ -249,7 +255,9 @@ def test_a_broken_file_is_refused_by_name(tmp_path, content, says):
 
 def test_yaml_that_would_run_code_is_refused(tmp_path):
     path = tmp_path / "a.yaml"
-    path.write_text(f"a: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{tmp_path}/ran]]")
+    path.write_text(
+        f"a: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{tmp_path}/ran]]"
+    )
     with pytest.raises(ValueError, match="not valid YAML"):
         read_yaml(path)
     assert not (tmp_path / "ran").exists()
@@ -374,7 +382,7 @@ def test_the_synthesis_key_changes_with_teacher_method_and_domain():
         {"bn_num_images": 64},
         {"distillation": {"num_images": 64, "num_steps": 3, "seed": 5, "temperature": 2, "batch_size": 32}},
         {"reference": {"num_images": 64, "synthesis": {"seed": 9}}},
-        {"synthesis": {"bn_weight": 10, "num_steps": 200, "storage": "uint8"}},
+        {"synthesis": DeepInversionConfig().model_dump()},  # defaults written out
     ],
 )
 def test_the_synthesis_key_changes_with_nothing_else(fields):

@@ -44,7 +44,8 @@ def test_bounds_are_the_pixel_range_in_normalised_units(space):
 
 @pytest.mark.parametrize("space", [COLOUR, IDENTITY, WIDE, SIGNED])
 @pytest.mark.parametrize(
-    ("storage", "dtype", "share_of_range"), [("uint8", "u1", 0.5 / 255), ("float16", "f2", 5e-4), ("float32", "f4", 1e-6)]
+    ("storage", "dtype", "share_of_range"),
+    [("uint8", "u1", 0.5 / 255), ("float16", "f2", 5e-4), ("float32", "f4", 1e-6)],
 )
 def test_a_stored_image_is_decoded_within_half_a_step(space, storage, dtype, share_of_range):
     images = random_pixels(space)

@@ -1,4 +1,5 @@
 import copy
+import itertools
 
 import pytest
 import torch
@@ -199,7 +200,7 @@ def test_the_cubic_schedule_rises_from_zero_to_the_end_and_stays_there():
     values = [pruning.cubic_sparsity(step, 100, 0.5, 0.9) for step in range(101)]
     assert values[0] == 0
     assert values[50:] == [0.9] * 51
-    assert all(a < b for a, b in zip(values[:50], values[1:51], strict=True))
+    assert all(a < b for a, b in itertools.pairwise(values[:51]))
     assert values[25] == pytest.approx(0.9 * (1 - 0.5**3))
 
 

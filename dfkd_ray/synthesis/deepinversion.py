@@ -4,6 +4,12 @@ minimise  label_weight · label + bn_weight · bn + tv_weight · tv + l2_weight 
 `bn` sums `losses.batchnorm_distance` over the BatchNorm layers. Source: Yin et al. 2020, arXiv 1912.08795, section 3.
 Labels are balanced: they cycle over the classes, on through the batches.
 
+The images are a sum of parts at halved resolutions, each upsampled bilinearly (a preconditioner: Adam on pixels is slow
+to build anything larger than a pixel). On a Fashion-MNIST ResNet-18 of width 32, batch 256 and 60 steps, the BN term
+fell to 23 (lr 0.1, bn_weight 0.3) where pixels reached 89 (bn_weight 1); squashing with a sigmoid instead of clamping
+reached 30 to 63. `parametrisation=pixel` is the paper's. Source of the idea: Olah, Mordvintsev and Schubert 2017,
+"Feature Visualization", doi 10.23915/distill.00007 (preconditioning).
+
 The best image is not tracked: the last iterate of a cosine schedule is what is stored, and is measured as stored.
 """
 
@@ -11,7 +17,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -46,8 +52,8 @@ def source(teacher: Teacher, config: DeepInversionConfig, key: str, device: torc
         with devices.numerics(config.precision, device, config.num_threads, config.fast):
             generator = torch.Generator().manual_seed(batch_seed(key, index))
             labels = (torch.arange(config.batch_size) + index * config.batch_size) % num_classes
-            images = torch.randn(config.batch_size, *teacher.info.image_shape, generator=generator)
-            images, steps = invert(network, run, config, space, images.to(device), labels.to(device), generator)
+            start_parts = initial_parts(config, teacher.info.image_shape, generator, device)
+            images, steps = invert(network, run, config, space, start_parts, labels.to(device), generator)
             stored = encode(images, space, config.storage)
             terms = measure(network, config, decode(stored, space, device), labels.to(device), num_classes)
         terms |= {"num_steps": steps, "wall_s": time.perf_counter() - start}
@@ -64,6 +70,29 @@ def compiled(network: nn.Module) -> Callable[[Tensor], Tensor]:
     return torch.compile(network, dynamic=False)
 
 
+def initial_parts(
+    config: DeepInversionConfig, image_shape: Sequence[int], generator: torch.Generator, device: torch.device
+) -> list[Tensor]:
+    """Gaussian noise to start from: N(0, 1) pixels, or one part per resolution, the finest first.
+
+    The pyramid halves the resolution while at least 4 pixels are left; finer parts start smaller, as in images.
+    """
+    c, h, w = image_shape
+    parts = []
+    for level in range(1 + max(0, int(math.log2(min(h, w) / 4))) if config.parametrisation == "pyramid" else 1):
+        size = (config.batch_size, c, -(-h // 2**level), -(-w // 2**level))
+        amplitude = min(0.2 * (level + 1), 0.6) if config.parametrisation == "pyramid" else 1.0
+        parts.append((amplitude * torch.randn(size, generator=generator)).to(device))
+    return parts
+
+
+def compose(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of the parts, each upsampled to the finest one's size."""
+    size = parts[0].shape[2:]
+    coarse = [F.interpolate(part, size=size, mode="bilinear", align_corners=False) for part in parts[1:]]
+    return sum(coarse, start=parts[0])
+
+
 def learning_rate(config: DeepInversionConfig, step: int) -> float:
     """Adam's learning rate at `step`."""
     if config.schedule == "constant":
@@ -76,43 +105,44 @@ def invert(
     run: Callable[[Tensor], Tensor],
     config: DeepInversionConfig,
     space: PixelSpace,
-    images: Tensor,
+    parts: Sequence[Tensor],
     labels: Tensor,
     generator: torch.Generator,
 ) -> tuple[Tensor, int]:
-    """Optimise `images` (normalised); returns them clamped to the pixel range, and the number of steps taken.
+    """Optimise the parts of images; returns the images (normalised, within the pixel range) and the steps taken.
 
     `FloatingPointError` when the loss is no longer finite.
     """
-    low, high = space.bounds(images.device)
-    images = torch.clamp(images, low, high)
-    if config.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-    images.requires_grad_(True)
-    optimiser = torch.optim.Adam([images], lr=config.learning_rate)
-    best, checks_since_best = math.inf, 0
+    low, high = space.bounds(labels.device)
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    variables = [part.clone().requires_grad_(True) for part in parts]
+    optimiser = torch.optim.Adam(variables, lr=config.learning_rate)
+    best, checks_since_best, steps = math.inf, 0, 0
     with batchnorm.recorded(network) as statistics:
         for step in range(config.num_steps):
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(config, step)
             statistics.clear()
+            images = torch.clamp(compose(variables), low, high)
             with devices.autocast(config.precision, images.device):
-                logits = run(augmented(images, config, generator)).float()
+                logits = run(augmented(images, config, generator).contiguous(memory_format=layout)).float()
             loss = total(config, terms(config, images, logits, labels, statistics))
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
-            with torch.no_grad():
-                images.copy_(torch.clamp(images, low, high))
-            if (step + 1) % CHECK_EVERY and step + 1 < config.num_steps:
+            if len(variables) == 1:
+                with torch.no_grad():
+                    variables[0].copy_(torch.clamp(variables[0], low, high))
+            steps = step + 1
+            if steps % CHECK_EVERY and steps < config.num_steps:
                 continue
             value = float(loss.detach())
             if not math.isfinite(value):
-                raise FloatingPointError(f"synthesis: the loss is {value} at step {step + 1}; lower learning_rate")
+                raise FloatingPointError(f"synthesis: the loss is {value} at step {steps}; lower learning_rate")
             best, checks_since_best = (value, 0) if value < best * 0.999 else (best, checks_since_best + 1)
             if config.plateau_patience and checks_since_best >= config.plateau_patience:
-                return images.detach(), step + 1
-    return images.detach(), config.num_steps
+                break
+    return torch.clamp(compose(variables), low, high).detach(), steps
 
 
 def augmented(images: Tensor, config: DeepInversionConfig, generator: torch.Generator) -> Tensor:

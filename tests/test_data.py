@@ -1,0 +1,323 @@
+import gzip
+import pickle
+import struct
+
+import numpy as np
+import pytest
+import scipy.io
+import torch
+import torchvision
+from PIL import Image
+
+from dfkd_ray import data
+
+
+def random_bytes(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def idx_bytes(array):
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def write_idx(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = idx_bytes(array)
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+def write_digits(folder, ending="", stem="t10k", num_images=5, size=28):
+    images, labels = random_bytes(num_images, size, size), np.arange(num_images, dtype=np.uint8) % 10
+    write_idx(folder / f"{stem}-images-idx3-ubyte{ending}", images)
+    write_idx(folder / f"{stem}-labels-idx1-ubyte{ending}", labels)
+    return images, labels
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+@pytest.mark.parametrize("shape", [(3, 4, 5), (7,), (0, 28, 28)])
+def test_an_idx_file_is_read_plain_and_compressed(tmp_path, ending, shape):
+    array = random_bytes(*shape)
+    write_idx(tmp_path / f"a{ending}", array)
+    np.testing.assert_array_equal(data.read_idx(tmp_path / f"a{ending}"), array)
+
+
+@pytest.mark.parametrize("size", [0, 3, 6, 15, 40, -1])
+def test_a_truncated_idx_file_is_refused_by_name(tmp_path, size):
+    content = idx_bytes(random_bytes(3, 4, 5))
+    (tmp_path / "a").write_bytes(content[:size])
+    (tmp_path / "a.gz").write_bytes(gzip.compress(content)[:size])
+    (tmp_path / "b.gz").write_bytes(gzip.compress(content[:size]))
+    for name in ("a", "a.gz", "b.gz"):
+        with pytest.raises(ValueError) as caught:
+            data.read_idx(tmp_path / name)
+        assert str(caught.value).startswith(f"{tmp_path / name}: ")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        idx_bytes(random_bytes(3, 4)) + b"\0",
+        b"\x00\x00\x0d\x01" + struct.pack(">If", 1, 1.0),  # float32
+        b"PK\x03\x04 a zip file",
+        struct.pack(">HBBi", 0, 8, 1, -4),
+    ],
+    ids=["too_long", "floats", "zip", "negative"],
+)
+def test_a_file_that_is_no_idx_of_bytes_is_refused(tmp_path, content):
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(ValueError):
+        data.read_idx(tmp_path / "a")
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+@pytest.mark.parametrize("folder", ["FashionMNIST/raw", "fashion_mnist", "fashion-mnist", "."])
+def test_fashion_mnist_is_found_in_every_usual_folder(tmp_path, folder, ending):
+    images, labels = write_digits(tmp_path / folder, ending)
+    found = data.open_dataset("fashion_mnist", tmp_path, train=False)
+    assert len(found) == 5 and found.image_shape == (1, 32, 32) and found.class_names[9] == "Ankle boot"
+    assert found.labels.tolist() == labels.tolist() and found.labels.dtype == torch.int64
+    np.testing.assert_array_equal(found.read([0, 3])[:, 0, 2:30, 2:30], images[[0, 3]])
+
+
+def test_train_and_test_are_different_files(tmp_path):
+    write_digits(tmp_path / "mnist", stem="train", num_images=7)
+    write_digits(tmp_path / "mnist", stem="t10k", num_images=4)
+    sizes = [len(data.open_dataset("mnist", tmp_path, train=train)) for train in (True, False)]
+    assert sizes == [7, 4]
+
+
+def test_more_labels_than_images_are_refused(tmp_path):
+    write_digits(tmp_path)
+    write_idx(tmp_path / "t10k-labels-idx1-ubyte", np.zeros(6, np.uint8))
+    with pytest.raises(ValueError, match="6"):
+        data.open_dataset("mnist", tmp_path, train=False)
+
+
+def test_digits_are_padded_with_black(tmp_path):
+    write_digits(tmp_path)
+    images = data.open_dataset("mnist", tmp_path, train=False).read(range(5))
+    border = images.clone()
+    border[:, :, 2:30, 2:30] = 0
+    assert images.any() and not border.any()
+
+
+@pytest.mark.parametrize("index", [[1, 1, 0], torch.tensor([1, 1, 0])])
+def test_images_come_in_the_order_asked_for(tmp_path, index):
+    write_digits(tmp_path)
+    found = data.open_dataset("mnist", tmp_path, train=False)
+    one, zero = found.read([1])[0], found.read([0])[0]
+    images = found.read(index)
+    assert images.dtype == torch.uint8 and images.shape == (3, 1, 32, 32)
+    assert torch.equal(images[0], one) and torch.equal(images[1], one) and torch.equal(images[2], zero)
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "celeba"])
+def test_a_missing_data_set_is_refused_with_where_it_was_looked_for_and_what_to_do(tmp_path, name):
+    with pytest.raises(ValueError) as caught:
+        data.open_dataset(name, tmp_path / "root", train=True)
+    message = str(caught.value)
+    assert repr(name) in message and str(tmp_path / "root") in message
+    assert "--data-root" in message and "--download" in message
+
+
+def test_an_unknown_data_set_is_refused_with_the_names_there_are(tmp_path):
+    with pytest.raises(ValueError) as caught:
+        data.open_dataset("imagenet21k", tmp_path, train=True)
+    assert all(name in str(caught.value) for name in ("imagenet21k", *data.OPENERS, "folder"))
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "svhn", "celeba"])
+def test_nothing_is_downloaded_unless_asked_for(tmp_path, monkeypatch, name):
+    asked = []
+
+    def downloads(self, *args, **kwargs):
+        asked.append(name)
+        raise RuntimeError("no network in tests")
+
+    classes = {"mnist": "MNIST", "cifar10": "CIFAR10", "svhn": "SVHN", "celeba": "CelebA"}
+    monkeypatch.setattr(getattr(torchvision.datasets, classes[name]), "download", downloads)
+    with pytest.raises(ValueError, match="not found"):
+        data.open_dataset(name, tmp_path, train=True)
+    assert asked == []
+    with pytest.raises((ValueError, RuntimeError)):
+        data.open_dataset(name, tmp_path, train=True, download=True)
+    assert asked == [name]
+
+
+def test_the_bundled_test_set_is_balanced_and_whole():
+    found = data.bundled_test_set("fashion_mnist", (1, 32, 32))
+    assert found is not None and len(found) == 10_000
+    assert found.labels.bincount().tolist() == [1000] * 10
+    images = found.read(range(10_000))
+    # The published mean of Fashion-MNIST's pixels is 0.286 of white, over 28x28.
+    assert float(images.float().mean()) / 255 * 32**2 / 28**2 == pytest.approx(0.2868, abs=2e-3)
+
+
+def test_no_test_set_is_bundled_for_other_data():
+    assert data.bundled_test_set("cifar10", (3, 32, 32)) is None
+
+
+def pickled(path, entry):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pickle.dumps(entry))
+
+
+def whole_files(monkeypatch):
+    """Let torchvision read generated files: their MD5 sums are not the published ones."""
+    for kind in ("CIFAR10", "SVHN", "CelebA"):
+        monkeypatch.setattr(getattr(torchvision.datasets, kind), "_check_integrity", lambda self: True)
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *args: True)
+
+
+def test_cifar10_is_read_from_its_pickles(tmp_path, monkeypatch):
+    whole_files(monkeypatch)
+    folder = tmp_path / "cifar-10-batches-py"
+    batches = {f"data_batch_{i}": random_bytes(2, 3072, seed=i) for i in range(1, 6)}
+    for i, (name, pixels) in enumerate(batches.items()):
+        pickled(folder / name, {"data": pixels, "labels": [i, 9 - i]})
+    pickled(folder / "test_batch", {"data": random_bytes(3, 3072), "labels": [5, 6, 7]})
+    names = [f"class {i}" for i in range(10)]
+    pickled(folder / "batches.meta", {"label_names": names})
+    found = data.open_dataset("cifar10", tmp_path, train=True)
+    assert len(found) == 10 and found.image_shape == (3, 32, 32) and found.class_names == tuple(names)
+    assert found.labels.tolist() == [0, 9, 1, 8, 2, 7, 3, 6, 4, 5]
+    np.testing.assert_array_equal(found.read([4])[0], batches["data_batch_3"][0].reshape(3, 32, 32))
+    assert data.open_dataset("cifar10", tmp_path, train=False).labels.tolist() == [5, 6, 7]
+
+
+def test_cifar100_has_its_fine_labels(tmp_path, monkeypatch):
+    whole_files(monkeypatch)
+    folder = tmp_path / "cifar-100-python"
+    pixels = random_bytes(3, 3072)
+    pickled(folder / "test", {"data": pixels, "fine_labels": [99, 0, 50], "coarse_labels": [1, 2, 3]})
+    pickled(folder / "meta", {"fine_label_names": [f"class {i}" for i in range(100)]})
+    found = data.open_dataset("cifar100", tmp_path, train=False)
+    assert found.labels.tolist() == [99, 0, 50] and len(found.class_names) == 100
+    np.testing.assert_array_equal(found.read(range(3)), pixels.reshape(3, 3, 32, 32))
+
+
+def test_cifar_pickles_of_another_checksum_are_not_opened(tmp_path):
+    ran = tmp_path / "ran"
+
+    class Runs:
+        def __reduce__(self):
+            return type(ran).touch, (ran,)
+
+    folder = tmp_path / "cifar-10-batches-py"
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"):
+        pickled(folder / name, Runs())
+    with pytest.raises(ValueError, match="not found or corrupted"):
+        data.open_dataset("cifar10", tmp_path, train=True)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_svhn_is_read_from_its_matlab_file(tmp_path, monkeypatch, train):
+    whole_files(monkeypatch)
+    pixels = random_bytes(32, 32, 3, 4)  # height, width, channels, images
+    labels = np.array([[1], [10], [9], [5]], np.uint8)  # ten is the digit 0
+    scipy.io.savemat(tmp_path / f"{'train' if train else 'test'}_32x32.mat", {"X": pixels, "y": labels})
+    found = data.open_dataset("svhn", tmp_path, train=train)
+    assert found.labels.tolist() == [1, 0, 9, 5] and found.image_shape == (3, 32, 32)
+    assert found.class_names == tuple("0123456789")
+    np.testing.assert_array_equal(found.read(range(4)), pixels.transpose(3, 2, 0, 1))
+
+
+def write_celeba(root):
+    """Six portraits in CelebA's format: 0 to 2 for training, 3 for validation, 4 and 5 for testing."""
+    folder = root / "celeba"
+    (folder / "img_align_celeba").mkdir(parents=True)
+    names = [f"{i:06d}.jpg" for i in range(1, 7)]
+    for i, name in enumerate(names):
+        Image.new("RGB", (178, 218), (40 * i, 0, 255 - 40 * i)).save(folder / "img_align_celeba" / name)
+
+    def table(filename, header, rows):
+        lines = [f"{name} {row}" for name, row in zip(names, rows, strict=True)]
+        (folder / filename).write_text("\n".join(header + lines) + "\n")
+
+    table("list_eval_partition.txt", [], [0, 0, 0, 1, 2, 2])
+    table("identity_CelebA.txt", [], range(6))
+    table("list_bbox_celeba.txt", ["6", "image_id x_1 y_1 width height"], ["95  71 226 313"] * 6)
+    table("list_landmarks_align_celeba.txt", ["6", "lefteye_x lefteye_y "], ["69  109"] * 6)
+    rows = ["-1  1", " 1 -1", "-1 -1", "1 1", " 1  1", "-1 -1"]
+    table("list_attr_celeba.txt", ["6", "Male Smiling "], rows)
+
+
+def test_celeba_is_one_attribute_of_decoded_portraits(tmp_path, monkeypatch):
+    whole_files(monkeypatch)
+    write_celeba(tmp_path)
+    found = data.open_dataset("celeba", tmp_path, train=True, image_shape=(3, 24, 20))
+    assert found.labels.tolist() == [1, 0, 0] and found.class_names == ("not Smiling", "Smiling")
+    images = found.read([2, 0])
+    assert images.shape == (2, 3, 24, 20) and images.dtype == torch.uint8
+    assert abs(int(images[0, 0, 5, 5]) - 80) < 4 and abs(int(images[1, 2, 5, 5]) - 255) < 4
+    male = data.open_dataset("celeba", tmp_path, train=False, attribute="Male")
+    assert male.labels.tolist() == [1, 0] and male.read([0]).shape == (1, 3, 224, 224)
+
+
+@pytest.mark.parametrize("attribute", ["Smilling", ""])
+def test_an_unknown_celeba_attribute_is_refused_with_the_names_there_are(tmp_path, monkeypatch, attribute):
+    whole_files(monkeypatch)
+    write_celeba(tmp_path)
+    with pytest.raises(ValueError, match=r"it has Male, Smiling$"):
+        data.open_dataset("celeba", tmp_path, train=True, attribute=attribute)
+
+
+def write_folder(root):
+    """Class folders of PNGs of several modes and sizes: cats are dark, dogs bright."""
+    for split, count in (("train", 3), ("test", 2)):
+        for label, value in (("cat", 10), ("dog", 200)):
+            (root / split / label).mkdir(parents=True)
+            for i, mode in zip(range(count), ("RGB", "L", "RGBA"), strict=False):
+                colour = {"RGB": (value,) * 3, "L": value, "RGBA": (value, value, value, 255)}[mode]
+                Image.new(mode, (20 + i, 16), colour).save(root / split / label / f"{i}.png")
+
+
+def test_a_folder_of_class_folders_is_a_data_set(tmp_path):
+    write_folder(tmp_path / "pets")
+    found = data.open_dataset(str(tmp_path / "pets"), tmp_path, train=True, image_shape=(3, 8, 8))
+    assert found.name == "pets" and found.class_names == ("cat", "dog")
+    assert found.labels.tolist() == [0, 0, 0, 1, 1, 1] and len(found) == 6
+    images = found.read(torch.tensor([5, 0, 1, 2]))
+    assert images.shape == (4, 3, 8, 8) and images.dtype == torch.uint8
+    assert [set(image.flatten().tolist()) for image in images] == [{200}, {10}, {10}, {10}]
+    assert len(data.open_dataset(str(tmp_path / "pets"), tmp_path, train=False)) == 4
+
+
+def test_a_folders_first_image_gives_the_shape_where_none_is_given(tmp_path):
+    write_folder(tmp_path / "pets")
+    found = data.open_dataset(str(tmp_path / "pets"), tmp_path, train=True)
+    assert found.image_shape == (3, 16, 20)
+    assert found.read([0, 2, 4]).shape == (3, 3, 16, 20)
+
+
+def test_a_folder_without_class_folders_is_refused(tmp_path):
+    (tmp_path / "pets" / "train").mkdir(parents=True)
+    for train in (True, False):
+        with pytest.raises(ValueError, match="expected class folders with images"):
+            data.open_dataset(str(tmp_path / "pets"), tmp_path, train=train)
+
+
+def test_fitting_makes_colour_by_repeating_grey_and_grey_by_luminance():
+    grey = torch.from_numpy(random_bytes(2, 1, 8, 8))
+    assert torch.equal(data.fit_images(grey, (3, 8, 8)), grey.repeat(1, 3, 1, 1))
+    red = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+    red[:, 0] = 200
+    assert data.fit_images(red, (1, 4, 4)).unique().tolist() == [59]  # 0.299 of 200, rounded down
+
+
+def test_fitting_resizes_with_antialiasing():
+    checkers = (torch.arange(64)[:, None] + torch.arange(64)) % 2 * 255
+    small = data.fit_images(checkers.to(torch.uint8).view(1, 1, 64, 64), (1, 8, 8))
+    assert small.shape == (1, 1, 8, 8)
+    assert (small.int() - 127).abs().max() < 20
+
+
+def test_fitting_an_image_that_fits_changes_nothing():
+    images = torch.from_numpy(random_bytes(2, 3, 9, 7))
+    assert torch.equal(data.fit_images(images, (3, 9, 7)), images)
+
+
+def test_channels_that_cannot_be_made_are_refused():
+    with pytest.raises(ValueError, match="images have 2 channels, the network wants 3"):
+        data.fit_images(torch.zeros(1, 2, 8, 8, dtype=torch.uint8), (3, 8, 8))

@@ -1,0 +1,92 @@
+import pytest
+import torch
+
+from dfkd_ray import devices
+
+CPU = torch.device("cpu")
+
+
+def settings():
+    return (
+        torch.get_num_threads(),
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.deterministic,
+    )
+
+
+@pytest.mark.parametrize(("available", "expected"), [(False, "cpu"), (True, "cuda")])
+def test_auto_is_cuda_where_there_is_one(monkeypatch, available, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    assert devices.resolve("auto").type == expected
+    assert devices.resolve("cpu").type == "cpu"
+
+
+def test_cuda_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="sees no CUDA device; use --device cpu or auto"):
+        devices.resolve("cuda")
+
+
+def test_a_precision_that_would_do_nothing_is_refused():
+    with pytest.raises(ValueError, match="tf32 acts on CUDA only"):
+        devices.check_precision("tf32", CPU)
+    for precision, device in [("bfloat16", CPU), ("float32", CPU), ("tf32", torch.device("cuda"))]:
+        devices.check_precision(precision, device)
+
+
+@pytest.mark.parametrize(
+    ("precision", "fast", "says"), [("tf32", False, "tf32"), ("float32", True, "fast acts on CUDA")]
+)
+def test_refused_numerics_change_nothing(precision, fast, says):
+    before = settings()
+    with pytest.raises(ValueError, match=says), devices.numerics(precision, CPU, before[0] + 1, fast):
+        pass
+    assert settings() == before
+
+
+def test_numerics_hold_inside_and_are_restored_after_an_error():
+    before = settings()
+    inside = []
+
+    def work():
+        with devices.numerics("float32", CPU, before[0] + 1):
+            inside.append(settings())
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        work()
+    assert inside == [(before[0] + 1, False, False, False, True)]
+    assert settings() == before
+
+
+@pytest.mark.parametrize(("fast", "benchmark", "deterministic"), [(False, False, True), (True, True, False)])
+def test_on_cuda_only_fast_is_autotuned_and_only_tf32_rounds(fast, benchmark, deterministic):
+    before = settings()
+    for precision in ("tf32", "float32", "bfloat16"):
+        with devices.numerics(precision, torch.device("cuda"), before[0], fast):
+            tf32 = precision == "tf32"
+            assert settings() == (before[0], tf32, tf32, benchmark, deterministic)
+    assert settings() == before
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bfloat16", torch.bfloat16), ("float32", torch.float32)])
+def test_autocast_decides_the_networks_precision_alone(precision, dtype):
+    layer, x = torch.nn.Linear(4, 4), torch.randn(2, 4, requires_grad=True)
+    with devices.autocast(precision, CPU):
+        y = layer(x)
+    y.float().sum().backward()
+    assert y.dtype == dtype
+    assert layer.weight.dtype == x.grad.dtype == layer.weight.grad.dtype == torch.float32
+
+
+def test_the_numerics_class_names_instruction_set_and_torch_version():
+    name = devices.numerics_class(CPU)
+    assert torch.__version__ in name and torch.backends.cpu.get_cpu_capability() in name
+
+
+def test_another_instruction_set_is_another_numerics_class(monkeypatch):
+    name = devices.numerics_class(CPU)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "ANOTHER")
+    assert devices.numerics_class(CPU) != name

@@ -1,0 +1,224 @@
+"""Distillation: masks hold, runs resume to the same numbers, selection is on the reference set."""
+
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dfkd_ray import batchnorm, bundles, distillation, evaluation, pruning
+from dfkd_ray.config import DistillationConfig, PruningConfig
+
+CPU = torch.device("cpu")
+SMALL = DistillationConfig(num_steps=6, batch_size=8, eval_every=2, checkpoint_every=2, num_threads=1)
+PRUNING = PruningConfig(sparsity=0.8)
+
+
+@pytest.fixture
+def teacher(tiny_teacher: Path) -> bundles.Teacher:
+    return bundles.load(str(tiny_teacher))
+
+
+def a_pool(num_images: int = 24) -> distillation.Pool:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (num_images, 1, 16, 16), dtype=np.uint8)
+    return distillation.Pool(images, np.arange(num_images) % 10)
+
+
+def run(teacher, config=SMALL, pruning_config=PRUNING, student=None, checkpoint=None, progress=None, pool=None):
+    space = teacher.info.space
+    if student is None:
+        student = deepcopy(teacher.network).requires_grad_(True)
+    masks = pruning.masks(student, pruning_config)
+    if pruning_config.schedule == "one_shot":
+        pruning.apply(student, masks)
+    images = a_pool(16).images[::-1].copy()
+    reference = evaluation.Reference(images, evaluation.logits(teacher.network, images, space, CPU, config.precision))
+    state = distillation.distil(
+        student,
+        teacher.network,
+        pool or a_pool(),
+        config,
+        pruning_config,
+        masks,
+        reference,
+        space,
+        CPU,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+    return student, state
+
+
+def same(first: nn.Module, second: nn.Module) -> bool:
+    other = second.state_dict()
+    return all(torch.equal(tensor, other[name]) for name, tensor in first.state_dict().items())
+
+
+@pytest.mark.parametrize("criterion", sorted(pruning.CRITERIA))
+def test_masks_survive_every_optimiser_step(teacher, criterion):
+    pruning_config = PruningConfig(sparsity=0.8, criterion=criterion)
+    student = deepcopy(teacher.network).requires_grad_(True)
+    masks = pruning.masks(student, pruning_config)
+    seen = []
+
+    def watch(stage, done, total, shown):
+        weights = pruning.prunable(student)
+        seen.append(all(bool((weights[name][~mask] == 0).all()) for name, mask in masks.items()))
+
+    run(teacher, pruning_config=pruning_config, student=student, progress=watch)
+    assert len(seen) == 6 and all(seen)
+    assert pruning.achieved_sparsity(student) == pytest.approx(0.8, abs=1e-3)
+
+
+def test_a_resumed_run_gives_the_same_numbers_as_an_undisturbed_one(teacher, tmp_path):
+    undisturbed, expected = run(teacher)
+
+    class Killed(Exception):
+        pass
+
+    def kill(stage, done, total, shown):
+        if done == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(teacher, checkpoint=tmp_path / "ckpt", progress=kill)
+    assert (tmp_path / "ckpt" / "state.json").is_file()
+    resumed, state = run(teacher, checkpoint=tmp_path / "ckpt")
+    assert same(undisturbed, resumed)
+    assert state.epochs == expected.epochs and state.best_step == expected.best_step
+
+
+def test_a_checkpoint_is_read_without_pickle(teacher, tmp_path, monkeypatch):
+    run(teacher, checkpoint=tmp_path / "ckpt")
+    monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("torch.load was called"))
+    run(teacher, checkpoint=tmp_path / "ckpt")
+    assert sorted(path.name for path in (tmp_path / "ckpt").iterdir()) == ["state.json", "state.safetensors"]
+
+
+def test_the_teacher_is_bit_identical_after_distillation(teacher):
+    before = deepcopy(teacher.network.state_dict())
+    run(teacher)
+    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.network.state_dict().items())
+
+
+def test_the_selected_student_is_the_best_look_not_the_last(teacher, monkeypatch):
+    scores = iter([(0.2, 1.0), (0.9, 1.0), (0.5, 1.0), (0.9, 2.0)])
+    monkeypatch.setattr(evaluation.Reference, "compare", lambda self, *a: next(scores))
+    snapshots = {}
+    student = deepcopy(teacher.network).requires_grad_(True)
+
+    def watch(stage, done, total, shown):
+        snapshots[done] = deepcopy(student)
+
+    selected, state = run(teacher, student=student, progress=watch)
+    assert state.best_step == 2 and state.best_agreement == 0.9
+    assert same(selected, snapshots[2]) and not same(selected, snapshots[6])
+
+
+def test_patience_stops_early(teacher, monkeypatch):
+    scores = iter([(0.9, 1.0)] + [(0.1, 1.0)] * 10)
+    monkeypatch.setattr(evaluation.Reference, "compare", lambda self, *a: next(scores))
+    _, state = run(teacher, config=SMALL.model_copy(update={"patience": 1}))
+    assert state.step == 2 and state.best_step == 0
+
+
+@pytest.mark.parametrize("mode, moves", [("frozen", False), ("reestimated", False), ("trained", True)])
+def test_batchnorm_statistics_move_only_when_trained(teacher, mode, moves):
+    student = deepcopy(teacher.network).requires_grad_(True)
+    before = [layer.running_mean.clone() for layer in batchnorm.layers(student)]
+    config = SMALL.model_copy(update={"bn_mode": mode})
+    state_student, state = run(teacher, config=config, student=student)
+    if state.best_step == 0:
+        pytest.fail("the run selected its start; the property is not exercised")
+    after = [layer.running_mean for layer in batchnorm.layers(state_student)]
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) == moves
+
+
+@pytest.mark.parametrize("every, end", [(1, 0.5), (2, 1.0), (4, 0.9)])
+def test_cubic_schedule_ends_at_the_exact_sparsity_and_starts_dense(teacher, every, end):
+    config = PruningConfig(sparsity=0.8, schedule="cubic", schedule_every=every, schedule_end=end)
+    seen = []
+    student = deepcopy(teacher.network).requires_grad_(True)
+    run(
+        teacher,
+        pruning_config=config,
+        student=student,
+        progress=lambda *a: seen.append(pruning.achieved_sparsity(student)),
+    )
+    assert seen[0] < 0.1 and seen == sorted(seen)
+    assert pruning.achieved_sparsity(student) == pytest.approx(0.8, abs=1e-3)
+
+
+def test_cubic_schedule_never_selects_a_student_that_is_too_dense(teacher, monkeypatch):
+    scores = iter([(1.0, 0.0), (1.0, 0.0), (0.3, 1.0), (0.2, 1.0)])
+    monkeypatch.setattr(evaluation.Reference, "compare", lambda self, *a: next(scores))
+    config = PruningConfig(sparsity=0.8, schedule="cubic", schedule_every=1)
+    student, state = run(teacher, pruning_config=config)
+    assert state.best_step >= 4
+    assert pruning.achieved_sparsity(student) == pytest.approx(0.8, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"temperature": 1.0},
+        {"label_weight": 1.0},
+        {"feature_weight": 5.0},
+        {"kl_weight": 3.0},
+        {"shift": 0},
+        {"flip": False},
+        {"mixup": 1.0},
+        {"learning_rate": 0.2},
+        {"momentum": 0.0},
+        {"weight_decay": 0.5},
+        {"warmup": 0.5},
+        {"clip_norm": 1e-3},
+        {"precision": "float32"},
+        {"batch_size": 12},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_every_option_changes_the_student(teacher, change, monkeypatch):
+    steps = iter(range(1000))
+    # Agreement that always rises selects the last student, whatever the option did.
+    monkeypatch.setattr(evaluation.Reference, "compare", lambda self, *a: (next(steps) / 1000, 1.0))
+    base = SMALL.model_copy(update={"num_steps": 2})
+    assert not same(run(teacher, config=base)[0], run(teacher, config=base.model_copy(update=change))[0])
+
+
+def test_distillation_brings_a_new_student_towards_the_teacher(teacher):
+    from dfkd_ray import models
+
+    torch.manual_seed(3)
+    student = models.build("resnet8", {"width_multiplier": 0.25}, num_classes=10, image_shape=(1, 16, 16))
+    config = SMALL.model_copy(update={"num_steps": 40, "eval_every": 20})
+    _, state = run(teacher, config=config, pruning_config=PruningConfig(sparsity=0), student=student)
+    assert state.epochs[-1]["kl"] < 0.7 * state.epochs[1]["kl"] or state.best_kl < 0.7 * state.epochs[0]["reference_kl"]
+
+
+def test_feature_term_of_unequal_widths_is_refused(teacher):
+    from dfkd_ray import models
+
+    student = models.build("resnet8", {"width_multiplier": 0.25}, num_classes=10, image_shape=(1, 16, 16))
+    with pytest.raises(ValueError, match="feature_weight"):
+        run(
+            teacher,
+            config=SMALL.model_copy(update={"feature_weight": 1.0}),
+            pruning_config=PruningConfig(sparsity=0),
+            student=student,
+        )
+
+
+def test_a_loss_that_is_not_finite_is_an_error_that_says_so(teacher):
+    with pytest.raises(FloatingPointError, match="not finite by step"):
+        run(teacher, config=SMALL.model_copy(update={"kl_weight": 1e38, "precision": "float32"}))
+
+
+def test_every_image_is_seen_once_per_epoch():
+    rows = torch.cat([distillation.rows_of(SMALL, 24, step) for step in range(3)])
+    assert sorted(rows.tolist()) == list(range(24))
+    assert not torch.equal(distillation.rows_of(SMALL, 24, 0), distillation.rows_of(SMALL, 24, 3))

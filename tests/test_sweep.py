@@ -1,0 +1,167 @@
+"""Sweep files and the grid over Ray Tune."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from dfkd_ray import bundles, config, results, sweep
+
+SWEEPS = sorted((Path(__file__).parent.parent / "sweeps").glob("*.yaml"))
+ABOUT = {"source": "a test", "command": "none", "cost": "seconds", "expected": "rows"}
+TINY_BASE = {
+    "bn_num_images": 8,
+    "device": "cpu",
+    "synthesis": {"num_steps": 1, "batch_size": 8, "num_threads": 1},
+    "distillation": {"num_images": 8, "num_steps": 2, "batch_size": 8, "num_threads": 1},
+    "reference": {"num_images": 8, "synthesis": {"batch_size": 8, "num_steps": 1, "num_threads": 1}},
+}
+
+
+def load(**parts) -> sweep.SweepConfig:
+    data = {"about": ABOUT, "base": {**TINY_BASE, "teacher": "t"}, **parts}
+    return config.validate(sweep.SweepConfig, data, "sweep file")
+
+
+def test_a_grid_is_the_product_of_its_axes_and_several_grids_their_union():
+    settings = load(
+        grid=[
+            {"pruning.sparsity": [0.5, 0.9], "synthesis.bn_weight": [1.0, 3.0], "distillation.temperature": [2.0]},
+            {"pruning.sparsity": [0.9], "synthesis": [{"method": "noise", "batch_size": 8}]},
+        ]
+    )
+    trials = sweep.expand(settings, {})
+    points = [(t.pruning.sparsity, t.synthesis.method, getattr(t.synthesis, "bn_weight", None)) for t in trials]
+    product = [(s, "deepinversion", w) for s in (0.5, 0.9) for w in (1.0, 3.0)]
+    assert points == [*product, (0.9, "noise", None)]
+
+
+def test_seeds_multiply_trials_and_set_synthesis_and_distillation():
+    trials = sweep.expand(load(grid={"pruning.sparsity": [0.5, 0.9]}, seeds=3), {})
+    assert len(trials) == 6
+    assert [(t.synthesis.seed, t.distillation.seed) for t in trials[:3]] == [(0, 0), (1, 1), (2, 2)]
+
+
+def test_equal_points_are_one_trial():
+    assert len(sweep.expand(load(grid={"pruning.sparsity": [0.5, 0.5]}), {})) == 1
+
+
+def test_all_errors_of_all_combinations_come_at_once():
+    settings = load(grid={"pruning.sparsity": [0.5, 1.5], "distillation.temprature": [1.0]})
+    with pytest.raises(ValueError) as caught:
+        sweep.expand(settings, {})
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(set(lines)) == 2
+    assert any("1.5" in line for line in lines) and any("did you mean distillation.temperature" in x for x in lines)
+
+
+def test_overriding_a_field_of_the_grid_is_refused():
+    with pytest.raises(ValueError, match="grid varies"):
+        sweep.expand(load(grid={"pruning.sparsity": [0.5]}), {"pruning.sparsity": 0.9})
+
+
+def test_overrides_reach_only_the_methods_that_have_the_field():
+    settings = load(grid={"synthesis": [{"method": "noise"}, {"method": "deepinversion"}]})
+    trials = sweep.expand(settings, {"synthesis.num_steps": 7, "synthesis.batch_size": 4})
+    assert [t.synthesis.batch_size for t in trials] == [4, 4]
+    assert trials[1].synthesis.num_steps == 7
+    with pytest.raises(ValueError, match="unknown field"):
+        sweep.expand(settings, {"synthesis.num_stepz": 7})
+
+
+def test_all_teachers_that_cannot_be_opened_are_told_at_once():
+    trials = sweep.expand(load(grid={"teacher": ["one", "two"]}), {})
+    with pytest.raises(ValueError) as caught:
+        sweep.plan(trials, bundles.load)
+    assert len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_shipped_sweep_is_valid_and_its_command_names_its_own_file(path):
+    settings = config.validate(sweep.SweepConfig, config.read_yaml(path), str(path))
+    assert f"sweeps/{path.name}" in settings.about.command
+    for tiny in (False, True):
+        assert sweep.plan(sweep.expand(settings, {}, tiny=tiny), bundles.load)
+
+
+def test_quickstart_has_twelve_trials_over_four_axes_and_a_noise_baseline():
+    settings = config.validate(
+        sweep.SweepConfig, config.read_yaml(next(p for p in SWEEPS if p.stem == "quickstart")), "q"
+    )
+    trials = sweep.expand(settings, {})
+    assert len(trials) >= 12 and any(t.synthesis.method == "noise" for t in trials)
+    own = [t for t in trials if t.synthesis.method == "deepinversion"]
+    axes = [{t.teacher for t in own}, {t.pruning.sparsity for t in own}, {t.distillation.temperature for t in own}]
+    axes.append({t.synthesis.bn_weight for t in own if isinstance(t.synthesis, config.DeepInversionConfig)})
+    assert all(len(axis) > 1 for axis in axes)
+
+
+@pytest.fixture(scope="module")
+def finished_sweep(tmp_path_factory, tiny_teacher):
+    """A sweep of three trials, one of which fails, run by the real command in a process of its own, twice."""
+    folder = tmp_path_factory.mktemp("sweep")
+    data = {
+        "about": ABOUT,
+        "base": {**TINY_BASE, "teacher": str(tiny_teacher)},
+        "grid": {"synthesis.bn_weight": [1.0, 1e38], "pruning.sparsity": [0.5, 0.9]},
+    }
+    (folder / "small.yaml").write_text(yaml.safe_dump(data))
+    command = [sys.executable, "-m", "dfkd_ray", "sweep", str(folder / "small.yaml"), "--results", str(folder / "out")]
+    command += ["--cache", str(folder / "cache"), "--test-data", "none"]
+    environment = {**os.environ, "COLUMNS": "160"}
+    runs = [
+        subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+        for _ in range(2)
+    ]
+    return folder, runs
+
+
+def test_a_sweep_writes_every_trial_and_fails_only_the_failing(finished_sweep):
+    folder, (first, _) = finished_sweep
+    assert first.returncode == 1, first.stderr
+    rows = results.read_trials(folder / "out")
+    assert len(rows) == 4 and (rows["status"] == "finished").sum() == 2
+    assert rows[rows["status"] == "failed"]["reason"].str.contains("FloatingPointError").all()
+    assert rows["agreement"].iloc[:2].notna().all(), "finished trials come first"
+
+
+def test_trials_with_one_key_synthesise_once(finished_sweep):
+    folder, _ = finished_sweep
+    rows = results.read_trials(folder / "out")
+    rows = rows[rows["status"] == "finished"]
+    assert rows["synthesis_key"].nunique() == 1 and rows["images_sha256"].nunique() == 1
+    assert rows["num_cached_batches"].sum() == 1, "of the two trials that want one batch, one makes it"
+
+
+def test_students_and_pictures_lie_beside_the_table(finished_sweep):
+    folder, _ = finished_sweep
+    rows = results.read_trials(folder / "out")
+    for name in rows[rows["status"] == "finished"]["trial_id"]:
+        assert bundles.load(str(folder / "out" / "students" / name)).info.num_classes == 10
+    assert len(list((folder / "out" / "images").glob("*.png"))) == 1
+
+
+def test_the_final_table_is_printed_and_output_is_quiet(finished_sweep):
+    _, (first, _) = finished_sweep
+    assert "agreement" in first.out if hasattr(first, "out") else "agreement" in first.stdout
+    noise = [line for line in first.stderr.splitlines() if "error:" not in line]
+    assert len(noise) <= 3, first.stderr
+
+
+def test_finished_trials_are_not_run_again(finished_sweep):
+    _, (_, second) = finished_sweep
+    assert "2 already finished" in second.stdout and "[2/2" in second.stdout
+    assert "sparsity 0.5: agreement" not in second.stdout
+
+
+def test_plain_pandas_reads_the_table(finished_sweep):
+    folder, _ = finished_sweep
+    frame = pd.read_parquet(folder / "out" / "trials")
+    assert set(frame["pruning.sparsity"]) == {0.5, 0.9}
+    part = next((folder / "out" / "trials").glob("*.parquet"))
+    assert pq.read_schema(part).metadata[b"dfkd_ray.schema"] == results.TRIALS_SCHEMA.encode()
