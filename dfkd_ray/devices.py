@@ -1,5 +1,6 @@
 """Device, precision, threads and determinism: what decides the last bits of a result, in one place."""
 
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -41,7 +42,8 @@ def autocast(precision: str, device: torch.device) -> Any:
 def numerics(precision: str, device: torch.device, num_threads: int, fast: bool = False) -> Iterator[None]:
     """Threads, TF32 and determinism for a piece of work; restores what was there before.
 
-    CUDA runs deterministic algorithms without autotuning unless `fast`.
+    CUDA runs deterministic algorithms without autotuning unless `fast`; an operation that has no deterministic form
+    warns and runs.
     """
     check_precision(precision, device)
     if fast and device.type != "cuda":
@@ -52,12 +54,16 @@ def numerics(precision: str, device: torch.device, num_threads: int, fast: bool 
         torch.backends.cudnn.allow_tf32,
         torch.backends.cudnn.benchmark,
         torch.backends.cudnn.deterministic,
+        torch.are_deterministic_algorithms_enabled(),
     )
     if before[0] != num_threads:
         torch.set_num_threads(num_threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.benchmark = fast
     torch.backends.cudnn.deterministic = not fast
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with a fixed workspace
+        torch.use_deterministic_algorithms(not fast, warn_only=True)
     try:
         yield
     finally:
@@ -65,6 +71,8 @@ def numerics(precision: str, device: torch.device, num_threads: int, fast: bool 
             torch.set_num_threads(before[0])
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before[1], before[2]
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = before[3], before[4]
+        if device.type == "cuda":
+            torch.use_deterministic_algorithms(before[5], warn_only=True)
 
 
 def numerics_class(device: torch.device) -> str:
