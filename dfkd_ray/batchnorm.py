@@ -39,6 +39,17 @@ def layers(network: nn.Module) -> list[BatchNorm]:
     return [layer for layer in found if layer.running_mean is not None]
 
 
+def require_layers(network: nn.Module) -> list[BatchNorm]:
+    """`layers`, or `ValueError` for a network without BatchNorm statistics."""
+    found = layers(network)
+    if not found:
+        raise ValueError(
+            "the teacher has no BatchNorm layer with running statistics: DeepInversion has nothing to match; "
+            "such a network needs activation records released with it"
+        )
+    return found
+
+
 def channel_moments(x: Float[Tensor, "n c *rest"]) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
     """Float32 mean and biased variance per channel, whatever the precision of `x`."""
     channels = x.shape[1]
@@ -87,7 +98,9 @@ def fused(
     scale = (layer.running_var + layer.eps).rsqrt()
     shift = -layer.running_mean * scale
     if layer.weight is not None:
-        scale, shift = scale * layer.weight, shift * layer.weight + layer.bias
+        scale, shift = scale * layer.weight, shift * layer.weight
+    if layer.bias is not None:
+        shift = shift + layer.bias
     return _EvalBatchNorm.apply(x, scale, shift)  # type: ignore[return-value]
 
 
@@ -97,12 +110,7 @@ def recorded(network: nn.Module) -> Iterator[Statistics]:
 
     Clear the statistics before each pass. `ValueError` for a network without BatchNorm statistics.
     """
-    found = layers(network)
-    if not found:
-        raise ValueError(
-            "the teacher has no BatchNorm layer with running statistics: DeepInversion has nothing to match; "
-            "such a network needs activation records released with it"
-        )
+    found = require_layers(network)
     assert not network.training, "statistics are matched against a frozen teacher in eval mode"
     statistics = Statistics()
 

@@ -143,7 +143,7 @@ def load(name: str, trust_code: Sequence[str] = ()) -> Teacher:
     network = models.build(
         info.architecture, info.arguments, num_classes=info.num_classes, image_shape=info.image_shape
     )
-    load_state(network, from_stored(read_safetensors(weights)), str(weights))
+    load_state(network, from_stored(read_safetensors(weights), str(weights)), str(weights))
     return Teacher(freeze(network), info, teacher_hash(info), Path(folder).name)
 
 
@@ -174,20 +174,21 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"{path}: no such weights file")
     if path.suffix == ".safetensors":
-        return from_stored(read_safetensors(path))
+        return from_stored(read_safetensors(path), str(path))
     if path.suffix not in (".pt", ".pth", ".bin", ".ckpt"):
         raise ValueError(f"{path}: expected .safetensors, .pt or .pth")
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - any failure of reading a foreign file is the same one: it is not usable
-        reason = str(error).split("Please file")[0].split(". ")[0].strip().splitlines()[0]
+        reason = " ".join(str(error).split("Please file")[0].split(". ")[0].split()) or "it is empty or cut short"
         raise ValueError(
             f"{path}: cannot be read as plain tensors ({type(error).__name__}: {reason[:120]}); files that run code on "
             "loading are refused, save network.state_dict() alone"
         ) from None
     if isinstance(data, Mapping) and isinstance(data.get("state_dict"), Mapping):
         data = data["state_dict"]
-    if not isinstance(data, Mapping) or not all(isinstance(value, Tensor) for value in data.values()):
+    plain = isinstance(data, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in data.items())
+    if not plain:
         raise ValueError(f"{path}: expected a state dict (name → tensor), got {type(data).__name__}")
     return {key.removeprefix("module."): value for key, value in data.items()}
 
@@ -233,17 +234,24 @@ def to_stored(state: Mapping[str, Tensor], pruned: Sequence[str]) -> dict[str, T
     return stored
 
 
-def from_stored(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `to_stored`; a plain state dict passes through."""
+def from_stored(stored: Mapping[str, Tensor], where: str = "weights") -> dict[str, Tensor]:
+    """The inverse of `to_stored`; a plain state dict passes through. `ValueError` where mask and values do not fit."""
     state = {}
     for key, tensor in stored.items():
         if key.endswith(MASK):
             name = key.removesuffix(MASK)
-            shape = tuple(stored[key + "::shape"].tolist())
-            mask = np.unpackbits(tensor.numpy(), count=int(np.prod(shape))).astype(bool)
-            dense = torch.zeros(mask.size, dtype=stored[name + VALUES].dtype)
-            dense[torch.from_numpy(mask)] = stored[name + VALUES]
-            state[name] = dense.view(shape)
+            shape, values = stored.get(key + "::shape"), stored.get(name + VALUES)
+            if shape is None or values is None:
+                raise ValueError(f"{where}: {name} has a mask but no shape or no values; the file is damaged")
+            size = int(np.prod(shape.tolist()))
+            mask = torch.from_numpy(np.unpackbits(tensor.numpy())[:size].astype(bool))
+            if len(mask) != size or int(mask.sum()) != values.numel():
+                raise ValueError(
+                    f"{where}: {name} has {values.numel()} values, its mask wants {int(mask.sum())}; damaged"
+                )
+            dense = torch.zeros(size, dtype=values.dtype)
+            dense[mask] = values
+            state[name] = dense.view(shape.tolist())
         elif "::" not in key:
             state[key] = tensor
     return state
@@ -275,11 +283,22 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         yield partial
         partial.chmod(0o755)
         if folder.is_dir():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-            os.replace(folder, old / "bundle")
-            os.replace(partial, folder)
-            shutil.rmtree(old)
+            swap_folders(partial, folder)
         else:
             os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def swap_folders(new: Path, folder: Path) -> None:
+    """Put `new` in the place of `folder`; when that fails, the old one is back where it was."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+    try:
+        os.replace(folder, aside / "old")
+        try:
+            os.replace(new, folder)
+        except OSError:
+            (aside / "old").rename(folder)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -34,9 +34,9 @@ def folder_of(root: Path, key: str, numerics: str) -> Path:
     return root / f"{key[:32]}-{stable_hash(numerics)[:8]}"
 
 
-def digest(images: np.ndarray, labels: np.ndarray) -> str:
-    """SHA-256 over types, shapes and bytes of a batch's arrays."""
-    sha = hashlib.sha256(f"{images.dtype}{images.shape}{labels.dtype}{labels.shape}".encode())
+def digest(images: np.ndarray, labels: np.ndarray, terms: str = "") -> str:
+    """SHA-256 over types, shapes and bytes of a batch's arrays, and over its terms as JSON text."""
+    sha = hashlib.sha256(f"{images.dtype}{images.shape}{labels.dtype}{labels.shape}{terms}".encode())
     sha.update(images.tobytes())
     sha.update(labels.tobytes())
     return sha.hexdigest()
@@ -45,8 +45,11 @@ def digest(images: np.ndarray, labels: np.ndarray) -> str:
 def write(folder: Path, batch: Batch) -> None:
     """Write one batch whole: hidden temporary name, fsync, rename."""
     folder.mkdir(parents=True, exist_ok=True)
-    meta = {"key": batch.key, "terms": json.dumps(batch.terms), "sha256": digest(batch.images, batch.labels)}
-    data = safetensors.numpy.save({"images": batch.images, "labels": batch.labels}, metadata=meta)
+    terms = json.dumps(batch.terms)
+    meta = {"key": batch.key, "terms": terms, "sha256": digest(batch.images, batch.labels, terms)}
+    # The library writes the memory of a strided array as it lies.
+    arrays = {"images": np.ascontiguousarray(batch.images), "labels": np.ascontiguousarray(batch.labels)}
+    data = safetensors.numpy.save(arrays, metadata=meta)
     partial = folder / f".{batch.index:06d}.{os.getpid()}.part"
     try:
         with partial.open("wb") as file:
@@ -70,11 +73,12 @@ def read(folder: Path, index: int, key: str) -> Batch | None:
         with safetensors.safe_open(path, framework="numpy") as file:
             meta = file.metadata() or {}
             images, labels = file.get_tensor("images"), file.get_tensor("labels")
-    except (OSError, safetensors.SafetensorError):
+    except (OSError, ValueError, TypeError, safetensors.SafetensorError):
         return None
-    if meta.get("key") != key or meta.get("sha256") != digest(images, labels):
+    terms = meta.get("terms", "")
+    if meta.get("key") != key or meta.get("sha256") != digest(images, labels, terms):
         return None
-    return Batch(index, images, labels, key, json.loads(meta["terms"]))
+    return Batch(index, images, labels, key, json.loads(terms))
 
 
 def fetch(
@@ -91,7 +95,7 @@ def fetch(
     """
     wanted = list(indices)
     found: dict[int, Batch] = {}
-    while len(found) < len(wanted):
+    while len(found) < len(set(wanted)):
         progress = False
         for index in wanted:
             if index in found:

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -137,14 +146,13 @@ class PruningConfig(BaseModel):
     spare_first: bool = Field(default=False, description="leave the first convolution dense")
     spare_last: bool = Field(default=False, description="leave the last linear layer dense")
 
-    @model_validator(mode="before")
+    @field_validator("schedule_end", "schedule_every")
     @classmethod
-    def _cubic_fields_need_cubic(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and data.get("schedule", "one_shot") != "cubic":
-            for name in ("schedule_end", "schedule_every"):
-                if name in data and data[name] != cls.model_fields[name].default:
-                    raise ValueError(f"{name} acts with schedule=cubic only; leave it out or set schedule=cubic")
-        return data
+    def _acts_with_cubic_only(cls, value: float, info: Any) -> float:
+        name = str(info.field_name)
+        if info.data.get("schedule") == "one_shot" and value != cls.model_fields[name].default:
+            raise ValueError(f"{name} acts with schedule=cubic only; leave it out or set schedule=cubic")
+        return value
 
 
 class StudentConfig(BaseModel):
@@ -286,7 +294,8 @@ def describe(model: type[BaseModel], error: Mapping[str, Any], where: str) -> st
     name = ".".join(path) or where
     given = error.get("input")
     if error["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(name, list(field_paths(model)), n=1, cutoff=0.6)
+        names = [path for path in field_paths(model) if path != name]
+        close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
         hint = f"; did you mean {close[0]}?" if close else ""
         return f"{where}: {name}: unknown field{hint}"
     if error["type"] == "missing":
@@ -350,7 +359,7 @@ def with_overrides(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dic
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise ValueError(f"{name}: {parent!r} is a plain value, it has no fields")
-        node[leaf] = value
+        node[leaf] = with_overrides(value, {}) if isinstance(value, Mapping) else value
     return result
 
 

@@ -107,8 +107,9 @@ def read_idx(path: Path) -> np.ndarray:
     if len(data) < 4 or data[:3] != b"\x00\x00\x08":
         raise ValueError(f"{path}: not an IDX file of unsigned bytes")
     dims = data[3]
-    shape = np.frombuffer(data, ">i4", dims, offset=4).tolist() if len(data) >= 4 + 4 * dims else [-1]
-    if len(data) != 4 + 4 * dims + int(np.prod(shape)):
+    whole_header = len(data) >= 4 + 4 * dims
+    shape = np.frombuffer(data, ">i4", dims, offset=4).tolist() if whole_header else []
+    if not whole_header or len(data) != 4 + 4 * dims + int(np.prod(shape)):
         raise ValueError(f"{path}: {len(data)} bytes do not fit its shape {shape}; the file is truncated or damaged")
     return np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape)
 
@@ -127,8 +128,10 @@ def open_idx(
             images, labels = (folder / f"{stem}-{part}-ubyte{ending}" for part in ("images-idx3", "labels-idx1"))
             if images.is_file() and labels.is_file():
                 names = FASHION_CLASSES if name == "fashion_mnist" else [str(digit) for digit in range(10)]
-                pixels = torch.tensor(read_idx(images)).unsqueeze(1)
-                return in_memory(name, pixels, torch.tensor(read_idx(labels)), names, image_shape)
+                pixels, classes = torch.tensor(read_idx(images)).unsqueeze(1), torch.tensor(read_idx(labels))
+                if len(pixels) != len(classes):
+                    raise ValueError(f"{images}: {len(pixels)} images, but {labels.name} has {len(classes)} labels")
+                return in_memory(name, pixels, classes, names, image_shape)
     raise missing(name, ", ".join(str(folder) for folder in folders))
 
 
@@ -156,9 +159,10 @@ def open_celeba(
         found = torchvision.datasets.CelebA(str(root), split="train" if train else "test", download=download)
     except RuntimeError as error:
         raise missing(name, f"{root / 'celeba'} ({str(error).splitlines()[0]})") from None
-    if attribute not in found.attr_names:
-        raise ValueError(f"celeba has no attribute {attribute!r}; it has {', '.join(filter(None, found.attr_names))}")
-    labels = found.attr[:, found.attr_names.index(attribute)]
+    names = [name for name in found.attr_names if name]
+    if attribute not in names:
+        raise ValueError(f"celeba has no attribute {attribute!r}; it has {', '.join(names)}")
+    labels = found.attr[:, names.index(attribute)]
     c, h, w = image_shape or (3, 224, 224)
 
     def read(indices: Sequence[int] | Tensor) -> Tensor:

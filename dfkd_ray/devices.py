@@ -25,8 +25,10 @@ def place(network: nn.Module, device: torch.device, *, channels_last: bool = Tru
     return network.to(device).to(memory_format=layout)  # type: ignore[call-overload]
 
 
-def check_precision(precision: str, device: torch.device) -> None:
-    """`ValueError` for a precision that would silently do nothing."""
+def check_precision(precision: str, device: torch.device, fast: bool = False) -> None:
+    """`ValueError` for an option that would silently do nothing on this device."""
+    if fast and device.type != "cuda":
+        raise ValueError("fast acts on CUDA only (autotuned, non-deterministic kernels); leave it out on this device")
     if precision == "tf32" and device.type != "cuda":
         raise ValueError("precision tf32 acts on CUDA only; use bfloat16 or float32 on this device")
 
@@ -45,9 +47,7 @@ def numerics(precision: str, device: torch.device, num_threads: int, fast: bool 
     CUDA runs deterministic algorithms without autotuning unless `fast`; an operation that has no deterministic form
     warns and runs.
     """
-    check_precision(precision, device)
-    if fast and device.type != "cuda":
-        raise ValueError("fast acts on CUDA only (autotuned, non-deterministic kernels); leave it out on this device")
+    check_precision(precision, device, fast)
     before = (
         torch.get_num_threads(),
         torch.backends.cuda.matmul.allow_tf32,

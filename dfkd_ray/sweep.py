@@ -110,8 +110,10 @@ def applies(name: str, data: Mapping[str, Any]) -> bool:
     return leaf in own or not any(leaf in other.model_fields for other in SYNTHESIS_CONFIGS.values())
 
 
-def plan(configs: Sequence[TrialConfig], open_teacher: Callable[[str], Teacher]) -> list[Job]:
-    """Open every teacher once and name every trial. `ValueError` with all teachers that cannot be opened."""
+def plan(
+    configs: Sequence[TrialConfig], open_teacher: Callable[[str], Teacher], trust_code: Sequence[str] = ()
+) -> list[Job]:
+    """Open every teacher once, name and check every trial. `ValueError` with all that cannot run."""
     teachers: dict[str, Teacher] = {}
     errors = []
     for name in dict.fromkeys(config.teacher for config in configs):
@@ -126,6 +128,12 @@ def plan(configs: Sequence[TrialConfig], open_teacher: Callable[[str], Teacher])
         teacher = teachers[config.teacher]
         name = one_trial.trial_id(config, teacher)
         jobs.setdefault(name, Job(config, teacher, name))
+        try:
+            one_trial.check(config, teacher, trust_code)
+        except ValueError as error:
+            errors.append(f"{config.teacher}: {error}")
+    if errors:
+        raise ValueError("\n".join(dict.fromkeys(errors)))
     return list(jobs.values())
 
 

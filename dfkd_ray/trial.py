@@ -70,6 +70,7 @@ def run(
     `test` is only reported on. `real` is used when, and only when, the config's method is `real`. `ValueError` for a
     config that does not fit the teacher.
     """
+    check(config, teacher, trust_code)
     if config.synthesis.method == "real" and real is None:
         raise ValueError(
             "synthesis.method=real needs real images, which this project never opens by itself: "
@@ -84,6 +85,16 @@ def run(
         outcome = Outcome({**row, "status": "failed", "reason": f"{type(error).__name__}: {error}".splitlines()[0]})
     outcome.row["wall_s"] = time.perf_counter() - start
     return outcome
+
+
+def check(config: TrialConfig, teacher: Teacher, trust_code: Sequence[str]) -> None:
+    """What can be known to go wrong before anything is computed: `ValueError` with the reason."""
+    device = devices.resolve(config.device)
+    for settings in (config.synthesis, config.reference.synthesis, config.distillation):
+        devices.check_precision(getattr(settings, "precision", "float32"), device, getattr(settings, "fast", False))
+    batchnorm.require_layers(teacher.network)  # for the reference set, whatever the trial's own method
+    if config.student.architecture is not None:
+        starting_student(config, teacher, torch.device("cpu"), trust_code)
 
 
 def steps(

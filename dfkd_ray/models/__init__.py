@@ -34,6 +34,9 @@ def build(architecture: str, arguments: dict[str, Any], *, num_classes: int, ima
         make, kwargs = import_factory(architecture), dict(arguments)
     else:
         make = family(architecture)
+        width = arguments.get("width_multiplier", 1.0)
+        if isinstance(width, bool) or not isinstance(width, int | float) or not 0 < width < 1e3:
+            raise ValueError(f"architecture {architecture!r}: width_multiplier is {width!r}, expected a number above 0")
         kwargs = {"num_classes": num_classes, "image_shape": tuple(image_shape), **arguments}
     try:
         inspect.signature(make).bind(**kwargs)

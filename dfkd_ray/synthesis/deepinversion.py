@@ -39,11 +39,9 @@ def source(teacher: Teacher, config: DeepInversionConfig, key: str, device: torc
 
     The teacher's own network is not touched: the source works on a copy, on `device`.
     """
-    devices.check_precision(config.precision, device)
+    devices.check_precision(config.precision, device, config.fast)
     network = devices.place(freeze(deepcopy(teacher.network)), device, channels_last=config.channels_last)
-    if not batchnorm.layers(network):
-        with batchnorm.recorded(network):  # raises with the sentence that says what to do
-            pass
+    batchnorm.require_layers(network)
     run = compiled(network) if config.compile else network
     space, num_classes = teacher.info.space, teacher.info.num_classes
 

@@ -1,0 +1,66 @@
+"""`dfkd-ray bench`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dfkd_ray import config as configs
+from dfkd_ray.cli.inputs import load_teacher, open_test
+from dfkd_ray.cli.options import DataRoot, Set, TestData, Trust
+from dfkd_ray.cli.show import Progress
+
+app = typer.Typer(no_args_is_help=True, help="Speed as ratios against a plain reference, measured in one run.")
+
+
+@app.command("inversion")
+def bench_inversion(
+    teacher: Annotated[
+        str | None, typer.Argument(help="bundle; default: untrained ResNet-18, CIFAR stem, width 32")
+    ] = None,
+    batch_size: Annotated[int, typer.Option()] = 256,
+    steps: Annotated[int, typer.Option(help="steps per timed run")] = 5,
+    repeats: Annotated[int, typer.Option(help="alternating runs; the median counts")] = 5,
+    threads: Annotated[int, typer.Option()] = 2,
+    precision: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
+    device: Annotated[str, typer.Option()] = "auto",
+    compile_: Annotated[bool, typer.Option("--compile", help="torch.compile our side")] = False,
+    trust_code: Trust = None,
+) -> None:
+    """Synthesis steps per second: ours, the bare network, and an eager float32 reference with forward hooks."""
+    from dfkd_ray import bench
+
+    loaded = load_teacher(teacher, trust_code) if teacher else bench.default_teacher()
+    settings = configs.validate(
+        configs.DeepInversionConfig,
+        {"batch_size": batch_size, "precision": precision, "num_threads": threads, "compile": compile_},
+    )
+    bench.inversion(loaded, settings, steps=steps, repeats=repeats, device_name=device)
+
+
+@app.command("recovery")
+def bench_recovery(
+    teacher: Annotated[str, typer.Argument(help="bundle folder or bundled teacher")],
+    sparsity: Annotated[list[float] | None, typer.Option(help="repeatable")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with our trial config; default: the fast one")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    scale: Annotated[
+        float, typer.Option(help="share of the recipe's images and steps, for a trial of the bench")
+    ] = 1.0,
+    test_data: TestData = "auto",
+    data_root: DataRoot = Path("data"),
+    set_: Set = None,
+    trust_code: Trust = None,
+) -> None:
+    """Points lost and wall time: ours against the public recipe of the 2025 pruning paper, on the same teacher."""
+    from dfkd_ray import bench
+
+    loaded = load_teacher(teacher, trust_code)
+    test = open_test(loaded, test_data, data_root)
+    if test is None:
+        raise ValueError(f"bench recovery needs test data to measure points lost; give --test-data for {loaded.name}")
+    data = configs.read_yaml(config) if config else bench.FAST
+    overrides = configs.parse_overrides(set_ or []) | {"teacher": teacher}
+    overrides |= {"synthesis.seed": seed, "distillation.seed": seed}
+    settings = configs.validate(configs.TrialConfig, configs.with_overrides(data, overrides))
+    bench.recovery(loaded, settings, test, sparsity or [0.75, 0.9], scale=scale, seed=seed, progress=Progress())

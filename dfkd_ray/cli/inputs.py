@@ -1,0 +1,135 @@
+"""From words on the command line to teachers and data: real data sets are opened here, and handed down."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dfkd_ray import config as configs
+
+if TYPE_CHECKING:
+    from dfkd_ray.bundles import Teacher
+    from dfkd_ray.data import LabelledImages
+    from dfkd_ray.images import Batch, BatchSource
+
+
+def parse_json(text: str, option: str) -> dict[str, Any]:
+    """A JSON object from the command line."""
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{option} {text!r}: not valid JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise ValueError(f'{option} {text!r}: expected a JSON object, as in \'{{"stem": "cifar"}}\'')
+    return data
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    """`3x32x32` as (3, 32, 32)."""
+    parts = text.lower().split("x")
+    if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"--image-shape {text!r}: expected CHANNELSxHEIGHTxWIDTH, as in 3x32x32")
+    return int(parts[0]), int(parts[1]), int(parts[2])
+
+
+def parse_floats(text: str, option: str) -> tuple[float, ...]:
+    """`0.5,0.5,0.5` as numbers."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{option} {text!r}: expected numbers with commas, as in 0.4914,0.4822,0.4465") from None
+
+
+def as_batches(data: "LabelledImages") -> "list[Batch]":
+    """A data set as batches for evaluation."""
+    import torch
+
+    from dfkd_ray.evaluation import EVALUATION_BATCH
+    from dfkd_ray.images import Batch
+
+    batches = []
+    for index, start in enumerate(range(0, len(data), EVALUATION_BATCH)):
+        rows = torch.arange(start, min(start + EVALUATION_BATCH, len(data)))
+        batches.append(Batch(index, data.read(rows).numpy(), data.labels[rows].numpy(), data.name))
+    return batches
+
+
+def training_split(teacher: "Teacher", name: str, root: Path, download: bool) -> "tuple[LabelledImages, Any, Any]":
+    """A training set with the rows the teacher was trained on and the rows held out of it."""
+    from dfkd_ray import data, teachers
+
+    notes = teacher.info.notes.get("training", {})
+    found = data.open_dataset(name, root, train=True, image_shape=teacher.info.image_shape, download=download)
+    own = name == teacher.info.dataset
+    num_validation, seed = (notes.get("num_validation", 0), notes.get("seed", 0)) if own else (0, 0)
+    return found, *teachers.split(len(found), num_validation, seed)
+
+
+def subset(data: "LabelledImages", rows: Any) -> "LabelledImages":
+    """Some rows of a data set."""
+    from dataclasses import replace
+
+    return replace(data, read=lambda indices: data.read(rows[indices]), labels=data.labels[rows])
+
+
+def open_test(teacher: "Teacher", name: str, root: Path, download: bool = False) -> "list[Batch] | None":
+    """The test batches for reporting, or None."""
+    from dfkd_ray import data
+
+    if name == "none" or (name == "auto" and teacher.info.dataset is None):
+        return None
+    if name == "auto":
+        found = data.bundled_test_set(str(teacher.info.dataset), teacher.info.image_shape)
+        return None if found is None else as_batches(found)
+    if name == "validation":
+        if teacher.info.dataset is None:
+            raise ValueError(f"--test-data validation: {teacher.name} does not say what it was trained on")
+        found, _, held_out = training_split(teacher, teacher.info.dataset, root, download)
+        if len(held_out) == 0:
+            raise ValueError(f"--test-data validation: {teacher.name} was trained without holding images out")
+        return as_batches(subset(found, held_out))
+    found = data.open_dataset(name, root, train=False, image_shape=teacher.info.image_shape, download=download)
+    if len(found.class_names) != teacher.info.num_classes:
+        raise ValueError(
+            f"--test-data {name}: {len(found.class_names)} classes, the teacher has {teacher.info.num_classes}"
+        )
+    return as_batches(found)
+
+
+def open_real(teacher: "Teacher", name: str, root: Path, settings: configs.RealConfig, download: bool) -> "BatchSource":
+    """Real training images as a source: a seeded order, each image once. The upper bound."""
+    import torch
+
+    from dfkd_ray.config import synthesis_key
+    from dfkd_ray.images import Batch, PixelSpace, decode, encode, mix_seed
+
+    found, rows, _ = training_split(teacher, name, root, download)
+    order = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(mix_seed(settings.seed, 0x4EA1)))]
+    key = synthesis_key(teacher.hash, settings, f"real:{name}")
+    plain = PixelSpace((0.0,) * teacher.info.image_shape[0], (1.0,) * teacher.info.image_shape[0])
+
+    def batch(index: int) -> Batch:
+        chosen = order[index * settings.batch_size : (index + 1) * settings.batch_size]
+        if len(chosen) == 0:
+            raise ValueError(f"--real-data {name}: {len(rows)} images are fewer than distillation.num_images asks for")
+        images = found.read(chosen).numpy()
+        if settings.storage != "uint8":
+            images = encode(decode(images, plain), plain, settings.storage)
+        return Batch(index, images, found.labels[chosen].numpy(), key)
+
+    return batch
+
+
+def allow_import_from_here() -> None:
+    """Let import paths reach modules in the working folder, as `python -m` does."""
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+
+
+def load_teacher(name: str, trust_code: Sequence[str] | None) -> "Teacher":
+    """A bundle by folder or name."""
+    from dfkd_ray import bundles
+
+    allow_import_from_here()
+    return bundles.load(name, tuple(trust_code or ()))

@@ -1,0 +1,144 @@
+"""`dfkd-ray recover` and `dfkd-ray sweep`."""
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+
+from dfkd_ray import config as configs
+from dfkd_ray.cli.inputs import load_teacher, open_real, open_test
+from dfkd_ray.cli.options import DataRoot, Download, Out, Set, TestData, Trust
+from dfkd_ray.cli.show import Progress, print_ladder, print_trials
+
+if TYPE_CHECKING:
+    from dfkd_ray.bundles import Teacher
+    from dfkd_ray.images import BatchSource
+
+
+def recover(
+    teacher: Annotated[str, typer.Argument(help="bundle folder or bundled teacher")],
+    out: Out,
+    sparsity: Annotated[float | None, typer.Option(help="share of weights to remove")] = None,
+    method: Annotated[str | None, typer.Option(help="deepinversion, noise, or real (with --real-data)")] = None,
+    seed: Annotated[int | None, typer.Option(help="of synthesis and distillation")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with a trial config")] = None,
+    set_: Set = None,
+    test_data: TestData = "auto",
+    real_data: Annotated[str | None, typer.Option(help="with --method real: the training set, by name")] = None,
+    data_root: DataRoot = Path("data"),
+    download: Download = False,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda")] = None,
+    cache: Annotated[Path | None, typer.Option(help="where synthesised batches are kept")] = None,
+    trust_code: Trust = None,
+) -> None:
+    """Prune a network and win its accuracy back without data: one trial, no Ray.
+
+    Writes OUT/student (a bundle), OUT/row.json, OUT/images.png; prints the ladder teacher, pruned,
+    BatchNorm re-estimated, recovered. Interrupted, the same command goes on from its checkpoint.
+    """
+    data = configs.read_yaml(config) if config else {}
+    few = {"teacher": teacher, "pruning.sparsity": sparsity, "synthesis.method": method, "device": device}
+    few |= {"synthesis.seed": seed, "distillation.seed": seed}
+    few = {name: value for name, value in few.items() if value is not None}
+    overrides = configs.parse_overrides(set_ or [])
+    settings = configs.validate(configs.TrialConfig, configs.with_overrides(data, few | overrides))
+    if (settings.synthesis.method == "real") != (real_data is not None):
+        raise ValueError("--method real and --real-data NAME go together: real images are used only when asked for")
+
+    from dfkd_ray import cache as caches
+    from dfkd_ray import results, trial
+    from dfkd_ray.images import save_class_grid
+
+    loaded = load_teacher(teacher, trust_code)
+    test = open_test(loaded, test_data, data_root, download)
+    real = None
+    if real_data is not None:
+        assert isinstance(settings.synthesis, configs.RealConfig)
+        real = open_real(loaded, real_data, data_root, settings.synthesis, download)
+    out.mkdir(parents=True, exist_ok=True)
+    outcome = trial.run(
+        settings,
+        loaded,
+        test=test,
+        real=real,
+        cache_folder=cache or caches.default_folder(),
+        checkpoint=out / "checkpoints",
+        progress=Progress(),
+        trust_code=tuple(trust_code or ()),
+    )
+    if outcome.student is not None:
+        outcome.save_student(out / "student")
+        save_class_grid(out / "images.png", outcome.batches, loaded.info.num_classes, loaded.info.space)
+    results.write_json(out / "row.json", outcome.row)
+    if outcome.row["status"] == "failed":
+        print(f"error: trial {outcome.row['trial_id']} failed: {outcome.row['reason']}", file=sys.stderr)
+        raise typer.Exit(1)
+    print_ladder(outcome.row, out)
+
+
+def sweep(
+    file: Annotated[Path, typer.Argument(help="YAML sweep file")],
+    results: Annotated[Path | None, typer.Option(help="folder for tables, students, pictures")] = None,
+    set_: Set = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="the file's small size, for a look in seconds")] = False,
+    test_data: TestData = "auto",
+    real_data: Annotated[
+        str | None, typer.Option(help="for trials with method real: the training set, by name")
+    ] = None,
+    data_root: DataRoot = Path("data"),
+    download: Download = False,
+    cache: Annotated[Path | None, typer.Option(help="where synthesised batches are kept")] = None,
+    trust_code: Trust = None,
+) -> None:
+    """Run a grid of trials with Ray Tune on this machine; finished trials are not run again."""
+    data = configs.read_yaml(file)
+    overrides = configs.parse_overrides(set_ or [])
+    from dfkd_ray import cache as caches
+    from dfkd_ray import results as tables
+    from dfkd_ray import sweep as sweeps
+
+    settings = configs.validate(sweeps.SweepConfig, data, str(file))
+    trials = sweeps.expand(settings, overrides, tiny=tiny)
+    jobs = sweeps.plan(trials, lambda name: load_teacher(name, trust_code), tuple(trust_code or ()))
+    uses_real = any(job.config.synthesis.method == "real" for job in jobs)
+    if uses_real != (real_data is not None):
+        raise ValueError(f"{file}: trials with synthesis.method=real and --real-data NAME go together")
+    folder = (results or Path("runs") / (file.stem + ("-tiny" if tiny else ""))).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
+    num_done = len(sweeps.finished_ids(folder) & {job.id for job in jobs})
+    print(f"{file}: {len(jobs)} trials, {num_done} already finished; results in {folder}", flush=True)
+    start = time.monotonic()
+
+    def real_of(teacher: "Teacher", synthesis: configs.RealConfig) -> "BatchSource":
+        assert real_data is not None
+        return open_real(teacher, real_data, data_root, synthesis, download)
+
+    def on_row(row: Mapping[str, Any], done: int, total: int) -> None:
+        if row["status"] == "failed":
+            what = f"FAILED: {row['reason']}"
+        else:
+            accuracy = row["recovered_accuracy"]
+            shown = "" if accuracy is None or accuracy != accuracy else f", test accuracy {100 * accuracy:.2f} %"
+            what = f"agreement {100 * row['agreement']:.2f} %{shown}"
+        name = f"{Path(row['teacher']).name} {row['synthesis.method']} sparsity {row['pruning.sparsity']}"
+        print(f"[{done}/{total}, {time.monotonic() - start:.0f} s] {name}: {what}", flush=True)
+
+    num_failed = sweeps.run(
+        jobs,
+        folder,
+        (cache or caches.default_folder()).absolute(),
+        test_of=lambda teacher: open_test(teacher, test_data, data_root, download),
+        real_of=real_of if real_data else None,
+        on_row=on_row,
+        trust_code=tuple(trust_code or ()),
+    )
+    rows = tables.read_trials(folder)
+    print_trials(rows[rows["trial_id"].isin([job.id for job in jobs])])
+    print(f"{len(jobs)} trials, {num_failed} failed, {time.monotonic() - start:.0f} s; table: {folder / 'trials'}")
+    if num_failed:
+        raise typer.Exit(1)

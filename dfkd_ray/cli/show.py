@@ -1,0 +1,106 @@
+"""What the commands show: progress, the ladder of one trial, the table of a sweep."""
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class Progress:
+    """Shows (stage, done, total, numbers): a line that updates on a terminal, now and then a plain line elsewhere."""
+
+    def __init__(self, every_s: float = 15.0):
+        self.live = sys.stderr.isatty()
+        self.every_s = 0.1 if self.live else every_s
+        self.stage, self.start, self.shown = "", 0.0, 0.0
+
+    def __call__(self, stage: str, done: int, total: int, numbers: Mapping[str, float | int]) -> None:
+        """Show where a stage stands."""
+        now = time.monotonic()
+        if stage != self.stage:
+            self.stage, self.start, self.shown = stage, now, 0.0
+        if done < total and now - self.shown < self.every_s:
+            return
+        self.shown = now
+        left = (now - self.start) / done * (total - done) if done else 0.0
+        parts = [f"{stage} {done}/{total}"]
+        parts += [f"{name} {value:.4g}" for name, value in numbers.items() if not name.startswith("class")]
+        if left >= 1:
+            parts.append(f"{left:.0f} s left")
+        line = "  ".join(parts)
+        if self.live:
+            print(f"\r\033[K{line[:160]}", end="\n" if done == total and stage != "evaluating" else "", file=sys.stderr)
+            sys.stderr.flush()
+        elif stage != "evaluating":
+            print(line, file=sys.stderr, flush=True)
+
+
+def print_ladder(row: Mapping[str, Any], out: Path) -> None:
+    """The rungs of one trial."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{row['teacher']}, sparsity {row['achieved_sparsity']:.4f}, {row['synthesis.method']} images")
+    for heading in ("rung", "test accuracy %", "points lost", "agreement % (reference set)"):
+        table.add_column(heading, justify="left" if heading == "rung" else "right")
+    teacher = row.get("teacher_accuracy")
+    agreements = {
+        "teacher": 1.0,
+        "pruned": row["pruned_agreement"],
+        "bn_reestimated": row["bn_reestimated_agreement"],
+        "recovered": row["agreement"],
+    }
+    for name, agreement in agreements.items():
+        accuracy = row.get(f"{name}_accuracy")
+        shown = "-" if accuracy is None else f"{100 * accuracy:.2f}"
+        lost = "-" if accuracy is None or teacher is None else f"{100 * (teacher - accuracy):.2f}"
+        table.add_row(name.replace("bn_reestimated", "BN re-estimated"), shown, lost, f"{100 * agreement:.2f}")
+    console = Console()
+    console.print(table)
+    if row["real_data"]:
+        console.print("real images were used: this is an upper bound, not data-free")
+    console.print(
+        f"{row['num_images']} images in {row['synthesis_wall_s']:.0f} s, distilled in "
+        f"{row['distillation_wall_s']:.0f} s; {row['stored_bytes']:,} bytes stored, {row['dense_bytes']:,} dense"
+    )
+    console.print(f"written: {out / 'student'}, {out / 'row.json'}, {out / 'images.png'}", soft_wrap=True)
+
+
+def print_trials(rows: Any) -> None:
+    """The final table, best agreement first; only fields that differ between trials are shown besides the results."""
+    from rich.console import Console
+    from rich.table import Table
+
+    def number(value: Any, scale: float = 1.0, digits: int = 2) -> str:
+        return "-" if value is None or value != value else f"{scale * value:.{digits}f}"
+
+    fields = [c for c in rows.columns if "." in c and not c.startswith("reference.") and rows[c].nunique(False) > 1]
+    fields = [
+        c
+        for c in fields
+        if c in ("synthesis.method",) or rows[rows["synthesis.method"] == "deepinversion"][c].nunique(False) > 1
+    ]
+    table = Table(title="best agreement with the teacher first (reference set); accuracies in % of the test set")
+    names = [
+        "teacher",
+        *(c.replace("distillation.", "").replace("synthesis.", "").replace("pruning.", "") for c in fields),
+    ]
+    results = ["teacher", "pruned", "BN", "recovered", "agreement", "stored kB", "s"]
+    for heading in names + results:
+        table.add_column(heading, justify="right")
+    for _, row in rows.iterrows():
+        cells = [Path(str(row["teacher"])).name.removeprefix("fashion_mnist_")]
+        cells += [
+            "-" if row[c] is None or row[c] != row[c] else f"{row[c]:g}" if isinstance(row[c], float) else str(row[c])
+            for c in fields
+        ]
+        if row["status"] == "failed":
+            table.add_row(*cells, f"FAILED: {row['reason']}")
+            continue
+        rungs = ("teacher_accuracy", "pruned_accuracy", "bn_reestimated_accuracy", "recovered_accuracy", "agreement")
+        cells += [number(row[c], 100) for c in rungs]
+        table.add_row(*cells, number(row["stored_bytes"], 1e-3, 0), number(row["wall_s"], 1, 0))
+    console = Console()
+    console.width = max(console.width, 120)
+    console.print(table)
