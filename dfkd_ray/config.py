@@ -148,7 +148,7 @@ class PruningConfig(BaseModel):
 
     @field_validator("schedule_end", "schedule_every")
     @classmethod
-    def _acts_with_cubic_only(cls, value: float, info: Any) -> float:
+    def _acts_with_cubic_only(cls, value: float | int, info: Any) -> float | int:
         name = str(info.field_name)
         if info.data.get("schedule") == "one_shot" and value != cls.model_fields[name].default:
             raise ValueError(f"{name} acts with schedule=cubic only; leave it out or set schedule=cubic")
