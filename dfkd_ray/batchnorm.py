@@ -55,8 +55,9 @@ def channel_moments(x: Float[Tensor, "n c *rest"]) -> tuple[Float[Tensor, " c"],
     channels = x.shape[1]
     if x.device.type == "cpu":
         # Vectorised two-pass kernel with float32 accumulation; with momentum 0 the buffers stay untouched.
-        zeros = torch.zeros(channels)
-        return torch.batch_norm_update_stats(x, zeros, torch.ones(channels), 0.0)
+        kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+        zeros, ones = torch.zeros(channels, dtype=kind), torch.ones(channels, dtype=kind)
+        return torch.batch_norm_update_stats(x, zeros, ones, 0.0)
     variance, mean = torch.var_mean(x.float(), dim=[0, *range(2, x.ndim)], correction=0)
     return mean, variance
 
@@ -135,7 +136,7 @@ def reestimate(network: nn.Module, batches: Iterable[Tensor]) -> None:
     """Set every BatchNorm layer's running statistics to the average over `batches` of normalised images.
 
     The mean over batches of mean and unbiased variance, each batch with equal weight; all other modules stay in
-    eval mode. The network ends in eval mode.
+    eval mode. The network ends in eval mode. `ValueError` without a batch.
     """
     network.eval()
     found = layers(network)
@@ -144,8 +145,14 @@ def reestimate(network: nn.Module, batches: Iterable[Tensor]) -> None:
         layer.reset_running_stats()
         layer.momentum = None  # PyTorch's cumulative average
         layer.train()
-    for images in batches:
-        network(images)
-    for layer, momentum in zip(found, momenta, strict=True):
-        layer.momentum = momentum
-        layer.eval()
+    count = 0
+    try:
+        for images in batches:
+            network(images)
+            count += 1
+    finally:
+        for layer, momentum in zip(found, momenta, strict=True):
+            layer.momentum = momentum
+            layer.eval()
+    if count == 0:
+        raise ValueError("BatchNorm re-estimation got no batch of images")

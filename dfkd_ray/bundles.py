@@ -117,7 +117,7 @@ def read_info(folder: Path) -> BundleInfo:
     return validate(BundleInfo, data, str(path))
 
 
-def load(name: str, trust_code: Sequence[str] = ()) -> Teacher:
+def load(name: str, trust_code: Sequence[str] | str = ()) -> Teacher:
     """Load a bundle onto the CPU.
 
     `ValueError` where weights are missing, truncated, of another hash or another shape, or where the architecture is
@@ -126,7 +126,7 @@ def load(name: str, trust_code: Sequence[str] = ()) -> Teacher:
     folder = locate(name)
     info = read_info(folder)
     module_name, colon, _ = info.architecture.partition(":")
-    if colon and module_name not in trust_code:
+    if colon and module_name not in ([trust_code] if isinstance(trust_code, str) else trust_code):
         raise ValueError(
             f"{folder}: its architecture is code, {info.architecture!r}; if you trust that module, "
             f"add --trust-code {module_name}"
@@ -271,6 +271,9 @@ def save(folder: Path, info: BundleInfo, state: Mapping[str, Tensor], pruned: Se
         write_safetensors(partial / "weights.safetensors", to_stored(state, pruned))
         info = info.model_copy(update={"weights_sha256": sha256(partial / "weights.safetensors")})
         (partial / "teacher.json").write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        for path in partial.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
     return info
 
 

@@ -340,7 +340,7 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
     overrides = {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
-        if not equals or not name:
+        if not equals or not name.strip():
             raise ValueError(f"--set {assignment!r}: expected FIELD=VALUE, as in distillation.temperature=4")
         try:
             overrides[name.strip()] = yaml.safe_load(text)
@@ -351,12 +351,14 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
 
 def with_overrides(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of nested `data` with dotted `overrides` put in. `ValueError` where a path runs through a plain value."""
-    result = {key: with_overrides(value, {}) if isinstance(value, Mapping) else value for key, value in data.items()}
+    result: dict[str, Any] = {k: with_overrides(v, {}) if isinstance(v, Mapping) else v for k, v in data.items()}
     for name, value in overrides.items():
         *parents, leaf = name.split(".")
         node = result
         for parent in parents:
-            node = node.setdefault(parent, {})
+            if node.get(parent) is None:  # absent, or an empty section of a file
+                node[parent] = {}
+            node = node[parent]
             if not isinstance(node, dict):
                 raise ValueError(f"{name}: {parent!r} is a plain value, it has no fields")
         node[leaf] = with_overrides(value, {}) if isinstance(value, Mapping) else value

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -166,8 +167,7 @@ def open_celeba(
     c, h, w = image_shape or (3, 224, 224)
 
     def read(indices: Sequence[int] | Tensor) -> Tensor:
-        images = [TF.pil_to_tensor(found[int(index)][0])[None] for index in indices]
-        return torch.cat([fit_images(image, (c, h, w)) for image in images])
+        return decode_images(found, indices, (c, h, w))
 
     return LabelledImages(name, read, labels.long(), (f"not {attribute}", attribute), (c, h, w))
 
@@ -184,10 +184,20 @@ def open_folder(folder: Path, image_shape: Sequence[int] | None) -> LabelledImag
     c, h, w = image_shape
 
     def read(indices: Sequence[int] | Tensor) -> Tensor:
-        images = [TF.pil_to_tensor(found[int(index)][0])[None] for index in indices]
-        return torch.cat([fit_images(image, (c, h, w)) for image in images])
+        return decode_images(found, indices, (c, h, w))
 
     return LabelledImages(folder.parent.name, read, torch.tensor(found.targets), tuple(found.classes), (c, h, w))
+
+
+def decode_images(found: Any, indices: Sequence[int] | Tensor, image_shape: Sequence[int]) -> Tensor:
+    """Some images of a torchvision data set, decoded and fitted. `ValueError` for a file that is no whole image."""
+    images = []
+    for index in indices:
+        try:
+            images.append(fit_images(TF.pil_to_tensor(found[int(index)][0])[None], image_shape))
+        except OSError as error:
+            raise ValueError(f"image {int(index)} of {found.root}: cannot be decoded: {error}") from None
+    return torch.cat(images)
 
 
 def missing(name: str, where: str) -> ValueError:

@@ -74,7 +74,10 @@ def decode(images: np.ndarray | Tensor, space: PixelSpace, device: torch.device 
     """Stored images as normalised float32, always a new tensor."""
     if isinstance(images, np.ndarray):
         # from_numpy warns of a read-only view (object store, memory map); dlpack does not, and it is only read here.
-        images = torch.from_dlpack(images) if images.flags.aligned else torch.tensor(images)
+        try:
+            images = torch.from_dlpack(np.ascontiguousarray(images))
+        except BufferError:  # older numpy or torch: no dlpack of read-only memory
+            images = torch.tensor(images)
     pixels = images.to(device, non_blocking=True).to(torch.float32)
     mean, std = space.per_channel(device)
     if images.dtype == torch.uint8:

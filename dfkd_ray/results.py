@@ -135,7 +135,15 @@ def read_trials(folder: Path) -> pd.DataFrame:
     parts = sorted((folder / "trials").glob("*.parquet"))
     if not parts:
         raise ValueError(f"{folder}: no trials table there (expected {folder / 'trials'}/*.parquet)")
-    frame = pd.concat([pq.read_table(part, schema=trials_schema()).to_pandas() for part in parts], ignore_index=True)
+    frames = []
+    for part in parts:
+        try:
+            frames.append(pq.read_table(part, schema=trials_schema()).to_pandas())
+        except pa.ArrowInvalid as error:
+            raise ValueError(
+                f"{part}: damaged ({str(error).splitlines()[0]}); remove it to run that trial again"
+            ) from None
+    frame = pd.concat(frames, ignore_index=True)
     frame = frame.drop_duplicates("trial_id", keep="last")
     order = ["agreement", "reference_kl", "trial_id"]
     return frame.sort_values(order, ascending=[False, True, True], na_position="last").reset_index(drop=True)

@@ -271,3 +271,17 @@ def test_dropout_stays_off_while_statistics_are_reestimated():
     x = normal(8, 3)
     batchnorm.reestimate(network, [x])
     torch.testing.assert_close(network[1].running_mean, x.mean(dim=0))
+
+
+def test_reestimating_on_nothing_is_refused_and_a_broken_iterator_leaves_eval_mode():
+    network = tiny_network()
+    with pytest.raises(ValueError, match="no batch"):
+        batchnorm.reestimate(network, [])
+
+    def broken():
+        yield torch.rand(4, 1, 16, 16)
+        raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        batchnorm.reestimate(network, broken())
+    assert all(not layer.training and layer.momentum == 0.1 for layer in batchnorm.layers(network))

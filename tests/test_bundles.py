@@ -439,3 +439,10 @@ def test_a_whole_folder_appears_only_when_its_block_has_ended(tmp_path):
         assert not (tmp_path / "new" / "a").exists()
     assert [path.name for path in (tmp_path / "new" / "a").iterdir()] == ["file"]
     assert (tmp_path / "new" / "a").stat().st_mode & 0o777 == 0o755
+
+
+def test_trusting_a_module_by_a_plain_string_trusts_that_module_only(tmp_path):
+    info = TINY_INFO.model_copy(update={"architecture": "own:make"})
+    bundles.save(tmp_path / "net", info, {})
+    with pytest.raises(ValueError, match="--trust-code own"):
+        bundles.load(str(tmp_path / "net"), "my_own_nets")

@@ -176,7 +176,22 @@ def test_images_too_small_for_the_network_are_refused_with_their_shape():
 
 def test_a_wrong_class_count_is_refused():
     with pytest.raises(ValueError, match=r"gives \(1, 5\) for one image, expected \(1, 10\)"):
-        models.build("resnet8", {"num_classes": 5}, num_classes=10, image_shape=(1, 16, 16))
+        models.check_output(build("resnet8", num_classes=5), "own:net", 10, (3, 32, 32))
+
+
+@pytest.mark.parametrize("name", ["num_classes", "image_shape"])
+def test_what_the_bundle_gives_is_refused_among_the_arguments(name):
+    with pytest.raises(ValueError, match=f"{name} is given by the bundle"):
+        models.build("resnet8", {name: 5}, num_classes=10, image_shape=(1, 16, 16))
+
+
+def test_a_network_that_fails_in_its_own_way_is_refused_in_one_line():
+    class Broken(nn.Module):
+        def forward(self, x):
+            raise AssertionError("needs\ntwo inputs")
+
+    with pytest.raises(ValueError, match=r"does not take images of 3x8x8: needs$"):
+        models.check_output(Broken(), "own:net", 10, (3, 8, 8))
 
 
 OWN = """

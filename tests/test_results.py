@@ -173,3 +173,10 @@ def test_a_json_row_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         results.write_json(path, {"a": float("nan")})
     assert json.loads(path.read_text()) == {"a": 1, "b": None}
     assert [file.name for file in tmp_path.iterdir()] == ["row.json"]
+
+
+def test_a_damaged_part_is_named(tmp_path):
+    (tmp_path / "trials").mkdir()
+    (tmp_path / "trials" / "t-1.parquet").write_bytes(b"PAR1 not a table PAR1")
+    with pytest.raises(ValueError, match=r"t-1\.parquet: damaged"):
+        results.read_trials(tmp_path)

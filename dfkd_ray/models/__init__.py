@@ -34,6 +34,9 @@ def build(architecture: str, arguments: dict[str, Any], *, num_classes: int, ima
         make, kwargs = import_factory(architecture), dict(arguments)
     else:
         make = family(architecture)
+        taken = sorted({"num_classes", "image_shape"} & set(arguments))
+        if taken:
+            raise ValueError(f"architecture {architecture!r}: {taken[0]} is given by the bundle, not in its arguments")
         width = arguments.get("width_multiplier", 1.0)
         if isinstance(width, bool) or not isinstance(width, int | float) or not 0 < width < 1e3:
             raise ValueError(f"architecture {architecture!r}: width_multiplier is {width!r}, expected a number above 0")
@@ -82,8 +85,8 @@ def check_output(network: nn.Module, architecture: str, num_classes: int, image_
     channels, height, width = image_shape
     try:
         logits = network(torch.zeros(1, channels, height, width))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # noqa: BLE001 - a network of the user's may fail in any way of its own
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"architecture {architecture!r} does not take images of {channels}x{height}x{width}: {reason}"
         ) from None

@@ -34,7 +34,7 @@ class Block(nn.Module):
 class CifarResNet(nn.Module):
     """Three stages of `num_blocks` blocks with 16, 32, 64 channels (times the width multiplier)."""
 
-    def __init__(self, num_blocks: int, num_classes: int, in_channels: int, width_multiplier: float):
+    def __init__(self, num_blocks: int, num_classes: int, in_channels: int, width_multiplier: float | int):
         super().__init__()
         widths = [max(1, round(width * width_multiplier)) for width in (16, 32, 64)]
         self.conv1 = nn.Conv2d(in_channels, widths[0], 3, 1, 1, bias=False)
@@ -57,7 +57,7 @@ class CifarResNet(nn.Module):
 
 
 def _build(
-    num_blocks: int, *, num_classes: int, image_shape: Sequence[int], width_multiplier: float = 1.0
+    num_blocks: int, *, num_classes: int, image_shape: Sequence[int], width_multiplier: float | int = 1.0
 ) -> nn.Module:
     return CifarResNet(num_blocks, num_classes, image_shape[0], width_multiplier)
 

@@ -6,6 +6,7 @@ three of 4,096 units. With the defaults parameter names and shapes equal torchvi
 Source: Tripurwar et al. 2025, arXiv 2511.20702 (the list of families).
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from torchvision.models.vgg import cfgs as VGG_LAYERS
 Stem = Literal["imagenet", "cifar"]
 
 
-def scaled(channels: int, width_multiplier: float, divisor: int = 1) -> int:
+def scaled(channels: int, width_multiplier: float | int, divisor: int = 1) -> int:
     """`channels` times the multiplier, rounded to a multiple of `divisor`, at least one."""
     return max(divisor, round(channels * width_multiplier / divisor) * divisor)
 
@@ -43,7 +44,7 @@ class ResNet(nn.Module):
         num_classes: int,
         in_channels: int,
         cifar: bool,
-        width_multiplier: float,
+        width_multiplier: float | int,
         bottleneck_width: int = 64,
     ):
         super().__init__()
@@ -90,7 +91,7 @@ def resnet(
     num_classes: int,
     image_shape: Sequence[int],
     stem: Stem = "imagenet",
-    width_multiplier: float = 1.0,
+    width_multiplier: float | int = 1.0,
 ) -> nn.Module:
     """ResNet-18/34/50 and Wide ResNet-50-2."""
     cifar = check_stem(stem)
@@ -108,7 +109,7 @@ def first_conv(old: nn.Conv2d, in_channels: int, *, kernel: int | None = None, s
 
 
 def mobilenet_v2(
-    *, num_classes: int, image_shape: Sequence[int], stem: Stem = "imagenet", width_multiplier: float = 1.0
+    *, num_classes: int, image_shape: Sequence[int], stem: Stem = "imagenet", width_multiplier: float | int = 1.0
 ) -> nn.Module:
     """MobileNetV2."""
     net = MobileNetV2(num_classes=num_classes, width_mult=width_multiplier)
@@ -126,25 +127,28 @@ def vgg(
     num_classes: int,
     image_shape: Sequence[int],
     stem: Stem = "imagenet",
-    width_multiplier: float = 1.0,
+    width_multiplier: float | int = 1.0,
 ) -> nn.Module:
     """VGG with BatchNorm."""
     widths = [item if isinstance(item, str) else scaled(item, width_multiplier) for item in VGG_LAYERS[layers]]
-    cifar = check_stem(stem)
     features = make_layers(widths, batch_norm=True)  # type: ignore[arg-type]
-    net = VGG(features, num_classes=num_classes)
-    net.features[0] = first_conv(net.features[0], image_shape[0])  # type: ignore[index]
+    features[0] = first_conv(features[0], image_shape[0])  # type: ignore[arg-type]
     last = next(item for item in reversed(widths) if isinstance(item, int))
-    if cifar:
-        net.avgpool = nn.AdaptiveAvgPool2d(1)
-        net.classifier = nn.Sequential(nn.Linear(last, num_classes))
-    elif last != 512:
+    if check_stem(stem):
+        for module in features:
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        # torchvision's own class would first make, and throw away, its three wide linear layers.
+        head = [("features", features), ("avgpool", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten(1))]
+        return nn.Sequential(OrderedDict([*head, ("classifier", nn.Sequential(nn.Linear(last, num_classes)))]))
+    net = VGG(features, num_classes=num_classes)
+    if last != 512:
         net.classifier[0] = nn.Linear(last * 49, 4096)
     return net
 
 
 def densenet121(
-    *, num_classes: int, image_shape: Sequence[int], stem: Stem = "imagenet", width_multiplier: float = 1.0
+    *, num_classes: int, image_shape: Sequence[int], stem: Stem = "imagenet", width_multiplier: float | int = 1.0
 ) -> nn.Module:
     """DenseNet-121; the width multiplier scales the growth rate and the first layer."""
     net = DenseNet(
@@ -162,7 +166,7 @@ def densenet121(
 
 
 def shufflenet_v2(
-    *, num_classes: int, image_shape: Sequence[int], stem: Stem = "imagenet", width_multiplier: float = 1.0
+    *, num_classes: int, image_shape: Sequence[int], stem: Stem = "imagenet", width_multiplier: float | int = 1.0
 ) -> nn.Module:
     """ShuffleNetV2 x1.0."""
     widths = [scaled(width, width_multiplier, 2) for width in (24, 116, 232, 464, 1024)]
