@@ -165,3 +165,43 @@ def test_plain_pandas_reads_the_table(finished_sweep):
     assert set(frame["pruning.sparsity"]) == {0.5, 0.9}
     part = next((folder / "out" / "trials").glob("*.parquet"))
     assert pq.read_schema(part).metadata[b"dfkd_ray.schema"] == results.TRIALS_SCHEMA.encode()
+
+
+def test_a_trial_whose_process_dies_leaves_a_row_that_says_so(tiny_teacher, tmp_path):
+    from types import SimpleNamespace
+
+    trials = sweep.expand(load(base={**TINY_BASE, "teacher": str(tiny_teacher)}, grid={"pruning.sparsity": [0.5]}), {})
+    jobs = sweep.plan(trials, bundles.load)
+    seen = []
+    callback = sweep._rows_to(lambda row, done, total: seen.append((row["status"], done, total)), jobs, tmp_path)
+    callback.on_trial_error(iteration=1, trials=[], trial=SimpleNamespace(config={"job": 0}))
+    assert seen == [("failed", 1, 1)]
+    assert "died" in results.read_trials(tmp_path)["reason"].iloc[0]
+
+
+def test_real_images_in_a_sweep_are_refused_unless_injected(tiny_teacher, tmp_path, run_cli):
+    settings = load(base={"teacher": str(tiny_teacher)}, grid={"synthesis": [{"method": "real"}]})
+    jobs = sweep.plan(sweep.expand(settings, {}), bundles.load)
+    with pytest.raises(ValueError, match="--real-data"):
+        sweep.run(jobs, tmp_path, tmp_path)
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    done = run_cli("sweep", str(tmp_path / "s.yaml"), "--results", str(tmp_path / "r"))
+    assert done.code == 2 and "--real-data" in done.err
+
+
+def test_a_teacher_without_batchnorm_is_refused_before_anything_starts(tmp_path, monkeypatch):
+    (tmp_path / "bn_free.py").write_text(
+        "from torch import nn\ndef make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(256, 10))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from dfkd_ray import models
+
+    info = bundles.BundleInfo(
+        architecture="bn_free:make", num_classes=10, image_shape=(1, 16, 16), mean=(0.5,), std=(0.5,)
+    )
+    network = models.build("bn_free:make", {}, num_classes=10, image_shape=(1, 16, 16))
+    bundles.save(tmp_path / "t", info, network.state_dict())
+    trials = sweep.expand(load(base={"teacher": str(tmp_path / "t")}, grid={"pruning.sparsity": [0.5, 0.6]}), {})
+    with pytest.raises(ValueError, match="no BatchNorm layer") as caught:
+        sweep.plan(trials, lambda name: bundles.load(name, ("bn_free",)))
+    assert len(str(caught.value).splitlines()) == 1
