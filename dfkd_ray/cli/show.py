@@ -68,39 +68,46 @@ def print_ladder(row: Mapping[str, Any], out: Path) -> None:
 
 
 def print_trials(rows: Any) -> None:
-    """The final table, best agreement first; only fields that differ between trials are shown besides the results."""
+    """The final table, best agreement first; of the config only the fields that differ between trials are shown."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    def number(value: Any, scale: float = 1.0, digits: int = 2) -> str:
-        return "-" if value is None or value != value else f"{scale * value:.{digits}f}"
-
-    fields = [c for c in rows.columns if "." in c and not c.startswith("reference.") and rows[c].nunique(False) > 1]
-    fields = [
-        c
-        for c in fields
-        if c in ("synthesis.method",) or rows[rows["synthesis.method"] == "deepinversion"][c].nunique(False) > 1
-    ]
-    table = Table(title="best agreement with the teacher first (reference set); accuracies in % of the test set")
-    names = [
-        "teacher",
-        *(c.replace("distillation.", "").replace("synthesis.", "").replace("pruning.", "") for c in fields),
-    ]
-    results = ["teacher", "pruned", "BN", "recovered", "agreement", "stored kB", "s"]
-    for heading in names + results:
-        table.add_column(heading, justify="right")
+    own = (
+        rows[rows["synthesis.method"] == "deepinversion"]
+        if (rows["synthesis.method"] == "deepinversion").any()
+        else rows
+    )
+    fields = [name for name in rows.columns if "." in name and not name.startswith("reference.")]
+    fields = [name for name in fields if name == "synthesis.method" or own[name].nunique(dropna=False) > 1]
+    leaves = [name.rpartition(".")[2] for name in fields]
+    shown = [leaf if leaves.count(leaf) == 1 else name for name, leaf in zip(fields, leaves, strict=True)]
+    title = "best agreement with the teacher first (on the reference set); accuracies in % of the test set"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for heading in ("network", *shown, "teacher", "pruned", "BN", "recovered", "agreement", "kB", "s"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for _, row in rows.iterrows():
-        cells = [Path(str(row["teacher"])).name.removeprefix("fashion_mnist_")]
-        cells += [
-            "-" if row[c] is None or row[c] != row[c] else f"{row[c]:g}" if isinstance(row[c], float) else str(row[c])
-            for c in fields
-        ]
+        cells = [Path(str(row["teacher"])).name, *(text_of(row[name]) for name in fields)]
         if row["status"] == "failed":
             table.add_row(*cells, f"FAILED: {row['reason']}")
             continue
         rungs = ("teacher_accuracy", "pruned_accuracy", "bn_reestimated_accuracy", "recovered_accuracy", "agreement")
-        cells += [number(row[c], 100) for c in rungs]
+        cells += [number(row[name], 100) for name in rungs]
         table.add_row(*cells, number(row["stored_bytes"], 1e-3, 0), number(row["wall_s"], 1, 0))
     console = Console()
-    console.width = max(console.width, 120)
+    # A table cut to a narrow pipe hides what it is for.
+    console.width = max(console.width, console.measure(table).maximum if console.is_terminal else 160)
     console.print(table)
+    print("BN: BatchNorm re-estimated on synthetic images, no training; kB: stored weights; s: wall time of the trial")
+
+
+def number(value: Any, scale: float = 1.0, digits: int = 2) -> str:
+    """A scaled number, or `-` for null."""
+    return "-" if value is None or value != value else f"{scale * value:.{digits}f}"
+
+
+def text_of(value: Any) -> str:
+    """A config value in few characters."""
+    if value is None or value != value:
+        return "-"
+    return f"{value:g}" if isinstance(value, float) else str(value)
