@@ -8,6 +8,7 @@ validated before Ray starts. Trials with a finished row in the results folder ar
 import itertools
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -166,6 +167,7 @@ def run_job(
         row = one_trial.provenance(job.config, job.teacher)
         row |= {"status": "failed", "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
     results.write_trials(results_folder, [row], job.id)
+    shutil.rmtree(results_folder / "checkpoints" / job.id, ignore_errors=True)  # its row is on disk: of no more use
     return row
 
 

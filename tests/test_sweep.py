@@ -154,6 +154,7 @@ def test_students_and_pictures_lie_beside_the_table(finished_sweep):
     for name in rows[rows["status"] == "finished"]["trial_id"]:
         assert bundles.load(str(folder / "out" / "students" / name)).info.num_classes == 10
     assert len(list((folder / "out" / "images").glob("*.png"))) == 1
+    assert not any((folder / "out" / "checkpoints").glob("*")), "a finished trial needs no checkpoint"
 
 
 def test_the_final_table_is_printed_and_output_is_quiet(finished_sweep):

@@ -1,5 +1,6 @@
 """`dfkd-ray recover` and `dfkd-ray sweep`."""
 
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -74,6 +75,7 @@ def recover(
         outcome.save_student(out / "student")
         save_class_grid(out / "images.png", outcome.batches, loaded.info.num_classes, loaded.info.space)
     results.write_json(out / "row.json", outcome.row)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # the row is on disk: of no more use
     if outcome.row["status"] == "failed":
         print(f"error: trial {outcome.row['trial_id']} failed: {outcome.row['reason']}", file=sys.stderr)
         raise typer.Exit(1)
