@@ -17,8 +17,8 @@ import safetensors
 import safetensors.numpy
 from filelock import FileLock, Timeout
 
+from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.config import stable_hash
-from dfkd_ray.images import Batch, BatchSource
 
 POLL_S = 0.05
 

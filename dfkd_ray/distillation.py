@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_ray import batchnorm, devices, losses, pruning
+from dfkd_ray.batches import mix_seed
 from dfkd_ray.bundles import read_safetensors, whole_folder, write_safetensors
 from dfkd_ray.config import DistillationConfig, PruningConfig
 from dfkd_ray.evaluation import Reference
-from dfkd_ray.images import PixelSpace, decode, flip_images, mix_images, mix_seed, shift_images
+from dfkd_ray.images import PixelSpace, decode, flip_images, mix_images, shift_images
 
 Progress = Callable[[str, int, int, Mapping[str, float | int]], None]
 Snapshot = dict[str, Tensor]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_ray import devices, losses
-from dfkd_ray.images import Batch, PixelSpace, decode
+from dfkd_ray.batches import Batch
+from dfkd_ray.images import PixelSpace, decode
 
 EVALUATION_BATCH = 500
 
@@ -39,7 +40,7 @@ def accuracy(
             raise ValueError(
                 f"the test set has labels up to {int(batch.labels.max())}, the network has {predicted.shape[1]} classes"
             )
-        hits += int((predicted.argmax(dim=1).cpu() == torch.from_numpy(batch.labels)).sum())
+        hits += int((predicted.argmax(dim=1).cpu().numpy() == batch.labels).sum())
         total += len(batch.labels)
     if total == 0:
         raise ValueError("the test set has no images")

@@ -1,4 +1,4 @@
-"""A batch of images, how its pixels are stored, and augmentation. Pure: randomness is an argument.
+"""How pixels are stored, and augmentation. Pure: randomness is an argument.
 
 Three spaces: *stored* (uint8 over the pixel range, float16 or float32), *pixels* (`low` to `high`, usually 0 to 1) and
 *normalised* ((pixel - mean) / std), which is what networks see. Decoding always makes a new tensor, so nothing can
@@ -6,10 +6,9 @@ write into a stored batch that others share.
 """
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,27 +16,9 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
+from dfkd_ray.batches import NO_LABEL, Batch
+
 STORAGE_DTYPES = {"uint8": torch.uint8, "float16": torch.float16, "float32": torch.float32}
-NO_LABEL = -1
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Images of one synthesis index, as stored.
-
-    `images` is (batch, channels, height, width) in the storage type, `labels` int64 (batch,), -1 without a label;
-    `terms` are what its making measured: unweighted losses, teacher confidence, class histogram, seconds.
-    """
-
-    index: int
-    images: np.ndarray
-    labels: np.ndarray
-    key: str
-    terms: dict[str, Any] = field(default_factory=dict)
-
-
-# The seam of every synthesis method, of the cache and of what streams them: batch i, whatever came before.
-BatchSource = Callable[[int], Batch]
 
 
 @dataclass(frozen=True)
@@ -124,22 +105,6 @@ def mix_images(
     weight = torch.where(chosen, torch.rand(n, generator=generator), torch.ones(n)).to(images.device)
     w = weight[:, None, None, None]
     return w * images + (1 - w) * images[partner], weight, partner
-
-
-def mix_seed(*parts: int) -> int:
-    """One 63-bit seed out of several numbers, without collisions of neighbours (splitmix64 over the parts)."""
-    state = 0
-    for part in parts:
-        state = (state ^ (part & 0xFFFFFFFFFFFFFFFF)) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state >> 1
-
-
-def batch_seed(key: str, index: int) -> int:
-    """The seed of batch `index` of a synthesis key (hex digest)."""
-    return mix_seed(int(key[:16], 16), index)
 
 
 def save_class_grid(

@@ -19,9 +19,10 @@ from pydantic import BaseModel, Field
 
 from dfkd_ray import results
 from dfkd_ray import trial as one_trial
+from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import STRICT, SYNTHESIS_CONFIGS, RealConfig, TrialConfig, validate, with_overrides
-from dfkd_ray.images import Batch, BatchSource, save_class_grid
+from dfkd_ray.images import save_class_grid
 
 log = logging.getLogger(__name__)
 OnRow = Callable[[Mapping[str, Any], int, int], None]

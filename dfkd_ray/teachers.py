@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfkd_ray import devices, models
+from dfkd_ray.batches import mix_seed
 from dfkd_ray.bundles import BundleInfo, freeze, read_safetensors, whole_folder, write_safetensors
 from dfkd_ray.config import TeacherTrainingConfig, config_hash
 from dfkd_ray.data import LabelledImages
-from dfkd_ray.images import PixelSpace, decode, flip_images, mix_seed, shift_images
+from dfkd_ray.images import PixelSpace, decode, flip_images, shift_images
 
 Progress = Callable[[str, int, int, Mapping[str, float | int]], None]
 

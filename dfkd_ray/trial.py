@@ -23,10 +23,11 @@ from torch import nn
 
 import dfkd_ray
 from dfkd_ray import batchnorm, bundles, cache, devices, distillation, evaluation, models, pruning, synthesis
+from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import TrialConfig, flat, stable_hash
 from dfkd_ray.distillation import Pool, Progress
-from dfkd_ray.images import Batch, BatchSource, decode
+from dfkd_ray.images import decode
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dfkd_ray import cache
-from dfkd_ray.images import Batch
+from dfkd_ray.batches import Batch
 
 KEY = "0123456789abcdef" * 4
 TERMS = {"bn": 1.25, "seconds": 0.5, "histogram": [1, 2], "label": float("nan")}
@@ -217,7 +217,7 @@ import os, sys, time
 from pathlib import Path
 import numpy as np
 from dfkd_ray import cache
-from dfkd_ray.images import Batch
+from dfkd_ray.batches import Batch
 folder, mode = Path(sys.argv[1]), sys.argv[2]
 def make(index):
     with (folder / "made").open("a") as file:

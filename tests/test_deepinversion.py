@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dfkd_ray import batchnorm, bundles, images, models, synthesis
+from dfkd_ray import batches, batchnorm, bundles, images, models, synthesis
 from dfkd_ray.config import DeepInversionConfig, NoiseConfig
 from dfkd_ray.synthesis import deepinversion
 
@@ -26,7 +26,7 @@ def teacher(tiny_teacher: Path) -> bundles.Teacher:
     return bundles.load(str(tiny_teacher))
 
 
-def batch_of(teacher: bundles.Teacher, config: DeepInversionConfig, index: int = 0) -> images.Batch:
+def batch_of(teacher: bundles.Teacher, config: DeepInversionConfig, index: int = 0) -> batches.Batch:
     return synthesis.source(teacher, config, CPU)[1](index)
 
 
@@ -165,7 +165,7 @@ def test_noise_has_the_teachers_mean_and_no_labels(teacher: bundles.Teacher):
     batch = synthesis.source(teacher, NoiseConfig(batch_size=64), CPU)[1](0)
     normalised = images.decode(batch.images, teacher.info.space)
     assert abs(float(normalised.mean())) < 0.05 and 0.8 < float(normalised.std()) < 1.0
-    assert (batch.labels == images.NO_LABEL).all()
+    assert (batch.labels == batches.NO_LABEL).all()
 
 
 def test_wrn_as_teacher_has_a_smaller_bn_term_on_images_than_on_noise():

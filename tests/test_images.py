@@ -5,18 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dfkd_ray.images import (
-    Batch,
-    PixelSpace,
-    batch_seed,
-    decode,
-    encode,
-    flip_images,
-    mix_images,
-    mix_seed,
-    save_class_grid,
-    shift_images,
-)
+from dfkd_ray.batches import Batch, batch_seed, mix_seed
+from dfkd_ray.images import PixelSpace, decode, encode, flip_images, mix_images, save_class_grid, shift_images
 
 COLOUR = PixelSpace((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 IDENTITY = PixelSpace((0.0,), (1.0,))

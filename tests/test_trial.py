@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from dfkd_ray import bundles, pruning, trial
+from dfkd_ray.batches import Batch
 from dfkd_ray.config import TrialConfig, validate, with_overrides
-from dfkd_ray.images import Batch
 
 TINY = {
     "bn_num_images": 8,

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from dfkd_ray import config as configs
 
 if TYPE_CHECKING:
+    from dfkd_ray.batches import Batch, BatchSource
     from dfkd_ray.bundles import Teacher
     from dfkd_ray.data import LabelledImages
-    from dfkd_ray.images import Batch, BatchSource
 
 
 def parse_json(text: str, option: str) -> dict[str, Any]:
@@ -45,8 +45,8 @@ def as_batches(data: "LabelledImages") -> "list[Batch]":
     """A data set as batches for evaluation."""
     import torch
 
+    from dfkd_ray.batches import Batch
     from dfkd_ray.evaluation import EVALUATION_BATCH
-    from dfkd_ray.images import Batch
 
     batches = []
     for index, start in enumerate(range(0, len(data), EVALUATION_BATCH)):
@@ -101,8 +101,9 @@ def open_real(teacher: "Teacher", name: str, root: Path, settings: configs.RealC
     """Real training images as a source: a seeded order, each image once. The upper bound."""
     import torch
 
+    from dfkd_ray.batches import Batch, mix_seed
     from dfkd_ray.config import synthesis_key
-    from dfkd_ray.images import Batch, PixelSpace, decode, encode, mix_seed
+    from dfkd_ray.images import PixelSpace, decode, encode
 
     found, rows, _ = training_split(teacher, name, root, download)
     order = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(mix_seed(settings.seed, 0x4EA1)))]

@@ -16,8 +16,8 @@ from dfkd_ray.cli.options import DataRoot, Download, Out, Set, TestData, Trust
 from dfkd_ray.cli.show import Progress, print_ladder, print_trials
 
 if TYPE_CHECKING:
+    from dfkd_ray.batches import BatchSource
     from dfkd_ray.bundles import Teacher
-    from dfkd_ray.images import BatchSource
 
 
 def recover(

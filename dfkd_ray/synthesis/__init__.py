@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from dfkd_ray.batches import BatchSource
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import synthesis_key
-from dfkd_ray.images import BatchSource
 from dfkd_ray.synthesis import deepinversion, noise
 
 METHODS: dict[str, Callable[[Teacher, Any, str, torch.device], BatchSource]] = {

@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfkd_ray import batchnorm, devices, losses
+from dfkd_ray.batches import Batch, BatchSource, batch_seed
 from dfkd_ray.bundles import Teacher, freeze
 from dfkd_ray.config import DeepInversionConfig
-from dfkd_ray.images import Batch, BatchSource, PixelSpace, batch_seed, decode, encode
+from dfkd_ray.images import PixelSpace, decode, encode
 
 CHECK_EVERY = 25  # steps between looks at the loss: each look is a host synchronisation on a GPU
 log = logging.getLogger(__name__)

@@ -3,9 +3,10 @@
 import numpy as np
 import torch
 
+from dfkd_ray.batches import NO_LABEL, Batch, BatchSource, batch_seed
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import NoiseConfig
-from dfkd_ray.images import NO_LABEL, Batch, BatchSource, batch_seed, encode
+from dfkd_ray.images import encode
 
 
 def source(teacher: Teacher, config: NoiseConfig, key: str, device: torch.device) -> BatchSource:
