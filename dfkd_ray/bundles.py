@@ -147,6 +147,23 @@ def load(name: str, trust_code: Sequence[str] | str = ()) -> Teacher:
     return Teacher(freeze(network), info, teacher_hash(info), Path(folder).name)
 
 
+def to_arrays(teacher: Teacher) -> dict[str, Any]:
+    """A teacher as plain data and numpy arrays: what travels between processes, shared without copies on a node."""
+    state = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in teacher.network.state_dict().items()}
+    return {"info": teacher.info.model_dump(mode="json"), "hash": teacher.hash, "name": teacher.name, "state": state}
+
+
+def from_arrays(data: Mapping[str, Any]) -> Teacher:
+    """The inverse of `to_arrays`, with a copy of the arrays. Trusts them, as whoever called `load` did."""
+    info = validate(BundleInfo, data["info"], data["name"])
+    network = models.build(
+        info.architecture, info.arguments, num_classes=info.num_classes, image_shape=info.image_shape
+    )
+    state = {name: torch.from_numpy(np.array(array)) for name, array in data["state"].items()}
+    load_state(network, state, data["name"])
+    return Teacher(freeze(network), info, data["hash"], data["name"])
+
+
 def freeze(network: nn.Module) -> nn.Module:
     """Eval mode, no gradient for any parameter."""
     return network.eval().requires_grad_(False)

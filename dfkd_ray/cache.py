@@ -1,91 +1,151 @@
-"""Batches on disk by synthesis key, shared by trials, processes and runs.
+"""Batches by synthesis key, on disk or on any pyarrow file system, shared by trials, processes and runs.
 
-One file per batch, written whole, with a checksum; a damaged one is made again. Another numerics class (device,
-instruction set, torch version) is another folder, so a hit always has the bytes that making it here would give.
-Processes that want the same key share the work: each makes a batch that nobody else is making.
+One shard is one batch: the most that damage or a kill can cost, and one upload. Its checksum lies in the shard; a
+damaged one is made again. A list of checksums that several writers share would need a lock, which object stores do
+not have; so the manifest of a key only says what lies there, and every writer would write the same one. Another
+numerics class (device, instruction set, torch version) is another folder, so a hit always has the bytes that making
+it here would give. On a local disk processes that want the same key share the work: each makes a batch that nobody
+else is making. Elsewhere two may make the same batch, and write the same bytes.
 """
 
+import contextlib
 import hashlib
 import json
+import math
 import os
+import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 from filelock import FileLock, Timeout
 
+import dfkd_ray
+from dfkd_ray import storage
 from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.config import stable_hash
+from dfkd_ray.storage import Folder
 
 POLL_S = 0.05
+LEFTOVER_S = 600.0  # a shard is written in seconds: an older temporary file has no writer any more
+DAY_S = 86400.0
+
+SCHEMA = "dfkd_ray.cache/1"
+MANIFEST = "manifest.json"
+TEXTS = ("key", "numerics", "teacher_hash", "teacher", "domain", "package_version")
+
+FOLDER_NAME = re.compile(r"[0-9a-f]{32}-[0-9a-f]{8}")
+SHARD_NAME = re.compile(r"batch-(\d{6,})\.safetensors")
+DTYPES = {
+    name: np.dtype(code)
+    for name, code in {
+        **{"BOOL": "?", "U8": "u1", "I8": "i1", "F16": "<f2", "F32": "<f4", "F64": "<f8"},
+        **{"U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8", "I64": "<i8"},
+    }.items()
+}
+
+Where = Path | str | Folder
 
 
 def default_folder() -> Path:
     """`DFKD_RAY_CACHE`, or `dfkd_ray` in the user's cache folder."""
+    given = os.environ.get("DFKD_RAY_CACHE")
+    if given and "://" in given:
+        shown = storage.without_secrets(given)
+        raise ValueError(f"DFKD_RAY_CACHE={shown}: expected a local folder; a URI is given with --cache")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("DFKD_RAY_CACHE") or Path(base) / "dfkd_ray")
+    return Path(given or Path(base) / "dfkd_ray")
 
 
-def folder_of(root: Path, key: str, numerics: str) -> Path:
+def folder_of(root: Where, key: str, numerics: str) -> Folder:
     """Where the batches of a key lie; `numerics` is `devices.numerics_class`."""
-    return root / f"{key[:32]}-{stable_hash(numerics)[:8]}"
+    return storage.folder(root) / f"{key[:32]}-{stable_hash(numerics)[:8]}"
+
+
+def name_of(index: int) -> str:
+    """The file name of batch `index`."""
+    return f"batch-{index:06d}.safetensors"
+
+
+def indices(folder: Where) -> set[int]:
+    """Which batches are there, by one listing; whether they are whole is found out by reading."""
+    matches = (SHARD_NAME.fullmatch(name) for name in storage.folder(folder).names())
+    return {int(match[1]) for match in matches if match}
 
 
 def digest(images: np.ndarray, labels: np.ndarray, terms: str = "") -> str:
     """SHA-256 over types, shapes and bytes of a batch's arrays, and over its terms as JSON text."""
     sha = hashlib.sha256(f"{images.dtype}{images.shape}{labels.dtype}{labels.shape}{terms}".encode())
-    sha.update(images.tobytes())
-    sha.update(labels.tobytes())
+    for array in (images, labels):
+        # A view of the bytes: a copy would double the memory of a batch.
+        sha.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return sha.hexdigest()
 
 
-def write(folder: Path, batch: Batch) -> None:
-    """Write one batch whole: hidden temporary name, fsync, rename."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write(folder: Where, batch: Batch) -> None:
+    """Write one batch whole."""
     terms = json.dumps(batch.terms)
     meta = {"key": batch.key, "terms": terms, "sha256": digest(batch.images, batch.labels, terms)}
     # The library writes the memory of a strided array as it lies.
     arrays = {"images": np.ascontiguousarray(batch.images), "labels": np.ascontiguousarray(batch.labels)}
-    data = safetensors.numpy.save(arrays, metadata=meta)
-    partial = folder / f".{batch.index:06d}.{os.getpid()}.part"
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path_of(folder, batch.index))
-    finally:
-        partial.unlink(missing_ok=True)
+    storage.folder(folder).write(name_of(batch.index), safetensors.numpy.save(arrays, metadata=meta))
 
 
-def path_of(folder: Path, index: int) -> Path:
-    """The file of batch `index`."""
-    return folder / f"batch-{index:06d}.safetensors"
-
-
-def read(folder: Path, index: int, key: str) -> Batch | None:
+def read(folder: Where, index: int, key: str) -> Batch | None:
     """Batch `index`, or None where it is not there, damaged, or of another key."""
-    path = path_of(folder, index)
+    data = storage.folder(folder).read(name_of(index))
+    batch = None if data is None else unpack(data, index)
+    return batch if batch is not None and batch.key == key else None
+
+
+def unpack(data: bytes, index: int) -> Batch | None:
+    """The batch in a shard, its arrays views of `data`; None for anything that is not a whole shard."""
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            meta = file.metadata() or {}
-            images, labels = file.get_tensor("images"), file.get_tensor("labels")
-    except (OSError, ValueError, TypeError, safetensors.SafetensorError):
+        meta, images, labels = parse(data)
+        key, terms = meta["key"], meta["terms"]
+        if not isinstance(key, str) or meta["sha256"] != digest(images, labels, terms):
+            return None
+        values = json.loads(terms)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # each can come of one wrong byte
         return None
-    terms = meta.get("terms", "")
-    if meta.get("key") != key or meta.get("sha256") != digest(images, labels, terms):
-        return None
-    return Batch(index, images, labels, key, json.loads(terms))
+    return Batch(index, images, labels, key, values) if isinstance(values, dict) else None
+
+
+def parse(data: bytes) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    """Metadata, images and labels of a shard without a copy.
+
+    The format: 8 bytes of header size (little-endian), a JSON header, the arrays one after the other. Source:
+    safetensors, "Format" in its README. The library's own reader copies every array.
+    """
+    begin = 8 + int.from_bytes(data[:8], "little")
+    if len(data) < max(begin, 8):
+        raise ValueError("shorter than its header")
+    header = json.loads(data[8:begin])
+    arrays, spans = [], []
+    for name in ("images", "labels"):
+        dtype, shape = DTYPES[header[name]["dtype"]], header[name]["shape"]
+        start, stop = header[name]["data_offsets"]
+        if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
+            raise ValueError(f"{name}: sizes that are no sizes")
+        if math.prod(shape) * dtype.itemsize != stop - start or begin + stop > len(data):
+            raise ValueError(f"{name}: sizes that do not fit")
+        arrays.append(np.frombuffer(data, dtype, math.prod(shape), begin + start).reshape(shape))
+        spans.append((start, stop))
+    (first, middle), (next_, last) = sorted(spans)
+    if (first, middle, last) != (0, next_, len(data) - begin):
+        raise ValueError("bytes that belong to no array")
+    return header["__metadata__"], arrays[0], arrays[1]
 
 
 def fetch(
     indices: Iterable[int],
     key: str,
     make: BatchSource,
-    folder: Path | None,
+    folder: Where | None,
     on_batch: Callable[[Batch, bool], None] | None = None,
 ) -> list[Batch]:
     """Batches by index, from `folder` or made; without a folder, just made.
@@ -111,17 +171,18 @@ def fetch(
     return [found[index] for index in wanted]
 
 
-def obtain(index: int, key: str, make: BatchSource, folder: Path | None) -> tuple[Batch | None, bool]:
+def obtain(index: int, key: str, make: BatchSource, folder: Where | None) -> tuple[Batch | None, bool]:
     """One batch and whether it was cached; (None, False) while another process is making it."""
     if folder is None:
         return make(index), False
+    folder = storage.folder(folder)
     batch = read(folder, index, key)
     if batch is not None:
         return batch, True
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / f".{index:06d}.lock", timeout=0):
-            batch = read(folder, index, key)  # the one who held the lock may just have written it
+        with lock(folder, index):
+            # The one who held the lock may just have written it.
+            batch = read(folder, index, key) if folder.is_local else None
             if batch is not None:
                 return batch, True
             batch = make(index)
@@ -129,3 +190,185 @@ def obtain(index: int, key: str, make: BatchSource, folder: Path | None) -> tupl
             return batch, False
     except Timeout:
         return None, False
+
+
+def lock(folder: Folder, index: int) -> contextlib.AbstractContextManager[Any]:
+    """The lock on making batch `index`; no lock where the folder is not local."""
+    if not folder.is_local:
+        return contextlib.nullcontext()
+    folder.path.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder.path / f".{index:06d}.lock", timeout=0)
+
+
+def write_manifest(
+    folder: Where,
+    *,
+    key: str,
+    numerics: str,
+    teacher_hash: str,
+    teacher: str,
+    domain: str,
+    config: Mapping[str, Any],
+) -> None:
+    """Write down what a folder holds, where that is not written yet; on a disk a manifest's time is its last use."""
+    folder = storage.folder(folder)
+    if read_manifest(folder) is not None:
+        folder.touch(MANIFEST)
+        return
+    texts = {"key": key, "numerics": numerics, "teacher_hash": teacher_hash, "teacher": teacher, "domain": domain}
+    data = {"schema": SCHEMA, **texts, "config": dict(config), "package_version": dfkd_ray.__version__}
+    folder.write(MANIFEST, json.dumps(data, indent=1, allow_nan=False).encode())
+
+
+def read_manifest(folder: Where) -> dict[str, Any] | None:
+    """What a folder holds, or None where the manifest is missing or damaged."""
+    data = storage.folder(folder).read(MANIFEST)
+    try:
+        manifest = None if data is None else json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        return None
+    texts = all(isinstance(manifest.get(name), str) for name in TEXTS)
+    return manifest if texts and isinstance(manifest.get("config"), dict) else None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The batches of one key and numerics class; `key` is the first half of the key, as in the folder's name."""
+
+    folder: Folder
+    key: str
+    manifest: dict[str, Any] | None
+    num_batches: int
+    size_bytes: int
+    last_used: float | None
+    """Newest time of change of its files, seconds since 1970; None where the file system keeps none."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What `verify` found wrong with a file; `damaged` is false for what does no harm."""
+
+    entry: Entry
+    name: str
+    problem: str
+    damaged: bool = True
+    removed: bool = False
+
+
+def entries(root: Where) -> list[Entry]:
+    """What a cache holds, by folder name; whatever does not look like ours is left out."""
+    return [entry_of(folder) for folder in storage.folder(root).folders() if FOLDER_NAME.fullmatch(folder.name)]
+
+
+def entry_of(folder: Folder) -> Entry:
+    """One folder of a cache, by one listing and its manifest."""
+    sizes = folder.sizes()
+    times = [changed for _, changed in sizes.values() if changed is not None]
+    return Entry(
+        folder=folder,
+        key=folder.name[:32],
+        manifest=read_manifest(folder) if MANIFEST in sizes else None,
+        num_batches=sum(SHARD_NAME.fullmatch(name) is not None for name in sizes),
+        size_bytes=sum(size for size, _ in sizes.values()),
+        last_used=max(times, default=None),
+    )
+
+
+def verify(root: Where, remove: bool = False) -> Iterator[Finding]:
+    """Read every shard and compare its checksum; tell of each file that is wrong as it is found.
+
+    With `remove`, damaged files go, and are made again by whoever needs them next; so do leftovers of killed writers.
+    """
+    for entry in entries(root):
+        for name, problem, damaged in problems(entry):
+            removed = remove and name in entry.folder.sizes()
+            if removed:
+                entry.folder.remove(name)
+            yield Finding(entry, name, problem, damaged, removed)
+
+
+def problems(entry: Entry) -> Iterator[tuple[str, str, bool]]:
+    """File, problem and whether it is damage, for each file of an entry that is not as it should be."""
+    manifest, sizes = entry.manifest, entry.folder.sizes()
+    if MANIFEST not in sizes and entry.num_batches:
+        yield MANIFEST, "missing: what these batches are is written when they are next used", False
+    elif MANIFEST in sizes and manifest is None:
+        yield MANIFEST, "damaged", True
+    elif manifest is not None and folder_of("/", manifest["key"], manifest["numerics"]).name != entry.folder.name:
+        yield MANIFEST, "of another folder", True
+        manifest = None
+    for name, (_, changed) in sizes.items():
+        if storage.is_part(name) and changed is not None and time.time() - changed > LEFTOVER_S:
+            yield name, "left over by a write that was killed", False
+        match = SHARD_NAME.fullmatch(name)
+        problem = shard_problem(entry, name, manifest["key"] if manifest else None) if match else None
+        if problem:
+            yield name, problem, True
+
+
+def shard_problem(entry: Entry, name: str, key: str | None) -> str | None:
+    """What is wrong with a shard, or None."""
+    try:
+        data = entry.folder.read(name)
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+    if data is None:  # removed meanwhile
+        return None
+    batch = unpack(data, 0)
+    if batch is None:
+        return "damaged"
+    expected = batch.key == key if key else batch.key[:32] == entry.key
+    return None if expected else "of another key"
+
+
+def prune(
+    root: Where,
+    *,
+    keys: Sequence[str] = (),
+    older_than_days: float | int | None = None,
+    max_bytes: int | None = None,
+    dry_run: bool = False,
+) -> list[Entry]:
+    """Remove entries and return them; with `dry_run`, only return what would be removed.
+
+    `keys` (prefixes) limits what may be removed. Of that goes everything; or, with `older_than_days` or `max_bytes`,
+    what was not used for so long, and then the longest unused until the rest is at most so large.
+    """
+    if not keys and older_than_days is None and max_bytes is None:
+        raise ValueError("nothing says what to remove: give keys, an age or a size")
+    found = entries(root)
+    kept = [entry for entry in found if not keys or any(matches(entry, prefix) for prefix in keys)]
+    for prefix in keys:
+        if not any(matches(entry, prefix) for entry in found):
+            raise ValueError(f"key {prefix}: {storage.folder(root)} has no key that begins so")
+    kept.sort(key=lambda entry: (entry.last_used or 0.0, entry.folder.name))
+    removed = kept if older_than_days is None and max_bytes is None else []
+    if older_than_days is not None:
+        removed = [entry for entry in kept if is_older(entry, older_than_days)]
+        kept = [entry for entry in kept if entry not in removed]
+    if max_bytes is not None:
+        total = sum(entry.size_bytes for entry in kept)
+        while total > max_bytes:
+            oldest = kept.pop(0)
+            removed.append(oldest)
+            total -= oldest.size_bytes
+    if not dry_run:
+        for entry in removed:
+            entry.folder.remove_all()
+    return removed
+
+
+def matches(entry: Entry, prefix: str) -> bool:
+    """Whether an entry's key begins with a prefix. `ValueError` for a prefix that no key can have."""
+    if not re.fullmatch(r"[0-9a-f]{1,64}", prefix):
+        raise ValueError(f"key {prefix!r}: expected the first characters of a key, of 0-9 and a-f")
+    return entry.key.startswith(prefix[:32])
+
+
+def is_older(entry: Entry, days: float | int) -> bool:
+    """Whether an entry was not used for so many days. `ValueError` where the file system keeps no times."""
+    if entry.last_used is None and entry.num_batches:
+        raise ValueError(f"{entry.folder}: this file system keeps no times, so nothing there has an age")
+    return entry.last_used is not None and time.time() - entry.last_used > days * DAY_S

@@ -126,6 +126,11 @@ SYNTHESIS_CONFIGS: dict[str, type[BaseModel]] = {
 }
 
 
+def parse_synthesis(data: Mapping[str, Any]) -> BaseModel:
+    """A synthesis config out of its plain data, by its method."""
+    return validate(SYNTHESIS_CONFIGS[_method(data)], data, "synthesis")
+
+
 class PruningConfig(BaseModel):
     """Unstructured pruning of the student's convolution and linear weights."""
 

@@ -3,7 +3,7 @@
 Takes batches, never a data set: whoever calls hands in the test set or none.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dfkd_ray import devices, losses
 from dfkd_ray.batches import Batch
-from dfkd_ray.images import PixelSpace, decode
+from dfkd_ray.images import PixelSpace, decoded
 
 EVALUATION_BATCH = 500
 
@@ -22,8 +22,8 @@ def logits(network: nn.Module, images: np.ndarray, space: PixelSpace, device: to
     """Float32 logits of stored images, (num_images, classes), on `device`; the network is in eval mode."""
     network.eval()
     parts = []
-    for start in range(0, len(images), EVALUATION_BATCH):
-        x = decode(images[start : start + EVALUATION_BATCH], space, device)
+    slices = (images[start : start + EVALUATION_BATCH] for start in range(0, len(images), EVALUATION_BATCH))
+    for x in decoded(slices, space, device):
         with devices.autocast(precision, device):
             parts.append(network(x.contiguous(memory_format=torch.channels_last)).float())
     return torch.cat(parts)
@@ -64,14 +64,7 @@ class Reference:
 
 
 def reference(
-    teacher: nn.Module, batches: Sequence[Batch], space: PixelSpace, device: torch.device, precision: str
+    teacher: nn.Module, images: np.ndarray, space: PixelSpace, device: torch.device, precision: str
 ) -> Reference:
-    """The reference set out of its batches."""
-    images = np.concatenate([batch.images for batch in batches])
+    """The reference set out of its stored images."""
     return Reference(images, logits(teacher, images, space, device, precision))
-
-
-def in_batches(images: np.ndarray, labels: np.ndarray, size: int = EVALUATION_BATCH) -> Iterator[Batch]:
-    """Stored images and labels as batches in order."""
-    for index, start in enumerate(range(0, len(labels), size)):
-        yield Batch(index, images[start : start + size], labels[start : start + size], key="test")

@@ -6,9 +6,10 @@ write into a stored batch that others share.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,6 +65,39 @@ def decode(images: np.ndarray | Tensor, space: PixelSpace, device: torch.device 
     if images.dtype == torch.uint8:
         return pixels * ((space.high - space.low) / 255.0 / std) + (space.low - mean) / std
     return (pixels - mean) / std
+
+
+def decoded(arrays: Iterable[np.ndarray], space: PixelSpace, device: torch.device) -> Iterator[Tensor]:
+    """Stored arrays as normalised float32 on the device, in order.
+
+    On CUDA the next array travels (pinned memory, a stream of its own) while the current one is worked on.
+    """
+    if device.type != "cuda":
+        for array in arrays:
+            yield decode(array, space, device)
+        return
+    side = torch.cuda.Stream(device)
+    travelling: Tensor | None = None
+
+    def depart(array: np.ndarray) -> Tensor:
+        pinned = torch.from_numpy(np.array(array)).pin_memory()
+        with torch.cuda.stream(side):
+            return pinned.to(device, non_blocking=True)
+
+    for array in arrays:
+        arrived, travelling = travelling, depart(array)
+        if arrived is not None:
+            yield landed(arrived, space, device, side)
+    if travelling is not None:
+        yield landed(travelling, space, device, side)
+
+
+def landed(images: Tensor, space: PixelSpace, device: torch.device, side: Any) -> Tensor:
+    """Decode images whose copy may still be under way on another stream."""
+    current = torch.cuda.current_stream(device)
+    current.wait_stream(side)
+    images.record_stream(current)
+    return decode(images, space, device)
 
 
 def shift_images(

@@ -21,6 +21,7 @@ from pydantic import BaseModel
 from dfkd_ray.config import TrialConfig, nested_models
 
 TRIALS_SCHEMA = "dfkd_ray.trials/1"
+SYNTHESIS_SCHEMA = "dfkd_ray.synthesis/1"
 
 # name: (type, deterministic, meaning)
 METRICS: dict[str, tuple[pa.DataType, bool, str]] = {
@@ -55,13 +56,38 @@ METRICS: dict[str, tuple[pa.DataType, bool, str]] = {
     "reference_wall_s": (pa.float64(), False, "the same for the reference set"),
     "distillation_wall_s": (pa.float64(), False, "seconds of distillation"),
     "wall_s": (pa.float64(), False, "seconds of the whole trial"),
-    "num_cached_batches": (pa.int64(), False, "batches found in the cache"),
+    "num_cached_batches": (pa.int64(), False, "batches that were there: in the cache, or made for another trial"),
+    "fleet_call_s": (pa.float64(), False, "seconds inside calls to the synthesis fleet, waiting for images excluded"),
+    "fleet_wait_s": (pa.float64(), False, "seconds of waiting for images that were still being made"),
     "package_version": (pa.string(), False, "of dfkd_ray"),
     "commit": (pa.string(), False, "of dfkd_ray, where known"),
     "torch_version": (pa.string(), False, ""),
     "ray_version": (pa.string(), False, "null without Ray"),
     "numerics": (pa.string(), False, "device model or instruction set, torch version"),
     "host": (pa.string(), False, ""),
+}
+
+# One row per batch that any trial has used.
+SYNTHESIS: dict[str, tuple[pa.DataType, bool, str]] = {
+    "synthesis_key": (pa.string(), True, "of teacher hash, synthesis config and domain"),
+    "batch_index": (pa.int64(), True, "which batch of the key"),
+    "teacher_hash": (pa.string(), True, "of architecture, normalisation and weights"),
+    "domain": (pa.string(), True, "train, or reference for the held-out set"),
+    "method": (pa.string(), True, "synthesis method"),
+    "num_images": (pa.int64(), True, "images in the batch"),
+    "images_sha256": (pa.string(), True, "of its images as stored"),
+    "label": (pa.float64(), True, "unweighted label loss of the stored images"),
+    "bn": (pa.float64(), True, "unweighted BatchNorm statistics term"),
+    "tv": (pa.float64(), True, "unweighted total variation"),
+    "l2": (pa.float64(), True, "mean squared normalised pixel"),
+    "confidence": (pa.float64(), True, "teacher's mean top probability"),
+    "label_agreement": (pa.float64(), True, "share of images that the teacher sees as their label"),
+    "class_histogram": (pa.string(), True, "teacher's argmax, counts as JSON"),
+    "num_steps": (pa.int64(), True, "optimiser steps taken"),
+    "num_attempts": (pa.int64(), True, "1, or more where the loss had turned NaN"),
+    "wall_s": (pa.float64(), False, "seconds of making it"),
+    "host": (pa.string(), False, "where it was made"),
+    "numerics": (pa.string(), False, "device model or instruction set, torch version"),
 }
 
 
@@ -89,36 +115,65 @@ def config_columns(model: type[BaseModel], prefix: str = "") -> dict[str, pa.Dat
     return columns
 
 
+def fields_of(columns: Mapping[str, tuple[pa.DataType, bool, str]]) -> list[pa.Field]:
+    """Arrow fields with what they mean and whether they are deterministic."""
+    return [
+        pa.field(name, kind, metadata={"deterministic": str(fixed).lower(), "meaning": meaning})
+        for name, (kind, fixed, meaning) in columns.items()
+    ]
+
+
 @functools.cache
 def trials_schema() -> pa.Schema:
     """The schema of the `trials` table."""
-    fields = [
-        pa.field(name, kind, metadata={"deterministic": str(fixed).lower(), "meaning": meaning})
-        for name, (kind, fixed, meaning) in METRICS.items()
-    ]
     # The device is a wish; what it came to is in `numerics`.
-    fields += [
+    fields = [
         pa.field(name, kind, metadata={"deterministic": str(name != "device").lower(), "meaning": "config"})
         for name, kind in config_columns(TrialConfig).items()
     ]
-    return pa.schema(fields, metadata={"dfkd_ray.schema": TRIALS_SCHEMA})
+    return pa.schema(fields_of(METRICS) + fields, metadata={"dfkd_ray.schema": TRIALS_SCHEMA})
 
 
-def deterministic_columns() -> list[str]:
-    """Names of the columns by which two `trials` tables are called identical."""
-    return [f.name for f in trials_schema() if (f.metadata or {}).get(b"deterministic") == b"true"]
+@functools.cache
+def synthesis_schema() -> pa.Schema:
+    """The schema of the `synthesis` table."""
+    return pa.schema(fields_of(SYNTHESIS), metadata={"dfkd_ray.schema": SYNTHESIS_SCHEMA})
+
+
+def deterministic_columns(schema: pa.Schema | None = None) -> list[str]:
+    """Names of the columns by which two tables (default: `trials`) are called identical."""
+    return [f.name for f in schema or trials_schema() if (f.metadata or {}).get(b"deterministic") == b"true"]
 
 
 def write_trials(folder: Path, rows: Sequence[Mapping[str, Any]], part: str) -> Path:
     """Write rows as `trials/<part>.parquet` under `folder`, whole. Raises `KeyError` for a column not in the schema."""
-    schema = trials_schema()
+    return write_part(folder / "trials" / f"{part}.parquet", rows, trials_schema())
+
+
+def write_synthesis(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the rows of batches under `synthesis/`, a file per key and number of batches, where not there already.
+
+    Trials that share a key would write the same file: whoever comes first does.
+    """
+    by_key: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_key.setdefault(row["synthesis_key"], []).append(row)
+    for key, own in by_key.items():
+        target = folder / "synthesis" / f"k-{key[:16]}-{len(own)}.parquet"
+        if not target.exists():
+            write_part(target, own, synthesis_schema())
+
+
+def write_part(target: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> Path:
+    """Write rows as one Parquet file, whole: hidden temporary name, fsync, rename."""
     unknown = {name for row in rows for name in row} - set(schema.names)
     if unknown:
-        raise KeyError(f"columns not in schema {TRIALS_SCHEMA}: {sorted(unknown)}")
+        raise KeyError(
+            f"columns not in schema {(schema.metadata or {})[b'dfkd_ray.schema'].decode()}: {sorted(unknown)}"
+        )
     table = pa.Table.from_pylist([{name: row.get(name) for name in schema.names} for row in rows], schema=schema)
-    target = folder / "trials" / f"{part}.parquet"
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.part")
+    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         with partial.open("wb") as file:
             pq.write_table(table, file)
@@ -128,6 +183,16 @@ def write_trials(folder: Path, rows: Sequence[Mapping[str, Any]], part: str) -> 
     finally:
         partial.unlink(missing_ok=True)
     return target
+
+
+def read_synthesis(folder: Path) -> pd.DataFrame:
+    """The `synthesis` table of a results folder: a row per batch, by key and index."""
+    parts = sorted((folder / "synthesis").glob("*.parquet"))
+    if not parts:
+        raise ValueError(f"{folder}: no synthesis table there (expected {folder / 'synthesis'}/*.parquet)")
+    frame = pd.concat([pq.read_table(part, schema=synthesis_schema()).to_pandas() for part in parts])
+    order = ["synthesis_key", "batch_index"]
+    return frame.drop_duplicates(order).sort_values(order).reset_index(drop=True)
 
 
 def read_trials(folder: Path) -> pd.DataFrame:

@@ -1,4 +1,6 @@
-"""A sweep file → trials → Ray Tune on this machine → the `trials` table.
+"""A sweep file → trials → Ray Tune on this machine → the tables `trials` and `synthesis`.
+
+Trials read their images from one fleet (`dfkd_ray.fleet`): each distinct synthesis is paid for once.
 
 A sweep is `base` (a trial config), `grid` (dotted field → list of values; a list of such grids is their union),
 `seeds` (a number: that many seeds of synthesis and distillation), `tiny` (a small override) and `about`. Everything is
@@ -7,10 +9,11 @@ validated before Ray starts. Trials with a finished row in the results folder ar
 
 import itertools
 import logging
-import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,15 +30,8 @@ from dfkd_ray.images import save_class_grid
 log = logging.getLogger(__name__)
 OnRow = Callable[[Mapping[str, Any], int, int], None]
 SEED_FIELDS = ("synthesis.seed", "distillation.seed")
-# Ray prints boxes, hints and warnings about things that this module decides; read before Ray is imported.
-QUIET = {
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
+STATUS_S = 15.0
+TEACHER_ACCURACIES: dict[tuple[Any, ...], float] = {}  # of this process; trials follow each other in one
 
 
 class About(BaseModel):
@@ -141,32 +137,41 @@ def plan(
 
 def run_job(
     job: Job,
+    images: one_trial.Images,
     test: Sequence[Batch] | None,
     real: BatchSource | None,
     results_folder: Path,
-    cache_folder: Path,
     trust_code: Sequence[str],
 ) -> dict[str, Any]:
-    """Run one trial and write what it leaves: student, picture, row (last, so that a row means all is there)."""
+    """Run one trial and write what it leaves: student, picture, rows (the trial's last: then all else is there)."""
+    kd = job.config.distillation
+    # The teacher is the same in every trial: one evaluation per process, not one per trial.
+    known = (job.teacher.hash, kd.precision, kd.num_threads, job.config.device, None if test is None else len(test))
     try:
         outcome = one_trial.run(
             job.config,
             job.teacher,
             test=test,
             real=real,
-            cache_folder=cache_folder,
+            images=images,
+            teacher_accuracy=TEACHER_ACCURACIES.get(known),
             checkpoint=results_folder / "checkpoints",
             trust_code=trust_code,
         )
         row = outcome.row
+        if row.get("teacher_accuracy") is not None:
+            TEACHER_ACCURACIES[known] = row["teacher_accuracy"]
         if outcome.student is not None:
             outcome.save_student(results_folder / "students" / job.id)
+            results.write_synthesis(results_folder, outcome.synthesis)
             picture = results_folder / "images" / f"{row['synthesis_key'][:12]}.png"
-            save_class_grid(picture, outcome.batches, job.teacher.info.num_classes, job.teacher.info.space)
+            if not picture.exists():
+                save_class_grid(picture, outcome.batches, job.teacher.info.num_classes, job.teacher.info.space)
     except Exception as error:
         log.exception("trial %s", job.id)
         row = one_trial.provenance(job.config, job.teacher)
         row |= {"status": "failed", "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
+    row |= {"fleet_call_s": getattr(images, "call_s", None), "fleet_wait_s": getattr(images, "wait_s", None)}
     results.write_trials(results_folder, [row], job.id)
     shutil.rmtree(results_folder / "checkpoints" / job.id, ignore_errors=True)  # its row is on disk: of no more use
     return row
@@ -175,18 +180,23 @@ def run_job(
 def run(
     jobs: Sequence[Job],
     results_folder: Path,
-    cache_folder: Path,
+    cache_root: str | None,
     *,
+    synthesizers: int | None = None,
+    gpus_per_synthesizer: float | None = None,
+    gpus_per_trial: float | None = None,
     test_of: Callable[[Teacher], Sequence[Batch] | None] = lambda _teacher: None,
     real_of: Callable[[Teacher, RealConfig], BatchSource] | None = None,
     on_row: OnRow | None = None,
+    on_status: Callable[[Mapping[str, Any]], None] | None = None,
     trust_code: Sequence[str] = (),
 ) -> int:
-    """Run the trials that have no finished row yet, on this machine; returns how many failed.
+    """Run the trials that have no finished row yet; returns how many failed.
 
-    As many trials run side by side as there are cores for their `distillation.num_threads`. `test_of` gives a
+    `cache_root` is a folder or URI; None keeps batches in memory only. `synthesizers` None takes as many as the
+    machines have room for and grows with them; 0 shares nothing: every trial makes its own images. `test_of` gives a
     teacher's test batches or None, `real_of` the real images for trials with `synthesis.method=real`; without it such
-    trials are refused (`ValueError`).
+    trials are refused. `on_status` hears every few seconds how the fleet is. `ValueError` where nothing fits.
     """
     if real_of is None and any(isinstance(job.config.synthesis, RealConfig) for job in jobs):
         raise ValueError(
@@ -196,52 +206,128 @@ def run(
     todo = [job for job in jobs if job.id not in done]
     if not todo:
         return 0
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    import ray
-    from ray import tune
+    teachers = list({job.teacher.hash: job.teacher for job in todo}.values())
+    tests = {teacher.hash: test_of(teacher) for teacher in teachers}
+    reals = {}
+    for job in todo:
+        if isinstance(job.config.synthesis, RealConfig) and real_of is not None:
+            reals[job.id] = real_of(job.teacher, job.config.synthesis)
+    from dfkd_ray import fleet
 
-    started_here = not ray.is_initialized()
-    if started_here:
-        ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
-    try:
-        cpus, gpus = ray.cluster_resources().get("CPU", 1), ray.cluster_resources().get("GPU", 0)
-        threads = max(job.config.distillation.num_threads for job in todo)
-        on_gpu = gpus and any(job.config.device != "cpu" for job in todo)
-        resources = {"cpu": float(min(threads, cpus)), "gpu": 1.0 if on_gpu else 0.0}
-        tests = {teacher.hash: test_of(teacher) for teacher in {job.teacher.hash: job.teacher for job in todo}.values()}
-        reals = {}
-        for job in todo:
-            if isinstance(job.config.synthesis, RealConfig) and real_of is not None:
-                reals[job.id] = real_of(job.teacher, job.config.synthesis)
-
-        def trainable(
-            point: Mapping[str, Any], todo: Sequence[Job], tests: Mapping[str, Any], reals: Mapping[str, Any]
-        ) -> None:
-            job = todo[point["job"]]
-            test, real = tests[job.teacher.hash], reals.get(job.id)
-            row = run_job(job, test, real, results_folder, cache_folder, trust_code)
-            tune.report({"failed": int(row["status"] == "failed")})
-
-        with tempfile.TemporaryDirectory(prefix="dfkd_ray-tune-") as scratch:
-            tuner = tune.Tuner(
-                tune.with_resources(tune.with_parameters(trainable, todo=todo, tests=tests, reals=reals), resources),
-                param_space={"job": tune.grid_search(list(range(len(todo))))},
-                tune_config=tune.TuneConfig(
-                    reuse_actors=True,
-                    trial_dirname_creator=lambda t: f"trial_{t.trial_id}",
-                ),
-                run_config=tune.RunConfig(
-                    name="tune", storage_path=scratch, verbose=0, callbacks=[_rows_to(on_row, todo, results_folder)]
-                ),
-            )
-            tuner.fit()
-    finally:
-        if started_here:
-            ray.shutdown()
+    with fleet.connected():
+        settings, placement = preflight(todo, cache_root, synthesizers, gpus_per_synthesizer, gpus_per_trial)
+        if synthesizers == 0:
+            _tune(todo, None, placement, results_folder, cache_root, tests, reals, on_row, trust_code)
+        else:
+            with fleet.started(settings, teachers) as running, told(running.status, on_status):
+                _tune(todo, running, placement, results_folder, cache_root, tests, reals, on_row, trust_code)
     rows = results.read_trials(results_folder)
     finished = set(rows[rows["status"] == "finished"]["trial_id"])
     return sum(job.id not in finished for job in todo)
+
+
+def preflight(
+    todo: Sequence[Job],
+    cache_root: str | None,
+    synthesizers: int | None,
+    gpus_per_synthesizer: float | None,
+    gpus_per_trial: float | None,
+) -> tuple[Any, Any]:
+    """Settings of the fleet and the placement of fleet and trials together; `ValueError` where nothing fits."""
+    from dfkd_ray import fleet
+
+    machines = fleet.nodes()
+    use_gpu = any(node.gpus for node in machines) and any(job.config.device != "cpu" for job in todo)
+    threads = max(getattr(job.config.synthesis, "num_threads", 1) for job in todo)
+    placement = fleet.plan(
+        machines,
+        synthesizers=synthesizers or None,
+        synthesizer_threads=threads,
+        trial_threads=max(job.config.distillation.num_threads for job in todo),
+        use_gpu=use_gpu,
+        gpus_per_synthesizer=gpus_per_synthesizer,
+        gpus_per_trial=gpus_per_trial,
+    )
+    settings = fleet.Settings(
+        num_synthesizers=placement.num_synthesizers,
+        cpus=placement.synthesizer_cpus,
+        gpus=placement.synthesizer_gpus,
+        cache_root=cache_root,
+        device="auto" if use_gpu else "cpu",
+        grow=synthesizers is None,
+        threads=threads,
+        trial_gpus=placement.trial_gpus,
+        budget_bytes=fleet.budget_bytes(),
+    )
+    return settings, placement
+
+
+@contextmanager
+def told(
+    status: Callable[[], Mapping[str, Any] | None], on_status: Callable[[Mapping[str, Any]], None] | None
+) -> Iterator[None]:
+    """While open, `on_status` hears of the fleet every few seconds, and once at the end."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(STATUS_S):
+            tell()
+
+    def tell() -> None:
+        now = status()
+        if now is not None and on_status is not None:
+            on_status(now)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    if on_status is not None:
+        thread.start()
+    try:
+        yield
+        tell()
+    finally:
+        over.set()
+        if thread.is_alive():
+            thread.join(timeout=STATUS_S)
+
+
+def _tune(
+    todo: Sequence[Job],
+    running: Any | None,
+    placement: Any,
+    results_folder: Path,
+    cache_root: str | None,
+    tests: Mapping[str, Any],
+    reals: Mapping[str, Any],
+    on_row: OnRow | None,
+    trust_code: Sequence[str],
+) -> None:
+    """The trials through Ray Tune; what they hold of the fleet is a handle."""
+    from ray import tune
+
+    def trainable(
+        point: Mapping[str, Any], todo: Sequence[Job], tests: Mapping[str, Any], reals: Mapping[str, Any]
+    ) -> None:
+        job = todo[point["job"]]
+        images = running.stream() if running else one_trial.made_here(cache_root)
+        row = run_job(job, images, tests[job.teacher.hash], reals.get(job.id), results_folder, trust_code)
+        tune.report({"failed": int(row["status"] == "failed")})
+
+    # Without a fleet nothing else wants the cores.
+    cpus = placement.trial_cpus if running else 2 * placement.trial_cpus
+    resources = {"cpu": cpus, "gpu": placement.trial_gpus}
+    with tempfile.TemporaryDirectory(prefix="dfkd_ray-tune-") as scratch:
+        tuner = tune.Tuner(
+            tune.with_resources(tune.with_parameters(trainable, todo=todo, tests=tests, reals=reals), resources),
+            param_space={"job": tune.grid_search(list(range(len(todo))))},
+            tune_config=tune.TuneConfig(
+                reuse_actors=True,
+                trial_dirname_creator=lambda t: f"trial_{t.trial_id}",
+            ),
+            run_config=tune.RunConfig(
+                name="tune", storage_path=scratch, verbose=0, callbacks=[_rows_to(on_row, todo, results_folder)]
+            ),
+        )
+        tuner.fit()
 
 
 def _rows_to(on_row: OnRow | None, todo: Sequence[Job], results_folder: Path) -> Any:

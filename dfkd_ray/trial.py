@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,18 @@ from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import TrialConfig, flat, stable_hash
 from dfkd_ray.distillation import Pool, Progress
-from dfkd_ray.images import decode
+from dfkd_ray.images import decoded
 
 log = logging.getLogger(__name__)
+OnBatch = Callable[[Batch, bool], None]
+# Where a trial's synthetic images come from: (teacher, synthesis config, seed domain, indices, device, on_batch) → key.
+# `on_batch(batch, found)` gets each batch once, in any order; `found` is false where it was made for this trial.
+Images = Callable[[Teacher, Any, str, Sequence[int], torch.device, OnBatch], str]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a trial leaves: its row, the student (None if it failed), the images as batches, and the epochs' rows."""
+    """What a trial leaves: its row, the student (None if it failed), its images, and the rows of other tables."""
 
     row: dict[str, Any]
     student: nn.Module | None = None
@@ -42,6 +46,7 @@ class Outcome:
     pruned: tuple[str, ...] = ()
     batches: tuple[Batch, ...] = ()
     epochs: tuple[Mapping[str, float | int], ...] = ()
+    synthesis: tuple[dict[str, Any], ...] = ()
 
     def save_student(self, folder: Path) -> bundles.BundleInfo:
         """Write the student as a bundle."""
@@ -61,15 +66,17 @@ def run(
     *,
     test: Sequence[Batch] | None = None,
     real: BatchSource | None = None,
-    cache_folder: Path | None = None,
+    images: Images | None = None,
+    teacher_accuracy: float | None = None,
     checkpoint: Path | None = None,
     progress: Progress | None = None,
     trust_code: Sequence[str] = (),
 ) -> Outcome:
     """Run a trial. A loss that is not finite, or memory that runs out, gives a row with status `failed` and the reason.
 
-    `test` is only reported on. `real` is used when, and only when, the config's method is `real`. `ValueError` for a
-    config that does not fit the teacher.
+    `test` is only reported on. `real` is used when, and only when, the config's method is `real`. `images` gives the
+    synthetic ones (default: made here, kept nowhere). `teacher_accuracy`: measured before, on the same test batches in
+    the same precision. `ValueError` for a config that does not fit the teacher.
     """
     check(config, teacher, trust_code)
     if config.synthesis.method == "real" and real is None:
@@ -80,7 +87,8 @@ def run(
     start = time.perf_counter()
     row = provenance(config, teacher)
     try:
-        outcome = steps(config, teacher, row, test, real, cache_folder, checkpoint, progress, trust_code)
+        source = images or made_here(None)
+        outcome = steps(config, teacher, row, test, real, source, teacher_accuracy, checkpoint, progress, trust_code)
     except (FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
         log.warning("trial %s failed: %s", row["trial_id"], error)
         outcome = Outcome({**row, "status": "failed", "reason": f"{type(error).__name__}: {error}".splitlines()[0]})
@@ -104,7 +112,8 @@ def steps(
     row: dict[str, Any],
     test: Sequence[Batch] | None,
     real: BatchSource | None,
-    cache_folder: Path | None,
+    source: Images,
+    teacher_accuracy: float | None,
     checkpoint: Path | None,
     progress: Progress | None,
     trust_code: Sequence[str],
@@ -124,17 +133,23 @@ def steps(
         dense = deepcopy(student)
         pruning.apply(student, masks)
 
-        reference_batches = gather_reference(config, teacher, device, cache_folder, report, row)
-        reference = evaluation.reference(network, reference_batches, space, device, kd.precision)
-        batches = gather_images(config, teacher, device, real, cache_folder, report, row)
-        pool = Pool(
-            np.concatenate([batch.images for batch in batches]), np.concatenate([batch.labels for batch in batches])
-        )
-        row |= image_columns(batches, pool, network, config, teacher, device)
+        held_out = gather_reference(config, teacher, device, source, report)
+        row["reference_wall_s"] = held_out.wall_s
+        reference = evaluation.reference(network, held_out.pool.images, space, device, kd.precision)
+        gathered = gather_images(config, teacher, device, real, source, report)
+        pool = gathered.pool
+        row |= {
+            "synthesis_key": gathered.key,
+            "num_cached_batches": gathered.num_found,
+            "synthesis_wall_s": gathered.wall_s,
+        }
+        row |= image_columns(gathered, network, config, teacher, device)
 
         def rung(name: str, net: nn.Module) -> None:
             report("evaluating", 0, 1, {})
-            if test is not None:
+            if name == "teacher" and teacher_accuracy is not None:
+                row["teacher_accuracy"] = teacher_accuracy
+            elif test is not None:
                 row[f"{name}_accuracy"] = evaluation.accuracy(net, test, space, device, kd.precision)
             if name in ("pruned", "bn_reestimated"):
                 row[f"{name}_agreement"] = reference.compare(net, space, device, kd.precision)[0]
@@ -179,7 +194,9 @@ def steps(
     student = devices.place(student, torch.device("cpu"), channels_last=False)
     pruned = tuple(pruning.prunable(student)) if config.pruning.sparsity > 0 else ()
     info = student_info(config, teacher, row)
-    return Outcome(row, student.requires_grad_(False), info, pruned, tuple(batches), tuple(state.epochs))
+    images = Batch(0, pool.images, pool.labels, gathered.key)
+    rows = (*held_out.rows, *gathered.rows)
+    return Outcome(row, student.requires_grad_(False), info, pruned, (images,), tuple(state.epochs), rows)
 
 
 def on_device(network: nn.Module, device: torch.device) -> nn.Module:
@@ -210,21 +227,101 @@ def starting_student(
     return on_device(network, device).requires_grad_(True)
 
 
-def gather_reference(
-    config: TrialConfig,
+def made_here(cache_root: Any | None) -> Images:
+    """Images made by this process, through the cache in `cache_root` (a folder or URI) unless that is None."""
+
+    def images(
+        teacher: Teacher, settings: Any, domain: str, indices: Sequence[int], device: torch.device, on_batch: OnBatch
+    ) -> str:
+        key, make = synthesis.source(teacher, settings, device, domain)
+        folder = None
+        if cache_root is not None:
+            folder = cache.folder_of(cache_root, key, devices.numerics_class(device))
+            cache.write_manifest(
+                folder,
+                key=key,
+                numerics=devices.numerics_class(device),
+                teacher_hash=teacher.hash,
+                teacher=teacher.name,
+                domain=domain,
+                config=settings.model_dump(mode="json"),
+            )
+        cache.fetch(indices, key, make, folder, on_batch)
+        return key
+
+    return images
+
+
+@dataclass
+class Gathered:
+    """The first `num_batches` batches of a key, in one array each for images and labels."""
+
+    num_batches: int
+    settings: Any
+    domain: str
+    key: str = ""
+    pool: Pool = field(default_factory=lambda: Pool(np.empty(0), np.empty(0)))
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    num_found: int = 0
+
+    def add(self, batch: Batch, found: bool) -> None:
+        """Copy a batch to its place: what is shared between trials is not held while this one trains."""
+        size, full_size = len(batch.labels), self.settings.batch_size
+        if not self.rows:
+            shape = (self.num_batches * full_size, *batch.images.shape[1:])
+            self.pool = Pool(np.empty(shape, batch.images.dtype), np.empty(shape[0], np.int64))
+        place = slice(batch.index * full_size, batch.index * full_size + size)
+        self.pool.images[place], self.pool.labels[place] = batch.images, batch.labels
+        terms = {**batch.terms, "class_histogram": json.dumps(batch.terms.get("class_histogram"))}
+        what = {"domain": self.domain, "method": self.settings.method, "batch_index": batch.index, "num_images": size}
+        self.rows.append({"synthesis_key": batch.key, **what, "images_sha256": batch_sha256(batch), **terms})
+        self.num_found += found
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds of making these batches, whoever made them and whenever."""
+        return sum(float(row.get("wall_s", 0.0)) for row in self.rows)
+
+
+def batch_sha256(batch: Batch) -> str:
+    """SHA-256 of a batch's images as stored."""
+    return hashlib.sha256(np.ascontiguousarray(batch.images).data.cast("B")).hexdigest()
+
+
+def gather(
+    config: Any,
     teacher: Teacher,
+    num_images: int,
     device: torch.device,
-    cache_folder: Path | None,
+    domain: str,
+    source: Images,
+    stage: str,
     report: Progress,
-    row: dict[str, Any],
-) -> list[Batch]:
-    """The held-out reference batches: of the reference config, in a seed domain that no training image comes from."""
-    settings = config.reference.synthesis
-    key, make = synthesis.source(teacher, settings, device, domain="reference")
-    num = -(-config.reference.num_images // settings.batch_size)
-    batches, _ = fetch(key, make, num, device, cache_folder, "reference set", report)
-    row["reference_wall_s"] = sum(float(batch.terms["wall_s"]) for batch in batches)
-    return batches
+) -> Gathered:
+    """Whole batches for at least `num_images` images, with progress."""
+    gathered = Gathered(-(-num_images // config.batch_size), config, domain)
+
+    def on_batch(batch: Batch, found: bool) -> None:
+        gathered.add(batch, found)
+        shown = {name: value for name, value in batch.terms.items() if isinstance(value, float)}
+        report(stage, len(gathered.rows), gathered.num_batches, {**shown, "cached": gathered.num_found})
+
+    report(stage, 0, gathered.num_batches, {})
+    gathered.key = source(teacher, config, domain, range(gathered.num_batches), device, on_batch)
+    total = sum(row["num_images"] for row in gathered.rows)  # the last batch of real images may be smaller
+    gathered.pool = Pool(gathered.pool.images[:total], gathered.pool.labels[:total])
+    for row in gathered.rows:
+        row["teacher_hash"] = teacher.hash
+    gathered.rows.sort(key=lambda row: row["batch_index"])
+    return gathered
+
+
+def gather_reference(
+    config: TrialConfig, teacher: Teacher, device: torch.device, source: Images, report: Progress
+) -> Gathered:
+    """The held-out reference images: of the reference config, in a seed domain that no training image comes from."""
+    settings, num_images = config.reference.synthesis, config.reference.num_images
+    return gather(settings, teacher, num_images, device, "reference", source, "reference set", report)
 
 
 def gather_images(
@@ -232,65 +329,36 @@ def gather_images(
     teacher: Teacher,
     device: torch.device,
     real: BatchSource | None,
-    cache_folder: Path | None,
+    source: Images,
     report: Progress,
-    row: dict[str, Any],
-) -> list[Batch]:
-    """The images to distil on and to re-estimate BatchNorm with: whole batches, in order."""
+) -> Gathered:
+    """The images to distil on and to re-estimate BatchNorm with."""
     settings, wanted = config.synthesis, max(config.distillation.num_images, config.bn_num_images)
-    num = -(-wanted // settings.batch_size)
-    if settings.method == "real":
+
+    def injected(
+        _teacher: Teacher, _settings: Any, _domain: str, indices: Sequence[int], _device: torch.device, add: OnBatch
+    ) -> str:
         assert real is not None
-        batches, cached = [real(index) for index in range(num)], 0
-        key = batches[0].key
-    else:
-        key, make = synthesis.source(teacher, settings, device)
-        batches, cached = fetch(key, make, num, device, cache_folder, "synthesising", report)
-    row |= {
-        "synthesis_key": key,
-        "num_cached_batches": cached,
-        "synthesis_wall_s": sum(float(batch.terms.get("wall_s", 0.0)) for batch in batches),
-    }
-    return batches
+        for index in indices:
+            add(real(index), False)
+        return real(0).key
 
-
-def fetch(
-    key: str,
-    make: BatchSource,
-    num_batches: int,
-    device: torch.device,
-    cache_folder: Path | None,
-    stage: str,
-    report: Progress,
-) -> tuple[list[Batch], int]:
-    """`num_batches` batches through the cache, with progress; and how many of them were there already."""
-    folder = cache.folder_of(cache_folder, key, devices.numerics_class(device)) if cache_folder else None
-    counts = {True: 0, False: 0}
-
-    def on_batch(batch: Batch, was_cached: bool) -> None:
-        counts[was_cached] += 1
-        shown = {name: value for name, value in batch.terms.items() if isinstance(value, float)}
-        report(stage, sum(counts.values()), num_batches, {**shown, "cached": counts[True]})
-
-    report(stage, 0, num_batches, {})
-    return cache.fetch(range(num_batches), key, make, folder, on_batch), counts[True]
+    if settings.method == "real":
+        source = injected
+    return gather(settings, teacher, wanted, device, "train", source, "synthesising", report)
 
 
 def image_columns(
-    batches: Sequence[Batch],
-    pool: Pool,
-    network: nn.Module,
-    config: TrialConfig,
-    teacher: Teacher,
-    device: torch.device,
+    gathered: Gathered, network: nn.Module, config: TrialConfig, teacher: Teacher, device: torch.device
 ) -> dict[str, Any]:
     """What the images are: their hash, the teacher's confidence and argmax over them, their BN term."""
+    pool = gathered.pool
     logits = evaluation.logits(network, pool.images, teacher.info.space, device, config.distillation.precision)
     histogram = torch.bincount(logits.argmax(dim=1), minlength=teacher.info.num_classes).tolist()
-    bn = [float(batch.terms["bn"]) for batch in batches if "bn" in batch.terms]
+    bn = [float(row["bn"]) for row in gathered.rows if row.get("bn") is not None]
     return {
         "num_images": len(pool.labels),
-        "images_sha256": hashlib.sha256(pool.images.tobytes()).hexdigest(),
+        "images_sha256": hashlib.sha256(pool.images.data.cast("B")).hexdigest(),
         "image_confidence": float(logits.softmax(dim=1).amax(dim=1).mean()),
         "class_histogram": json.dumps(histogram),
         "image_bn": sum(bn) / len(bn) if bn else None,
@@ -302,13 +370,10 @@ def reestimate(student: nn.Module, config: TrialConfig, pool: Pool, teacher: Tea
     size = config.synthesis.batch_size
     total = min(-(-config.bn_num_images // size) * size, len(pool.labels))
 
-    def images():
-        for start in range(0, total, size):
-            x = decode(pool.images[start : min(start + size, total)], teacher.info.space, device)
-            yield x.contiguous(memory_format=torch.channels_last)
-
+    parts = (pool.images[start : min(start + size, total)] for start in range(0, total, size))
+    images = (x.contiguous(memory_format=torch.channels_last) for x in decoded(parts, teacher.info.space, device))
     with devices.autocast(config.distillation.precision, device):
-        batchnorm.reestimate(student, images())
+        batchnorm.reestimate(student, images)
 
 
 def size_columns(student: nn.Module) -> dict[str, Any]:

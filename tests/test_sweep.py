@@ -194,7 +194,7 @@ def test_real_images_in_a_sweep_are_refused_unless_injected(tiny_teacher, tmp_pa
     settings = load(base={"teacher": str(tiny_teacher)}, grid={"synthesis": [{"method": "real"}]})
     jobs = sweep.plan(sweep.expand(settings, {}), bundles.load)
     with pytest.raises(ValueError, match="--real-data"):
-        sweep.run(jobs, tmp_path, tmp_path)
+        sweep.run(jobs, tmp_path, str(tmp_path))
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
     done = run_cli("sweep", str(tmp_path / "s.yaml"), "--results", str(tmp_path / "r"))
     assert done.code == 2 and "--real-data" in done.err

@@ -82,7 +82,7 @@ def test_the_same_config_gives_the_same_deterministic_row(teacher, tiny_teacher,
     from dfkd_ray import results
 
     rows = [
-        trial.run(config_of(tiny_teacher), teacher, test=a_test_set(), cache_folder=folder).row
+        trial.run(config_of(tiny_teacher), teacher, test=a_test_set(), images=trial.made_here(folder)).row
         for folder in (None, tmp_path, tmp_path)
     ]
     assert [row["num_cached_batches"] for row in rows] == [0, 0, 2]

@@ -19,3 +19,15 @@ TestData = Annotated[
     ),
 ]
 Out = Annotated[Path, typer.Option(help="folder to write")]
+Cache = Annotated[str | None, typer.Option(help="folder or URI (s3://, gs://, …) where synthesised batches are kept")]
+Synthesizers = Annotated[
+    str, typer.Option(help="auto (as many as there are GPUs, or cores; grows with the cluster), or a number")
+]
+GpusPerSynthesizer = Annotated[float | None, typer.Option(help="a fraction, or whole GPUs; default 0.5")]
+
+
+def number_of(text: str) -> int:
+    """The number in `--synthesizers`."""
+    if not text.isdigit():
+        raise ValueError(f"--synthesizers {text!r}: expected auto, or a number")
+    return int(text)

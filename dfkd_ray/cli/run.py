@@ -12,8 +12,19 @@ import yaml
 
 from dfkd_ray import config as configs
 from dfkd_ray.cli.inputs import load_teacher, open_real, open_test
-from dfkd_ray.cli.options import DataRoot, Download, Out, Set, TestData, Trust
-from dfkd_ray.cli.show import Progress, print_ladder, print_trials
+from dfkd_ray.cli.options import (
+    Cache,
+    DataRoot,
+    Download,
+    GpusPerSynthesizer,
+    Out,
+    Set,
+    Synthesizers,
+    TestData,
+    Trust,
+    number_of,
+)
+from dfkd_ray.cli.show import Progress, print_fleet, print_ladder, print_trials
 
 if TYPE_CHECKING:
     from dfkd_ray.batches import BatchSource
@@ -33,7 +44,7 @@ def recover(
     data_root: DataRoot = Path("data"),
     download: Download = False,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda")] = None,
-    cache: Annotated[Path | None, typer.Option(help="where synthesised batches are kept")] = None,
+    cache: Cache = None,
     trust_code: Trust = None,
 ) -> None:
     """Prune a network and win its accuracy back without data: one trial, no Ray.
@@ -66,7 +77,7 @@ def recover(
         loaded,
         test=test,
         real=real,
-        cache_folder=cache or caches.default_folder(),
+        images=trial.made_here(cache or caches.default_folder()),
         checkpoint=out / "checkpoints",
         progress=Progress(),
         trust_code=tuple(trust_code or ()),
@@ -93,10 +104,16 @@ def sweep(
     ] = None,
     data_root: DataRoot = Path("data"),
     download: Download = False,
-    cache: Annotated[Path | None, typer.Option(help="where synthesised batches are kept")] = None,
+    cache: Cache = None,
+    synthesizers: Synthesizers = "auto",
+    gpus_per_synthesizer: GpusPerSynthesizer = None,
+    gpus_per_trial: Annotated[float | None, typer.Option(help="a fraction, or whole GPUs; default 0.5")] = None,
     trust_code: Trust = None,
 ) -> None:
-    """Run a grid of trials with Ray Tune on this machine; finished trials are not run again."""
+    """Run a grid of trials with Ray Tune on this machine; finished trials are not run again.
+
+    Every distinct synthesis is made once, by a fleet that all trials share (--synthesizers 0: each trial its own).
+    """
     data = configs.read_yaml(file)
     overrides = configs.parse_overrides(set_ or [])
     from dfkd_ray import cache as caches
@@ -133,10 +150,14 @@ def sweep(
     num_failed = sweeps.run(
         jobs,
         folder,
-        (cache or caches.default_folder()).absolute(),
+        str(cache or caches.default_folder().absolute()),
+        synthesizers=None if synthesizers == "auto" else number_of(synthesizers),
+        gpus_per_synthesizer=gpus_per_synthesizer,
+        gpus_per_trial=gpus_per_trial,
         test_of=lambda teacher: open_test(teacher, test_data, data_root, download),
         real_of=real_of if real_data else None,
         on_row=on_row,
+        on_status=print_fleet,
         trust_code=tuple(trust_code or ()),
     )
     rows = tables.read_trials(folder)

@@ -101,6 +101,20 @@ def print_trials(rows: Any) -> None:
     print("BN: BatchNorm re-estimated on synthetic images, no training; kB: stored weights; s: wall time of the trial")
 
 
+def print_fleet(status: Mapping[str, Any]) -> None:
+    """One line on the synthesis fleet."""
+    idle = [f"{100 * share:.0f}" for share in status["idle"].values() if share is not None]
+    shown = ("/".join(idle) if len(idle) <= 8 else f"{sum(map(float, idle)) / len(idle):.0f} (mean)") or "-"
+    hits = status["read"] + status["found"]
+    line = (
+        f"fleet: {status['synthesizers_up']}/{status['synthesizers']} synthesizers up, {status['images_per_s']:.1f} "
+        f"images/s, queue {status['queue_depth']}, {status['made']} batches made, {hits} cache hits, idle {shown} %"
+    )
+    lost = f", {status['deaths']} lost" if status["deaths"] else ""
+    trouble = "".join(f"; {name}: {why}" for name, why in status["trouble"].items() if why != "starting")
+    print(line + lost + trouble, flush=True)
+
+
 def number(value: Any, scale: float = 1.0, digits: int = 2) -> str:
     """A scaled number, or `-` for null."""
     return "-" if value is None or value != value else f"{scale * value:.{digits}f}"

@@ -4,12 +4,14 @@ A method is one module with one function `source(teacher, config, key, device) -
 `METHODS`. Real images are no method: they are injected (see `dfkd_ray.trial.run`).
 """
 
+import socket
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from dfkd_ray.batches import BatchSource
+from dfkd_ray import devices
+from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import synthesis_key
 from dfkd_ray.synthesis import deepinversion, noise
@@ -21,6 +23,13 @@ METHODS: dict[str, Callable[[Teacher, Any, str, torch.device], BatchSource]] = {
 
 
 def source(teacher: Teacher, config: Any, device: torch.device, domain: str = "train") -> tuple[str, BatchSource]:
-    """The synthesis key of (teacher, config, domain), and its batches by index."""
+    """The synthesis key of (teacher, config, domain), and its batches by index; their terms say where they are from."""
     key = synthesis_key(teacher.hash, config, domain)
-    return key, METHODS[config.method](teacher, config, key, device)
+    make = METHODS[config.method](teacher, config, key, device)
+
+    def batch(index: int) -> Batch:
+        made = make(index)
+        made.terms.update(host=socket.gethostname(), numerics=devices.numerics_class(device))
+        return made
+
+    return key, batch

@@ -26,11 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfkd_ray import batchnorm, devices, losses
-from dfkd_ray.batches import Batch, BatchSource, batch_seed
+from dfkd_ray.batches import Batch, BatchSource, batch_seed, mix_seed
 from dfkd_ray.bundles import Teacher, freeze
 from dfkd_ray.config import DeepInversionConfig
 from dfkd_ray.images import PixelSpace, decode, encode
 
+ATTEMPTS = 3  # at a batch whose loss turns NaN
 CHECK_EVERY = 25  # steps between looks at the loss: each look is a host synchronisation on a GPU
 log = logging.getLogger(__name__)
 
@@ -49,16 +50,38 @@ def source(teacher: Teacher, config: DeepInversionConfig, key: str, device: torc
     def batch(index: int) -> Batch:
         start = time.perf_counter()
         with devices.numerics(config.precision, device, config.num_threads, config.fast):
-            generator = torch.Generator().manual_seed(batch_seed(key, index))
             labels = (torch.arange(config.batch_size) + index * config.batch_size) % num_classes
-            start_parts = initial_parts(config, teacher.info.image_shape, generator, device)
-            images, steps = invert(network, run, config, space, start_parts, labels.to(device), generator)
+
+            def attempt(number: int) -> tuple[Tensor, int]:
+                seed = batch_seed(key, index)
+                generator = torch.Generator().manual_seed(mix_seed(seed, number) if number else seed)
+                slower = config.model_copy(update={"learning_rate": config.learning_rate / 2**number})
+                start_parts = initial_parts(config, teacher.info.image_shape, generator, device)
+                return invert(network, run, slower, space, start_parts, labels.to(device), generator)
+
+            (images, steps), num_attempts = with_attempts(attempt, f"batch {index} of {key[:12]}")
             stored = encode(images, space, config.storage)
             terms = measure(network, config, decode(stored, space, device), labels.to(device), num_classes)
-        terms |= {"num_steps": steps, "wall_s": time.perf_counter() - start}
+        terms |= {"num_steps": steps, "num_attempts": num_attempts, "wall_s": time.perf_counter() - start}
         return Batch(index, stored, labels.numpy(), key, terms)
 
     return batch
+
+
+def with_attempts(attempt: Callable[[int], tuple[Tensor, int]], what: str) -> tuple[tuple[Tensor, int], int]:
+    """What the first attempt gives whose loss stays finite, and its number (from 1).
+
+    The second and third start from other noise at half the learning rate each: still a function of (teacher, config,
+    i), so a batch that turns NaN is the same batch wherever and whenever it is made.
+    """
+    for number in range(ATTEMPTS):
+        try:
+            return attempt(number), number + 1
+        except FloatingPointError as error:
+            if number == ATTEMPTS - 1:
+                raise FloatingPointError(f"{error} (attempt {ATTEMPTS} of {ATTEMPTS})") from None
+            log.warning("%s: %s; starting it again from other noise at half the learning rate", what, error)
+    raise AssertionError
 
 
 def compiled(network: nn.Module) -> Callable[[Tensor], Tensor]:

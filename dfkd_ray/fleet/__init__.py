@@ -1,0 +1,129 @@
+"""The synthesis fleet: every batch of a sweep is made once, by whichever synthesizer is free, and read by all trials.
+
+`started` brings it up before Tune, outside Tune's reservations; `Fleet.stream()` is what a trial reads through. What a
+batch holds does not depend on who makes it, so a synthesizer, the coordinator or a node may die at any time.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from dfkd_ray import bundles
+from dfkd_ray.bundles import Teacher
+from dfkd_ray.fleet.coordinator import Coordinator, Settings
+from dfkd_ray.fleet.placement import Node, Placement, plan
+from dfkd_ray.fleet.stream import Stream
+
+__all__ = ["Fleet", "Node", "Placement", "Settings", "Stream", "connected", "nodes", "plan", "started"]
+
+# Ray prints boxes, hints and warnings about things that this package decides; read before Ray starts its processes.
+QUIET = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Synthesizers and trials share cores: threads that spin while they wait would take them from each other.
+    "OMP_WAIT_POLICY": "passive",
+}
+START_S = 120.0
+
+
+@dataclass
+class Fleet:
+    """A running fleet: its coordinator, and what a stream needs. Pickled, it is a handle."""
+
+    coordinator: Any
+    settings: Settings
+    numerics: str
+    teachers: dict[str, list[Any]] = field(default_factory=dict)
+
+    def add(self, teacher: Teacher) -> None:
+        """Put a teacher into the object store, once for all trials and synthesizers."""
+        if teacher.hash not in self.teachers:
+            self.teachers[teacher.hash] = [ray.put(bundles.to_arrays(teacher))]
+
+    def stream(self, **options: Any) -> Stream:
+        """What one trial reads through."""
+        return Stream(self.coordinator, self.teachers, self.settings.cache_root, self.numerics, **options)
+
+    def status(self, timeout_s: float = 10.0) -> dict[str, Any] | None:
+        """Counts, queue depth and idle shares; None while the coordinator is away."""
+        try:
+            return ray.get(self.coordinator.status.remote(), timeout=timeout_s)
+        except (RayError, GetTimeoutError):
+            return None
+
+
+@contextmanager
+def connected(address: str | None = None, **options: Any) -> Iterator[None]:
+    """A Ray session: the one there is, or one of our own, quiet and shut down at the end."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if ray.is_initialized():
+        yield
+        return
+    if address is None:
+        options = {"include_dashboard": False, **options}
+    ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def nodes() -> list[Node]:
+    """The machines that are alive now."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive]
+
+
+@contextmanager
+def started(settings: Settings, teachers: Sequence[Teacher] = (), start_s: float = START_S) -> Iterator[Fleet]:
+    """A fleet that is up: at least one synthesizer answers. `OSError` says what it lacks when `start_s` is over.
+
+    The synthesizers' reservation is made here and lives as long as the sweep: one that dies comes back into it, even
+    where trials hold everything else.
+    """
+    need = {name: share for name, share in (("CPU", settings.cpus), ("GPU", settings.gpus)) if share}
+    group = placement_group([dict(need) for _ in range(settings.num_synthesizers)], strategy="SPREAD")
+    coordinator: Any = None
+    try:
+        if not group.wait(start_s):
+            raise OSError(
+                f"{settings.num_synthesizers} synthesizers of {settings.cpus:g} CPUs and {settings.gpus:g} GPUs could "
+                f"not be reserved within {start_s:.0f} s; free now: {ray.available_resources()}"
+            )
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        actor: Any = ray.remote(Coordinator)
+        coordinator = actor.options(
+            num_cpus=0, max_restarts=-1, max_concurrency=10_000, scheduling_strategy=here
+        ).remote(replace(settings, placement_group=group))
+        try:
+            status: Any = ray.get(coordinator.ready.remote(), timeout=start_s)
+        except GetTimeoutError:
+            status = ray.get(coordinator.status.remote(), timeout=start_s)
+            raise OSError(f"no synthesizer came up within {start_s:.0f} s: {status['trouble']}") from None
+        fleet = Fleet(coordinator, settings, status["numerics"])
+        for teacher in teachers:
+            fleet.add(teacher)
+        yield fleet
+    finally:
+        if coordinator is not None:
+            ray.kill(coordinator)  # and with their owner gone, the synthesizers
+        remove_placement_group(group)
+
+
+def budget_bytes(share: float = 0.3) -> int:
+    """What references may keep in memory: a share of the smallest node's object store."""
+    stores = [node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"]]
+    return int(share * min(stores))

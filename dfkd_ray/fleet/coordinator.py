@@ -1,0 +1,440 @@
+"""The coordinator: one actor per sweep that owns the fleet and every synthesis key. No images pass through it.
+
+Each synthesizer slot has one batch at a time; what it makes is in the cache before its reference is handed out, and
+lies in the object store of the node that made it until a reader fetches it, once per node. Nothing here is the only
+copy of anything: a coordinator that dies is restarted by Ray with the same arguments, starts its synthesizers again,
+and finds in the cache what was made before.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util import metrics
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from dfkd_ray import cache
+from dfkd_ray.fleet.placement import Node, automatic
+from dfkd_ray.fleet.schedule import Key, Schedule
+from dfkd_ray.fleet.synthesizer import NotOpened, Spec, Synthesizer, read_shard
+
+MAX_READS = 8  # shards read from the cache at a time
+MAX_DEATHS = 20  # synthesizers that may die over one batch before it is called impossible
+MAX_DISK_ERRORS = 3  # the same for errors of the disk or the store, some of which pass
+HOLD_S = 10.0
+TICK_S = 2.0
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a coordinator is started with, and restarted with."""
+
+    num_synthesizers: int
+    cpus: float
+    gpus: float = 0.0
+    cache_root: str | None = None
+    device: str = "auto"
+    grow: bool = False  # add synthesizers when nodes join
+    threads: int = 1  # of one synthesizer: what `grow` divides cores by
+    trial_gpus: float = 0.0
+    window: int = 4  # batches ahead of a reader; at least two per slot
+    budget_bytes: int = 256 << 20  # of references kept; what is beyond lives in the cache
+    batch_timeout_s: float = 1800.0  # a batch that takes longer is taken from its synthesizer
+    placement_group: Any = None
+    slots: int = 1  # batches that one actor makes at a time
+    make: Callable[..., Any] = Synthesizer
+
+
+@dataclass
+class Worker:
+    """One synthesizer actor and what it is doing."""
+
+    name: str
+    actor: Any
+    up: bool = False
+    busy: int = 0
+    opened: set[str] = field(default_factory=set)
+    busy_s: float = 0.0
+    since: float = 0.0
+    num_batches: int = 0
+    trouble: str = "starting"
+
+
+class Coordinator:
+    """See the module. All methods run on one event loop: nothing here is shared between threads."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.schedule = Schedule(settings.budget_bytes)
+        self.specs: dict[str, Spec] = {}
+        self.opening: dict[str, asyncio.Task] = {}
+        self.arrived: dict[tuple[str, int], list[asyncio.Future]] = {}
+        self.deaths: dict[tuple[str, int], int] = {}
+        self.making: dict[tuple[str, int], tuple[str, float]] = {}
+        self.workers: list[Worker] = []
+        self.restarted = ray.get_runtime_context().was_current_actor_reconstructed
+        self.numerics: str | None = None
+        self.disk_errors: dict[tuple[str, int], int] = {}
+        self.numerics_known = asyncio.Event()
+        self.num_reading = 0
+        self.to_read: list[tuple[str, int, str]] = []
+        self.last_alive = time.monotonic()
+        self.start = time.monotonic()
+        self.counts = dict.fromkeys(("made", "images", "read", "found", "deaths", "damaged"), 0)
+        self.background: set[asyncio.Task] = set()
+        self.shard_reader: Any = ray.remote(read_shard)
+        tags = ("synthesizer",)
+        self.gauges = {
+            "images": metrics.Counter("dfkd_ray_images", "synthetic images made"),
+            "found": metrics.Counter("dfkd_ray_cache_hits", "batches read from the cache"),
+            "queue": metrics.Gauge("dfkd_ray_queue_depth", "batches waited for and not being made"),
+            "idle": metrics.Gauge("dfkd_ray_idle_share", "idle share of a synthesizer since it is up", tag_keys=tags),
+            "rate": metrics.Gauge("dfkd_ray_images_per_s", "synthetic images made per second"),
+        }
+        for number in range(settings.num_synthesizers):
+            self.add_worker(number, in_group=settings.placement_group is not None)
+        self.spawn(self.tick())
+
+    # ---- what readers call -------------------------------------------------------------------------------------
+
+    async def ready(self) -> dict[str, Any]:
+        """Answers as soon as one synthesizer is up."""
+        await self.numerics_known.wait()
+        return self.status()
+
+    async def open(self, spec: Spec, numerics: str) -> dict[str, Any]:
+        """Make a key known, and look once what the cache has of it. `numerics` is the class the sweep began with.
+
+        The answer is as of `take`, with `waiting_for` where no synthesizer has come up yet.
+        """
+        start = time.monotonic()
+        if self.restarted and self.numerics is None:
+            self.numerics = numerics
+            self.numerics_known.set()
+        if spec.key not in self.specs:
+            if spec.key not in self.opening:
+                self.opening[spec.key] = self.spawn(self._open(spec))
+            await asyncio.wait([self.opening[spec.key]], timeout=HOLD_S)
+        return self.where(spec.key, 0) | {"held_s": time.monotonic() - start}
+
+    async def _open(self, spec: Spec) -> None:
+        await self.numerics_known.wait()
+        state = Key()
+        if self.settings.cache_root:
+            assert self.numerics is not None
+            folder = cache.folder_of(self.settings.cache_root, spec.key, self.numerics)
+            state.cached = await asyncio.to_thread(cache.indices, folder)
+        self.schedule.keys[spec.key] = state
+        self.specs[spec.key] = spec
+
+    async def take(
+        self, key: str, indices: list[int], until: int, node: str, hold_s: float, lost: list[int] | None = None
+    ) -> dict[str, Any]:
+        """References of those of `indices` that exist, as soon as one does, or after `hold_s`.
+
+        `until`: the reader goes on to that index, so batches up to it may be made ahead. `lost`: indices whose objects
+        the reader could not get. Returns `ready` (index → (reference, was it found)), `errors` (index → reason), and
+        `waiting_for`, `alone_s` where there is neither; `unknown` for a key that is not open.
+        """
+        start = time.monotonic()
+        if key not in self.specs:
+            return {"unknown": True, "held_s": 0.0}
+        for index in lost or ():
+            self.schedule.forget(key, index)
+        reply = self.collect(key, indices)
+        window = max(self.settings.window, 2 * self.settings.slots * len(self.workers))
+        asked = [] if reply["ready"] or reply["errors"] else indices
+        if indices:
+            self.schedule.look_ahead(key, min(indices) + len(indices), until, window)
+        # Where something is ready the rest of the window is on its way too, just not waited for.
+        for index in set(indices) - set(reply["ready"]) - set(reply["errors"]) - set(asked):
+            if self.schedule.wants_reading(key, index):
+                self.to_read.append((key, index, node))
+            else:
+                self.schedule.look_ahead(key, index, index + 1, 1)
+        if asked:
+            futures = []
+            for index in asked:
+                self.schedule.ask(key, index)
+                if self.schedule.wants_reading(key, index):
+                    self.to_read.append((key, index, node))
+                future = asyncio.get_running_loop().create_future()
+                self.arrived.setdefault((key, index), []).append(future)
+                futures.append(future)
+            self.pump()
+            await asyncio.wait(futures, timeout=hold_s, return_when=asyncio.FIRST_COMPLETED)
+            for index, future in zip(asked, futures, strict=True):
+                self.schedule.stop_asking(key, index)
+                if not future.done():
+                    future.cancel()
+                    self.arrived[key, index].remove(future)
+            reply = self.collect(key, indices)
+        else:
+            self.pump()
+        if not reply["ready"] and not reply["errors"]:
+            reply |= self.where(key, min(indices))
+        reply["held_s"] = time.monotonic() - start
+        return reply
+
+    def collect(self, key: str, indices: list[int]) -> dict[str, Any]:
+        """What can be handed out now."""
+        errors = self.schedule.keys[key].errors
+        found = {index: self.schedule.hand_out(key, index) for index in indices}
+        return {
+            "ready": {index: handed for index, handed in found.items() if handed is not None},
+            "errors": {index: errors[index] for index in indices if index in errors},
+        }
+
+    def status(self) -> dict[str, Any]:
+        """Counts since this coordinator started, and who is doing what."""
+        now = time.monotonic()
+        idle = {}
+        for worker in self.workers:
+            running = [begun for name, begun in self.making.values() if name == worker.name]
+            busy = worker.busy_s + sum(now - begun for begun in running)
+            span = (now - worker.since) * self.settings.slots
+            idle[worker.name] = 1.0 - min(1.0, busy / span) if worker.since and span else None
+        return {
+            **self.counts,
+            "synthesizers": len(self.workers),
+            "synthesizers_up": self.num_up,
+            "queue_depth": self.schedule.queue_depth,
+            "in_flight": sum(len(state.in_flight) for state in self.schedule.keys.values()),
+            "held_bytes": self.schedule.held_bytes,
+            "images_per_s": self.counts["images"] / (now - self.start),
+            "idle": idle,
+            "keys": len(self.specs),
+            "numerics": self.numerics,
+            "trouble": {worker.name: worker.trouble for worker in self.workers if not worker.up},
+            "seconds": now - self.start,
+        }
+
+    def actors(self) -> list[Any]:
+        """The synthesizers' handles, for tests that kill them."""
+        return [worker.actor for worker in self.workers]
+
+    def where(self, key: str, index: int) -> dict[str, Any]:
+        """For a reader that gets nothing now: what it waits for, and how long there has been no synthesizer."""
+        alone_s = 0.0 if self.num_up else time.monotonic() - self.last_alive
+        return {"waiting_for": self.waiting_for(key, index), "alone_s": alone_s}
+
+    def waiting_for(self, key: str, index: int) -> str:
+        """In words, where a batch stands."""
+        if (key, index) in self.making:
+            name, begun = self.making[key, index]
+            return f"{name} has been making it for {time.monotonic() - begun:.0f} s"
+        if not self.num_up:
+            troubles = "; ".join(f"{worker.name}: {worker.trouble}" for worker in self.workers[:3])
+            need = f"{self.settings.cpus:g} CPUs and {self.settings.gpus:g} GPUs"
+            return f"a synthesizer to start ({need} each; {troubles})"
+        return f"a free synthesizer: {self.num_up} up, {self.schedule.queue_depth} batches queued"
+
+    # ---- the fleet ---------------------------------------------------------------------------------------------
+
+    @property
+    def num_up(self) -> int:
+        """Synthesizers that answer."""
+        return sum(worker.up for worker in self.workers)
+
+    def spawn(self, coroutine: Any) -> asyncio.Task:
+        """Run in the background; the loop alone would not keep it alive."""
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self.background.add(task)
+        task.add_done_callback(self.background.discard)
+        return task
+
+    def add_worker(self, number: int, *, in_group: bool) -> None:
+        """Start one more synthesizer."""
+        worker = Worker(f"synthesizer {number}", self.start_actor(number if in_group else None))
+        self.workers.append(worker)
+        self.spawn(self.bring_up(worker, number, in_group))
+
+    def start_actor(self, bundle: int | None) -> Any:
+        """A synthesizer actor, inside its own reservation where there is one: a restart never has to compete for it."""
+        settings = self.settings
+        strategy: Any = "SPREAD"
+        if bundle is not None:
+            strategy = PlacementGroupSchedulingStrategy(settings.placement_group, bundle)
+        options = {
+            "num_cpus": settings.cpus,
+            "num_gpus": settings.gpus,
+            "max_restarts": -1,
+            "max_task_retries": 0,
+            "scheduling_strategy": strategy,
+        }
+        if settings.slots > 1:
+            options["max_concurrency"] = 2 * settings.slots
+        actor: Any = ray.remote(settings.make)
+        return actor.options(**options).remote(settings.cache_root, settings.device, fetch_first)
+
+    async def bring_up(self, worker: Worker, number: int, in_group: bool) -> None:
+        """Wait until an actor answers, starting another in its place where it is dead for good."""
+        pause = 0.2
+        while True:
+            try:
+                hello = await worker.actor.hello.remote()
+                break
+            except RayTaskError as error:
+                reason = str(error.cause or error).splitlines()[0]
+            except RayError as error:
+                reason = " ".join(str(error).split())[:300]
+            worker.trouble = reason
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 30.0)
+            if pause > 1.0:  # Ray restarts it within a second or two, or not at all
+                worker.actor = self.start_actor(number if in_group else None)
+        if self.numerics is None and not self.restarted:
+            self.numerics = hello["numerics"]
+            self.numerics_known.set()
+        await self.numerics_known.wait()  # after a restart: the class the sweep began with, as the readers know it
+        if hello["numerics"] != self.numerics:
+            # Its images would differ in the last bits: which slot makes a batch must not matter.
+            worker.trouble = f"left out: it computes as {hello['numerics']}, the fleet as {self.numerics}"
+            log.warning("%s on %s %s", worker.name, hello["host"], worker.trouble)
+            ray.kill(worker.actor)
+            return
+        worker.opened.clear()
+        worker.up, worker.trouble = True, ""
+        worker.since = worker.since or time.monotonic()
+        self.last_alive = time.monotonic()
+        self.pump()
+
+    def pump(self) -> None:
+        """Give every free slot a batch to make, and every free reader a shard."""
+        for worker in self.workers:
+            while worker.up and worker.busy < self.settings.slots:
+                job = self.schedule.next_to_make()
+                if job is None:
+                    break
+                worker.busy += 1
+                self.spawn(self.make_batch(worker, *job))
+        while self.to_read and self.num_reading < MAX_READS:
+            self.num_reading += 1
+            self.spawn(self.read_batch(*self.to_read.pop(0)))
+
+    async def make_batch(self, worker: Worker, key: str, index: int) -> None:
+        """Have one batch made; whatever happens, the slot is free or down afterwards, and the batch accounted for."""
+        begun = time.monotonic()
+        actor = worker.actor
+        self.making[key, index] = (worker.name, begun)
+        try:
+            if key not in worker.opened:
+                actor.open.remote(self.specs[key])
+                worker.opened.add(key)
+            reference, told = actor.batch.options(num_returns=2).remote(key, index)
+            info = await asyncio.wait_for(asyncio.wrap_future(told.future()), self.settings.batch_timeout_s)
+        except RayTaskError as error:
+            self.failed(worker, key, index, error)
+        except TimeoutError:
+            self.died(worker, key, index, f"no batch within {self.settings.batch_timeout_s:.0f} s")
+            ray.kill(actor, no_restart=False)
+        except RayError as error:
+            self.died(worker, key, index, " ".join(str(error).split())[:300])
+        else:
+            found, in_cache = info["found"], self.settings.cache_root is not None
+            self.schedule.hold(key, index, reference, info["size_bytes"], cached=in_cache, fresh=not found)
+            self.counts["found" if info["found"] else "made"] += 1
+            if not info["found"]:
+                self.counts["images"] += info["num_images"]
+                self.gauges["images"].inc(info["num_images"])
+            worker.num_batches += 1
+        finally:
+            self.making.pop((key, index), None)
+            worker.busy_s += time.monotonic() - begun
+            worker.busy -= 1
+            if worker.up:
+                self.last_alive = time.monotonic()
+        self.tell(key, index)
+
+    def failed(self, worker: Worker, key: str, index: int, error: RayTaskError) -> None:
+        """Making a batch raised: some errors pass, the others are the batch's own."""
+        if isinstance(error.cause, NotOpened):
+            worker.opened.discard(key)
+            self.schedule.not_there(key, index)
+        elif isinstance(error.cause, OSError) and self.disk_errors.get((key, index), 0) + 1 < MAX_DISK_ERRORS:
+            self.disk_errors[key, index] = self.disk_errors.get((key, index), 0) + 1
+            log.warning("batch %d of %s: %s; trying again", index, key[:12], in_one_line(error))
+            self.schedule.not_there(key, index)
+        else:
+            self.schedule.fail(key, index, in_one_line(error))
+
+    def died(self, worker: Worker, key: str, index: int, reason: str) -> None:
+        """A synthesizer is gone, and with it the batch it was making."""
+        self.counts["deaths"] += 1
+        self.deaths[key, index] = self.deaths.get((key, index), 0) + 1
+        if self.deaths[key, index] >= MAX_DEATHS:
+            self.schedule.fail(key, index, f"RuntimeError: {MAX_DEATHS} synthesizers died making it; last: {reason}")
+        else:
+            self.schedule.not_there(key, index)
+        if worker.up:
+            worker.up, worker.trouble = False, reason
+            number = self.workers.index(worker)
+            in_group = self.settings.placement_group is not None and number < self.settings.num_synthesizers
+            self.spawn(self.bring_up(worker, number, in_group))
+
+    async def read_batch(self, key: str, index: int, node: str) -> None:
+        """Bring a shard from the cache into the object store of the node that wants it."""
+        reference = info = None
+        try:
+            near = NodeAffinitySchedulingStrategy(node, soft=True) if node else "DEFAULT"
+            reader = self.shard_reader.options(num_cpus=0, num_returns=2, scheduling_strategy=near)
+            reference, told = reader.remote(self.settings.cache_root, key, self.numerics, index)
+            info = await asyncio.wait_for(asyncio.wrap_future(told.future()), self.settings.batch_timeout_s)
+        except (RayError, TimeoutError) as error:
+            log.warning("reading batch %d of %s from the cache: %s", index, key[:12], in_one_line(error))
+        if info is None:
+            self.counts["damaged"] += 1
+            self.schedule.not_there(key, index)
+        else:
+            self.schedule.hold(key, index, reference, info["size_bytes"], cached=True, fresh=False)
+            self.counts["read"] += 1
+            self.gauges["found"].inc()
+        self.num_reading -= 1
+        self.tell(key, index)
+
+    def tell(self, key: str, index: int) -> None:
+        """Wake who waits for this batch, if it is there or has failed; and see to the next."""
+        if self.schedule.reference(key, index) is not None or index in self.schedule.keys[key].errors:
+            for future in self.arrived.pop((key, index), ()):
+                if not future.done():
+                    future.set_result(None)
+        self.pump()
+
+    async def tick(self) -> None:
+        """Metrics, and growth with the cluster."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            status = self.status()
+            self.gauges["queue"].set(status["queue_depth"])
+            self.gauges["rate"].set(status["images_per_s"])
+            for name, share in status["idle"].items():
+                if share is not None:
+                    self.gauges["idle"].set(share, tags={"synthesizer": name})
+            if self.settings.grow:
+                await self.grow()
+
+    async def grow(self) -> None:
+        """Add synthesizers for nodes that have joined."""
+        alive = [node["Resources"] for node in await asyncio.to_thread(ray.nodes) if node["Alive"]]
+        nodes = [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive]
+        settings = self.settings
+        target = automatic(nodes, settings.threads, settings.gpus, settings.trial_gpus)
+        for number in range(len(self.workers), target):
+            self.add_worker(number, in_group=False)
+
+
+def fetch_first(teacher: list[Any]) -> Any:
+    """The teacher behind the reference in a spec."""
+    return ray.get(teacher[0])
+
+
+def in_one_line(error: BaseException) -> str:
+    """Type and message of an error, without the remote traceback."""
+    cause = error.cause if isinstance(error, RayTaskError) and error.cause else error
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:500]}"

@@ -1,0 +1,163 @@
+"""Which batch is made next, and which stay in memory: the coordinator's decisions, without Ray, clocks or threads.
+
+Batches are made on demand. A reader says which indices it waits for and how far it will go; at most `window` batches
+ahead of it are made, and only while no reader anywhere is waiting for a slot. Between keys the next slot goes to the
+one with the most waiting readers per batch in flight, so that no key starves and none is served twice as well as its
+demand. References are kept up to a budget of bytes, the least recently read go first: those batches live in the cache.
+"""
+
+import heapq
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Key:
+    """One synthesis key: what is cached, being made, waited for, and coming."""
+
+    cached: set[int] = field(default_factory=set)
+    in_flight: set[int] = field(default_factory=set)
+    waiting: dict[int, int] = field(default_factory=dict)  # index → requests that wait for it
+    wanted: list[int] = field(default_factory=list)  # heap of indices with a waiting reader
+    ahead: list[int] = field(default_factory=list)  # heap of indices within some reader's window
+    listed_ahead: set[int] = field(default_factory=set)
+    errors: dict[int, str] = field(default_factory=dict)
+    fresh: set[int] = field(default_factory=set)  # made here, and no reader has had them yet
+
+
+class Schedule:
+    """The state of all keys. Indices go: asked for → in flight → held (and cached) → dropped → read again."""
+
+    def __init__(self, budget_bytes: int):
+        self.budget_bytes = budget_bytes
+        self.keys: dict[str, Key] = {}
+        self.held: OrderedDict[tuple[str, int], tuple[Any, int]] = OrderedDict()
+        self.held_bytes = 0
+
+    def ask(self, key: str, index: int) -> None:
+        """A reader waits for a batch from now on."""
+        state = self.keys[key]
+        state.waiting[index] = state.waiting.get(index, 0) + 1
+        if index not in state.in_flight and state.waiting[index] == 1:
+            heapq.heappush(state.wanted, index)
+
+    def stop_asking(self, key: str, index: int) -> None:
+        """That reader has it, or has gone."""
+        state = self.keys[key]
+        state.waiting[index] -= 1
+        if state.waiting[index] == 0:
+            del state.waiting[index]
+
+    def look_ahead(self, key: str, position: int, until: int, window: int) -> None:
+        """A reader at `position` will go on to `until` (exclusive): up to `window` batches may be made for it."""
+        state = self.keys[key]
+        for index in range(position, min(until, position + window)):
+            if index not in state.listed_ahead and not self.available(key, index):
+                state.listed_ahead.add(index)
+                heapq.heappush(state.ahead, index)
+
+    def available(self, key: str, index: int) -> bool:
+        """Whether a batch exists already, in memory or in the cache, or has failed for good."""
+        state = self.keys[key]
+        return index in state.cached or (key, index) in self.held or index in state.errors
+
+    def next_to_make(self) -> tuple[str, int] | None:
+        """The batch that the next free slot is for, now in flight; None when there is nothing to make."""
+        for name in ("wanted", "ahead"):
+            best, best_share = None, 0.0
+            for key, state in self.keys.items():
+                if not self._tidy(key, state, name):
+                    continue
+                share = (1 + len(state.waiting)) / (1 + len(state.in_flight))
+                if best is None or share > best_share:
+                    best, best_share = key, share
+            if best is not None:
+                index = heapq.heappop(getattr(self.keys[best], name))
+                self.keys[best].listed_ahead.discard(index)
+                self.keys[best].in_flight.add(index)
+                return best, index
+        return None
+
+    def _tidy(self, key: str, state: Key, name: str) -> bool:
+        """Drop indices at the head of a heap that need no making any more; whether something is left."""
+        heap = getattr(state, name)
+        while heap:
+            index = heap[0]
+            stale = index in state.in_flight or self.available(key, index)
+            if name == "wanted":
+                stale = stale or index not in state.waiting
+            if not stale:
+                return True
+            heapq.heappop(heap)
+            if name == "ahead":
+                state.listed_ahead.discard(index)
+        return False
+
+    def wants_reading(self, key: str, index: int) -> bool:
+        """Whether a batch is in the cache but not in memory, and nobody is fetching it; it is in flight from now on."""
+        state = self.keys[key]
+        if index not in state.cached or (key, index) in self.held or index in state.in_flight:
+            return False
+        state.in_flight.add(index)
+        return True
+
+    def hold(self, key: str, index: int, reference: Any, size_bytes: int, *, cached: bool, fresh: bool) -> None:
+        """A batch is there: keep its reference, drop the least recently read ones beyond the budget."""
+        state = self.keys[key]
+        if fresh:
+            state.fresh.add(index)
+        state.in_flight.discard(index)
+        if cached:
+            state.cached.add(index)
+        self.forget(key, index)
+        self.held[key, index] = (reference, size_bytes)
+        self.held_bytes += size_bytes
+        while self.held_bytes > self.budget_bytes and len(self.held) > 1:
+            _, (_, size) = self.held.popitem(last=False)
+            self.held_bytes -= size
+
+    def reference(self, key: str, index: int) -> Any | None:
+        """The reference of a batch in memory, now the most recently read."""
+        found = self.held.get((key, index))
+        if found is None:
+            return None
+        self.held.move_to_end((key, index))
+        return found[0]
+
+    def hand_out(self, key: str, index: int) -> tuple[Any, bool] | None:
+        """A batch in memory for a reader: its reference, and whether it was found rather than made for this reader."""
+        reference = self.reference(key, index)
+        if reference is None:
+            return None
+        fresh = self.keys[key].fresh
+        found = index not in fresh
+        fresh.discard(index)
+        return reference, found
+
+    def forget(self, key: str, index: int) -> None:
+        """Drop a reference: its object is lost, or it is replaced."""
+        found = self.held.pop((key, index), None)
+        if found:
+            self.held_bytes -= found[1]
+
+    def not_there(self, key: str, index: int) -> None:
+        """A batch in flight did not come (its maker died, its shard was damaged): make it again if it is wanted."""
+        state = self.keys[key]
+        state.in_flight.discard(index)
+        state.cached.discard(index)
+        if index in state.waiting:
+            heapq.heappush(state.wanted, index)
+        elif index not in state.listed_ahead:
+            state.listed_ahead.add(index)
+            heapq.heappush(state.ahead, index)
+
+    def fail(self, key: str, index: int, reason: str) -> None:
+        """A batch cannot be made: everybody who asks is told why."""
+        self.keys[key].in_flight.discard(index)
+        self.keys[key].errors[index] = reason
+
+    @property
+    def queue_depth(self) -> int:
+        """Batches that readers wait for and nobody is making."""
+        return sum(len(set(state.waiting) - state.in_flight) for state in self.keys.values())

@@ -1,0 +1,181 @@
+"""The trial's side of the fleet: batches by index, a few always on their way, every wait with a deadline."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+
+from dfkd_ray import cache, devices, synthesis
+from dfkd_ray.batches import Batch, BatchSource
+from dfkd_ray.bundles import Teacher
+from dfkd_ray.config import synthesis_key
+from dfkd_ray.fleet.coordinator import HOLD_S
+from dfkd_ray.fleet.synthesizer import Spec
+
+PAUSE_S = 0.2
+ANSWER_S = 60.0  # the coordinator answers within HOLD_S, if only with what is being waited for
+FETCH_S = 300.0  # a batch that exists is on this node within this time, or is asked for again
+
+
+class Stream:
+    """Batches of any key, through the coordinator.
+
+    `teachers` maps a teacher's hash to a list with a reference to its `bundles.to_arrays`. `call_s` counts the seconds
+    inside Ray calls, `wait_s` those of waiting for images that are still being made.
+    """
+
+    def __init__(
+        self,
+        coordinator: Any,
+        teachers: Mapping[str, list[Any]],
+        cache_root: str | None,
+        numerics: str,
+        *,
+        in_flight: int = 4,
+        timeout_s: float = 3600.0,
+        alone_s: float = 60.0,
+    ):
+        self.coordinator, self.teachers, self.cache_root = coordinator, teachers, cache_root
+        self.numerics = numerics
+        self.in_flight, self.timeout_s, self.alone_s = in_flight, timeout_s, alone_s
+        self.node = ray.get_runtime_context().get_node_id()
+        self.call_s = self.wait_s = 0.0
+        self.num_alone = 0
+
+    def __call__(
+        self,
+        teacher: Teacher,
+        settings: Any,
+        domain: str,
+        indices: Sequence[int],
+        device: torch.device,
+        on_batch: Callable[[Batch, bool], None],
+    ) -> str:
+        """What a trial takes its images from (`trial.Images`): `on_batch(batch, found)` for each; returns the key."""
+        spec = self.spec(teacher, settings, domain)
+        for batch, found in self.batches(spec, teacher, settings, list(indices), device):
+            on_batch(batch, found)
+        return spec.key
+
+    def spec(self, teacher: Teacher, settings: Any, domain: str = "train") -> Spec:
+        """What the key of (teacher, config, domain) stands for."""
+        key = synthesis_key(teacher.hash, settings, domain)
+        config = settings.model_dump(mode="json")
+        return Spec(key, config, domain, teacher.hash, teacher.name, self.teachers[teacher.hash])
+
+    def source(
+        self, teacher: Teacher, settings: Any, device: torch.device | None = None, domain: str = "train"
+    ) -> BatchSource:
+        """Random access, `batch(i)`: the seam that local synthesis has too."""
+        spec, here = self.spec(teacher, settings, domain), device or torch.device("cpu")
+        return lambda index: next(self.batches(spec, teacher, settings, [index], here))[0]
+
+    def batches(
+        self, spec: Spec, teacher: Teacher, settings: Any, indices: list[int], device: torch.device
+    ) -> Iterator[tuple[Batch, bool]]:
+        """Batches in the order of `indices`, each with whether it was found rather than made for this reader.
+
+        The next few are on their way while one is worked on. `TimeoutError` says what was waited for; a batch that
+        cannot be made raises its error.
+        """
+        coming: dict[int, tuple[Any, bool]] = {}  # index → (reference, found): handed out, perhaps still in transfer
+        until = max(indices, default=-1) + 1
+        pending: tuple[Any, float] | None = None
+        lost: list[int] = []
+        progress, waiting_for = time.monotonic(), "the coordinator"
+        for position, index in enumerate(indices):
+            batch: Batch | None = None
+            found = False
+            while batch is None:
+                if time.monotonic() - progress > self.timeout_s:
+                    raise TimeoutError(
+                        f"batch {index} of synthesis {spec.key[:12]}: nothing for {self.timeout_s:.0f} s; "
+                        f"waiting for {waiting_for}"
+                    )
+                if index in coming:
+                    reference, found = coming.pop(index)
+                    try:
+                        batch = self.timed(reference, FETCH_S)
+                        break
+                    except RayError:  # its node or its owner is gone
+                        lost.append(index)
+                window = self.window(indices, position, coming)
+                reply, lost = self.ask(pending, spec, window, until, lost), []
+                pending, waiting_for = None, reply.get("waiting_for", waiting_for)
+                if index in reply.get("errors", {}):
+                    raise error_of(reply["errors"][index], spec.key, index)
+                if reply.get("ready"):
+                    coming |= reply["ready"]
+                    # Transfers to this node begin now, not when each batch is wanted.
+                    ray.wait([ref for ref, _ in coming.values()], num_returns=len(coming), timeout=0)
+                elif reply.get("alone_s", 0.0) > self.alone_s:
+                    batch = self.make_here(spec, teacher, settings, index, device)
+            assert batch is not None
+            window = self.window(indices, position + 1, coming)
+            if window and pending is None:
+                pending = self.send(spec, window, until, [])
+            yield batch, found
+            progress = time.monotonic()  # the reader's own time does not count
+
+    def window(self, indices: list[int], position: int, coming: Mapping[int, Any]) -> list[int]:
+        """The next few indices that have not been handed out yet."""
+        return [i for i in dict.fromkeys(indices[position : position + self.in_flight]) if i not in coming]
+
+    def send(self, spec: Spec, window: list[int], until: int, lost: list[int]) -> tuple[Any, float]:
+        """Ask for some indices; returns the reference of the answer, and when it was asked."""
+        return self.coordinator.take.remote(spec.key, window, until, self.node, HOLD_S, lost), time.monotonic()
+
+    def ask(
+        self, pending: tuple[Any, float] | None, spec: Spec, window: list[int], until: int, lost: list[int]
+    ) -> dict[str, Any]:
+        """The answer to the question on its way, or to a new one; an empty one where the coordinator is away."""
+        start = time.monotonic()
+        reply: Any
+        try:
+            reference, sent = pending if pending and not lost else self.send(spec, window, until, lost)
+            reply = ray.get(reference, timeout=ANSWER_S)
+            if reply.get("unknown"):
+                sent, reference = time.monotonic(), self.coordinator.open.remote(spec, self.numerics)
+                reply = ray.get(reference, timeout=ANSWER_S)
+        except (RayActorError, GetTimeoutError) as error:
+            time.sleep(PAUSE_S)
+            reply, sent = {"waiting_for": f"the coordinator to come back ({type(error).__name__})"}, start
+        end = time.monotonic()
+        blocked = end - start
+        overhead = min(blocked, max(0.0, end - sent - reply.get("held_s", blocked)))
+        self.call_s += overhead
+        self.wait_s += blocked - overhead
+        return reply
+
+    def timed(self, reference: Any, timeout_s: float) -> Any:
+        """`ray.get`, its seconds counted."""
+        start = time.monotonic()
+        try:
+            return ray.get(reference, timeout=timeout_s)
+        finally:
+            self.call_s += time.monotonic() - start
+
+    def make_here(self, spec: Spec, teacher: Teacher, settings: Any, index: int, device: torch.device) -> Batch:
+        """With no synthesizer for `alone_s`, a trial makes its batch itself: the same images, and it goes on."""
+        self.num_alone += 1
+        numerics = devices.numerics_class(device)
+        folder = cache.folder_of(self.cache_root, spec.key, numerics) if self.cache_root else None
+        _, make = synthesis.source(teacher, settings, device, spec.domain)
+        [batch] = cache.fetch([index], spec.key, make, folder)
+        return batch
+
+
+def error_of(reason: str, key: str, index: int) -> Exception:
+    """An error that a synthesizer met, as the same kind of error here."""
+    kind, _, message = reason.partition(": ")
+    kinds: dict[str, type[Exception]] = {
+        "FloatingPointError": FloatingPointError,
+        "ValueError": ValueError,
+        "MemoryError": MemoryError,
+        "OutOfMemoryError": MemoryError,
+        "OSError": OSError,
+    }
+    return kinds.get(kind, RuntimeError)(f"batch {index} of synthesis {key[:12]}: {message or reason}")

@@ -1,0 +1,236 @@
+"""A folder on the local disk or on any pyarrow file system, for files that are written whole and read whole.
+
+The seam of what is kept between runs: few operations, each meaning the same on a disk and on an object store. There
+is no append, rename or lock in it, because object stores have none. A file is whole or it is not there: on a disk by
+a hidden temporary name and a rename, on an object store because an object appears when its upload is complete. A file
+system between the two (`fsspec+sftp://`) may show a file while it is written: what lies there needs a checksum.
+"""
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from pyarrow import fs
+
+# What a write that was killed leaves behind on a disk ends like this.
+PART = ".part"
+SECRET = re.compile(r"(://)[^/@?]*:[^/@?]*(?=@)|([?&][^=&]*(?:secret|token|key)[^=&]*=)[^&]*", re.IGNORECASE)
+EXPECTED = "expected a folder, or a URI that pyarrow or fsspec can open, as in s3://bucket/folder"
+
+
+@dataclass(frozen=True, repr=False)
+class Folder:
+    """A folder that need not exist; a write makes it. Small and picklable: connections are opened where it is used.
+
+    `where` is an absolute path or a URI, `below` the way down from a URI (its query stays behind the whole).
+    Whatever the disk or the network refuses is an `OSError`.
+    """
+
+    where: str
+    below: str = ""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it lies on this machine's disk, where locks and renames work."""
+        return "://" not in self.where
+
+    @property
+    def path(self) -> Path:
+        """The path of a local folder."""
+        assert self.is_local, f"{self} has no local path"
+        return Path(self.where)
+
+    @property
+    def uri(self) -> str:
+        """Path or URI, with whatever secret the URI holds: `folder(uri)` is this folder again."""
+        head, mark, query = split_query(self.where)
+        return f"{head}/{self.below}{mark}{query}" if self.below else self.where
+
+    @property
+    def name(self) -> str:
+        """The last part of path or URI."""
+        return split_query(self.uri)[0].rpartition("/")[2]
+
+    def __str__(self) -> str:
+        return without_secrets(self.uri)
+
+    def __repr__(self) -> str:
+        return f"Folder({str(self)!r})"
+
+    def __truediv__(self, name: str) -> "Folder":
+        assert name and "/" not in name and name not in (".", ".."), name
+        if self.is_local:
+            return Folder(os.path.join(self.where, name))
+        return Folder(self.where, f"{self.below}/{name}" if self.below else name)
+
+    def read(self, name: str) -> bytes | None:
+        """The content of a file, or None when it is not there."""
+        try:
+            if self.is_local:
+                return (self.path / name).read_bytes()
+            system, path = self._remote(name)
+            with system.open_input_file(path) as file:
+                return file.read()
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, data: bytes | memoryview) -> None:
+        """Write a file whole, over what was there."""
+        if self.is_local:
+            write_local(self.path, name, data)
+            return
+        system, path = self._remote(name)
+        try:
+            put(system, path, data)
+        except FileNotFoundError:  # no object store says so: this one has real folders
+            system.create_dir(path.rpartition("/")[0], recursive=True)
+            put(system, path, data)
+
+    def touch(self, name: str) -> None:
+        """Set a local file's time to now; elsewhere, and where that is not allowed, nothing."""
+        if self.is_local:
+            with contextlib.suppress(OSError):
+                os.utime(self.path / name)
+
+    def names(self) -> list[str]:
+        """Names of the plain files, sorted, without hidden ones; none when the folder is not there."""
+        return [name for name in self.sizes() if not name.startswith(".")]
+
+    def sizes(self) -> dict[str, tuple[int, float | None]]:
+        """Bytes and time of change (seconds since 1970, None where none is kept) of every plain file, sorted."""
+        if not self.is_local:
+            found = {
+                info.base_name: (info.size or 0, None if info.mtime_ns is None else info.mtime_ns / 1e9)
+                for info in self._listing()
+                if info.type == fs.FileType.File
+            }
+            return dict(sorted(found.items()))
+        found = {}
+        for entry in self._local_listing():
+            with contextlib.suppress(FileNotFoundError):  # a temporary file may go while it is looked at
+                if entry.is_file():
+                    status = entry.stat()
+                    found[entry.name] = (status.st_size, status.st_mtime)
+        return dict(sorted(found.items()))
+
+    def folders(self) -> list["Folder"]:
+        """Folders in it, sorted, without hidden ones and links; none when it is not there."""
+        if self.is_local:
+            names = [entry.name for entry in self._local_listing() if entry.is_dir(follow_symlinks=False)]
+        else:
+            names = [info.base_name for info in self._listing() if info.type == fs.FileType.Directory]
+        return [self / name for name in sorted(names) if not name.startswith(".")]
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            if self.is_local:
+                (self.path / name).unlink()
+            else:
+                system, path = self._remote(name)
+                system.delete_file(path)
+
+    def remove_all(self) -> None:
+        """Remove the folder and everything in it, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            if self.is_local:
+                shutil.rmtree(self.path)
+            else:
+                system, path = self._remote()
+                system.delete_dir(path)
+
+    def _remote(self, *names: str) -> tuple[fs.FileSystem, str]:
+        system, path = opened(self.where)
+        return system, "/".join(part for part in (path, self.below, *names) if part)
+
+    def _local_listing(self) -> list[os.DirEntry[str]]:
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.path) as entries:
+            return list(entries)
+        return []
+
+    def _listing(self) -> list[fs.FileInfo]:
+        system, path = self._remote()
+        handler = getattr(system, "handler", None)
+        if isinstance(handler, fs.FSSpecHandler):
+            handler.fs.invalidate_cache(path)  # or what other processes wrote meanwhile would be missed
+        return system.get_file_info(fs.FileSelector(path, allow_not_found=True))
+
+
+def folder(where: str | Path | Folder) -> Folder:
+    """The folder at a path or URI. `ValueError` for a URI that nothing here can open."""
+    if isinstance(where, Folder):
+        return where
+    text = str(where)
+    if isinstance(where, Path) or "://" not in text:
+        if not text:
+            raise ValueError(f"an empty name for a folder: {EXPECTED}")
+        return Folder(os.path.abspath(os.path.expanduser(text)))
+    head, mark, query = split_query(text)
+    if not head.partition("://")[2].strip("/"):
+        raise ValueError(f"{without_secrets(text)}: it names no bucket or folder; {EXPECTED}")
+    uri = head.rstrip("/") + mark + query
+    try:
+        system, path = opened(uri)
+    except (ValueError, ImportError, NotImplementedError) as error:
+        reason = without_secrets(" ".join(str(error).split())).rstrip(".")
+        raise ValueError(f"{without_secrets(text)}: {reason}; {EXPECTED}") from None
+    if isinstance(system, fs.LocalFileSystem):
+        return Folder(os.path.abspath(path))
+    return Folder(uri)
+
+
+@lru_cache(maxsize=64)
+def opened(uri: str) -> tuple[fs.FileSystem, str]:
+    """The file system of a URI and the path in it, once per process."""
+    system, path = fs.FileSystem.from_uri(uri)
+    return system, path.rstrip("/")
+
+
+def split_query(uri: str) -> tuple[str, str, str]:
+    """URI, question mark, query; fsspec's own URIs have no query."""
+    return (uri, "", "") if uri.startswith("fsspec+") or "://" not in uri else uri.partition("?")
+
+
+def without_secrets(uri: str) -> str:
+    """For messages: passwords, keys and tokens in a URI become `***`."""
+    return SECRET.sub(lambda match: f"{match[1] or match[2]}***", uri)
+
+
+def write_local(parent: Path, name: str, data: bytes | memoryview) -> None:
+    """Hidden temporary name in the same folder, fsync, rename."""
+    parent.mkdir(parents=True, exist_ok=True)
+    # The process id alone is not enough: threads share it, and hosts that share a disk may both have it.
+    partial = parent / f".{name}.{os.getpid()}-{secrets.token_hex(4)}{PART}"
+    try:
+        with partial.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, parent / name)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def put(system: fs.FileSystem, path: str, data: bytes | memoryview) -> None:
+    """Upload one object; after an error there is none."""
+    stream = system.open_output_stream(path, compression=None)
+    try:
+        stream.write(data)
+        stream.close()
+    except BaseException:
+        # A stream cannot be given up from Python, only closed, and that may complete the upload of a part.
+        with contextlib.suppress(OSError):
+            stream.close()
+        with contextlib.suppress(OSError):
+            system.delete_file(path)
+        raise
+
+
+def is_part(name: str) -> bool:
+    """Whether a file name is one that `write` uses on a disk until the file is whole."""
+    return name.startswith(".") and name.endswith(PART)
