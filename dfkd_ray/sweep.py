@@ -189,6 +189,7 @@ def run(
     real_of: Callable[[Teacher, RealConfig], BatchSource] | None = None,
     on_row: OnRow | None = None,
     on_status: Callable[[Mapping[str, Any]], None] | None = None,
+    on_up: Callable[[], None] = lambda: None,
     trust_code: Sequence[str] = (),
 ) -> int:
     """Run the trials that have no finished row yet; returns how many failed.
@@ -196,7 +197,8 @@ def run(
     `cache_root` is a folder or URI; None keeps batches in memory only. `synthesizers` None takes as many as the
     machines have room for and grows with them; 0 shares nothing: every trial makes its own images. `test_of` gives a
     teacher's test batches or None, `real_of` the real images for trials with `synthesis.method=real`; without it such
-    trials are refused. `on_status` hears every few seconds how the fleet is. `ValueError` where nothing fits.
+    trials are refused. `on_up` is called when the fleet is up, `on_status` every few seconds with how it is.
+    `ValueError` where nothing fits.
     """
     if real_of is None and any(isinstance(job.config.synthesis, RealConfig) for job in jobs):
         raise ValueError(
@@ -217,9 +219,11 @@ def run(
     with fleet.connected():
         settings, placement = preflight(todo, cache_root, synthesizers, gpus_per_synthesizer, gpus_per_trial)
         if synthesizers == 0:
+            on_up()
             _tune(todo, None, placement, results_folder, cache_root, tests, reals, on_row, trust_code)
         else:
             with fleet.started(settings, teachers) as running, told(running.status, on_status):
+                on_up()
                 _tune(todo, running, placement, results_folder, cache_root, tests, reals, on_row, trust_code)
     rows = results.read_trials(results_folder)
     finished = set(rows[rows["status"] == "finished"]["trial_id"])

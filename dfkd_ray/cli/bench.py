@@ -64,3 +64,19 @@ def bench_recovery(
     overrides |= {"synthesis.seed": seed, "distillation.seed": seed}
     settings = configs.validate(configs.TrialConfig, configs.with_overrides(data, overrides))
     bench.recovery(loaded, settings, test, sparsity or [0.75, 0.9], scale=scale, seed=seed, progress=Progress())
+
+
+@app.command("fleet")
+def bench_fleet(
+    teacher: Annotated[str, typer.Argument(help="bundle folder or bundled teacher")] = "fashion_mnist_resnet8",
+    part: Annotated[
+        list[str] | None, typer.Option(help="control, streaming, memory, trial or grid, repeatable; default: all")
+    ] = None,
+    scale: Annotated[float, typer.Option(help="of the default numbers of steps, for trial and grid")] = 0.2,
+    pairs: Annotated[int, typer.Option(help="alternating pairs of trials; the median counts")] = 5,
+    trust_code: Trust = None,
+) -> None:
+    """The shared synthesis fleet: what it costs beside local work, what sharing saves, and its limits."""
+    from dfkd_ray import bench_fleet
+
+    bench_fleet.run(part or [], load_teacher(teacher, trust_code), teacher, scale, pairs)

@@ -2,6 +2,8 @@
 
 `started` brings it up before Tune, outside Tune's reservations; `Fleet.stream()` is what a trial reads through. What a
 batch holds does not depend on who makes it, so a synthesizer, the coordinator or a node may die at any time.
+
+Importing this imports no torch: the coordinator's process starts sooner and stays small without it.
 """
 
 import logging
@@ -9,20 +11,21 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from dfkd_ray import bundles
-from dfkd_ray.bundles import Teacher
 from dfkd_ray.fleet.coordinator import Coordinator, Settings
 from dfkd_ray.fleet.placement import Node, Placement, plan
-from dfkd_ray.fleet.stream import Stream
 
-__all__ = ["Fleet", "Node", "Placement", "Settings", "Stream", "connected", "nodes", "plan", "started"]
+if TYPE_CHECKING:
+    from dfkd_ray.bundles import Teacher
+    from dfkd_ray.fleet.stream import Stream
+
+__all__ = ["Fleet", "Node", "Placement", "Settings", "budget_bytes", "connected", "nodes", "plan", "started"]
 
 # Ray prints boxes, hints and warnings about things that this package decides; read before Ray starts its processes.
 QUIET = {
@@ -47,13 +50,17 @@ class Fleet:
     numerics: str
     teachers: dict[str, list[Any]] = field(default_factory=dict)
 
-    def add(self, teacher: Teacher) -> None:
+    def add(self, teacher: "Teacher") -> None:
         """Put a teacher into the object store, once for all trials and synthesizers."""
+        from dfkd_ray import bundles
+
         if teacher.hash not in self.teachers:
             self.teachers[teacher.hash] = [ray.put(bundles.to_arrays(teacher))]
 
-    def stream(self, **options: Any) -> Stream:
+    def stream(self, **options: Any) -> "Stream":
         """What one trial reads through."""
+        from dfkd_ray.fleet.stream import Stream
+
         return Stream(self.coordinator, self.teachers, self.settings.cache_root, self.numerics, **options)
 
     def status(self, timeout_s: float = 10.0) -> dict[str, Any] | None:
@@ -88,7 +95,7 @@ def nodes() -> list[Node]:
 
 
 @contextmanager
-def started(settings: Settings, teachers: Sequence[Teacher] = (), start_s: float = START_S) -> Iterator[Fleet]:
+def started(settings: Settings, teachers: "Sequence[Teacher]" = (), start_s: float = START_S) -> Iterator[Fleet]:
     """A fleet that is up: at least one synthesizer answers. `OSError` says what it lacks when `start_s` is over.
 
     The synthesizers' reservation is made here and lives as long as the sweep: one that dies comes back into it, even

@@ -1,7 +1,7 @@
 """The trial's side of the fleet: batches by index, a few always on their way, every wait with a deadline."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -56,7 +56,7 @@ class Stream:
     ) -> str:
         """What a trial takes its images from (`trial.Images`): `on_batch(batch, found)` for each; returns the key."""
         spec = self.spec(teacher, settings, domain)
-        for batch, found in self.batches(spec, teacher, settings, list(indices), device):
+        for batch, found in self.batches(spec, indices, self.made_here(spec, teacher, settings, device)):
             on_batch(batch, found)
         return spec.key
 
@@ -70,17 +70,20 @@ class Stream:
         self, teacher: Teacher, settings: Any, device: torch.device | None = None, domain: str = "train"
     ) -> BatchSource:
         """Random access, `batch(i)`: the seam that local synthesis has too."""
-        spec, here = self.spec(teacher, settings, domain), device or torch.device("cpu")
-        return lambda index: next(self.batches(spec, teacher, settings, [index], here))[0]
+        spec = self.spec(teacher, settings, domain)
+        alone = self.made_here(spec, teacher, settings, device or torch.device("cpu"))
+        return lambda index: next(self.batches(spec, [index], alone))[0]
 
     def batches(
-        self, spec: Spec, teacher: Teacher, settings: Any, indices: list[int], device: torch.device
+        self, spec: Spec, indices: Iterable[int], alone: BatchSource | None = None
     ) -> Iterator[tuple[Batch, bool]]:
         """Batches in the order of `indices`, each with whether it was found rather than made for this reader.
 
-        The next few are on their way while one is worked on. `TimeoutError` says what was waited for; a batch that
+        The next few are on their way while one is worked on. With no synthesizer for `alone_s` seconds, `alone` makes
+        the batch here: the same images, and the trial goes on. `TimeoutError` says what was waited for; a batch that
         cannot be made raises its error.
         """
+        indices = list(indices)
         coming: dict[int, tuple[Any, bool]] = {}  # index → (reference, found): handed out, perhaps still in transfer
         until = max(indices, default=-1) + 1
         pending: tuple[Any, float] | None = None
@@ -111,8 +114,9 @@ class Stream:
                     coming |= reply["ready"]
                     # Transfers to this node begin now, not when each batch is wanted.
                     ray.wait([ref for ref, _ in coming.values()], num_returns=len(coming), timeout=0)
-                elif reply.get("alone_s", 0.0) > self.alone_s:
-                    batch = self.make_here(spec, teacher, settings, index, device)
+                elif alone and reply.get("alone_s", 0.0) > self.alone_s:
+                    self.num_alone += 1
+                    batch = alone(index)
             assert batch is not None
             window = self.window(indices, position + 1, coming)
             if window and pending is None:
@@ -158,13 +162,16 @@ class Stream:
         finally:
             self.call_s += time.monotonic() - start
 
-    def make_here(self, spec: Spec, teacher: Teacher, settings: Any, index: int, device: torch.device) -> Batch:
-        """With no synthesizer for `alone_s`, a trial makes its batch itself: the same images, and it goes on."""
-        self.num_alone += 1
-        numerics = devices.numerics_class(device)
-        folder = cache.folder_of(self.cache_root, spec.key, numerics) if self.cache_root else None
-        _, make = synthesis.source(teacher, settings, device, spec.domain)
-        [batch] = cache.fetch([index], spec.key, make, folder)
+    def made_here(self, spec: Spec, teacher: Teacher, settings: Any, device: torch.device) -> BatchSource:
+        """Batches of `spec` made by this process, through the cache."""
+
+        def batch(index: int) -> Batch:
+            folder = cache.folder_of(self.cache_root, spec.key, self.numerics) if self.cache_root else None
+            if devices.numerics_class(device) != self.numerics:
+                raise TimeoutError(f"no synthesizer for {self.alone_s:.0f} s, and this trial computes otherwise")
+            _, make = synthesis.source(teacher, settings, device, spec.domain)
+            return cache.fetch([index], spec.key, make, folder)[0]
+
         return batch
 
 

@@ -1,0 +1,189 @@
+"""`dfkd-ray synthesize`: the synthesis fleet alone, its images as files."""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dfkd_ray import config as configs
+from dfkd_ray.cli.inputs import load_teacher
+from dfkd_ray.cli.options import Cache, GpusPerSynthesizer, Out, Set, Synthesizers, Trust, number_of
+from dfkd_ray.cli.show import Progress, print_fleet
+
+if TYPE_CHECKING:
+    from dfkd_ray.batches import Batch
+    from dfkd_ray.bundles import Teacher
+    from dfkd_ray.export import Export
+    from dfkd_ray.fleet import Settings
+
+METHODS = tuple(name for name in configs.SYNTHESIS_CONFIGS if name != "real")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def synthesize(
+    teacher: Annotated[str, typer.Argument(help="bundle folder or bundled teacher")],
+    out: Out,
+    num_images: Annotated[int, typer.Option(min=1, help="how many, exactly: the last batch is cut")] = 10_000,
+    format_: Annotated[
+        str, typer.Option("--format", help="folder (8-bit PNG files by class) or parquet (pixels as stored)")
+    ] = "folder",
+    config: Annotated[Path | None, typer.Option(help="YAML file with a synthesis config")] = None,
+    set_: Set = None,
+    method: Annotated[str | None, typer.Option(help="deepinversion or noise")] = None,
+    seed: Annotated[int | None, typer.Option(help="of the images")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    synthesizers: Synthesizers = "auto",
+    gpus_per_synthesizer: Annotated[
+        float | None, typer.Option(help="a fraction, or whole GPUs; default: all GPUs, shared out")
+    ] = None,
+    cache: Cache = None,
+    trust_code: Trust = None,
+) -> None:
+    """Make images from a teacher with the synthesis fleet, and write them for other programs to read.
+
+    Writes OUT/train/CLASS/BATCH-ROW.png or OUT/part-BATCH.parquet, and last OUT/synthesis.json. Every batch is in the
+    cache first: interrupted, the same command goes on from there.
+    """
+    settings = settings_of(config, method, seed, set_)
+    if device not in DEVICES:
+        raise ValueError(f"--device {device!r}: expected {', '.join(DEVICES)}")
+    num_synthesizers = None if synthesizers == "auto" else number_of(synthesizers)
+
+    from dfkd_ray import cache as caches
+    from dfkd_ray import export, storage
+
+    loaded = load_teacher(teacher, trust_code)
+    check(loaded, settings, device)
+    cache_root = storage.folder(cache or caches.default_folder()).uri
+    todo = export_of(loaded, settings, out, format_, num_images)
+    missing = export.prepare(todo)
+    num_kept = todo.num_batches - len(missing)
+    counts = {"made": 0, "found": 0}
+    progress, start = Progress(), time.monotonic()
+
+    def on_batch(batch: "Batch", found: bool) -> None:
+        export.write(todo, batch)
+        counts["found" if found else "made"] += 1
+        terms = {name: value for name, value in batch.terms.items() if isinstance(value, float)}
+        progress("synthesising", sum(counts.values()), len(missing), {**terms, "cached": counts["found"]})
+
+    if missing:
+        fleet_options = (device, num_synthesizers, gpus_per_synthesizer, cache_root)
+        through_fleet(loaded, settings, missing, on_batch, *fleet_options)
+    seconds = time.monotonic() - start
+    num_made, num_found = counts["made"], counts["found"]
+    record = export.finish(todo, seconds=seconds, num_made=num_made, num_found=num_found, num_kept=num_kept)
+    print(
+        f"{num_images} images in {seconds:.0f} s: {num_made} batches made, {num_found} found in the cache, "
+        f"{num_kept} there already; written: {record}"
+    )
+
+
+def settings_of(file: Path | None, method: str | None, seed: int | None, assignments: list[str] | None) -> Any:
+    """The synthesis config of a command line; fields may be called as in a trial config, `synthesis.num_steps`."""
+    data = configs.read_yaml(file) if file else {}
+    few = {name: value for name, value in (("method", method), ("seed", seed)) if value is not None}
+    overrides = configs.parse_overrides(assignments or [])
+    overrides = {name.removeprefix("synthesis."): value for name, value in overrides.items()}
+    data = configs.with_overrides(data, few | overrides)
+    chosen = data.get("method", "deepinversion")
+    if chosen not in METHODS:
+        raise ValueError(f"method {chosen!r}: expected {' or '.join(METHODS)}")
+    return configs.parse_synthesis(data)
+
+
+def check(teacher: "Teacher", settings: Any, device: str) -> None:
+    """What can be known to go wrong before Ray starts: `ValueError` with the reason."""
+    from dfkd_ray import batchnorm, devices
+
+    precision, fast = getattr(settings, "precision", "float32"), getattr(settings, "fast", False)
+    devices.check_precision(precision, devices.resolve(device), fast)
+    if settings.method == "deepinversion":
+        batchnorm.require_layers(teacher.network)
+
+
+def export_of(teacher: "Teacher", settings: Any, out: Path, format_: str, num_images: int) -> "Export":
+    """What is to be written."""
+    from dfkd_ray.export import Export
+
+    info = teacher.info
+    return Export(
+        folder=out,
+        format=format_,
+        num_images=num_images,
+        key=configs.synthesis_key(teacher.hash, settings),
+        config=settings.model_dump(mode="json"),
+        teacher=teacher.name,
+        teacher_hash=teacher.hash,
+        num_classes=info.num_classes,
+        class_names=info.class_names,
+        image_shape=info.image_shape,
+        mean=info.mean,
+        std=info.std,
+        pixel_range=info.pixel_range,
+    )
+
+
+def through_fleet(
+    teacher: "Teacher",
+    settings: Any,
+    indices: list[int],
+    on_batch: "Callable[[Batch, bool], None]",
+    device: str,
+    num_synthesizers: int | None,
+    gpus_per_synthesizer: float | None,
+    cache_root: str,
+) -> None:
+    """Have a fleet of its own make some batches: `on_batch(batch, found)` for each, in order; then say how it fared."""
+    from dfkd_ray import devices, fleet
+
+    with fleet.connected():
+        chosen = fleet_settings(settings, device, num_synthesizers, gpus_per_synthesizer, cache_root)
+        with fleet.started(chosen, [teacher]) as running:
+            stream = running.stream(in_flight=max(4, 2 * chosen.num_synthesizers))
+            here, spec = devices.resolve(chosen.device), stream.spec(teacher, settings)
+            for batch, found in stream.batches(spec, teacher, settings, indices, here):
+                on_batch(batch, found)
+            status = running.status()
+            if status is not None:
+                print_fleet(status)
+
+
+def fleet_settings(
+    settings: Any, device: str, num_synthesizers: int | None, gpus_per_synthesizer: float | None, cache_root: str
+) -> "Settings":
+    """A fleet that has the machines to itself. `ValueError` where it does not fit."""
+    from dfkd_ray import fleet
+
+    machines = fleet.nodes()
+    num_gpus = int(sum(node.gpus for node in machines)) if device != "cpu" else 0
+    if device == "cuda" and not num_gpus:
+        raise ValueError("--device cuda: Ray sees no GPU; use --device cpu or auto")
+    if gpus_per_synthesizer is not None and not num_gpus:
+        raise ValueError(f"--gpus-per-synthesizer {gpus_per_synthesizer:g}: no GPU is used; leave it out")
+    if gpus_per_synthesizer is None and num_gpus:
+        sharing = math.ceil((num_synthesizers or 1) / num_gpus)  # a share never spans two GPUs
+        gpus_per_synthesizer = math.floor(10_000 / sharing) / 10_000  # Ray's resolution
+    threads = getattr(settings, "num_threads", 1)
+    placement = fleet.plan(
+        machines,
+        synthesizers=num_synthesizers,
+        synthesizer_threads=threads,
+        trial_threads=1,
+        use_gpu=num_gpus > 0,
+        gpus_per_synthesizer=gpus_per_synthesizer,
+        gpus_per_trial=0.0,
+    )
+    return fleet.Settings(
+        num_synthesizers=placement.num_synthesizers,
+        cpus=2 * placement.synthesizer_cpus,  # the half that is kept for trials, too: there are none
+        gpus=placement.synthesizer_gpus,
+        cache_root=cache_root,
+        device=device if num_gpus else "cpu",
+        grow=num_synthesizers is None,
+        threads=threads,
+        budget_bytes=fleet.budget_bytes(),
+    )

@@ -1,0 +1,300 @@
+"""Synthetic images as files that other programs read: PNG files in class folders, or Parquet with a batch per file.
+
+`folder`: `train/<class>/<batch>-<row>.png`, 8 bits, grey or colour. `ImageFolder` and this project's own folder data
+set number classes by the order of their names; so a class folder is called by the class's name only where the names
+sort in class order, and otherwise begins with the class's number, zero-padded. Images without a label lie outside
+`train`, in `unlabelled/`: read from there they would be called class 0.
+
+`parquet`: `part-<batch>.parquet`, columns as in `COLUMNS`. An image is a PNG file where it is uint8 with 1 or 3
+channels, and otherwise its bytes in C order (channels, height, width), little-endian; uint8 spans the pixel range,
+floats are pixels. What all images have in common is in the file's metadata.
+
+`synthesis.json` comes last: where it is, the export is whole. Until then `.synthesis.json` says whose the folder is.
+"""
+
+import io
+import json
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+import dfkd_ray
+from dfkd_ray import storage
+from dfkd_ray.batches import NO_LABEL, Batch
+
+SCHEMA = "dfkd_ray.images/1"
+RECORD, UNFINISHED = "synthesis.json", ".synthesis.json"
+TRAIN, UNLABELLED = "train", "unlabelled"
+PNG_CHANNELS = (1, 3)
+WRITERS = 8  # threads that write PNG files: most of their time goes to waiting for the disk
+
+COLUMNS: dict[str, tuple[pa.DataType, str]] = {
+    "image": (pa.binary(), "a PNG file (uint8 with 1 or 3 channels), else bytes in C order, little-endian"),
+    "dtype": (pa.string(), "type of a stored pixel: uint8, float16 or float32"),
+    "shape": (pa.list_(pa.int64()), "channels, height, width"),
+    "label": (pa.int64(), "class asked for; -1: none"),
+    "batch_index": (pa.int64(), "which batch of the key"),
+    "row": (pa.int64(), "which image of the batch"),
+    "synthesis_key": (pa.string(), "of teacher hash, synthesis config and domain"),
+}
+
+
+@dataclass(frozen=True)
+class Export:
+    """Where images go, how many, and what they all have in common."""
+
+    folder: Path
+    format: str
+    num_images: int
+    key: str
+    config: dict[str, Any]
+    teacher: str
+    teacher_hash: str
+    num_classes: int
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    pixel_range: tuple[float, float]
+
+    @property
+    def num_batches(self) -> int:
+        """Batches that hold the images; the last one may be cut."""
+        return -(-self.num_images // self.config["batch_size"])
+
+    def num_rows(self, index: int) -> int:
+        """How many images of a batch belong to the export."""
+        return min(self.config["batch_size"], self.num_images - index * self.config["batch_size"])
+
+
+def prepare(export: Export) -> list[int]:
+    """Claim the folder; returns which batches are still to be written.
+
+    `ValueError` where the format cannot hold the images, or the folder holds something else. The PNG files of an
+    earlier run are written again: to be sure of each would cost as much.
+    """
+    if export.format not in FORMATS:
+        raise ValueError(f"--format {export.format!r}: expected {' or '.join(FORMATS)}")
+    channels = export.image_shape[0]
+    if export.format == "folder" and channels not in PNG_CHANNELS:
+        raise ValueError(
+            f"--format folder writes PNG files of 1 or 3 channels, the images of {export.teacher} have {channels}; "
+            "use --format parquet"
+        )
+    check_folder(export)
+    missing = [index for index in range(export.num_batches) if not is_written(export, index)]
+    about = {"schema": SCHEMA, "key": export.key, "format": export.format, "num_images": export.num_images}
+    storage.write_local(export.folder, UNFINISHED, as_json(about))
+    if missing:
+        (export.folder / RECORD).unlink(missing_ok=True)
+    return missing
+
+
+def check_folder(export: Export) -> None:
+    """`ValueError` where a folder holds other images, or more of these than asked for."""
+    folder = export.folder
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder}: not a folder")
+    known = [read_record(folder / name) for name in (RECORD, UNFINISHED) if (folder / name).exists()]
+    for record in known:
+        for name, ours in (("key", export.key), ("format", export.format)):
+            if record[name] != ours:
+                shown = (str(value)[:12] for value in (record[name], ours))
+                raise ValueError(
+                    f"--out {folder}: it holds images of {name} {' and these are of '.join(shown)}; choose another folder"
+                )
+        if record["num_images"] > export.num_images:
+            raise ValueError(
+                f"--out {folder}: it holds {record['num_images']} images, or was going to; for fewer "
+                f"({export.num_images}) choose another folder: their batches are in the cache"
+            )
+    ours = [folder / TRAIN, folder / UNLABELLED, *sorted(folder.glob("part-*.parquet"))]
+    taken = [] if known else [path.name for path in ours if path.exists()]
+    if taken:
+        raise ValueError(
+            f"--out {folder}: {taken[0]} is there already and no {RECORD} says of what; choose another folder"
+        )
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What a folder says it holds."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        raise ValueError(f"{path}: damaged, or not of schema {SCHEMA!r}; choose another folder")
+    return record
+
+
+def is_written(export: Export, index: int) -> bool:
+    """Whether a batch is there as it should be. `ValueError` for one of another key."""
+    path = part_path(export.folder, index)
+    if export.format != "parquet" or not path.exists():
+        return False
+    try:
+        found = pq.read_metadata(path)
+    except pa.ArrowInvalid:  # damaged: write it again
+        return False
+    if (found.metadata or {}).get(b"dfkd_ray.synthesis_key") != export.key.encode():
+        raise ValueError(f"{path}: not of synthesis {export.key[:12]}; choose another folder, or remove it")
+    return found.num_rows == export.num_rows(index)
+
+
+def write(export: Export, batch: Batch) -> None:
+    """Write what an export takes of a batch; every file is whole or not there."""
+    num_rows = export.num_rows(batch.index)
+    FORMATS[export.format](export, replace(batch, images=batch.images[:num_rows], labels=batch.labels[:num_rows]))
+
+
+def finish(export: Export, *, seconds: float, num_made: int, num_found: int, num_kept: int) -> Path:
+    """Write down what the folder holds, now that it is all there; counts are batches of the run that ends."""
+    record = {
+        "schema": SCHEMA,
+        "key": export.key,
+        "teacher": export.teacher,
+        "teacher_hash": export.teacher_hash,
+        "config": export.config,
+        "num_images": export.num_images,
+        "format": export.format,
+        "package_version": dfkd_ray.__version__,
+        "seconds": seconds,
+        "num_made": num_made,
+        "num_found": num_found,
+        "num_kept": num_kept,
+    }
+    storage.write_local(export.folder, RECORD, as_json(record))
+    (export.folder / UNFINISHED).unlink(missing_ok=True)
+    return export.folder / RECORD
+
+
+def as_json(record: dict[str, Any]) -> bytes:
+    """A record as readable JSON."""
+    return (json.dumps(record, indent=2, allow_nan=False) + "\n").encode()
+
+
+def write_pngs(export: Export, batch: Batch) -> None:
+    """One PNG file per image, in the folder of its class."""
+    classes = class_folders(export.num_classes, export.class_names)
+    images = eight_bit(batch.images, export.pixel_range)
+
+    def write_one(row: int) -> None:
+        label = int(batch.labels[row])
+        parent = UNLABELLED if label == NO_LABEL else f"{TRAIN}/{classes[label]}"
+        storage.write_local(export.folder / parent, f"{batch.index:06d}-{row:04d}.png", png(images[row]))
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        list(pool.map(write_one, range(len(images))))
+
+
+def class_folders(num_classes: int, class_names: Sequence[str]) -> list[str]:
+    """A folder name per class, in an order that sorts as the classes do."""
+    width = len(str(num_classes - 1))
+    numbers = [f"{number:0{width}d}" for number in range(num_classes)]
+    if not class_names:
+        return numbers
+    # Of what file systems refuse, and without a leading dot: readers pass over hidden folders.
+    names = [re.sub(r'[\x00-\x1f/\\:*?"<>|]', "_", name).strip(" .")[:60] for name in class_names]
+    alike = len({name.casefold() for name in names}) < num_classes
+    if all(names) and names == sorted(names) and not alike:
+        return names
+    return [f"{number}-{name}" if name else number for number, name in zip(numbers, names, strict=True)]
+
+
+def eight_bit(images: np.ndarray, pixel_range: tuple[float, float]) -> np.ndarray:
+    """Stored images as uint8 over the pixel range: round(255 (x - low) / (high - low)) where they are floats."""
+    if images.dtype == np.uint8:
+        return images
+    low, high = pixel_range
+    scaled = (images.astype(np.float32) - low) / (high - low)
+    return (scaled * 255).round().clip(0, 255).astype(np.uint8)
+
+
+def png(image: np.ndarray) -> bytes:
+    """A uint8 image (channels, height, width) of 1 or 3 channels as a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def part_path(folder: Path, index: int) -> Path:
+    """The Parquet file of batch `index`."""
+    return folder / f"part-{index:06d}.parquet"
+
+
+def write_part(export: Export, batch: Batch) -> None:
+    """One Parquet file with a row per image."""
+    encode = png if is_png(batch.images.dtype.name, batch.images.shape[1:]) else raw
+    size = len(batch.labels)
+    columns = {
+        "image": [encode(image) for image in batch.images],
+        "dtype": [batch.images.dtype.name] * size,
+        "shape": [list(batch.images.shape[1:])] * size,
+        "label": batch.labels,
+        "batch_index": [batch.index] * size,
+        "row": list(range(size)),
+        "synthesis_key": [batch.key] * size,
+    }
+    fields = [pa.field(name, kind, metadata={"meaning": meaning}) for name, (kind, meaning) in COLUMNS.items()]
+    table = pa.table(columns, schema=pa.schema(fields, metadata=part_metadata(export)))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, use_dictionary=["dtype", "synthesis_key"], write_statistics=["batch_index", "label"])
+    path = part_path(export.folder, batch.index)
+    storage.write_local(path.parent, path.name, memoryview(sink.getvalue()))
+
+
+def part_metadata(export: Export) -> dict[str, str]:
+    """What a Parquet file says of all its images; values other than texts are JSON."""
+    texts = {
+        "schema": SCHEMA,
+        "synthesis_key": export.key,
+        "teacher": export.teacher,
+        "teacher_hash": export.teacher_hash,
+        "config": json.dumps(export.config, sort_keys=True),
+        "num_classes": json.dumps(export.num_classes),
+        "class_names": json.dumps(export.class_names),
+        "mean": json.dumps(export.mean),
+        "std": json.dumps(export.std),
+        "pixel_range": json.dumps(export.pixel_range),
+    }
+    return {f"dfkd_ray.{name}": text for name, text in texts.items()}
+
+
+def read_part(path: Path) -> Batch:
+    """The batch in a Parquet file, pixels exactly as they were stored. `ValueError` for a file of another schema."""
+    table = pq.read_table(path)
+    found = (table.schema.metadata or {}).get(b"dfkd_ray.schema", b"none").decode()
+    if found != SCHEMA:
+        raise ValueError(f"{path}: schema is {found!r}, this version reads {SCHEMA!r}")
+    rows = table.to_pylist()
+    images = np.stack([read_image(row["image"], row["dtype"], row["shape"]) for row in rows])
+    return Batch(rows[0]["batch_index"], images, table["label"].to_numpy(), rows[0]["synthesis_key"])
+
+
+def is_png(dtype: str, shape: Sequence[int]) -> bool:
+    """Whether images of that type and shape (channels, height, width) lie in Parquet as PNG files."""
+    return dtype == "uint8" and shape[0] in PNG_CHANNELS
+
+
+def raw(image: np.ndarray) -> bytes:
+    """An image's bytes, C order, little-endian."""
+    return image.astype(image.dtype.newbyteorder("<")).tobytes()
+
+
+def read_image(data: bytes, dtype: str, shape: Sequence[int]) -> np.ndarray:
+    """The image in an `image` column, (channels, height, width)."""
+    if is_png(dtype, shape):
+        pixels = np.asarray(Image.open(io.BytesIO(data)))
+        return pixels[None] if shape[0] == 1 else pixels.transpose(2, 0, 1)
+    return np.frombuffer(data, np.dtype(dtype).newbyteorder("<")).reshape(tuple(shape)).astype(dtype)
+
+
+FORMATS: dict[str, Callable[[Export, Batch], None]] = {"folder": write_pngs, "parquet": write_part}
