@@ -202,8 +202,8 @@ def one_trial(teacher: Teacher, teacher_name: str, scale: float, pairs: int) -> 
     """The same trial through the fleet and without it, one thread each, alternating; fresh cache every time."""
     config = TrialConfig.model_validate(with_overrides(scaled(teacher_name, scale), {"pruning.sparsity": 0.75}))
     ratios, shares, walls = [], [], {"local": [], "fleet": []}
+    share = started_s = 0.0
     with fleet.connected(num_cpus=2), tempfile.TemporaryDirectory() as root:
-        begun = time.perf_counter()
         for pair in range(pairs + 1):  # the first pair is warm-up
             rows = {}
             for name in ("local", "fleet") if pair % 2 else ("fleet", "local"):
@@ -254,12 +254,12 @@ def grid(teacher: Teacher, teacher_name: str, scale: float, without: bool = True
         rows = results.read_trials(root / "shared")
     print(
         f"  {len(jobs)} trials, {keys} keys (2 of training images, 1 of the reference set), {made} batches made; "
-        f"alone: syntheses {syntheses_s:.1f} s + distillations {distillations_s:.1f} s over {cores} cores = {limit:.1f} s"
+        f"alone: syntheses {syntheses_s:.1f} s, the rest {distillations_s:.1f} s; over {cores} cores {limit:.1f} s"
     )
+    call_share = sum(rows["fleet_call_s"]) / sum(rows["wall_s"])
     print(
-        f"  shared: {first['trials_s']:.1f} s from the fleet being up to the last row ({first['trials_s'] / limit:.2f} x), "
-        f"{first['wall_s']:.1f} s with start-up; inside Ray calls "
-        f"{100 * float(rows['fleet_call_s'].sum() / rows['wall_s'].sum()):.2f} % of the trials' wall"
+        f"  shared: {first['trials_s']:.1f} s from the fleet being up to the last row, {first['trials_s'] / limit:.2f} x "
+        f"that; {first['wall_s']:.1f} s with start-up; inside Ray calls {100 * call_share:.2f} % of the trials' wall"
     )
     figures = {"ratio": first["trials_s"] / limit, "made": float(made)}
     if off is not None:
@@ -269,7 +269,7 @@ def grid(teacher: Teacher, teacher_name: str, scale: float, without: bool = True
 
 
 def alone(jobs: list[sweep.Job], teacher: Teacher, root: Path) -> tuple[float, float, int]:
-    """Seconds of the distinct syntheses, of all trials without them, and the number of keys; one thread, nothing else."""
+    """Seconds of the distinct syntheses, of all trials without them, and how many keys; one thread, nothing else runs."""
     torch.set_num_threads(1)
     images, rows = trial.made_here(root), []
     for job in jobs:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 from filelock import FileLock, Timeout
 
 import dfkd_ray
@@ -90,9 +89,22 @@ def write(folder: Where, batch: Batch) -> None:
     """Write one batch whole."""
     terms = json.dumps(batch.terms)
     meta = {"key": batch.key, "terms": terms, "sha256": digest(batch.images, batch.labels, terms)}
-    # The library writes the memory of a strided array as it lies.
-    arrays = {"images": np.ascontiguousarray(batch.images), "labels": np.ascontiguousarray(batch.labels)}
-    storage.folder(folder).write(name_of(batch.index), safetensors.numpy.save(arrays, metadata=meta))
+    storage.folder(folder).write(name_of(batch.index), *pack(meta, batch.labels, batch.images))
+
+
+def pack(meta: Mapping[str, str], labels: np.ndarray, images: np.ndarray) -> list[bytes | memoryview]:
+    """A shard as parts to write one after the other: the inverse of `parse`, and as free of copies."""
+    header: dict[str, Any] = {"__metadata__": meta}
+    parts: list[bytes | memoryview] = []
+    offset = 0
+    for name, array in (("labels", np.ascontiguousarray(labels)), ("images", np.ascontiguousarray(images))):
+        dtype = next(word for word, kind in DTYPES.items() if kind == array.dtype)
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [offset, offset + array.nbytes]}
+        offset += array.nbytes
+        parts.append(array.reshape(-1).view(np.uint8).data)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the arrays are aligned in the file
+    return [len(text).to_bytes(8, "little") + text, *parts]
 
 
 def read(folder: Where, index: int, key: str) -> Batch | None:

@@ -92,7 +92,7 @@ def prepare(export: Export) -> list[int]:
     check_folder(export)
     missing = [index for index in range(export.num_batches) if not is_written(export, index)]
     about = {"schema": SCHEMA, "key": export.key, "format": export.format, "num_images": export.num_images}
-    storage.write_local(export.folder, UNFINISHED, as_json(about))
+    storage.folder(export.folder).write(UNFINISHED, as_json(about))
     if missing:
         (export.folder / RECORD).unlink(missing_ok=True)
     return missing
@@ -107,9 +107,9 @@ def check_folder(export: Export) -> None:
     for record in known:
         for name, ours in (("key", export.key), ("format", export.format)):
             if record[name] != ours:
-                shown = (str(value)[:12] for value in (record[name], ours))
                 raise ValueError(
-                    f"--out {folder}: it holds images of {name} {' and these are of '.join(shown)}; choose another folder"
+                    f"--out {folder}: it holds images of {name} {str(record[name])[:12]}, asked for are those of "
+                    f"{name} {ours[:12]}; choose another folder"
                 )
         if record["num_images"] > export.num_images:
             raise ValueError(
@@ -166,12 +166,12 @@ def finish(export: Export, *, seconds: float, num_made: int, num_found: int, num
         "num_images": export.num_images,
         "format": export.format,
         "package_version": dfkd_ray.__version__,
-        "seconds": seconds,
+        "seconds": round(seconds, 3),
         "num_made": num_made,
         "num_found": num_found,
         "num_kept": num_kept,
     }
-    storage.write_local(export.folder, RECORD, as_json(record))
+    storage.folder(export.folder).write(RECORD, as_json(record))
     (export.folder / UNFINISHED).unlink(missing_ok=True)
     return export.folder / RECORD
 
@@ -189,7 +189,7 @@ def write_pngs(export: Export, batch: Batch) -> None:
     def write_one(row: int) -> None:
         label = int(batch.labels[row])
         parent = UNLABELLED if label == NO_LABEL else f"{TRAIN}/{classes[label]}"
-        storage.write_local(export.folder / parent, f"{batch.index:06d}-{row:04d}.png", png(images[row]))
+        storage.folder(export.folder / parent).write(f"{batch.index:06d}-{row:04d}.png", png(images[row]))
 
     with ThreadPoolExecutor(WRITERS) as pool:
         list(pool.map(write_one, range(len(images))))
@@ -246,9 +246,9 @@ def write_part(export: Export, batch: Batch) -> None:
     fields = [pa.field(name, kind, metadata={"meaning": meaning}) for name, (kind, meaning) in COLUMNS.items()]
     table = pa.table(columns, schema=pa.schema(fields, metadata=part_metadata(export)))
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, use_dictionary=["dtype", "synthesis_key"], write_statistics=["batch_index", "label"])
+    pq.write_table(table, sink, use_dictionary=False)
     path = part_path(export.folder, batch.index)
-    storage.write_local(path.parent, path.name, memoryview(sink.getvalue()))
+    storage.folder(path.parent).write(path.name, memoryview(sink.getvalue()))
 
 
 def part_metadata(export: Export) -> dict[str, str]:

@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -79,8 +80,8 @@ class Folder:
         except FileNotFoundError:
             return None
 
-    def write(self, name: str, data: bytes | memoryview) -> None:
-        """Write a file whole, over what was there."""
+    def write(self, name: str, *data: bytes | memoryview) -> None:
+        """Write a file whole, its parts one after the other, over what was there."""
         if self.is_local:
             write_local(self.path, name, data)
             return
@@ -201,14 +202,14 @@ def without_secrets(uri: str) -> str:
     return SECRET.sub(lambda match: f"{match[1] or match[2]}***", uri)
 
 
-def write_local(parent: Path, name: str, data: bytes | memoryview) -> None:
+def write_local(parent: Path, name: str, data: Sequence[bytes | memoryview]) -> None:
     """Hidden temporary name in the same folder, fsync, rename."""
     parent.mkdir(parents=True, exist_ok=True)
     # The process id alone is not enough: threads share it, and hosts that share a disk may both have it.
     partial = parent / f".{name}.{os.getpid()}-{secrets.token_hex(4)}{PART}"
     try:
         with partial.open("xb") as file:
-            file.write(data)
+            file.writelines(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, parent / name)
@@ -216,11 +217,12 @@ def write_local(parent: Path, name: str, data: bytes | memoryview) -> None:
         partial.unlink(missing_ok=True)
 
 
-def put(system: fs.FileSystem, path: str, data: bytes | memoryview) -> None:
+def put(system: fs.FileSystem, path: str, data: Sequence[bytes | memoryview]) -> None:
     """Upload one object; after an error there is none."""
     stream = system.open_output_stream(path, compression=None)
     try:
-        stream.write(data)
+        for part in data:
+            stream.write(part)
         stream.close()
     except BaseException:
         # A stream cannot be given up from Python, only closed, and that may complete the upload of a part.

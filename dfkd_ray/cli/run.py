@@ -118,6 +118,7 @@ def sweep(
     overrides = configs.parse_overrides(set_ or [])
     from dfkd_ray import cache as caches
     from dfkd_ray import results as tables
+    from dfkd_ray import storage
     from dfkd_ray import sweep as sweeps
 
     settings = configs.validate(sweeps.SweepConfig, data, str(file))
@@ -150,7 +151,7 @@ def sweep(
     num_failed = sweeps.run(
         jobs,
         folder,
-        str(cache or caches.default_folder().absolute()),
+        storage.folder(cache or caches.default_folder()).uri,
         synthesizers=None if synthesizers == "auto" else number_of(synthesizers),
         gpus_per_synthesizer=gpus_per_synthesizer,
         gpus_per_trial=gpus_per_trial,

@@ -10,7 +10,7 @@ import typer
 
 from dfkd_ray import config as configs
 from dfkd_ray.cli.inputs import load_teacher
-from dfkd_ray.cli.options import Cache, GpusPerSynthesizer, Out, Set, Synthesizers, Trust, number_of
+from dfkd_ray.cli.options import Cache, Out, Set, Synthesizers, Trust, number_of
 from dfkd_ray.cli.show import Progress, print_fleet
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ def synthesize(
     settings = settings_of(config, method, seed, set_)
     if device not in DEVICES:
         raise ValueError(f"--device {device!r}: expected {', '.join(DEVICES)}")
+    if gpus_per_synthesizer is not None and device == "cpu":
+        raise ValueError(f"--gpus-per-synthesizer {gpus_per_synthesizer:g}: no GPU is used with --device cpu")
     num_synthesizers = None if synthesizers == "auto" else number_of(synthesizers)
 
     from dfkd_ray import cache as caches
@@ -111,7 +113,7 @@ def export_of(teacher: "Teacher", settings: Any, out: Path, format_: str, num_im
 
     info = teacher.info
     return Export(
-        folder=out,
+        folder=out.expanduser(),
         format=format_,
         num_images=num_images,
         key=configs.synthesis_key(teacher.hash, settings),
@@ -137,16 +139,14 @@ def through_fleet(
     gpus_per_synthesizer: float | None,
     cache_root: str,
 ) -> None:
-    """Have a fleet of its own make some batches: `on_batch(batch, found)` for each, in order; then say how it fared."""
+    """Have a fleet of its own make some batches: `on_batch(batch, found)` for each, then say how it fared."""
     from dfkd_ray import devices, fleet
 
     with fleet.connected():
         chosen = fleet_settings(settings, device, num_synthesizers, gpus_per_synthesizer, cache_root)
         with fleet.started(chosen, [teacher]) as running:
             stream = running.stream(in_flight=max(4, 2 * chosen.num_synthesizers))
-            here, spec = devices.resolve(chosen.device), stream.spec(teacher, settings)
-            for batch, found in stream.batches(spec, teacher, settings, indices, here):
-                on_batch(batch, found)
+            stream(teacher, settings, "train", indices, devices.resolve(chosen.device), on_batch)
             status = running.status()
             if status is not None:
                 print_fleet(status)
@@ -163,7 +163,7 @@ def fleet_settings(
     if device == "cuda" and not num_gpus:
         raise ValueError("--device cuda: Ray sees no GPU; use --device cpu or auto")
     if gpus_per_synthesizer is not None and not num_gpus:
-        raise ValueError(f"--gpus-per-synthesizer {gpus_per_synthesizer:g}: no GPU is used; leave it out")
+        raise ValueError(f"--gpus-per-synthesizer {gpus_per_synthesizer:g}: Ray sees no GPU; leave it out")
     if gpus_per_synthesizer is None and num_gpus:
         sharing = math.ceil((num_synthesizers or 1) / num_gpus)  # a share never spans two GPUs
         gpus_per_synthesizer = math.floor(10_000 / sharing) / 10_000  # Ray's resolution

@@ -281,12 +281,12 @@ class Coordinator:
                 hello = await worker.actor.hello.remote()
                 break
             except RayTaskError as error:
-                reason = str(error.cause or error).splitlines()[0]
+                reason = in_one_line(error)
             except RayError as error:
-                reason = " ".join(str(error).split())[:300]
+                reason = str(error).strip().splitlines()[-1].strip()[:300]  # of a traceback, the error itself
             worker.trouble = reason
             await asyncio.sleep(pause)
-            pause = min(2 * pause, 30.0)
+            pause = min(2 * pause, 5.0)
             if pause > 1.0:  # Ray restarts it within a second or two, or not at all
                 worker.actor = self.start_actor(number if in_group else None)
         if self.numerics is None and not self.restarted:

@@ -130,7 +130,8 @@ class Stream:
 
     def send(self, spec: Spec, window: list[int], until: int, lost: list[int]) -> tuple[Any, float]:
         """Ask for some indices; returns the reference of the answer, and when it was asked."""
-        return self.coordinator.take.remote(spec.key, window, until, self.node, HOLD_S, lost), time.monotonic()
+        hold_s = min(HOLD_S, self.timeout_s, max(self.alone_s, PAUSE_S))
+        return self.coordinator.take.remote(spec.key, window, until, self.node, hold_s, lost), time.monotonic()
 
     def ask(
         self, pending: tuple[Any, float] | None, spec: Spec, window: list[int], until: int, lost: list[int]

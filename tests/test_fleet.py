@@ -1,0 +1,372 @@
+"""The fleet on one machine, with simulated synthesizers: order, sharing, memory, faults, deadlines."""
+
+import os
+import random
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+
+from dfkd_ray import cache, fleet
+from dfkd_ray.fleet.simulated import NUMERICS, Simulated, simulated_batch, simulated_spec
+from dfkd_ray.fleet.stream import Stream, error_of
+
+SHAPE = (4, 1, 8, 8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_session():
+    """One Ray session for this file, its object store small, its workers free to import from here."""
+    with fleet.connected(num_cpus=4, object_store_memory=200_000_000):
+        yield
+
+
+def settings_of(root: Path | None = None, **changes) -> fleet.Settings:
+    values = {"num_synthesizers": 2, "cpus": 0.1, "make": Simulated, "device": "cpu"}
+    return fleet.Settings(cache_root=None if root is None else str(root), **values | changes)
+
+
+def assert_is(batch, spec, index):
+    wanted = simulated_batch(spec.key, index, spec.config)
+    assert (batch.index, batch.key) == (index, spec.key)
+    np.testing.assert_array_equal(batch.images, wanted.images)
+    np.testing.assert_array_equal(batch.labels, wanted.labels)
+
+
+def read_all(stream: Stream, spec, indices) -> list[bool]:
+    """Read and check; returns which were found."""
+    founds = []
+    for index, (batch, found) in zip(indices, stream.batches(spec, indices), strict=True):
+        assert_is(batch, spec, index)
+        founds.append(found)
+    return founds
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+
+
+def gone(pids, seconds: float = 20.0) -> bool:
+    """Whether all processes end within some seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if not any(alive(pid) for pid in pids):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_batches_come_in_the_order_asked_for_and_are_made_once_for_all_readers(tmp_path):
+    spec = simulated_spec("order", SHAPE, (0.0, 0.02))
+    with fleet.started(settings_of(tmp_path)) as running:
+        founds: dict[int, list[bool]] = {}
+
+        def reader(number: int, pause: float) -> None:
+            stream, indices = running.stream(in_flight=1 + number), list(range(40))
+            if number == 2:
+                indices = indices[::-1]
+            for index, (batch, found) in zip(indices, stream.batches(spec, indices), strict=True):
+                assert_is(batch, spec, index)
+                founds.setdefault(number, []).append(found)
+                time.sleep(pause)
+
+        threads = [threading.Thread(target=reader, args=(number, pause)) for number, pause in enumerate((0, 0.01, 0))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
+        assert [len(founds[number]) for number in range(3)] == [40, 40, 40]
+        status = running.status()
+        assert status["made"] == 40 and status["images"] == 160
+        assert sum(not found for own in founds.values() for found in own) == 40, "each was new to one reader only"
+        assert read_all(running.stream(), spec, [3, 3, 0, 3]) == [True] * 4
+        assert running.stream().batches(spec, []) is not None and running.status()["made"] == 40
+    folder = cache.folder_of(tmp_path, spec.key, NUMERICS)
+    assert cache.indices(folder) == set(range(40))
+
+
+def test_no_more_than_a_window_is_made_ahead_of_a_reader_that_stops(tmp_path):
+    spec = simulated_spec("window", SHAPE, (0.0, 0.01))
+    with fleet.started(settings_of(tmp_path, window=5)) as running:
+        source = running.stream(in_flight=2).batches(spec, range(1000))
+        for _ in range(3):
+            next(source)
+        time.sleep(1.5)
+        made = running.status()["made"]
+        time.sleep(0.5)
+        assert running.status()["made"] == made <= 3 + 2 + 5 + 2
+        assert running.status()["queue_depth"] == 0
+
+
+def test_two_keys_share_the_fleet_fairly(tmp_path):
+    specs = [simulated_spec(f"fair {number}", SHAPE, (0.05, 0.05)) for number in range(2)]
+    with fleet.started(settings_of(tmp_path)) as running:
+        ends = {}
+
+        def reader(number: int) -> None:
+            read_all(running.stream(), specs[number], range(20))
+            ends[number] = time.monotonic()
+
+        begun = time.monotonic()
+        threads = [threading.Thread(target=reader, args=(number,)) for number in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
+        spans = [ends[number] - begun for number in range(2)]
+        assert max(spans) < 1.5 * min(spans), "neither waits for the other to end"
+
+
+def test_killed_synthesizers_and_coordinators_change_no_batch_and_stop_nobody(tmp_path):
+    spec, num_kills = simulated_spec("kills", SHAPE, (0.05, 0.15)), 10
+    rng = random.Random(0)
+    with fleet.started(settings_of(tmp_path, num_synthesizers=3)) as running:
+        over, kills = threading.Event(), []
+
+        def killer() -> None:
+            while len(kills) < num_kills and not over.wait(rng.uniform(0.3, 1.2)):
+                try:
+                    actors = ray.get(running.coordinator.actors.remote(), timeout=5)
+                    victim = rng.choice([*actors, running.coordinator])
+                    ray.kill(victim, no_restart=False)
+                    kills.append("coordinator" if victim is running.coordinator else "synthesizer")
+                except ray.exceptions.RayError:
+                    continue
+
+        thread = threading.Thread(target=killer)
+        thread.start()
+        stream, indices = running.stream(timeout_s=60.0), 0
+        try:
+            while len(kills) < num_kills:  # as long as it takes for all of them
+                read_all(stream, spec, range(indices, indices + 20))
+                indices += 20
+        finally:
+            over.set()
+        thread.join()
+        assert {"coordinator", "synthesizer"} == set(kills)
+        assert read_all(running.stream(), spec, range(indices)) == [True] * indices
+    assert cache.indices(cache.folder_of(tmp_path, spec.key, NUMERICS)) >= set(range(indices))
+
+
+def test_a_synthesizer_that_hangs_loses_its_batch_to_another(tmp_path):
+    class Hanging(Simulated):
+        async def batch(self, key, index):
+            if index == 2 and not (tmp_path / "hung").exists():
+                (tmp_path / "hung").touch()
+                time.sleep(600)
+            return await super().batch(key, index)
+
+    spec = simulated_spec("hang", SHAPE)
+    with fleet.started(settings_of(tmp_path / "cache", make=Hanging, batch_timeout_s=1.0)) as running:
+        read_all(running.stream(timeout_s=60.0), spec, range(6))
+        assert running.status()["deaths"] == 1
+
+
+def test_a_batch_that_cannot_be_made_tells_its_readers_why_and_no_other(tmp_path):
+    class Failing(Simulated):
+        async def batch(self, key, index):
+            if index == 3:
+                raise FloatingPointError("the loss is nan at step 25")
+            return await super().batch(key, index)
+
+    spec = simulated_spec("fails", SHAPE)
+    with fleet.started(settings_of(tmp_path, make=Failing)) as running:
+        for _ in range(2):
+            with pytest.raises(FloatingPointError, match=r"batch 3 of synthesis .*the loss is nan"):
+                read_all(running.stream(), spec, range(8))
+        read_all(running.stream(), spec, [0, 1, 2, 4, 5])
+
+
+def test_a_disk_error_that_passes_is_not_noticed_and_one_that_stays_is_told(tmp_path):
+    class Full(Simulated):
+        async def batch(self, key, index):
+            marker = tmp_path / f"error-{index}"
+            if index == 5 or (index == 2 and not marker.exists()):
+                marker.touch()
+                raise OSError(28, "No space left on device")
+            return await super().batch(key, index)
+
+    spec = simulated_spec("disk", SHAPE)
+    with fleet.started(settings_of(tmp_path / "cache", make=Full)) as running:
+        read_all(running.stream(), spec, range(5))
+        with pytest.raises(OSError, match="No space left"):
+            read_all(running.stream(), spec, [5])
+
+
+def test_a_damaged_shard_is_made_again(tmp_path):
+    spec = simulated_spec("damage", SHAPE)
+    with fleet.started(settings_of(tmp_path)) as running:
+        read_all(running.stream(), spec, range(6))
+    folder = cache.folder_of(tmp_path, spec.key, NUMERICS)
+    path = folder.path / cache.name_of(4)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with fleet.started(settings_of(tmp_path)) as running:
+        founds = read_all(running.stream(), spec, range(6))
+        assert founds == [True] * 4 + [False] + [True]
+        status = running.status()
+        assert (status["made"], status["damaged"], status["read"]) == (1, 1, 5)
+    assert path.read_bytes() == content
+
+
+def test_beyond_the_budget_batches_are_read_again_from_the_cache(tmp_path):
+    spec = simulated_spec("budget", (64, 1, 64, 64))  # 262 kB and its labels
+    with fleet.started(settings_of(tmp_path, budget_bytes=1_000_000)) as running:
+        for _ in range(2):
+            read_all(running.stream(), spec, range(20))
+            assert running.status()["held_bytes"] <= 1_000_000
+        status = running.status()
+        assert status["made"] == 20 and status["read"] >= 17
+
+
+def test_more_than_the_object_store_holds_passes_through_it(tmp_path):
+    spec = simulated_spec("full store", (64, 3, 224, 224))  # 9.6 MB a batch, 20 fit
+    with fleet.started(settings_of(tmp_path, budget_bytes=10**9)) as running:
+        read_all(running.stream(in_flight=8), spec, range(40))
+        assert running.status()["made"] == 40
+
+
+def test_a_write_into_a_shared_batch_is_refused(tmp_path):
+    spec = simulated_spec("read-only", SHAPE)
+    with fleet.started(settings_of(tmp_path)) as running:
+        [(batch, _)] = running.stream().batches(spec, [1])
+        with pytest.raises(ValueError, match="read-only"):
+            batch.images[0] = 0
+        with pytest.raises(ValueError, match="WRITEABLE"):
+            batch.images.flags.writeable = True
+        from dfkd_ray.images import PixelSpace, decode
+
+        decode(batch.images, PixelSpace((0.5,), (0.5,))).zero_()
+        assert_is(next(running.stream().batches(spec, [1]))[0], spec, 1)
+
+
+def test_a_batch_is_read_without_a_copy(tmp_path):
+    import tracemalloc
+
+    spec = simulated_spec("no copy", (64, 3, 224, 224))
+    size = 64 * 3 * 224 * 224
+    with fleet.started(settings_of(tmp_path)) as running:
+        read_all(running.stream(), spec, range(4))
+        stream = running.stream()
+        tracemalloc.start()  # numpy's allocations are traced
+        held = [batch for batch, _ in stream.batches(spec, range(4))]
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < size / 2 and len(held) == 4
+
+
+def test_without_any_synthesizer_a_reader_makes_its_batches_itself(tmp_path):
+    class Mortal(Simulated):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            if (tmp_path / "plague").exists():
+                raise RuntimeError("no such device")
+
+    spec = simulated_spec("alone", SHAPE)
+    with fleet.started(settings_of(tmp_path / "cache", make=Mortal)) as running:
+        read_all(running.stream(), spec, range(2))
+        (tmp_path / "plague").touch()
+        for actor in ray.get(running.coordinator.actors.remote()):
+            ray.kill(actor, no_restart=False)
+        stream = running.stream(alone_s=1.0, timeout_s=60.0)
+        source = stream.batches(spec, range(4), lambda index: simulated_batch(spec.key, index, spec.config))
+        for index, (batch, _) in enumerate(source):
+            assert_is(batch, spec, index)
+        assert stream.num_alone == 2
+        with pytest.raises(
+            TimeoutError, match=r"batch 9 of synthesis .* waiting for a synthesizer to start \(0.1 CPUs"
+        ):
+            next(running.stream(timeout_s=0.5, alone_s=1e9).batches(spec, [9]))
+        (tmp_path / "plague").unlink()
+        read_all(running.stream(timeout_s=90.0), spec, range(4, 6))
+
+
+def test_a_wait_has_a_deadline_and_says_what_it_waits_for(tmp_path):
+    spec = simulated_spec("slow", SHAPE, (300.0, 300.0))
+    with fleet.started(settings_of(tmp_path)) as running:
+        stream = running.stream(timeout_s=1.0)
+        with pytest.raises(TimeoutError, match=r"batch 0 .* synthesizer \d has been making it for \d+ s"):
+            next(stream.batches(spec, [0]))
+
+
+def test_a_fleet_that_does_not_fit_is_refused_with_numbers():
+    refused = pytest.raises(
+        OSError, match=r"1 synthesizers of 64 CPUs and 0 GPUs could not be reserved within 1 s; free"
+    )
+    with refused, fleet.started(settings_of(num_synthesizers=1, cpus=64.0), start_s=1.0):
+        pass
+
+
+def test_a_synthesizer_that_cannot_start_says_why():
+    class Broken(Simulated):
+        def __init__(self, *arguments):
+            raise ValueError("device cuda: this torch sees no CUDA device")
+
+    with pytest.raises(OSError, match="no CUDA device"), fleet.started(settings_of(make=Broken), start_s=4.0):
+        pass
+
+
+def test_synthesizers_of_another_numerics_class_are_left_out(tmp_path):
+    class Other(Simulated):
+        async def hello(self):
+            first = not (tmp_path / "first").exists()
+            (tmp_path / "first").touch()
+            return {**await super().hello(), "numerics": "one" if first else "another"}
+
+    with fleet.started(settings_of(make=Other)) as running:
+        end = time.monotonic() + 20
+        while "left out" not in str(running.status()["trouble"]) and time.monotonic() < end:
+            time.sleep(0.2)
+        status = running.status()
+        assert status["synthesizers_up"] == 1 and "left out: it computes as another" in str(status["trouble"])
+        read_all(running.stream(), simulated_spec("mixed", SHAPE), range(3))
+
+
+def test_no_process_and_no_reservation_is_left_behind(tmp_path):
+    before = ray.available_resources().get("CPU")
+    with fleet.started(settings_of(tmp_path)) as running:
+        read_all(running.stream(), simulated_spec("end", SHAPE), range(3))
+        actors = ray.get(running.coordinator.actors.remote())
+        pids = [hello["pid"] for hello in ray.get([actor.hello.remote() for actor in actors])]
+        assert all(alive(pid) for pid in pids)
+    assert gone(pids)
+    end = time.monotonic() + 20
+    while ray.available_resources().get("CPU") != before and time.monotonic() < end:
+        time.sleep(0.2)
+    assert ray.available_resources().get("CPU") == before
+
+
+def test_the_coordinator_and_its_synthesizers_start_without_torch(tmp_path):
+    class Spy(Simulated):
+        async def hello(self):
+            import sys
+
+            return {**await super().hello(), "numerics": str("torch" in sys.modules)}
+
+    with fleet.started(settings_of(make=Spy)) as running:
+        assert running.numerics == "False"
+
+
+def test_errors_come_back_as_their_own_kind():
+    assert isinstance(error_of("FloatingPointError: x", "k" * 64, 1), FloatingPointError)
+    assert isinstance(error_of("OutOfMemoryError: CUDA", "k" * 64, 1), MemoryError)
+    other = error_of("Strange: x", "k" * 64, 1)
+    assert type(other) is RuntimeError and "batch 1" in str(other)
+
+
+def test_waiting_and_calling_are_counted_apart(tmp_path):
+    spec = simulated_spec("counted", SHAPE, (0.4, 0.4))
+    with fleet.started(settings_of(tmp_path, num_synthesizers=1)) as running:
+        stream = running.stream(in_flight=1)
+        read_all(stream, spec, range(3))
+        assert stream.wait_s > 0.8 and stream.call_s < stream.wait_s
+        again = running.stream()
+        read_all(again, spec, range(3))
+        assert again.wait_s < 0.3
