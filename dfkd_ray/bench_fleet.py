@@ -76,9 +76,8 @@ def control(seconds: float = 20.0) -> dict[str, float]:
             begun = time.perf_counter()
             list(stream.batches(simulated_spec("zero", (1, 1, 1, 1)), range(5000)))
             rate = 5000 / (time.perf_counter() - begun)
-    print(
-        f"  256 slots, one coordinator: {100 * busy:.1f} % busy over {t1 - t0:.0f} s, {(n1 - n0) / (t1 - t0):.0f} batches/s"
-    )
+    made = (n1 - n0) / (t1 - t0)
+    print(f"  256 slots, one coordinator: {100 * busy:.1f} % busy over {t1 - t0:.0f} s, {made:.0f} batches/s")
     print(f"  zero-wait batches: {rate:.0f} batches/s handed out")
     return {"busy_share": busy, "batches_per_s": rate}
 
@@ -258,8 +257,8 @@ def grid(teacher: Teacher, teacher_name: str, scale: float, without: bool = True
     )
     call_share = sum(rows["fleet_call_s"]) / sum(rows["wall_s"])
     print(
-        f"  shared: {first['trials_s']:.1f} s from the fleet being up to the last row, {first['trials_s'] / limit:.2f} x "
-        f"that; {first['wall_s']:.1f} s with start-up; inside Ray calls {100 * call_share:.2f} % of the trials' wall"
+        f"  shared: {first['trials_s']:.1f} s from the fleet being up to the last row, {first['trials_s'] / limit:.2f} "
+        f"x that; {first['wall_s']:.1f} s with start-up; inside Ray calls {100 * call_share:.2f} % of the trials' wall"
     )
     figures = {"ratio": first["trials_s"] / limit, "made": float(made)}
     if off is not None:
@@ -269,7 +268,7 @@ def grid(teacher: Teacher, teacher_name: str, scale: float, without: bool = True
 
 
 def alone(jobs: list[sweep.Job], teacher: Teacher, root: Path) -> tuple[float, float, int]:
-    """Seconds of the distinct syntheses, of all trials without them, and how many keys; one thread, nothing else runs."""
+    """Seconds of the distinct syntheses, of all trials without them, and how many keys; one thread, nothing else."""
     torch.set_num_threads(1)
     images, rows = trial.made_here(root), []
     for job in jobs:

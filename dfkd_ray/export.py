@@ -103,7 +103,11 @@ def check_folder(export: Export) -> None:
     folder = export.folder
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder}: not a folder")
-    known = [read_record(folder / name) for name in (RECORD, UNFINISHED) if (folder / name).exists()]
+    images = [folder / TRAIN, folder / UNLABELLED, *sorted(folder.glob("part-*.parquet"))]
+    images = [path for path in images if path.exists()]
+    # A run that failed before its first image has claimed nothing.
+    records = (RECORD, UNFINISHED) if images else (RECORD,)
+    known = [read_record(folder / name) for name in records if (folder / name).exists()]
     for record in known:
         for name, ours in (("key", export.key), ("format", export.format)):
             if record[name] != ours:
@@ -116,11 +120,9 @@ def check_folder(export: Export) -> None:
                 f"--out {folder}: it holds {record['num_images']} images, or was going to; for fewer "
                 f"({export.num_images}) choose another folder: their batches are in the cache"
             )
-    ours = [folder / TRAIN, folder / UNLABELLED, *sorted(folder.glob("part-*.parquet"))]
-    taken = [] if known else [path.name for path in ours if path.exists()]
-    if taken:
+    if images and not known:
         raise ValueError(
-            f"--out {folder}: {taken[0]} is there already and no {RECORD} says of what; choose another folder"
+            f"--out {folder}: {images[0].name} is there already, and no {RECORD} says of what; choose another folder"
         )
 
 

@@ -591,3 +591,14 @@ def test_prune_refuses_to_remove_without_a_criterion_and_by_an_age_nobody_knows(
     with pytest.raises(ValueError, match="keeps no times"):
         cache.prune(root, older_than_days=1)
     assert len(cache.entries(root)) == 1
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float32])
+def test_a_shard_is_a_file_that_the_safetensors_library_reads(tmp_path, dtype):
+    import safetensors.numpy
+
+    images = np.random.default_rng(0).normal(100, 50, (3, 1, 5, 5)).astype(dtype)
+    cache.write(tmp_path, Batch(2, images, np.array([1, -1, 7]), KEY, {}))
+    arrays = safetensors.numpy.load_file(tmp_path / cache.name_of(2))
+    np.testing.assert_array_equal(arrays["images"], images)
+    np.testing.assert_array_equal(arrays["labels"], [1, -1, 7])

@@ -1,0 +1,96 @@
+"""Sweeps for test_fleet_sweep.py, in a process of their own: `python run_fleet_sweeps.py WHAT TEACHER FOLDER`."""
+
+import json
+import random
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+from dfkd_ray import bundles, config, fleet, results, sweep
+
+ABOUT = {"source": "a test", "command": "none", "cost": "seconds", "expected": "rows"}
+BASE = {
+    "bn_num_images": 64,
+    "device": "cpu",
+    "synthesis": {"num_steps": 20, "batch_size": 8, "num_threads": 1},
+    "distillation": {"num_images": 64, "num_steps": 3, "batch_size": 8, "num_threads": 1},
+    "reference": {"num_images": 16, "synthesis": {"batch_size": 8, "num_steps": 2, "num_threads": 1}},
+}
+GRID = {"synthesis.bn_weight": [0.2, 2.0], "pruning.sparsity": [0.5, 0.9]}
+
+
+def jobs_of(teacher_folder: str) -> list[sweep.Job]:
+    data = {"about": ABOUT, "base": {**BASE, "teacher": teacher_folder}, "grid": GRID}
+    return sweep.plan(sweep.expand(config.validate(sweep.SweepConfig, data), {}), bundles.load)
+
+
+@contextmanager
+def killing(num_kills: int, seed: int):
+    """While open, every fleet that starts loses random members, so many times; yields what was killed."""
+    kills: list[str] = []
+    real_start, rng = fleet.started, random.Random(seed)
+
+    @contextmanager
+    def started(*arguments, **options):
+        with real_start(*arguments, **options) as running:
+            over = threading.Event()
+
+            def killer() -> None:
+                while len(kills) < num_kills and not over.wait(rng.uniform(0.2, 1.0)):
+                    try:
+                        actors = ray.get(running.coordinator.actors.remote(), timeout=5)
+                        victim = rng.choice([*actors, running.coordinator])
+                        ray.kill(victim, no_restart=False)
+                        kills.append("coordinator" if victim is running.coordinator else "synthesizer")
+                    except ray.exceptions.RayError:
+                        continue
+
+            thread = threading.Thread(target=killer)
+            thread.start()
+            try:
+                yield running
+            finally:
+                over.set()
+                thread.join()
+
+    fleet.started = started
+    try:
+        yield kills
+    finally:
+        fleet.started = real_start
+
+
+def same(teacher: str, folder: Path) -> None:
+    """One synthesizer; three on its warm cache; three on a cold one, with at least ten kills."""
+    jobs, statuses = jobs_of(teacher), {}
+
+    def run(name: str, cache_name: str, synthesizers: int) -> None:
+        told = {"on_status": lambda status: statuses.update({name: status})}
+        failed = sweep.run(jobs, folder / name, str(folder / cache_name), synthesizers=synthesizers, **told)
+        assert failed == 0, results.read_trials(folder / name)["reason"].tolist()
+
+    with fleet.connected(num_cpus=4, object_store_memory=200_000_000):
+        run("one", "cold", 1)
+        run("warm", "cold", 3)
+        with killing(10, seed=0) as kills:
+            for attempt in range(10):  # a sweep this small ends before it can be disturbed ten times
+                if len(kills) < 10:
+                    run(f"killed-{attempt}", f"killed-cache-{attempt}", 3)
+    (folder / "told.json").write_text(json.dumps({"statuses": statuses, "kills": kills}))
+
+
+def one_cpu(teacher: str, folder: Path) -> None:
+    with fleet.connected(num_cpus=1, object_store_memory=100_000_000):
+        assert sweep.run(jobs_of(teacher), folder / "out", str(folder / "cache")) == 0
+
+
+def unshared(teacher: str, folder: Path) -> None:
+    with fleet.connected(num_cpus=2, object_store_memory=100_000_000):
+        assert sweep.run(jobs_of(teacher)[:2], folder / "out", None, synthesizers=0) == 0
+
+
+if __name__ == "__main__":
+    {"same": same, "one_cpu": one_cpu, "unshared": unshared}[sys.argv[1]](sys.argv[2], Path(sys.argv[3]))

@@ -1,0 +1,147 @@
+"""Whole sweeps through the fleet: the same tables whoever made the images, on one CPU, and on three machines."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from dfkd_ray import bundles, cache, config, devices, fleet, results, synthesis
+
+sys.path.insert(0, str(Path(__file__).parent))
+from run_fleet_sweeps import ABOUT, BASE
+
+NUM_BATCHES = 2 * 8 + 2  # of two syntheses, and of the reference set
+
+
+def run_sweeps(what: str, teacher: Path, folder: Path) -> None:
+    """Run a function of run_fleet_sweeps.py."""
+    script = Path(__file__).with_name("run_fleet_sweeps.py")
+    words = [sys.executable, str(script), what, str(teacher), str(folder)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+def tables(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The deterministic columns of both tables, in an order of their own."""
+    trials = results.read_trials(folder)[results.deterministic_columns()].sort_values("trial_id")
+    batches = results.read_synthesis(folder)[results.deterministic_columns(results.synthesis_schema())]
+    return trials.reset_index(drop=True), batches
+
+
+def test_one_or_three_synthesizers_kills_or_none_warm_or_cold_the_tables_are_the_same(tiny_teacher, tmp_path):
+    run_sweeps("same", tiny_teacher, tmp_path)
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert len(told["kills"]) >= 10 and set(told["kills"]) == {"coordinator", "synthesizer"}
+    one, batches = tables(tmp_path / "one")
+    assert len(one) == 4 and len(batches) == NUM_BATCHES and (one["status"] == "finished").all()
+    disturbed = [path.name for path in tmp_path.glob("killed-*") if (path / "trials").is_dir()]
+    for other in ["warm", *disturbed]:
+        pd.testing.assert_frame_equal(tables(tmp_path / other)[0], one)
+        pd.testing.assert_frame_equal(tables(tmp_path / other)[1], batches)
+    assert told["statuses"]["one"]["made"] == NUM_BATCHES, "four trials, two syntheses: nothing is made twice"
+    warm = told["statuses"]["warm"]
+    assert warm["made"] == 0 and warm["read"] == NUM_BATCHES
+    assert results.read_trials(tmp_path / "warm")["num_cached_batches"].tolist() == [8] * 4
+    # And they are what one process makes by itself.
+    teacher, device = bundles.load(str(tiny_teacher)), devices.resolve("cpu")
+    settings = config.DeepInversionConfig.model_validate(BASE["synthesis"] | {"bn_weight": 2.0})
+    key, make = synthesis.source(teacher, settings, device)
+    folder = cache.folder_of(tmp_path / "cold", key, devices.numerics_class(device))
+    assert cache.read(folder, 3, key).images.tobytes() == make(3).images.tobytes()
+    assert cache.read_manifest(folder)["teacher_hash"] == teacher.hash
+
+
+def test_a_grid_on_one_cpu_ends(tiny_teacher, tmp_path):
+    run_sweeps("one_cpu", tiny_teacher, tmp_path)
+    rows = results.read_trials(tmp_path / "out")
+    assert (rows["status"] == "finished").all() and (rows["fleet_wait_s"] >= 0).all()
+
+
+def test_without_sharing_every_trial_makes_its_own_images(tiny_teacher, tmp_path):
+    run_sweeps("unshared", tiny_teacher, tmp_path)
+    rows = results.read_trials(tmp_path / "out")
+    assert rows["synthesis_key"].nunique() == 1 and rows["num_cached_batches"].sum() == 0
+    assert rows["fleet_call_s"].isna().all()
+
+
+CLUSTER = """
+import dataclasses, sys, time
+from pathlib import Path
+import ray
+from ray.cluster_utils import Cluster
+from dfkd_ray import fleet
+from dfkd_ray.fleet.simulated import Simulated, simulated_batch, simulated_spec
+
+quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 500,
+         "health_check_failure_threshold": 3}
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1, "_system_config": quick,
+                                                        "object_store_memory": 100_000_000})
+nodes = [cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=100_000_000) for _ in range(2)]
+try:
+    with fleet.connected(cluster.address):
+        machines = fleet.nodes()
+        placement = fleet.plan(machines, synthesizers=None, synthesizer_threads=1, trial_threads=1, use_gpu=True)
+        assert placement.num_synthesizers == 3 and placement.num_trials == 3, placement
+        settings = fleet.Settings(num_synthesizers=3, cpus=placement.synthesizer_cpus, gpus=placement.synthesizer_gpus,
+                                  cache_root=sys.argv[1], make=Simulated, grow=True, trial_gpus=0.5)
+        class Placed(Simulated):
+            async def hello(self):
+                return {**await super().hello(), "host": ray.get_runtime_context().get_node_id()}
+
+        with fleet.started(dataclasses.replace(settings, make=Placed)) as running:
+            while (running.status() or {}).get("synthesizers_up", 0) < 3:
+                time.sleep(0.2)
+            actors = ray.get(running.coordinator.actors.remote())
+            assert len({hello["host"] for hello in ray.get([actor.hello.remote() for actor in actors])}) == 3
+            spec = simulated_spec("cluster", (4, 1, 8, 8), (0.2, 0.4))
+            seen = []
+            for batch, _ in running.stream(timeout_s=100.0).batches(spec, range(60)):
+                wanted = simulated_batch(spec.key, batch.index, spec.config)
+                assert (batch.images == wanted.images).all()
+                seen.append(batch.index)
+                if batch.index == 15:
+                    here = ray.get_runtime_context().get_node_id()  # the driver's, and the coordinator's
+                    victim = next(node for node in nodes if node.node_id != here)
+                    cluster.remove_node(victim, allow_graceful=False)
+            assert seen == list(range(60))
+            status = running.status()
+            lost = status["made"] + status["found"] - 60
+            print("made", status["made"], "lost", lost, "up", status["synthesizers_up"], "deaths", status["deaths"])
+            assert 0 <= lost <= 4 and status["synthesizers_up"] >= 2, status
+            cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=100_000_000)
+            end = time.monotonic() + 60
+            while (running.status() or {}).get("synthesizers_up", 0) < 3 and time.monotonic() < end:
+                time.sleep(0.2)
+            assert running.status()["synthesizers_up"] == 3, running.status()
+            list(running.stream(timeout_s=100.0).batches(spec, range(60, 80)))
+    print("well")
+finally:
+    cluster.shutdown()
+"""
+
+
+def test_on_three_nodes_the_fleet_spreads_and_a_lost_node_costs_only_its_batches(tmp_path):
+    (tmp_path / "cluster.py").write_text(CLUSTER)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "cluster.py"), str(tmp_path / "cache")],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        env={**os.environ, **fleet.QUIET},
+    )
+    assert done.returncode == 0 and "well" in done.stdout, done.stdout + done.stderr[-3000:]
+
+
+def test_a_refusal_of_placement_is_wrong_input(tiny_teacher, tmp_path, run_cli):
+    data = {"about": ABOUT, "base": {**BASE, "teacher": str(tiny_teacher)}, "grid": {"pruning.sparsity": [0.5]}}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(data))
+    words = ["sweep", str(tmp_path / "s.yaml"), "--results", str(tmp_path / "r"), "--cache", str(tmp_path / "c")]
+    done = run_cli(*words, "--synthesizers", "many")
+    assert done.code == 2 and done.err == "error: --synthesizers 'many': expected auto, or a number\n"
+    done = run_cli(*words, "--synthesizers", "100000")
+    assert done.code == 2 and "--synthesizers 100000: that many do not fit" in done.err
