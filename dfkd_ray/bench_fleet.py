@@ -173,9 +173,9 @@ def memory(num_batches: int = 5000, store_bytes: int = 300_000_000) -> dict[str,
             late = second.batches(spec, range(0, num_batches, 10))
             for batch, _ in first.batches(spec, range(num_batches)):
                 assert batch.images.flat[0] == batch.index % 256
-                if batch.index % 10 == 0 and batch.index >= num_batches // 2:
+                if batch.index % 10 == 9 and batch.index > num_batches // 20:
                     next(late)  # a reader far behind: what it wants has left memory long ago
-                if batch.index % (num_batches // 20) == num_batches // 20 - 1:
+                if batch.index % (num_batches // 10) == num_batches // 10 - 1:
                     seen.append(resident())
                     status = running.status() or {}
                     most = max(most, status.get("held_bytes", 0))
@@ -184,7 +184,8 @@ def memory(num_batches: int = 5000, store_bytes: int = 300_000_000) -> dict[str,
         growth = max(seen) - seen[0]
         print(
             f"  {num_batches} batches of 256x3x32x32 through a store of {store_bytes / MB:.0f} MB: private memory "
-            f"{seen[0] / MB:.0f} MB after {num_batches // 20}, {growth / MB:+.0f} MB at most after that; "
+            f"{' '.join(f'{size / MB:.0f}' for size in seen)} MB, a value every {num_batches // 10}: at most "
+            f"{growth / MB:+.0f} MB over the first; "
             f"held {most / MB:.0f} MB, {read} read again from the cache, {spilled / MB:.0f} MB spilled"
         )
     return {"growth_bytes": growth, "spilled_bytes": spilled}

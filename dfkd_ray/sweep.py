@@ -316,9 +316,7 @@ def _tune(
         row = run_job(job, images, tests[job.teacher.hash], reals.get(job.id), results_folder, trust_code)
         tune.report({"failed": int(row["status"] == "failed")})
 
-    # Without a fleet nothing else wants the cores.
-    cpus = placement.trial_cpus if running else 2 * placement.trial_cpus
-    resources = {"cpu": cpus, "gpu": placement.trial_gpus}
+    resources = {"cpu": placement.trial_cpus, "gpu": placement.trial_gpus}
     with tempfile.TemporaryDirectory(prefix="dfkd_ray-tune-") as scratch:
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(trainable, todo=todo, tests=tests, reals=reals), resources),

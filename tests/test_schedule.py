@@ -407,12 +407,13 @@ def test_a_shard_is_read_by_one_at_a_time_and_again_only_when_it_was_dropped():
 
 
 @pytest.mark.parametrize("waiting", [True, False])
-def test_a_damaged_shard_is_made_when_it_is_waited_for_or_ahead(waiting):
+def test_a_damaged_shard_is_made_once_when_it_is_waited_for_or_ahead(waiting):
     schedule = schedule_of("a", cached={0})
     if waiting:
         schedule.ask("a", 0)
     assert schedule.wants_reading("a", 0) and schedule.next_to_make() is None
     schedule.not_there("a", 0)
+    schedule.look_ahead("a", 0, 1, 1)
     assert not schedule.available("a", 0) and drained(schedule) == [("a", 0)]
 
 

@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from dfkd_ray import cache
 from dfkd_ray.fleet.placement import Node, automatic
 from dfkd_ray.fleet.schedule import Key, Schedule
-from dfkd_ray.fleet.synthesizer import NotOpened, Spec, Synthesizer, read_shard
+from dfkd_ray.fleet.synthesizer import NotOpened, Spec, Synthesizer, note, read_shard
 
 MAX_READS = 8  # shards read from the cache at a time
 MAX_DEATHS = 20  # synthesizers that may die over one batch before it is called impossible
@@ -130,6 +130,7 @@ class Coordinator:
             assert self.numerics is not None
             folder = cache.folder_of(self.settings.cache_root, spec.key, self.numerics)
             state.cached = await asyncio.to_thread(cache.indices, folder)
+            await asyncio.to_thread(note, folder, spec, self.numerics)
         self.schedule.keys[spec.key] = state
         self.specs[spec.key] = spec
 
@@ -173,7 +174,10 @@ class Coordinator:
                 self.schedule.stop_asking(key, index)
                 if not future.done():
                     future.cancel()
-                    self.arrived[key, index].remove(future)
+                    waiting = self.arrived[key, index]
+                    waiting.remove(future)
+                    if not waiting:
+                        del self.arrived[key, index]
             reply = self.collect(key, indices)
         else:
             self.pump()
@@ -423,6 +427,7 @@ class Coordinator:
         """Add synthesizers for nodes that have joined."""
         alive = [node["Resources"] for node in await asyncio.to_thread(ray.nodes) if node["Alive"]]
         nodes = [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive]
+        nodes = [node for node in nodes if node.cpus]
         settings = self.settings
         target = automatic(nodes, settings.threads, settings.gpus, settings.trial_gpus)
         for number in range(len(self.workers), target):

@@ -1,14 +1,17 @@
 """How synthesizers and trials share the devices: numbers that fit together, or a refusal with the numbers.
 
-Half of every node's CPUs is reserved for synthesizers and half for trials. The reservations are Ray's logical ones: the
-cores themselves go to whoever has work, so a trial that waits for images leaves its core to their making, and idle
-synthesizers cost nothing. Neither side can ever starve the other of its reservation, whatever the grid: there is no
-deadlock, on one core as on thousands. GPUs are halved in the same way unless told otherwise.
+Reservations are Ray's logical ones. Of CPUs all synthesizers together reserve a twentieth of the smallest machine and
+trials the rest, so both fit wherever Ray puts them: neither side can take what the other needs to start, and there is
+no deadlock, on one core as on thousands. The cores themselves go to whoever has work: a trial that waits for images
+leaves its core to their making, and idle synthesizers cost nothing. Of each GPU a synthesizer and a trial reserve half,
+unless told otherwise, for the same reason.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+SYNTHESIZERS_SHARE = 0.05  # of the smallest machine's CPUs
 
 
 @dataclass(frozen=True)
@@ -45,72 +48,100 @@ def plan(
 
     `ValueError` with the numbers where not even one trial fits beside them.
     """
-    total_cpus = sum(node.cpus for node in nodes)
-    total_gpus = sum(node.gpus for node in nodes) if use_gpu else 0.0
+    nodes = [node for node in nodes if node.cpus > 0]
+    total_cpus, total_gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes) if use_gpu else 0.0
     have = f"{len(nodes)} node(s) with {total_cpus:g} CPUs and {total_gpus:g} GPUs"
-    if total_cpus <= 0:
+    if not nodes:
         raise ValueError(f"placement: no CPU is free; there are {have}")
-    for name, share in (("--gpus-per-synthesizer", gpus_per_synthesizer), ("--gpus-per-trial", gpus_per_trial)):
-        if share is not None and (share < 0 or (share > 1 and share != int(share))):
-            raise ValueError(f"{name} {share:g}: expected a fraction up to 1, or a whole number of GPUs")
-    if use_gpu:
-        gpu_s = 0.5 if gpus_per_synthesizer is None else gpus_per_synthesizer
-        gpu_t = 0.5 if gpus_per_trial is None else gpus_per_trial
-    else:
-        gpu_s = gpu_t = 0.0
-    count = synthesizers if synthesizers is not None else automatic(nodes, synthesizer_threads, gpu_s, gpu_t)
-    if count < 1:
-        raise ValueError(f"--synthesizers {count}: expected at least 1; there are {have}")
-    free = [[1.0] * int(node.gpus) for node in nodes]
-    fits = not gpu_s or all(take(free, gpu_s) for _ in range(count))
-    trials_by_gpu = sum(slots(gpus, gpu_t) for gpus in free) if gpu_t else math.inf
-    if not fits:
-        trials_by_gpu = 0
-    if trials_by_gpu < 1:
+    gpu_s = gpu_share("--gpus-per-synthesizer", gpus_per_synthesizer) if use_gpu else 0.0
+    gpu_t = gpu_share("--gpus-per-trial", gpus_per_trial) if use_gpu else 0.0
+    if synthesizers is not None and synthesizers < 1:
+        raise ValueError(f"--synthesizers {synthesizers}: expected at least 1; there are {have}")
+    count = synthesizers or automatic(nodes, synthesizer_threads, gpu_s, gpu_t)
+    num_trials = sum(trials_beside(nodes, count, trial_threads, gpu_s, gpu_t))
+    if not num_trials:
+        asked = f"{count} synthesizer(s) of {gpu_s:g} GPU" if synthesizers else f"a synthesizer of {gpu_s:g} GPU"
+        fewer = "fewer with --synthesizers, or " if synthesizers else ""
         raise ValueError(
-            f"placement: {count} synthesizer(s) of {gpu_s:g} GPU leave no room for one trial of {gpu_t:g} GPU; "
-            f"there are {have}; ask for fewer with --synthesizers, or smaller shares with --gpus-per-synthesizer "
-            "and --gpus-per-trial"
+            f"placement: {asked} leave no room for one trial of {gpu_t:g} GPU; there are {have}; "
+            f"ask for {fewer}smaller shares with --gpus-per-synthesizer and --gpus-per-trial"
         )
-    by_cores = [max(0, math.floor(node.cpus / trial_threads)) for node in nodes]
-    if not any(by_cores):
-        by_cores = [int(node.cpus > 0) for node in nodes]
-    num_trials = int(min(sum(by_cores), trials_by_gpu))
-    trial_cpus = min(node.cpus / 2 / num for node, num in zip(nodes, by_cores, strict=True) if num)
-    busiest = [(node.cpus, math.ceil(count * node.cpus / total_cpus)) for node in nodes if node.cpus > 0]
-    synthesizer_cpus = min(cpus / 2 / num for cpus, num in busiest)
-    if synthesizer_cpus < 0.001:
+    synthesizer_cpus = rounded(SYNTHESIZERS_SHARE * min(node.cpus for node in homes(nodes, gpu_s)) / count)
+    if synthesizer_cpus <= 0:
         raise ValueError(f"--synthesizers {count}: that many do not fit; there are {have}")
-    return Placement(count, rounded(synthesizer_cpus), gpu_s, num_trials, rounded(trial_cpus), gpu_t)
+    machines = homes(nodes, gpu_t)
+    by_cores = zip(machines, trials_by_cores(machines, trial_threads), strict=True)
+    trial_cpus = min((1 - SYNTHESIZERS_SHARE) * node.cpus / num for node, num in by_cores if num)
+    return Placement(count, synthesizer_cpus, gpu_s, num_trials, rounded(trial_cpus), gpu_t)
+
+
+def gpu_share(name: str, given: float | None) -> float:
+    """What is reserved of a GPU: half, or what was asked for."""
+    if given is None:
+        return 0.5
+    if not 0 <= given < math.inf or (given > 1 and given != int(given)):
+        raise ValueError(f"{name} {given:g}: expected a fraction up to 1, or a whole number of GPUs")
+    return rounded(given)
+
+
+def homes(nodes: Sequence[Node], share: float) -> list[Node]:
+    """The machines where something that needs such a share of a GPU can run."""
+    return [node for node in nodes if not share or node.gpus]
+
+
+def trials_by_cores(nodes: Sequence[Node], threads: int) -> list[int]:
+    """Trials that each machine has cores for; where none has enough for one, each of the largest takes one."""
+    counts = [math.floor(node.cpus / threads) for node in nodes]
+    if any(counts):
+        return counts
+    largest = max((node.cpus for node in nodes), default=0.0)
+    return [int(node.cpus == largest) for node in nodes]
+
+
+def trials_beside(nodes: Sequence[Node], count: int, threads: int, gpu_s: float, gpu_t: float) -> list[int]:
+    """Trials that fit on each machine beside `count` synthesizers; none at all where those do not fit themselves."""
+    free = [[1.0] * int(node.gpus) for node in nodes]
+    taken = [0] * len(nodes)
+    for _ in range(count if gpu_s else 0):
+        # Spread over machines, and within one over GPUs: what leaves the least room for large shares. Ray may pack
+        # better than this, never worse.
+        able = [position for position, gpus in enumerate(free) if slots(gpus, gpu_s)]
+        if not able:
+            return [0] * len(nodes)
+        chosen = min(able, key=lambda position: (taken[position], -sum(free[position])))
+        taken[chosen] += 1
+        for _ in range(max(1, int(gpu_s))):
+            free[chosen][free[chosen].index(max(free[chosen]))] -= min(gpu_s, 1.0)
+    by_cores = iter(trials_by_cores(homes(nodes, gpu_t), threads))
+    counts = []
+    for node, gpus in zip(nodes, free, strict=True):
+        if gpu_t and not node.gpus:
+            counts.append(0)
+            continue
+        counts.append(min(next(by_cores), slots(gpus, gpu_t)) if gpu_t else next(by_cores))
+    return counts
 
 
 def automatic(nodes: Sequence[Node], threads: int, gpu_s: float, gpu_t: float) -> int:
-    """As many synthesizers as there are free GPUs (their shares beside one trial's), or cores for their threads."""
+    """As many synthesizers as there are free GPUs (their shares beside a trial's), or cores for their threads."""
     if not gpu_s:
         return max(1, sum(math.floor(node.cpus / threads) for node in nodes))
     if gpu_s + gpu_t <= 1:
-        return sum(int(node.gpus) * slots([1 - gpu_t], gpu_s) for node in nodes)
-    gpus = sum(node.gpus for node in nodes)
-    return int(min(gpus / 2, gpus - gpu_t) / gpu_s)
+        most = sum(int(node.gpus) * slots([1 - gpu_t], gpu_s) for node in nodes)
+    else:
+        most = math.floor(sum(node.gpus for node in nodes) / 2 / gpu_s)
+    while most > 1 and not sum(trials_beside(nodes, most, 1, gpu_s, gpu_t)):
+        most -= 1
+    return max(1, most)
 
 
 def slots(gpus: Sequence[float], share: float) -> int:
-    """How many shares fit into the free parts of a node's GPUs; a share below one never spans two."""
+    """How many shares fit into the free parts of a machine's GPUs; a share below one never spans two."""
     if share >= 1:
         return math.floor(sum(part > 1 - 1e-9 for part in gpus) / share)
     return sum(math.floor(part / share + 1e-9) for part in gpus)
 
 
-def take(free: Sequence[list[float]], share: float) -> bool:
-    """Take a share where most is free, on the emptiest GPU (as Ray does); False where it fits nowhere."""
-    for gpus in sorted(free, key=sum, reverse=True):
-        if slots(gpus, share):
-            for _ in range(max(1, int(share))):
-                gpus[gpus.index(max(gpus))] -= min(share, 1.0)
-            return True
-    return False
-
-
 def rounded(share: float) -> float:
     """Down to Ray's resolution of resources."""
-    return math.floor(share * 10_000) / 10_000
+    return math.floor(share * 10_000 + 1e-6) / 10_000

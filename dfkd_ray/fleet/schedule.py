@@ -1,9 +1,10 @@
 """Which batch is made next, and which stay in memory: the coordinator's decisions, without Ray, clocks or threads.
 
 Batches are made on demand. A reader says which indices it waits for and how far it will go; at most `window` batches
-ahead of it are made, and only while no reader anywhere is waiting for a slot. Between keys the next slot goes to the
-one with the most waiting readers per batch in flight, so that no key starves and none is served twice as well as its
-demand. References are kept up to a budget of bytes, the least recently read go first: those batches live in the cache.
+ahead of it are made, and only while no reader anywhere is waiting for a slot. Keys share the slots in proportion to
+their waiting requests (stride scheduling: the key with the least service per demand is next), so none starves however
+many there are. Source: Waldspurger and Weihl 1995, "Stride Scheduling". References are kept up to a budget of bytes,
+the least recently read go first: those batches live in the cache.
 """
 
 import heapq
@@ -19,9 +20,13 @@ class Key:
     cached: set[int] = field(default_factory=set)
     in_flight: set[int] = field(default_factory=set)
     waiting: dict[int, int] = field(default_factory=dict)  # index → requests that wait for it
-    wanted: list[int] = field(default_factory=list)  # heap of indices with a waiting reader
-    ahead: list[int] = field(default_factory=list)  # heap of indices within some reader's window
+    # Heaps of indices with a waiting reader, and within some reader's window. What is not listed there is stale.
+    wanted: list[int] = field(default_factory=list)
+    listed_wanted: set[int] = field(default_factory=set)
+    ahead: list[int] = field(default_factory=list)
     listed_ahead: set[int] = field(default_factory=set)
+    num_waiting: int = 0
+    service: float = 0.0  # slots given, each divided by the demand at the time
     errors: dict[int, str] = field(default_factory=dict)
     fresh: set[int] = field(default_factory=set)  # made here, and no reader has had them yet
 
@@ -34,18 +39,30 @@ class Schedule:
         self.keys: dict[str, Key] = {}
         self.held: OrderedDict[tuple[str, int], tuple[Any, int]] = OrderedDict()
         self.held_bytes = 0
+        self.service = 0.0  # of the key last served: where a key that was idle joins
 
     def ask(self, key: str, index: int) -> None:
         """A reader waits for a batch from now on."""
         state = self.keys[key]
+        if not state.num_waiting:
+            state.service = max(state.service, self.service)
         state.waiting[index] = state.waiting.get(index, 0) + 1
-        if index not in state.in_flight and state.waiting[index] == 1:
-            heapq.heappush(state.wanted, index)
+        state.num_waiting += 1
+        if index not in state.in_flight:
+            self._list(state, "wanted", index)
+
+    def _list(self, state: Key, name: str, index: int) -> None:
+        """Put an index on one of a key's heaps, once."""
+        listed = getattr(state, f"listed_{name}")
+        if index not in listed:
+            listed.add(index)
+            heapq.heappush(getattr(state, name), index)
 
     def stop_asking(self, key: str, index: int) -> None:
         """That reader has it, or has gone."""
         state = self.keys[key]
         state.waiting[index] -= 1
+        state.num_waiting -= 1
         if state.waiting[index] == 0:
             del state.waiting[index]
 
@@ -53,9 +70,8 @@ class Schedule:
         """A reader at `position` will go on to `until` (exclusive): up to `window` batches may be made for it."""
         state = self.keys[key]
         for index in range(position, min(until, position + window)):
-            if index not in state.listed_ahead and not self.available(key, index):
-                state.listed_ahead.add(index)
-                heapq.heappush(state.ahead, index)
+            if index not in state.in_flight and not self.available(key, index):
+                self._list(state, "ahead", index)
 
     def available(self, key: str, index: int) -> bool:
         """Whether a batch exists already, in memory or in the cache, or has failed for good."""
@@ -65,33 +81,32 @@ class Schedule:
     def next_to_make(self) -> tuple[str, int] | None:
         """The batch that the next free slot is for, now in flight; None when there is nothing to make."""
         for name in ("wanted", "ahead"):
-            best, best_share = None, 0.0
-            for key, state in self.keys.items():
-                if not self._tidy(key, state, name):
-                    continue
-                share = (1 + len(state.waiting)) / (1 + len(state.in_flight))
-                if best is None or share > best_share:
-                    best, best_share = key, share
-            if best is not None:
-                index = heapq.heappop(getattr(self.keys[best], name))
-                self.keys[best].listed_ahead.discard(index)
-                self.keys[best].in_flight.add(index)
-                return best, index
+            ready = [key for key, state in self.keys.items() if self._tidy(key, state, name)]
+            if not ready:
+                continue
+            best = min(ready, key=lambda key: self.keys[key].service)
+            state = self.keys[best]
+            index = heapq.heappop(getattr(state, name))
+            state.listed_wanted.discard(index)
+            state.listed_ahead.discard(index)
+            state.in_flight.add(index)
+            self.service = max(self.service, state.service)
+            state.service += 1.0 / max(1, state.num_waiting)
+            return best, index
         return None
 
     def _tidy(self, key: str, state: Key, name: str) -> bool:
         """Drop indices at the head of a heap that need no making any more; whether something is left."""
-        heap = getattr(state, name)
+        heap, listed = getattr(state, name), getattr(state, f"listed_{name}")
         while heap:
             index = heap[0]
-            stale = index in state.in_flight or self.available(key, index)
+            stale = index not in listed or index in state.in_flight or self.available(key, index)
             if name == "wanted":
                 stale = stale or index not in state.waiting
             if not stale:
                 return True
             heapq.heappop(heap)
-            if name == "ahead":
-                state.listed_ahead.discard(index)
+            listed.discard(index)
         return False
 
     def wants_reading(self, key: str, index: int) -> bool:
@@ -147,10 +162,7 @@ class Schedule:
         state.in_flight.discard(index)
         state.cached.discard(index)
         if index in state.waiting:
-            heapq.heappush(state.wanted, index)
-        elif index not in state.listed_ahead:
-            state.listed_ahead.add(index)
-            heapq.heappush(state.ahead, index)
+            self._list(state, "wanted", index)
 
     def fail(self, key: str, index: int, reason: str) -> None:
         """A batch cannot be made: everybody who asks is told why."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from dfkd_ray import cache
 from dfkd_ray.batches import Batch, BatchSource
+from dfkd_ray.storage import Folder
 
 HELD_SOURCES = 4  # each holds a copy of its teacher on the device
 
@@ -47,6 +48,7 @@ class Synthesizer:
         self.numerics = devices.numerics_class(self.device)
         self.fetch = fetch
         self.specs: dict[str, Spec] = {}
+        self.noted: set[str] = set()
         self.sources: OrderedDict[str, BatchSource] = OrderedDict()
 
     def hello(self) -> dict[str, Any]:
@@ -66,21 +68,15 @@ class Synthesizer:
             raise NotOpened(key)
         spec, start = self.specs[key], time.perf_counter()
         folder = cache.folder_of(self.cache_root, key, self.numerics) if self.cache_root else None
+        if folder and key not in self.noted:
+            note(folder, spec, self.numerics)
+            self.noted.add(key)
         # Another sweep may have written it since the coordinator looked.
         batch = cache.read(folder, index, key) if folder else None
         found = batch is not None
         if batch is None:
             batch = self.source(spec)(index)
             if folder:
-                cache.write_manifest(
-                    folder,
-                    key=key,
-                    numerics=self.numerics,
-                    teacher_hash=spec.teacher_hash,
-                    teacher=spec.teacher_name,
-                    domain=spec.domain,
-                    config=dict(spec.config),
-                )
                 cache.write(folder, batch)
         return batch, told(batch, found, time.perf_counter() - start)
 
@@ -98,6 +94,19 @@ class Synthesizer:
             self.sources[spec.key] = make
         self.sources.move_to_end(spec.key)
         return self.sources[spec.key]
+
+
+def note(folder: Folder, spec: Spec, numerics: str) -> None:
+    """Write down in the cache what a key's folder holds, or that it is used once more."""
+    cache.write_manifest(
+        folder,
+        key=spec.key,
+        numerics=numerics,
+        teacher_hash=spec.teacher_hash,
+        teacher=spec.teacher_name,
+        domain=spec.domain,
+        config=dict(spec.config),
+    )
 
 
 def told(batch: Batch, found: bool, wall_s: float) -> dict[str, Any]:
