@@ -14,7 +14,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +185,7 @@ def run(
     synthesizers: int | None = None,
     gpus_per_synthesizer: float | None = None,
     gpus_per_trial: float | None = None,
+    batch_timeout_s: float = 3600.0,
     test_of: Callable[[Teacher], Sequence[Batch] | None] = lambda _teacher: None,
     real_of: Callable[[Teacher, RealConfig], BatchSource] | None = None,
     on_row: OnRow | None = None,
@@ -218,6 +219,7 @@ def run(
 
     with fleet.connected():
         settings, placement = preflight(todo, cache_root, synthesizers, gpus_per_synthesizer, gpus_per_trial)
+        settings = replace(settings, batch_timeout_s=batch_timeout_s)
         if synthesizers == 0:
             on_up()
             _tune(todo, None, placement, results_folder, cache_root, tests, reals, on_row, trust_code)

@@ -446,3 +446,22 @@ def test_trusting_a_module_by_a_plain_string_trusts_that_module_only(tmp_path):
     bundles.save(tmp_path / "net", info, {})
     with pytest.raises(ValueError, match="--trust-code own"):
         bundles.load(str(tmp_path / "net"), "my_own_nets")
+
+
+def test_a_teacher_travels_as_arrays_and_comes_back_the_same(tiny_teacher):
+    teacher = bundles.load(str(tiny_teacher))
+    data = bundles.to_arrays(teacher)
+    for array in data["state"].values():
+        array.flags.writeable = False  # as in the object store
+    back = bundles.from_arrays(data)
+    assert (back.hash, back.name, back.info) == (teacher.hash, teacher.name, teacher.info)
+    x = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(back.network(x), teacher.network(x))
+    assert not back.network.training and not any(p.requires_grad for p in back.network.parameters())
+    next(back.network.parameters()).data.zero_()
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            bundles.from_arrays(data).network.state_dict().values(), teacher.network.state_dict().values(), strict=True
+        )
+    )

@@ -177,3 +177,31 @@ def test_wrn_as_teacher_has_a_smaller_bn_term_on_images_than_on_noise():
     teacher = bundles.Teacher(bundles.freeze(network), info, "0" * 64, "wrn")
     start, end = (batch_of(teacher, SMALL.model_copy(update={"num_steps": n})).terms["bn"] for n in (1, 30))
     assert end < start
+
+
+def test_a_batch_that_turns_nan_is_started_again_the_same_way_everywhere(
+    teacher: bundles.Teacher, monkeypatch: pytest.MonkeyPatch
+):
+    real, calls = deepinversion.invert, []
+
+    def turns_nan(network, run, config, *arguments):
+        calls.append(config.learning_rate)
+        if len(calls) % 3 == 1:
+            raise FloatingPointError("synthesis: the loss is nan at step 3")
+        return real(network, run, config, *arguments)
+
+    undisturbed = batch_of(teacher, SMALL, 5)
+    monkeypatch.setattr(deepinversion, "invert", turns_nan)
+    first = batch_of(teacher, SMALL, 5)
+    calls.append(0.0)
+    second = batch_of(teacher, SMALL, 5)
+    assert first.terms["num_attempts"] == second.terms["num_attempts"] == 2
+    assert undisturbed.terms["num_attempts"] == 1
+    np.testing.assert_array_equal(first.images, second.images)
+    assert (first.images != undisturbed.images).any() and (first.labels == undisturbed.labels).all()
+    assert calls[:2] == [SMALL.learning_rate, SMALL.learning_rate / 2]
+
+
+def test_a_batch_that_stays_nan_fails_and_says_how_often_it_was_tried(teacher: bundles.Teacher):
+    with pytest.raises(FloatingPointError, match=r"attempt 3 of 3"):
+        batch_of(teacher, SMALL.model_copy(update={"bn_weight": 1e38}))

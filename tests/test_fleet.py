@@ -169,6 +169,15 @@ def test_a_synthesizer_that_hangs_loses_its_batch_to_another(tmp_path):
         assert running.status()["deaths"] == 1
 
 
+def test_a_batch_over_which_every_synthesizer_hangs_fails_with_advice(tmp_path):
+    spec = simulated_spec("always hangs", SHAPE, (300.0, 300.0))
+    with (
+        fleet.started(settings_of(tmp_path, batch_timeout_s=0.5)) as running,
+        pytest.raises(TimeoutError, match=r"no batch within 0.5 s, 3 times; raise --batch-timeout"),
+    ):
+        read_all(running.stream(timeout_s=60.0), spec, [0])
+
+
 def test_a_batch_that_cannot_be_made_tells_its_readers_why_and_no_other(tmp_path):
     class Failing(Simulated):
         async def batch(self, key, index):

@@ -112,11 +112,12 @@ try:
             lost = status["made"] + status["found"] - 60
             print("made", status["made"], "lost", lost, "up", status["synthesizers_up"], "deaths", status["deaths"])
             assert 0 <= lost <= 4 and status["synthesizers_up"] >= 2, status
-            cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=100_000_000)
+            for _ in range(2):  # four machines now: one more than the fleet began with
+                cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=100_000_000)
             end = time.monotonic() + 60
-            while (running.status() or {}).get("synthesizers_up", 0) < 3 and time.monotonic() < end:
+            while (running.status() or {}).get("synthesizers_up", 0) < 4 and time.monotonic() < end:
                 time.sleep(0.2)
-            assert running.status()["synthesizers_up"] == 3, running.status()
+            assert running.status()["synthesizers_up"] == 4, running.status()
             list(running.stream(timeout_s=100.0).batches(spec, range(60, 80)))
     print("well")
 finally:

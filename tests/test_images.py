@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from dfkd_ray.batches import Batch, batch_seed, mix_seed
-from dfkd_ray.images import PixelSpace, decode, encode, flip_images, mix_images, save_class_grid, shift_images
+from dfkd_ray.images import PixelSpace, decode, decoded, encode, flip_images, mix_images, save_class_grid, shift_images
 
 COLOUR = PixelSpace((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 IDENTITY = PixelSpace((0.0,), (1.0,))
@@ -246,3 +246,24 @@ def test_a_class_grid_that_cannot_be_written_leaves_the_old_one(tmp_path, monkey
     with pytest.raises(OSError):
         save_class_grid(path, [Batch(0, np.zeros((2, 1, 2, 2), np.uint8), np.array([0, 1]), "k")], 2, IDENTITY)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_arrays_are_decoded_one_after_the_other_in_order():
+    arrays = [np.full((2, 3, 4, 4), value, np.uint8) for value in (0, 7, 255)]
+    for array in arrays:
+        array.flags.writeable = False
+    found = list(decoded(iter(arrays), COLOUR, torch.device("cpu")))
+    assert len(found) == 3
+    for array, tensor in zip(arrays, found, strict=True):
+        assert torch.equal(tensor, decode(array, COLOUR))
+
+
+def test_the_arrays_of_a_batch_cannot_be_written_to():
+    own = np.zeros((2, 1, 4, 4), np.float32)
+    batch = Batch(0, own, np.zeros(2, np.int64), "key")
+    with pytest.raises(ValueError, match="read-only"):
+        batch.images += 1
+    with pytest.raises(ValueError, match="read-only"):
+        batch.labels[0] = 1
+    own[0] = 1  # the maker's array stays its own, and no copy was made
+    assert np.shares_memory(own, batch.images)

@@ -180,3 +180,35 @@ def test_a_damaged_part_is_named(tmp_path):
     (tmp_path / "trials" / "t-1.parquet").write_bytes(b"PAR1 not a table PAR1")
     with pytest.raises(ValueError, match=r"t-1\.parquet: damaged"):
         results.read_trials(tmp_path)
+
+
+def batch_row(index, key="ab" * 32, **changes):
+    """A row of the synthesis table with a value of the right type in every column."""
+    values = {pa.string(): "text", pa.float64(): 0.5, pa.int64(): 3}
+    own = {name: values[kind] for name, (kind, _, _) in results.SYNTHESIS.items()}
+    return own | {"synthesis_key": key, "batch_index": index} | changes
+
+
+def test_the_synthesis_table_has_each_batch_once_however_many_trials_wrote_it(tmp_path):
+    for num_batches in (2, 3, 2):
+        rows = [batch_row(index) for index in range(num_batches)] + [batch_row(0, "cd" * 32)]
+        results.write_synthesis(tmp_path, rows)
+    frame = results.read_synthesis(tmp_path)
+    assert frame[["synthesis_key", "batch_index"]].values.tolist() == [
+        *(["ab" * 32, index] for index in range(3)),
+        ["cd" * 32, 0],
+    ]
+    assert len(list((tmp_path / "synthesis").iterdir())) == 3
+    assert list(frame.columns) == results.synthesis_schema().names
+
+
+def test_the_synthesis_table_says_which_columns_are_deterministic():
+    names = set(results.deterministic_columns(results.synthesis_schema()))
+    assert {"images_sha256", "bn", "num_attempts"} <= names and not names & {"wall_s", "host", "numerics"}
+
+
+def test_an_unknown_column_of_a_batch_is_refused(tmp_path):
+    with pytest.raises(KeyError, match=r"dfkd_ray\.synthesis/1.*walls"):
+        results.write_synthesis(tmp_path, [batch_row(0, walls=1.0)])
+    with pytest.raises(ValueError, match="no synthesis table"):
+        results.read_synthesis(tmp_path)

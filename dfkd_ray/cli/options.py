@@ -24,6 +24,9 @@ Synthesizers = Annotated[
     str, typer.Option(help="auto (as many as there are GPUs, or cores; grows with the cluster), or a number")
 ]
 GpusPerSynthesizer = Annotated[float | None, typer.Option(help="a fraction, or whole GPUs; default 0.5")]
+BatchTimeout = Annotated[
+    float, typer.Option(min=1.0, help="seconds after which a batch that is being made is given to another synthesizer")
+]
 
 
 def number_of(text: str) -> int:

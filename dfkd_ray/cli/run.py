@@ -13,6 +13,7 @@ import yaml
 from dfkd_ray import config as configs
 from dfkd_ray.cli.inputs import load_teacher, open_real, open_test
 from dfkd_ray.cli.options import (
+    BatchTimeout,
     Cache,
     DataRoot,
     Download,
@@ -108,6 +109,7 @@ def sweep(
     synthesizers: Synthesizers = "auto",
     gpus_per_synthesizer: GpusPerSynthesizer = None,
     gpus_per_trial: Annotated[float | None, typer.Option(help="a fraction, or whole GPUs; default 0.5")] = None,
+    batch_timeout: BatchTimeout = 3600.0,
     trust_code: Trust = None,
 ) -> None:
     """Run a grid of trials with Ray Tune on this machine; finished trials are not run again.
@@ -155,6 +157,7 @@ def sweep(
         synthesizers=None if synthesizers == "auto" else number_of(synthesizers),
         gpus_per_synthesizer=gpus_per_synthesizer,
         gpus_per_trial=gpus_per_trial,
+        batch_timeout_s=batch_timeout,
         test_of=lambda teacher: open_test(teacher, test_data, data_root, download),
         real_of=real_of if real_data else None,
         on_row=on_row,

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 
 from dfkd_ray import config as configs
 from dfkd_ray.cli.inputs import load_teacher
-from dfkd_ray.cli.options import Cache, Out, Set, Synthesizers, Trust, number_of
+from dfkd_ray.cli.options import BatchTimeout, Cache, Out, Set, Synthesizers, Trust, number_of
 from dfkd_ray.cli.show import Progress, print_fleet
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def synthesize(
         float | None, typer.Option(help="a fraction, or whole GPUs; default: all GPUs, shared out")
     ] = None,
     cache: Cache = None,
+    batch_timeout: BatchTimeout = 3600.0,
     trust_code: Trust = None,
 ) -> None:
     """Make images from a teacher with the synthesis fleet, and write them for other programs to read.
@@ -73,7 +75,7 @@ def synthesize(
         progress("synthesising", sum(counts.values()), len(missing), {**terms, "cached": counts["found"]})
 
     if missing:
-        fleet_options = (device, num_synthesizers, gpus_per_synthesizer, cache_root)
+        fleet_options = (device, num_synthesizers, gpus_per_synthesizer, cache_root, batch_timeout)
         through_fleet(loaded, settings, missing, on_batch, *fleet_options)
     seconds = time.monotonic() - start
     num_made, num_found = counts["made"], counts["found"]
@@ -138,13 +140,14 @@ def through_fleet(
     num_synthesizers: int | None,
     gpus_per_synthesizer: float | None,
     cache_root: str,
+    batch_timeout_s: float,
 ) -> None:
     """Have a fleet of its own make some batches: `on_batch(batch, found)` for each, then say how it fared."""
     from dfkd_ray import devices, fleet
 
     with fleet.connected():
         chosen = fleet_settings(settings, device, num_synthesizers, gpus_per_synthesizer, cache_root)
-        with fleet.started(chosen, [teacher]) as running:
+        with fleet.started(replace(chosen, batch_timeout_s=batch_timeout_s), [teacher]) as running:
             stream = running.stream(in_flight=max(4, 2 * chosen.num_synthesizers))
             stream(teacher, settings, "train", indices, devices.resolve(chosen.device), on_batch)
             status = running.status()
@@ -179,7 +182,7 @@ def fleet_settings(
     )
     return fleet.Settings(
         num_synthesizers=placement.num_synthesizers,
-        cpus=2 * placement.synthesizer_cpus,  # the half that is kept for trials, too: there are none
+        cpus=placement.synthesizer_cpus,
         gpus=placement.synthesizer_gpus,
         cache_root=cache_root,
         device=device if num_gpus else "cpu",

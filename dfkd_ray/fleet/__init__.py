@@ -18,7 +18,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from dfkd_ray.fleet.coordinator import Coordinator, Settings
+from dfkd_ray.fleet.coordinator import MAX_TIMEOUTS, Coordinator, Settings
 from dfkd_ray.fleet.placement import Node, Placement, plan
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class Fleet:
         """What one trial reads through."""
         from dfkd_ray.fleet.stream import Stream
 
+        options.setdefault("timeout_s", (MAX_TIMEOUTS + 1) * self.settings.batch_timeout_s)
         return Stream(self.coordinator, self.teachers, self.settings.cache_root, self.numerics, **options)
 
     def status(self, timeout_s: float = 10.0) -> dict[str, Any] | None:

@@ -25,6 +25,7 @@ from dfkd_ray.fleet.synthesizer import NotOpened, Spec, Synthesizer, note, read_
 
 MAX_READS = 8  # shards read from the cache at a time
 MAX_DEATHS = 20  # synthesizers that may die over one batch before it is called impossible
+MAX_TIMEOUTS = 3  # the same for synthesizers that hang over it
 MAX_DISK_ERRORS = 3  # the same for errors of the disk or the store, some of which pass
 HOLD_S = 10.0
 TICK_S = 2.0
@@ -45,7 +46,7 @@ class Settings:
     trial_gpus: float = 0.0
     window: int = 4  # batches ahead of a reader; at least two per slot
     budget_bytes: int = 256 << 20  # of references kept; what is beyond lives in the cache
-    batch_timeout_s: float = 1800.0  # a batch that takes longer is taken from its synthesizer
+    batch_timeout_s: float = 3600.0  # a batch that takes longer is taken from its synthesizer
     placement_group: Any = None
     slots: int = 1  # batches that one actor makes at a time
     make: Callable[..., Any] = Synthesizer
@@ -76,6 +77,7 @@ class Coordinator:
         self.opening: dict[str, asyncio.Task] = {}
         self.arrived: dict[tuple[str, int], list[asyncio.Future]] = {}
         self.deaths: dict[tuple[str, int], int] = {}
+        self.timeouts: dict[tuple[str, int], int] = {}
         self.making: dict[tuple[str, int], tuple[str, float]] = {}
         self.workers: list[Worker] = []
         self.restarted = ray.get_runtime_context().was_current_actor_reconstructed
@@ -336,7 +338,8 @@ class Coordinator:
         except RayTaskError as error:
             self.failed(worker, key, index, error)
         except TimeoutError:
-            self.died(worker, key, index, f"no batch within {self.settings.batch_timeout_s:.0f} s")
+            self.timeouts[key, index] = self.timeouts.get((key, index), 0) + 1
+            self.died(worker, key, index, f"no batch within {self.settings.batch_timeout_s:g} s")
             ray.kill(actor, no_restart=False)
         except RayError as error:
             self.died(worker, key, index, " ".join(str(error).split())[:300])
@@ -374,6 +377,8 @@ class Coordinator:
         self.deaths[key, index] = self.deaths.get((key, index), 0) + 1
         if self.deaths[key, index] >= MAX_DEATHS:
             self.schedule.fail(key, index, f"RuntimeError: {MAX_DEATHS} synthesizers died making it; last: {reason}")
+        elif self.timeouts.get((key, index), 0) >= MAX_TIMEOUTS:
+            self.schedule.fail(key, index, f"TimeoutError: {reason}, {MAX_TIMEOUTS} times; raise --batch-timeout")
         else:
             self.schedule.not_there(key, index)
         if worker.up:

@@ -185,5 +185,6 @@ def error_of(reason: str, key: str, index: int) -> Exception:
         "MemoryError": MemoryError,
         "OutOfMemoryError": MemoryError,
         "OSError": OSError,
+        "TimeoutError": TimeoutError,
     }
     return kinds.get(kind, RuntimeError)(f"batch {index} of synthesis {key[:12]}: {message or reason}")
