@@ -11,7 +11,7 @@ from dfkd_ray.fleet import placement
 from dfkd_ray.fleet.placement import Node, Placement
 
 UNIT = 10_000  # Ray's fixed point: resources are whole multiples of 0.0001
-THREADS = (1, 2, 4, 16, 64)
+THREADS = (1, 4, 64)
 COUNTS = (None, 1, 3, 64)
 SHARES = ((None, None), (0.25, 0.5), (0.5, 0.25), (0.5, 1.0), (1.0, 0.5), (1.0, 1.0), (2.0, 1.0), (1.0, 2.0))
 
@@ -79,18 +79,34 @@ def spread(machines: list[Free], count: int, cpus: int, gpus: int) -> bool:
     return True
 
 
-def room(nodes: list[Node], plan: Placement) -> int:
-    """How many trials run beside the synthesizers; -1 where these do not fit themselves."""
+def packed(machines: list[Free], count: int, cpus: int, gpus: int) -> bool:
+    """The same bundles, each on the first machine that has room."""
+    return all(any(take(free, cpus, gpus) for free in machines) for _ in range(count))
+
+
+def packed_from_the_end(machines: list[Free], count: int, cpus: int, gpus: int) -> bool:
+    return packed(machines[::-1], count, cpus, gpus)
+
+
+WAYS = [spread, packed, packed_from_the_end]  # Ray spreads, as far as machines have room at the time
+
+
+def trials_of(nodes: list[Node], plan: Placement, place=spread) -> list[int] | None:
+    """How many trials run on each machine beside the synthesizers; None where these do not fit themselves."""
     machines = [Free(fixed(one.cpus), [UNIT] * int(one.gpus)) for one in nodes]
-    gpus = fixed(plan.synthesizer_gpus)
-    if not spread(machines, plan.num_synthesizers, fixed(plan.synthesizer_cpus), gpus):
-        return -1
-    trial = fixed(plan.trial_cpus), fixed(plan.trial_gpus)
-    trials = 0
-    for free in machines:
-        while take(free, *trial):
-            trials += 1
+    if not place(machines, plan.num_synthesizers, fixed(plan.synthesizer_cpus), fixed(plan.synthesizer_gpus)):
+        return None
+    trials = [0] * len(nodes)
+    for number, free in enumerate(machines):
+        while take(free, fixed(plan.trial_cpus), fixed(plan.trial_gpus)):
+            trials[number] += 1
     return trials
+
+
+def room(nodes: list[Node], plan: Placement, place=spread) -> int:
+    """How many trials run beside the synthesizers; -1 where these do not fit themselves."""
+    trials = trials_of(nodes, plan, place)
+    return -1 if trials is None else sum(trials)
 
 
 def planned(nodes, *, synthesizers=None, threads=1, trial_threads=1, gpu=False, shares=(None, None)):
@@ -147,51 +163,115 @@ def plans(name: str) -> list[tuple[list[Node], dict, Placement]]:
     return found
 
 
-def broken(why: str, *names: str):
-    """All kinds of machines, those named marked as known to fail."""
-    mark = pytest.mark.xfail(strict=True, reason=why)
-    return pytest.mark.parametrize(
-        "name", [pytest.param(name, marks=mark if name in names else ()) for name in MACHINES]
-    )
+WITHOUT_GPUS = [name for name in MACHINES if "GPUs" not in name]
+WITH_GPUS = [name for name in MACHINES if "GPUs" in name]
+ROUND_ROBIN = (
+    "machines get synthesizers in turn, ties go to the first; Ray looks at CPUs too, and after the first round puts "
+    "each where the largest part is free"
+)
 
 
-UNEVEN = "synthesizers are counted per machine by its CPUs, Ray puts one on each and the others where most is free"
-ON_GPUS = "CPUs are shared out over all machines, those without GPUs too, where neither synthesizers nor trials can go"
-FEWER = "trials are counted by CPUs and by GPUs of all machines together, not machine by machine; and " + UNEVEN
-
-
-@broken(ON_GPUS, "mixed machines with GPUs")
-def test_the_synthesizers_of_a_plan_fit(name):
-    bad = [case for case in plans(name) if room(case[0], case[2]) < 0]
+@pytest.mark.parametrize("place", WAYS)
+@pytest.mark.parametrize("name", MACHINES)
+def test_the_synthesizers_of_a_plan_fit(name, place):
+    bad = [case for case in plans(name) if room(case[0], case[2], place) < 0]
     assert not bad, f"{len(bad)} of {len(plans(name))}, the first: {bad[0]}"
 
 
-@broken(f"{UNEVEN}; {ON_GPUS}", "mixed machines", "mixed machines with GPUs")
-def test_one_trial_always_runs_beside_the_synthesizers(name):
+@pytest.mark.parametrize("name", MACHINES)
+def test_one_trial_always_runs_beside_synthesizers_that_ray_spreads(name):
     bad = [case for case in plans(name) if room(case[0], case[2]) == 0]
     assert not bad, f"{len(bad)} of {len(plans(name))}, the first: {bad[0]}"
 
 
-@broken(FEWER, "mixed machines", "equal machines with GPUs", "mixed machines with GPUs")
-def test_as_many_trials_run_as_planned(name):
-    bad = [case for case in plans(name) if 0 < room(case[0], case[2]) < case[2].num_trials]
+@pytest.mark.parametrize("place", [packed, packed_from_the_end])
+@pytest.mark.parametrize("name", [name for name in MACHINES if name != "mixed machines with GPUs"])
+def test_one_trial_always_runs_beside_synthesizers_that_ray_packs(name, place):
+    bad = [case for case in plans(name) if room(case[0], case[2], place) == 0]
     assert not bad, f"{len(bad)} of {len(plans(name))}, the first: {bad[0]}"
 
 
-@pytest.mark.xfail(strict=True, reason=UNEVEN)
+@pytest.mark.xfail(
+    strict=True,
+    reason="room is counted for synthesizers spread over machines; where the small machine is busy both lie on the "
+    "large one, and a trial of several GPUs fits nowhere",
+)
+def test_a_trial_of_two_gpus_runs_beside_synthesizers_that_ray_packs_on_the_largest_machine():
+    nodes = [node(8, 3), node(8, 1)]
+    plan = planned(nodes, gpu=True, synthesizers=2, shares=(1.0, 2.0))
+    assert room(nodes, plan) == 1
+    assert room(nodes, plan, packed) >= 1
+
+
+@pytest.mark.xfail(strict=True, reason=ROUND_ROBIN)
+def test_a_trial_runs_where_only_one_machine_has_cores_for_it_and_ray_puts_the_synthesizer_there():
+    nodes = [node(8, 1), node(64, 1)]
+    plan = planned(nodes, gpu=True, synthesizers=1, shares=(1.0, 1.0), trial_threads=16)
+    assert room(nodes, plan) >= 1
+
+
+@pytest.mark.parametrize("place", WAYS)
+@pytest.mark.parametrize("name", WITHOUT_GPUS)
+def test_as_many_trials_run_as_planned_and_hardly_more_where_cpus_are_the_limit(name, place):
+    """More, because 95 % of a machine leaves a gap: one in 19, and one where another machine's trials are smaller."""
+    for nodes, options, plan in plans(name):
+        trials = trials_of(nodes, plan, place)
+        assert trials is not None and sum(trials) >= plan.num_trials, (nodes, options, plan)
+        for one, num in zip(nodes, trials, strict=True):
+            cores_for = max(1, int(one.cpus // options["trial_threads"]))
+            most = cores_for + 1 + (cores_for + 1) // 19 if "mixed" in name else cores_for + cores_for // 19
+            assert num <= most, (nodes, options, plan)
+
+
+@pytest.mark.parametrize("name", ["one machine with GPUs", "equal machines with GPUs"])
+def test_as_many_trials_run_as_planned_where_gpus_are_the_limit(name):
+    bad = [case for case in plans(name) if room(case[0], case[2]) < case[2].num_trials]
+    assert not bad, f"{len(bad)} of {len(plans(name))}, the first: {bad[0]}"
+
+
+@pytest.mark.xfail(strict=True, reason=ROUND_ROBIN)
+def test_as_many_trials_run_as_planned_on_mixed_machines_with_gpus():
+    cases = plans("mixed machines with GPUs")
+    bad = [case for case in cases if room(case[0], case[2]) < case[2].num_trials]
+    assert not bad, f"{len(bad)} of {len(cases)}, the first: {bad[0]}"
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="on one machine shares are counted evenly spread over its GPUs, and Ray's best fit can be worse than that: "
+    "0.9 and 0.3 taken leave room for one trial of 0.4, 0.6 and 0.6 for the two that are planned",
+)
+def test_as_many_trials_run_as_planned_beside_shares_that_do_not_divide_a_gpu():
+    nodes = [node(8, 2)]
+    plan = planned(nodes, gpu=True, shares=(0.3, 0.4))
+    assert room(nodes, plan) >= plan.num_trials
+
+
 def test_a_trial_of_all_threads_runs_beside_synthesizers_on_a_large_and_a_small_machine():
     nodes = [node(64), node(16)]
     plan = planned(nodes, threads=8, trial_threads=64)
-    assert plan == Placement(10, 4.0, 0.0, 1, 32.0, 0.0)
-    assert room(nodes, plan) >= 1  # 9 of the 10 synthesizers lie on the large machine, 28 CPUs are left of 64
+    assert plan == Placement(10, 0.08, 0.0, 1, 60.8, 0.0)
+    assert all(room(nodes, plan, place) == 1 for place in WAYS)
 
 
-@pytest.mark.xfail(strict=True, reason=ON_GPUS)
 def test_a_trial_runs_beside_synthesizers_on_one_machine_with_gpus_and_one_without():
     nodes = [node(8), node(8, 2)]
     plan = planned(nodes, gpu=True)
-    assert plan == Placement(2, 4.0, 0.5, 2, 0.5, 0.5)
-    assert room(nodes, plan) >= 1  # both synthesizers lie on the machine with GPUs, and take all its CPUs
+    assert plan == Placement(2, 0.2, 0.5, 2, 0.95, 0.5)
+    assert all(room(nodes, plan, place) == 2 for place in WAYS)
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_synthesizers_reserve_a_twentieth_of_the_smallest_machine_and_trials_the_rest_of_theirs(name):
+    gpu = "GPUs" in name
+    for nodes, options, plan in plans(name):
+        homes = [one.cpus for one in nodes if one.cpus and (one.gpus or not gpu)]  # shares here are never 0
+        assert 0 <= 0.05 * min(homes) - plan.num_synthesizers * plan.synthesizer_cpus < plan.num_synthesizers / UNIT
+        cores_for = [cpus // options["trial_threads"] for cpus in homes]
+        if not any(cores_for):
+            cores_for = [float(cpus == max(homes)) for cpus in homes]
+        tightest = min(0.95 * cpus / num for cpus, num in zip(homes, cores_for, strict=True) if num)
+        assert plan.trial_cpus == pytest.approx(tightest, abs=1 / UNIT) and plan.trial_cpus <= tightest + 1e-9
 
 
 @pytest.mark.parametrize("name", MACHINES)
@@ -202,8 +282,8 @@ def test_a_plan_has_at_least_one_of_each_and_never_more_than_there_is(name):
         assert plan.num_synthesizers == (options["synthesizers"] or plan.num_synthesizers)
         assert plan.synthesizer_cpus > 0 and plan.trial_cpus > 0
         for used, there in (
-            (plan.num_synthesizers * plan.synthesizer_cpus, cpus / 2),
-            (plan.num_trials * plan.trial_cpus, cpus / 2),
+            (plan.num_synthesizers * plan.synthesizer_cpus, 0.05 * cpus),
+            (plan.num_trials * plan.trial_cpus, 0.95 * cpus),
             (plan.num_synthesizers * plan.synthesizer_gpus + plan.num_trials * plan.trial_gpus, gpus),
         ):
             assert used <= there + 1e-9, (nodes, options, plan)
@@ -217,7 +297,6 @@ def test_reservations_are_whole_multiples_of_rays_resolution(name):
 
 
 @pytest.mark.parametrize("share", [1 / 3, 1 / 6, 1 / 7])
-@pytest.mark.xfail(strict=True, reason="GPU shares are passed on as given; Ray rounds 1/6 up to 0.1667, and five fit")
 def test_gpu_shares_are_whole_multiples_of_rays_resolution(share):
     plan = planned([node(64, 4)], gpu=True, shares=(share, share))
     assert fixed(plan.synthesizer_gpus) and fixed(plan.trial_gpus)
@@ -237,6 +316,23 @@ def test_a_plan_depends_on_no_order_of_the_machines():
         options = {"synthesizers": rng.choice(COUNTS), "threads": rng.choice(THREADS)}
         options["trial_threads"] = rng.choice(THREADS)
         assert planned(nodes, **options) == planned(rng.sample(nodes, 4), **options)
+
+
+@pytest.mark.xfail(strict=True, reason=ROUND_ROBIN)
+def test_a_plan_on_gpus_depends_on_no_order_of_the_machines():
+    nodes, options = [node(8, 1), node(64, 1)], {"gpu": True, "shares": (1.0, 1.0), "trial_threads": 16}
+    said = []
+    for machines in (nodes, nodes[::-1]):
+        try:
+            said.append(planned(machines, synthesizers=1, **options))
+        except ValueError as error:
+            said.append(str(error))
+    assert said[0] == said[1]
+
+
+def test_machines_without_cpus_do_not_count():
+    for gpu in (False, True):
+        assert planned([node(0, 4), node(8, 2)], gpu=gpu) == planned([node(8, 2)], gpu=gpu)
 
 
 def test_without_gpus_none_are_reserved_even_where_there_are_some():
@@ -260,10 +356,20 @@ def test_a_share_of_no_gpu_leaves_the_gpus_to_the_others():
 def test_the_automatic_number_never_shrinks_when_a_machine_joins(shares):
     rng = random.Random(0)
     for _ in range(300):
-        nodes = [node(rng.choice((0, 0.5, 1, 2, 8, 64)), rng.choice((0, 1, 2, 8))) for _ in range(rng.randrange(1, 6))]
+        nodes = [node(rng.choice((1, 2, 8, 64)), rng.choice((0, 1, 2, 8))) for _ in range(rng.randrange(1, 6))]
         threads = rng.choice(THREADS)
         counts = [placement.automatic(nodes[:num], threads, *shares) for num in range(1, len(nodes) + 1)]
         assert counts == sorted(counts)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="beside less than one core a trial only counts while no machine has more: then it has to go to the new "
+    "machine's only GPU, and that has to stay free. Harmless: a fleet that runs does not shrink",
+)
+def test_the_automatic_number_does_not_shrink_when_the_first_machine_of_a_whole_core_joins():
+    small, large = node(0.5, 3), node(64, 1)
+    assert placement.automatic([small], 1, 0.25, 0.5) <= placement.automatic([small, large], 1, 0.25, 0.5)
 
 
 def test_the_automatic_number_grows_with_equal_machines():
@@ -276,10 +382,22 @@ def test_the_automatic_number_is_one_where_cores_are_fewer_than_threads():
     assert placement.automatic([node(0.5), node(2)], 64, 0.0, 0.0) == 1
 
 
-@pytest.mark.parametrize("name", [name for name in MACHINES if "GPUs" not in name])
+@pytest.mark.parametrize("name", WITHOUT_GPUS)
 def test_without_gpus_no_plan_with_an_automatic_number_is_refused(name):
     num = len(MACHINES[name]) * len(THREADS) ** 2
     assert sum(options["synthesizers"] is None for _, options, _ in plans(name)) == num
+
+
+@pytest.mark.parametrize("name", WITH_GPUS)
+def test_the_automatic_number_is_refused_only_where_one_synthesizer_is_too(name):
+    def fitting(count):
+        fits = [(nodes, options) for nodes, options, _ in plans(name) if options["synthesizers"] == count]
+        return {
+            (*nodes, *(options[what] for what in ("threads", "trial_threads", "shares"))) for nodes, options in fits
+        }
+
+    refused = fitting(1) - fitting(None)
+    assert not refused, f"{len(refused)}, one of them: {next(iter(refused))}"
 
 
 @pytest.mark.parametrize("num_gpus", [1, 2, 3, 4, 8])
@@ -290,11 +408,6 @@ def test_the_automatic_number_leaves_one_trial_on_each_gpu(num_gpus, share):
     assert plan.num_trials >= num_gpus and plan.num_synthesizers >= num_gpus
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the automatic number is for synthesizers packed on half of the GPUs (as Ray does, by best fit), but `take` "
-    "spreads them one per GPU until none is whole: `--gpus-per-trial 1` alone is refused on any even number of GPUs",
-)
 @pytest.mark.parametrize("num_gpus", [2, 4, 8])
 def test_the_automatic_number_is_never_refused_where_a_smaller_one_fits(num_gpus):
     nodes, shares = [node(8, num_gpus)], (None, 1.0)
@@ -302,17 +415,32 @@ def test_the_automatic_number_is_never_refused_where_a_smaller_one_fits(num_gpus
     assert planned(nodes, gpu=True, shares=shares).num_trials >= 1
 
 
-@pytest.mark.xfail(strict=True, reason="half of three GPUs is less than one synthesizer of two: 0, though one fits")
 def test_the_automatic_number_is_not_zero_where_one_fits():
     nodes, shares = [node(8, 3)], (2.0, 1.0)
     assert room(nodes, planned(nodes, gpu=True, synthesizers=1, shares=shares)) == 1
     assert placement.automatic(nodes, 1, *shares) >= 1
 
 
-@pytest.mark.xfail(strict=True, reason="`take` spreads parts over GPUs; Ray puts both on one and leaves one whole")
-def test_what_ray_would_pack_is_not_refused():
-    plan = planned([node(8, 2)], gpu=True, synthesizers=2, shares=(0.5, 1.0))
-    assert plan.num_trials == 1
+@pytest.mark.xfail(
+    strict=True,
+    reason="`automatic` looks for room for a trial of one thread, wherever it is; `plan` then wants it on a machine "
+    "with cores for all its threads: refused, although `--synthesizers 1` is not",
+)
+def test_the_automatic_number_leaves_room_where_a_trial_of_many_threads_can_go():
+    nodes, options = [node(8, 2), node(64, 1)], {"gpu": True, "shares": (None, 1.0), "trial_threads": 16}
+    assert room(nodes, planned(nodes, synthesizers=1, **options)) >= 1
+    assert planned(nodes, **options).num_trials >= 1
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="a synthesizer for each core of all machines, but a twentieth of the smallest: above 500 per CPU of that "
+    "each has less than 0.0001, and the refusal names `--synthesizers 513`, which nobody gave",
+)
+def test_the_automatic_number_fits_a_small_head_and_large_machines():
+    nodes = [node(1), *[node(64)] * 8]
+    assert room(nodes, planned(nodes, synthesizers=500)) >= 1
+    assert planned(nodes).num_synthesizers >= 1
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------
@@ -322,7 +450,7 @@ def test_what_ray_would_pack_is_not_refused():
     ("nodes", "options", "said"),
     [
         ([], {}, "no CPU is free; there are 0 node(s) with 0 CPUs and 0 GPUs"),
-        ([node(0), node(0)], {}, "no CPU is free; there are 2 node(s) with 0 CPUs"),
+        ([node(0), node(0, 2)], {}, "no CPU is free; there are 0 node(s) with 0 CPUs and 0 GPUs"),
         ([node(2)], {"synthesizers": 0}, "--synthesizers 0: expected at least 1; there are 1 node(s) with 2 CPUs"),
         ([node(2)], {"synthesizers": -3}, "--synthesizers -3: expected at least 1"),
         (
@@ -350,9 +478,6 @@ def test_a_refusal_names_the_numbers(nodes, options, said):
     assert said in str(caught.value)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="0 or -2 is what `automatic` came to; the message names an option that nobody gave"
-)
 @pytest.mark.parametrize("shares", [(1.0, 0.5), (0.5, 0.75), (1.0, 1.0), (0.5, 2.0)])
 def test_a_refusal_of_the_automatic_number_names_the_shares_and_not_an_option_that_was_not_given(shares):
     with pytest.raises(ValueError) as caught:

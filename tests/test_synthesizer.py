@@ -219,28 +219,56 @@ def test_a_synthesizer_says_how_it_computes(teacher):
     assert hello["numerics"] == NUMERICS and hello["pid"] == os.getpid()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a manifest's time is its key's last use (cache.write_manifest), and local runs renew it when they read; "
-    "through the fleet nobody does, so `cache prune --older-than` takes what sweeps read every day",
-)
-@pytest.mark.parametrize("through", ["synthesizer", "read_shard"])
-def test_reading_a_batch_is_a_use_of_its_key(teacher, tmp_path, through):
-    spec = spec_of(teacher)
-    one = started(tmp_path, spec)
-    one.batch(spec.key, 0)
-    for path in folder_of(tmp_path, spec).path.iterdir():
+def put_back(folder: storage.Folder) -> None:
+    """Everything in it was last used a hundred days ago."""
+    for path in folder.path.iterdir():
         os.utime(path, (time.time() - 100 * cache.DAY_S,) * 2)
-    if through == "synthesizer":
-        one.batch(spec.key, 0)
-    else:
-        synthesizer.read_shard(str(tmp_path), spec.key, NUMERICS, 0)
+
+
+def test_reading_a_batch_is_a_use_of_its_key(teacher, tmp_path):
+    spec = spec_of(teacher)
+    started(tmp_path, spec).batch(spec.key, 0)
+    put_back(folder_of(tmp_path, spec))
+    assert len(cache.prune(str(tmp_path), older_than_days=30, dry_run=True)) == 1
+    assert started(tmp_path, spec).batch(spec.key, 0)[1]["found"]
     assert cache.prune(str(tmp_path), older_than_days=30, dry_run=True) == []
+
+
+def test_noting_a_key_again_is_a_use_and_keeps_what_was_written(teacher, tmp_path):
+    spec = spec_of(teacher)
+    folder = folder_of(tmp_path, spec)
+    synthesizer.note(folder, spec, NUMERICS)
+    written = folder.read(cache.MANIFEST)
+    put_back(folder)
+    synthesizer.note(folder, dataclasses.replace(spec, teacher_name="another name"), NUMERICS)
+    assert folder.read(cache.MANIFEST) == written
+    assert time.time() - folder.sizes()[cache.MANIFEST][1] < cache.DAY_S
+
+
+def test_a_manifest_is_noted_once_per_key_and_process_whether_batches_are_made_or_found(teacher, tmp_path, monkeypatch):
+    specs, noted = [spec_of(teacher, seed) for seed in range(2)], []
+    monkeypatch.setattr(synthesizer, "note", lambda folder, spec, numerics: noted.append(spec.key))
+    for _ in range(2):  # the second process finds what the first one made
+        one = started(tmp_path, *specs)
+        for spec in (*specs, *specs):
+            for index in range(2):
+                one.batch(spec.key, index)
+        assert noted == [spec.key for spec in specs]
+        noted.clear()
+
+
+def test_a_manifest_that_is_missing_is_there_again_when_a_batch_is_found(teacher, tmp_path):
+    spec = spec_of(teacher)
+    started(tmp_path, spec).batch(spec.key, 0)
+    folder = folder_of(tmp_path, spec)
+    folder.remove(cache.MANIFEST)
+    assert started(tmp_path, spec).batch(spec.key, 0)[1]["found"]
+    assert cache.read_manifest(folder)["key"] == spec.key
 
 
 @pytest.mark.parametrize("module", [schedule, synthesizer])
 def test_importing_the_module_loads_no_torch_and_no_ray(module):
-    allowed = {"synthesizer": {"dfkd_ray", "dfkd_ray.batches"}, "schedule": set()}[module.__name__.rpartition(".")[2]]
+    allowed = {synthesizer: {"dfkd_ray", "dfkd_ray.batches", "dfkd_ray.storage"}, schedule: set()}[module]
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     names = set()
     for node in tree.body:
