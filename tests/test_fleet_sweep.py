@@ -85,7 +85,7 @@ try:
     with fleet.connected(cluster.address):
         machines = fleet.nodes()
         placement = fleet.plan(machines, synthesizers=None, synthesizer_threads=1, trial_threads=1, use_gpu=True)
-        assert placement.num_synthesizers == 3 and placement.num_trials == 3, placement
+        assert placement.num_synthesizers == 3 and placement.num_trials >= 2, placement
         settings = fleet.Settings(num_synthesizers=3, cpus=placement.synthesizer_cpus, gpus=placement.synthesizer_gpus,
                                   cache_root=sys.argv[1], make=Simulated, grow=True, trial_gpus=0.5)
         class Placed(Simulated):

@@ -550,13 +550,6 @@ def test_a_key_that_comes_back_or_is_new_gets_its_share_and_no_more():
     assert all(shares[key] == pytest.approx(20, abs=2) for key in schedule.keys)
 
 
-CREDIT = (
-    "service is brought up to date only in `ask` and only where no request at all is waiting: a key whose requests all "
-    "wait for what is in flight, or is being read from the cache, saves up every slot that the others get meanwhile"
-)
-
-
-@pytest.mark.xfail(strict=True, reason=CREDIT)
 def test_a_key_that_waited_for_its_shards_does_not_take_all_slots_afterwards():
     schedule = schedule_of("read", "made")
     schedule.keys["read"].cached = {0}
@@ -570,7 +563,6 @@ def test_a_key_that_waited_for_its_shards_does_not_take_all_slots_afterwards():
     assert shares["made"] >= 10
 
 
-@pytest.mark.xfail(strict=True, reason="the same for a key that only looks ahead: its service stays where it began")
 def test_a_key_that_only_looks_ahead_does_not_take_all_free_slots():
     schedule = schedule_of("new", "old")
     serve(schedule, "old", 0, 1000)
@@ -580,11 +572,6 @@ def test_a_key_that_only_looks_ahead_does_not_take_all_free_slots():
     assert shares["old"] >= 10
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a batch made ahead counts 1, as for one request, and service is not rescaled when demand changes (the "
-    "paper does): a key that used slots which nobody wanted pays for each with n of the other's, at n requests",
-)
 def test_work_ahead_in_idle_slots_costs_a_key_nothing_later():
     schedule = schedule_of("ahead", "other")
     schedule.ask("other", 0)

@@ -268,7 +268,8 @@ class Coordinator:
         if bundle is not None:
             strategy = PlacementGroupSchedulingStrategy(settings.placement_group, bundle)
         options = {
-            "num_cpus": settings.cpus,
+            # One that joins later must not take what a trial needs to start: what it takes is beyond the plan.
+            "num_cpus": 0 if bundle is None and settings.placement_group is not None else settings.cpus,
             "num_gpus": settings.gpus,
             "max_restarts": -1,
             "max_task_retries": 0,

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 SYNTHESIZERS_SHARE = 0.05  # of the smallest machine's CPUs
+RESOLUTION = 0.0001  # of Ray's resources
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Placement:
-    """How many synthesizers and trials run side by side, and what each reserves."""
+    """How many synthesizers run, beside at least how many trials, and what each reserves."""
 
     num_synthesizers: int
     synthesizer_cpus: float
@@ -57,8 +58,8 @@ def plan(
     gpu_t = gpu_share("--gpus-per-trial", gpus_per_trial) if use_gpu else 0.0
     if synthesizers is not None and synthesizers < 1:
         raise ValueError(f"--synthesizers {synthesizers}: expected at least 1; there are {have}")
-    count = synthesizers or automatic(nodes, synthesizer_threads, gpu_s, gpu_t)
-    num_trials = sum(trials_beside(nodes, count, trial_threads, gpu_s, gpu_t))
+    count = synthesizers or automatic(nodes, synthesizer_threads, gpu_s, gpu_t, trial_threads)
+    num_trials = trials_beside(nodes, count, trial_threads, gpu_s, gpu_t)
     if not num_trials:
         asked = f"{count} synthesizer(s) of {gpu_s:g} GPU" if synthesizers else f"a synthesizer of {gpu_s:g} GPU"
         fewer = "fewer with --synthesizers, or " if synthesizers else ""
@@ -66,8 +67,9 @@ def plan(
             f"placement: {asked} leave no room for one trial of {gpu_t:g} GPU; there are {have}; "
             f"ask for {fewer}smaller shares with --gpus-per-synthesizer and --gpus-per-trial"
         )
-    synthesizer_cpus = rounded(SYNTHESIZERS_SHARE * min(node.cpus for node in homes(nodes, gpu_s)) / count)
-    if synthesizer_cpus <= 0:
+    kept = [SYNTHESIZERS_SHARE * node.cpus for node in homes(nodes, gpu_s)]
+    synthesizer_cpus = max(rounded(min(kept) / count), RESOLUTION)
+    if count * synthesizer_cpus > sum(kept):
         raise ValueError(f"--synthesizers {count}: that many do not fit; there are {have}")
     machines = homes(nodes, gpu_t)
     by_cores = zip(machines, trials_by_cores(machines, trial_threads), strict=True)
@@ -98,31 +100,45 @@ def trials_by_cores(nodes: Sequence[Node], threads: int) -> list[int]:
     return [int(node.cpus == largest) for node in nodes]
 
 
-def trials_beside(nodes: Sequence[Node], count: int, threads: int, gpu_s: float, gpu_t: float) -> list[int]:
+def trials_beside(nodes: Sequence[Node], count: int, threads: int, gpu_s: float, gpu_t: float) -> int:
+    """Trials that surely fit beside `count` synthesizers: whether Ray spreads or packs those, wherever it begins."""
+    orders = (list(nodes), list(nodes)[::-1]) if gpu_s else (list(nodes),)
+    return min(
+        sum(trials_left(order, count, threads, gpu_s, gpu_t, packed=packed))
+        for order in orders
+        for packed in (False, True)
+    )
+
+
+def trials_left(
+    nodes: Sequence[Node], count: int, threads: int, gpu_s: float, gpu_t: float, *, packed: bool
+) -> list[int]:
     """Trials that fit on each machine beside `count` synthesizers; none at all where those do not fit themselves."""
     free = [[1.0] * int(node.gpus) for node in nodes]
     taken = [0] * len(nodes)
     for _ in range(count if gpu_s else 0):
-        # Spread over machines, and within one over GPUs: what leaves the least room for large shares. Ray may pack
-        # better than this, never worse.
         able = [position for position, gpus in enumerate(free) if slots(gpus, gpu_s)]
         if not able:
             return [0] * len(nodes)
-        chosen = min(able, key=lambda position: (taken[position], -sum(free[position])))
+        chosen = able[0] if packed else min(able, key=lambda position: (taken[position], -sum(free[position])))
         taken[chosen] += 1
+        gpus = free[chosen]
         for _ in range(max(1, int(gpu_s))):
-            free[chosen][free[chosen].index(max(free[chosen]))] -= min(gpu_s, 1.0)
+            fitting = [part for part in gpus if part > min(gpu_s, 1.0) - 1e-9]
+            gpus[gpus.index(min(fitting) if packed else max(fitting))] -= min(gpu_s, 1.0)
     by_cores = iter(trials_by_cores(homes(nodes, gpu_t), threads))
     counts = []
     for node, gpus in zip(nodes, free, strict=True):
         if gpu_t and not node.gpus:
             counts.append(0)
-            continue
-        counts.append(min(next(by_cores), slots(gpus, gpu_t)) if gpu_t else next(by_cores))
+        elif gpu_t:
+            counts.append(min(next(by_cores), slots(gpus, gpu_t)))
+        else:
+            counts.append(next(by_cores))
     return counts
 
 
-def automatic(nodes: Sequence[Node], threads: int, gpu_s: float, gpu_t: float) -> int:
+def automatic(nodes: Sequence[Node], threads: int, gpu_s: float, gpu_t: float, trial_threads: int = 1) -> int:
     """As many synthesizers as there are free GPUs (their shares beside a trial's), or cores for their threads."""
     if not gpu_s:
         return max(1, sum(math.floor(node.cpus / threads) for node in nodes))
@@ -130,7 +146,7 @@ def automatic(nodes: Sequence[Node], threads: int, gpu_s: float, gpu_t: float) -
         most = sum(int(node.gpus) * slots([1 - gpu_t], gpu_s) for node in nodes)
     else:
         most = math.floor(sum(node.gpus for node in nodes) / 2 / gpu_s)
-    while most > 1 and not sum(trials_beside(nodes, most, 1, gpu_s, gpu_t)):
+    while most > 1 and not trials_beside(nodes, most, trial_threads, gpu_s, gpu_t):
         most -= 1
     return max(1, most)
 
@@ -144,4 +160,4 @@ def slots(gpus: Sequence[float], share: float) -> int:
 
 def rounded(share: float) -> float:
     """Down to Ray's resolution of resources."""
-    return math.floor(share * 10_000 + 1e-6) / 10_000
+    return math.floor(share / RESOLUTION + 1e-6) / round(1 / RESOLUTION)

@@ -26,7 +26,9 @@ class Key:
     ahead: list[int] = field(default_factory=list)
     listed_ahead: set[int] = field(default_factory=set)
     num_waiting: int = 0
-    service: float = 0.0  # slots given, each divided by the demand at the time
+    # By heap: slots given, each divided by the demand at the time; and whether there was something to make last time.
+    service: dict[str, float] = field(default_factory=lambda: {"wanted": 0.0, "ahead": 0.0})
+    was_ready: dict[str, bool] = field(default_factory=lambda: {"wanted": False, "ahead": False})
     errors: dict[int, str] = field(default_factory=dict)
     fresh: set[int] = field(default_factory=set)  # made here, and no reader has had them yet
 
@@ -39,13 +41,11 @@ class Schedule:
         self.keys: dict[str, Key] = {}
         self.held: OrderedDict[tuple[str, int], tuple[Any, int]] = OrderedDict()
         self.held_bytes = 0
-        self.service = 0.0  # of the key last served: where a key that was idle joins
+        self.service = {"wanted": 0.0, "ahead": 0.0}  # of the key last served: where one that wanted nothing joins
 
     def ask(self, key: str, index: int) -> None:
         """A reader waits for a batch from now on."""
         state = self.keys[key]
-        if not state.num_waiting:
-            state.service = max(state.service, self.service)
         state.waiting[index] = state.waiting.get(index, 0) + 1
         state.num_waiting += 1
         if index not in state.in_flight:
@@ -81,19 +81,27 @@ class Schedule:
     def next_to_make(self) -> tuple[str, int] | None:
         """The batch that the next free slot is for, now in flight; None when there is nothing to make."""
         for name in ("wanted", "ahead"):
-            ready = [key for key, state in self.keys.items() if self._tidy(key, state, name)]
+            ready = [key for key, state in self.keys.items() if self._ready(key, state, name)]
             if not ready:
                 continue
-            best = min(ready, key=lambda key: self.keys[key].service)
+            best = min(ready, key=lambda key: self.keys[key].service[name])
             state = self.keys[best]
             index = heapq.heappop(getattr(state, name))
             state.listed_wanted.discard(index)
             state.listed_ahead.discard(index)
             state.in_flight.add(index)
-            self.service = max(self.service, state.service)
-            state.service += 1.0 / max(1, state.num_waiting)
+            self.service[name] = max(self.service[name], state.service[name])
+            state.service[name] += 1.0 / max(1, state.num_waiting) if name == "wanted" else 1.0
             return best, index
         return None
+
+    def _ready(self, key: str, state: Key, name: str) -> bool:
+        """Whether a key has something to make; one that had nothing saves up no claim from that time."""
+        ready = self._tidy(key, state, name)
+        if ready and not state.was_ready[name]:
+            state.service[name] = max(state.service[name], self.service[name])
+        state.was_ready[name] = ready
+        return ready
 
     def _tidy(self, key: str, state: Key, name: str) -> bool:
         """Drop indices at the head of a heap that need no making any more; whether something is left."""
