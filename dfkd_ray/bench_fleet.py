@@ -250,10 +250,9 @@ def grid(teacher: Teacher, teacher_name: str, scale: float, without: bool = True
         with fleet.connected():
             first = timed_sweep(jobs, root / "shared", str(root / "cache"), None)
             off = timed_sweep(jobs, root / "unshared", None, 0) if without else None
-        made = len(results.read_synthesis(root / "shared"))
-        rows = results.read_trials(root / "shared")
+        batches, rows = results.read_synthesis(root / "shared"), results.read_trials(root / "shared")
     print(
-        f"  {len(jobs)} trials, {keys} keys (2 of training images, 1 of the reference set), {made} batches made; "
+        f"  {len(jobs)} trials, {keys} keys (2 of training images, 1 of the reference set), {len(batches)} batches made; "
         f"alone: syntheses {syntheses_s:.1f} s, the rest {distillations_s:.1f} s; over {cores} cores {limit:.1f} s"
     )
     call_share = sum(rows["fleet_call_s"]) / sum(rows["wall_s"])
@@ -261,7 +260,12 @@ def grid(teacher: Teacher, teacher_name: str, scale: float, without: bool = True
         f"  shared: {first['trials_s']:.1f} s from the fleet being up to the last row, {first['trials_s'] / limit:.2f} "
         f"x that; {first['wall_s']:.1f} s with start-up; inside Ray calls {100 * call_share:.2f} % of the trials' wall"
     )
-    figures = {"ratio": first["trials_s"] / limit, "made": float(made)}
+    in_place = (sum(batches["wall_s"]) + sum(rows["wall_s"] - rows["fleet_wait_s"])) / cores
+    print(
+        f"  the same work as measured inside that sweep, all cores busy: {in_place:.1f} s over {cores} cores; the sweep "
+        f"took {first['trials_s'] / in_place:.2f} x that"
+    )
+    figures = {"ratio": first["trials_s"] / limit, "made": float(len(batches))}
     if off is not None:
         figures["speedup"] = off["wall_s"] / first["wall_s"]
         print(f"  sharing off: {off['wall_s']:.1f} s with start-up, {figures['speedup']:.2f} x")

@@ -131,7 +131,7 @@ def test_killed_synthesizers_and_coordinators_change_no_batch_and_stop_nobody(tm
         over, kills = threading.Event(), []
 
         def killer() -> None:
-            while len(kills) < num_kills and not over.wait(rng.uniform(0.3, 1.2)):
+            while len(kills) < num_kills and not over.wait(rng.uniform(0.2, 0.8)):
                 try:
                     actors = ray.get(running.coordinator.actors.remote(), timeout=5)
                     victim = rng.choice([*actors, running.coordinator])

@@ -97,7 +97,7 @@ try:
                 time.sleep(0.2)
             actors = ray.get(running.coordinator.actors.remote())
             assert len({hello["host"] for hello in ray.get([actor.hello.remote() for actor in actors])}) == 3
-            spec = simulated_spec("cluster", (4, 1, 8, 8), (0.2, 0.4))
+            spec = simulated_spec("cluster", (4, 1, 8, 8), (0.1, 0.2))
             seen = []
             for batch, _ in running.stream(timeout_s=100.0).batches(spec, range(60)):
                 wanted = simulated_batch(spec.key, batch.index, spec.config)
@@ -118,7 +118,7 @@ try:
             while (running.status() or {}).get("synthesizers_up", 0) < 4 and time.monotonic() < end:
                 time.sleep(0.2)
             assert running.status()["synthesizers_up"] == 4, running.status()
-            list(running.stream(timeout_s=100.0).batches(spec, range(60, 80)))
+            list(running.stream(timeout_s=100.0).batches(spec, range(60, 72)))
     print("well")
 finally:
     cluster.shutdown()

@@ -136,7 +136,7 @@ MACHINES = {
     "mixed machines": [[node(a), node(b), node(c)] for a in (1, 2, 64) for b in (2, 8, 16) for c in (0.5, 1, 8)]
     + [[node(64), node(16)], [node(1), node(2)], [node(64), node(2), node(2), node(2)]],
     "one machine with GPUs": equal((1, 2, 8, 64), (1, 2, 3, 8), nums=(1,)),
-    "equal machines with GPUs": equal((1, 2, 8, 64), (1, 2, 8), nums=(2, 4)),
+    "equal machines with GPUs": equal((1, 8, 64), (1, 2, 4), nums=(2, 3)),
     "mixed machines with GPUs": [
         [node(8, 2), node(8)],
         [node(8), node(8, 1)],
