@@ -252,8 +252,8 @@ def grid(teacher: Teacher, teacher_name: str, scale: float, without: bool = True
             off = timed_sweep(jobs, root / "unshared", None, 0) if without else None
         batches, rows = results.read_synthesis(root / "shared"), results.read_trials(root / "shared")
     print(
-        f"  {len(jobs)} trials, {keys} keys (2 of training images, 1 of the reference set), {len(batches)} batches made; "
-        f"alone: syntheses {syntheses_s:.1f} s, the rest {distillations_s:.1f} s; over {cores} cores {limit:.1f} s"
+        f"  {len(jobs)} trials, {keys} keys (2 of training images, 1 of the reference set), "
+        f"{len(batches)} batches made; alone: syntheses {syntheses_s:.1f} s, the rest {distillations_s:.1f} s; over {cores} cores {limit:.1f} s"
     )
     call_share = sum(rows["fleet_call_s"]) / sum(rows["wall_s"])
     print(
@@ -262,8 +262,8 @@ def grid(teacher: Teacher, teacher_name: str, scale: float, without: bool = True
     )
     in_place = (sum(batches["wall_s"]) + sum(rows["wall_s"] - rows["fleet_wait_s"])) / cores
     print(
-        f"  the same work as measured inside that sweep, all cores busy: {in_place:.1f} s over {cores} cores; the sweep "
-        f"took {first['trials_s'] / in_place:.2f} x that"
+        f"  the same work as measured inside that sweep, all cores busy: {in_place:.1f} s over {cores} cores; the "
+        f"sweep took {first['trials_s'] / in_place:.2f} x that"
     )
     figures = {"ratio": first["trials_s"] / limit, "made": float(len(batches))}
     if off is not None:
