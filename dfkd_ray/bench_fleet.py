@@ -253,7 +253,8 @@ def grid(teacher: Teacher, teacher_name: str, scale: float, without: bool = True
         batches, rows = results.read_synthesis(root / "shared"), results.read_trials(root / "shared")
     print(
         f"  {len(jobs)} trials, {keys} keys (2 of training images, 1 of the reference set), "
-        f"{len(batches)} batches made; alone: syntheses {syntheses_s:.1f} s, the rest {distillations_s:.1f} s; over {cores} cores {limit:.1f} s"
+        f"{len(batches)} batches made\n"
+        f"  alone: syntheses {syntheses_s:.1f} s, the rest {distillations_s:.1f} s; over {cores} cores {limit:.1f} s"
     )
     call_share = sum(rows["fleet_call_s"]) / sum(rows["wall_s"])
     print(
