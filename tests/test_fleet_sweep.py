@@ -55,17 +55,13 @@ def test_one_or_three_synthesizers_kills_or_none_warm_or_cold_the_tables_are_the
     assert cache.read_manifest(folder)["teacher_hash"] == teacher.hash
 
 
-def test_a_grid_on_one_cpu_ends(tiny_teacher, tmp_path):
+def test_a_grid_on_one_cpu_ends_with_or_without_sharing(tiny_teacher, tmp_path):
     run_sweeps("one_cpu", tiny_teacher, tmp_path)
-    rows = results.read_trials(tmp_path / "out")
+    rows = results.read_trials(tmp_path / "shared")
     assert (rows["status"] == "finished").all() and (rows["fleet_wait_s"] >= 0).all()
-
-
-def test_without_sharing_every_trial_makes_its_own_images(tiny_teacher, tmp_path):
-    run_sweeps("unshared", tiny_teacher, tmp_path)
-    rows = results.read_trials(tmp_path / "out")
+    rows = results.read_trials(tmp_path / "unshared")
     assert rows["synthesis_key"].nunique() == 1 and rows["num_cached_batches"].sum() == 0
-    assert rows["fleet_call_s"].isna().all()
+    assert rows["fleet_call_s"].isna().all(), "every trial made its own images"
 
 
 CLUSTER = """
