@@ -85,14 +85,12 @@ def same(teacher: str, folder: Path) -> None:
 
 
 def one_cpu(teacher: str, folder: Path) -> None:
+    """On one CPU two trials of two syntheses through the fleet, then two of one synthesis without it."""
+    jobs = jobs_of(teacher)
     with fleet.connected(num_cpus=1, object_store_memory=100_000_000):
-        assert sweep.run(jobs_of(teacher)[::3], folder / "out", str(folder / "cache")) == 0
-
-
-def unshared(teacher: str, folder: Path) -> None:
-    with fleet.connected(num_cpus=2, object_store_memory=100_000_000):
-        assert sweep.run(jobs_of(teacher)[:2], folder / "out", None, synthesizers=0) == 0
+        assert sweep.run(jobs[::3], folder / "shared", str(folder / "cache")) == 0
+        assert sweep.run(jobs[:2], folder / "unshared", None, synthesizers=0) == 0
 
 
 if __name__ == "__main__":
-    {"same": same, "one_cpu": one_cpu, "unshared": unshared}[sys.argv[1]](sys.argv[2], Path(sys.argv[3]))
+    {"same": same, "one_cpu": one_cpu}[sys.argv[1]](sys.argv[2], Path(sys.argv[3]))

@@ -31,8 +31,9 @@ def ray_session() -> Iterator[None]:
         yield
 
 
-def images_made_here(teacher: Path, num_images: int) -> tuple[np.ndarray, np.ndarray]:
-    _, batch = synthesis.source(bundles.load(str(teacher)), TINY_CONFIG, torch.device("cpu"))
+def images_made_here(teacher: Path, num_images: int, num_steps: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    settings = TINY_CONFIG.model_copy(update={"num_steps": num_steps})
+    _, batch = synthesis.source(bundles.load(str(teacher)), settings, torch.device("cpu"))
     batches = [batch(index) for index in range(-(-num_images // 8))]
     images = np.concatenate([batch.images for batch in batches])
     return images[:num_images], np.concatenate([batch.labels for batch in batches])[:num_images]
@@ -73,9 +74,10 @@ def test_a_folder_holds_what_local_synthesis_makes_and_a_second_run_makes_nothin
 def test_an_interrupted_command_goes_on_to_exactly_the_images_of_local_synthesis(run_cli, tiny_teacher, tmp_path):
     out = tmp_path / "out"
     words = ["synthesize", str(tiny_teacher), "--out", str(out), "--format", "parquet", *TINY, *CPU]
+    words += ["--set", "num_steps=40"]  # slow enough to be interrupted on a busy machine
     words += ["--cache", str(tmp_path / "cache"), "--num-images"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "dfkd_ray", *words, "400"],
+        [sys.executable, "-m", "dfkd_ray", *words, "160"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -92,17 +94,17 @@ def test_an_interrupted_command_goes_on_to_exactly_the_images_of_local_synthesis
     assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err, err
     num_there = len(list(out.glob("part-*.parquet")))
     assert num_there >= 2 and not (out / "synthesis.json").exists()
-    assert_one_line(run_cli(*words, "9"), 2, "400", "choose another folder")
-    done = run_cli(*words, "401")
+    assert_one_line(run_cli(*words, "9"), 2, "160", "choose another folder")
+    done = run_cli(*words, "161")
     assert done.code == 0, done.err
     record = record_of(out)
-    assert record["num_kept"] == num_there and record["num_made"] + record["num_found"] == 51 - num_there
+    assert record["num_kept"] == num_there and record["num_made"] + record["num_found"] == 21 - num_there
     batches = [export.read_part(path) for path in sorted(out.glob("part-*.parquet"))]
-    images, labels = images_made_here(tiny_teacher, 401)
+    images, labels = images_made_here(tiny_teacher, 161, num_steps=40)
     assert np.array_equal(np.concatenate([batch.images for batch in batches]), images)
     assert np.array_equal(np.concatenate([batch.labels for batch in batches]), labels)
-    assert run_cli(*words, "401").code == 0 and record_of(out)["num_kept"] == 51
-    assert_one_line(run_cli(*words, "401", "--seed", "1"), 2, "key", "choose another folder")
+    assert run_cli(*words, "161").code == 0 and record_of(out)["num_kept"] == 21
+    assert_one_line(run_cli(*words, "161", "--seed", "1"), 2, "key", "choose another folder")
 
 
 @pytest.mark.usefixtures("ray_session")

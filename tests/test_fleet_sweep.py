@@ -55,17 +55,13 @@ def test_one_or_three_synthesizers_kills_or_none_warm_or_cold_the_tables_are_the
     assert cache.read_manifest(folder)["teacher_hash"] == teacher.hash
 
 
-def test_a_grid_on_one_cpu_ends(tiny_teacher, tmp_path):
+def test_a_grid_on_one_cpu_ends_with_or_without_sharing(tiny_teacher, tmp_path):
     run_sweeps("one_cpu", tiny_teacher, tmp_path)
-    rows = results.read_trials(tmp_path / "out")
+    rows = results.read_trials(tmp_path / "shared")
     assert (rows["status"] == "finished").all() and (rows["fleet_wait_s"] >= 0).all()
-
-
-def test_without_sharing_every_trial_makes_its_own_images(tiny_teacher, tmp_path):
-    run_sweeps("unshared", tiny_teacher, tmp_path)
-    rows = results.read_trials(tmp_path / "out")
+    rows = results.read_trials(tmp_path / "unshared")
     assert rows["synthesis_key"].nunique() == 1 and rows["num_cached_batches"].sum() == 0
-    assert rows["fleet_call_s"].isna().all()
+    assert rows["fleet_call_s"].isna().all(), "every trial made its own images"
 
 
 CLUSTER = """
@@ -77,7 +73,7 @@ from dfkd_ray import fleet
 from dfkd_ray.fleet.simulated import Simulated, simulated_batch, simulated_spec
 
 quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 500,
-         "health_check_failure_threshold": 3}
+         "health_check_failure_threshold": 6}
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1, "_system_config": quick,
                                                         "object_store_memory": 100_000_000})
 nodes = [cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=100_000_000) for _ in range(2)]
@@ -114,7 +110,7 @@ try:
             assert 0 <= lost <= 4 and status["synthesizers_up"] >= 2, status
             for _ in range(2):  # four machines now: one more than the fleet began with
                 cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=100_000_000)
-            end = time.monotonic() + 60
+            end = time.monotonic() + 120
             while (running.status() or {}).get("synthesizers_up", 0) < 4 and time.monotonic() < end:
                 time.sleep(0.2)
             assert running.status()["synthesizers_up"] == 4, running.status()
@@ -131,7 +127,7 @@ def test_on_three_nodes_the_fleet_spreads_and_a_lost_node_costs_only_its_batches
         [sys.executable, str(tmp_path / "cluster.py"), str(tmp_path / "cache")],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=400,
         check=False,
         env={**os.environ, **fleet.QUIET},
     )

@@ -93,7 +93,7 @@ def test_every_shipped_sweep_is_valid_and_its_command_names_its_own_file(path):
 def test_every_shipped_sweep_runs_at_its_tiny_size(path, tmp_path):
     command = [sys.executable, "-m", "dfkd_ray", "sweep", str(path), "--tiny", "--test-data", "none"]
     command += ["--results", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     rows = results.read_trials(tmp_path / "out")
     assert (rows["status"] == "finished").all() and f"{len(rows)} trials, 0 failed" in done.stdout
@@ -125,7 +125,7 @@ def finished_sweep(tmp_path_factory, tiny_teacher):
     command += ["--cache", str(folder / "cache"), "--test-data", "none"]
     environment = {**os.environ, "COLUMNS": "160"}
     runs = [
-        subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+        subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
         for _ in range(2)
     ]
     return folder, runs
