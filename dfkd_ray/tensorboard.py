@@ -108,7 +108,7 @@ def varying(configs: Iterable[TrialConfig]) -> dict[str, list[Any]]:
 def look_values(look: Mapping[str, Any]) -> list[Summary.Value | None]:
     """The scalars of one look at the student."""
     return [
-        scalar(f"{SECTIONS.get(name, 'training')}/{name}", value)
+        scalar(f"{SECTIONS.get(name, 'training')}/{name}", float(value))
         for name, value in look.items()
         if name != "step" and isinstance(value, Real) and not isinstance(value, bool)
     ]
