@@ -6,6 +6,9 @@ each start, so a killed trial leaves half a record and a resumed one its points 
 Here a file is written whole, and its name says what is in it: to write it again changes nothing.
 """
 
+# Protobuf makes its classes at import, where a type checker does not see them.
+# pyright: reportAttributeAccessIssue=false
+
 import io
 import re
 import time
@@ -123,7 +126,7 @@ def ladder_values(row: Mapping[str, Any], rung: str) -> list[Summary.Value | Non
     ]
 
 
-def scalar(tag: str, number: float | None, description: str = "") -> Summary.Value | None:
+def scalar(tag: str, number: float | int | None, description: str = "") -> Summary.Value | None:
     """One number, or None where there is none."""
     if number is None or number != number:
         return None
