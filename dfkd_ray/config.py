@@ -381,6 +381,12 @@ def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return columns
 
 
+def columns_of(config: TrialConfig) -> dict[str, Any]:
+    """Dotted field → value: the config's columns in a table. A new student's arguments are one column, as JSON."""
+    columns = flat(config.model_dump(mode="json", exclude={"student": {"arguments"}}))
+    return columns | {"student.arguments": json.dumps(config.student.arguments, sort_keys=True)}
+
+
 def stable_hash(data: Any) -> str:
     """SHA-256 (64 hex digits) of the canonical JSON of plain data: the same in every process and on every machine."""
     text = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)

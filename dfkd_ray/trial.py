@@ -25,7 +25,7 @@ import dfkd_ray
 from dfkd_ray import batchnorm, bundles, cache, devices, distillation, evaluation, models, pruning, synthesis
 from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.bundles import Teacher
-from dfkd_ray.config import TrialConfig, flat, stable_hash
+from dfkd_ray.config import TrialConfig, columns_of, stable_hash
 from dfkd_ray.distillation import Pool, Progress
 from dfkd_ray.images import decoded
 
@@ -190,9 +190,9 @@ def steps(
         "best_step": state.best_step,
         "status": "finished",
     }
-    row |= size_columns(student)
     student = devices.place(student, torch.device("cpu"), channels_last=False)
     pruned = tuple(pruning.prunable(student)) if config.pruning.sparsity > 0 else ()
+    row |= size_columns(student, pruned)
     info = student_info(config, teacher, row)
     images = Batch(0, pool.images, pool.labels, gathered.key)
     rows = (*held_out.rows, *gathered.rows)
@@ -376,15 +376,15 @@ def reestimate(student: nn.Module, config: TrialConfig, pool: Pool, teacher: Tea
         batchnorm.reestimate(student, images)
 
 
-def size_columns(student: nn.Module) -> dict[str, Any]:
-    """Sparsity, parameter counts and bytes of a student."""
+def size_columns(student: nn.Module, pruned: Sequence[str]) -> dict[str, Any]:
+    """Sparsity, parameter counts and bytes of a student whose tensors named in `pruned` are stored sparse."""
     state = student.state_dict()
     return {
         "achieved_sparsity": pruning.achieved_sparsity(student),
         "num_parameters": sum(parameter.numel() for parameter in student.parameters()),
         "num_nonzero": pruning.num_nonzero(student),
         "dense_bytes": sum(tensor.numel() * tensor.element_size() for tensor in state.values()),
-        "stored_bytes": bundles.stored_bytes(state, tuple(pruning.prunable(student))),
+        "stored_bytes": bundles.stored_bytes(state, pruned),
     }
 
 
@@ -402,9 +402,7 @@ def student_info(config: TrialConfig, teacher: Teacher, row: Mapping[str, Any]) 
 
 def provenance(config: TrialConfig, teacher: Teacher) -> dict[str, Any]:
     """The columns known before anything has run."""
-    values = flat(config.model_dump(mode="json"))
-    values["student.arguments"] = json.dumps(config.student.arguments, sort_keys=True)
-    return values | {
+    return columns_of(config) | {
         "trial_id": trial_id(config, teacher),
         "teacher_hash": teacher.hash,
         "teacher_architecture": teacher.info.architecture,

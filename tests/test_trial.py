@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dfkd_ray import bundles, pruning, trial
+from dfkd_ray import bundles, pruning, results, trial
 from dfkd_ray.batches import Batch
 from dfkd_ray.config import TrialConfig, validate, with_overrides
 
@@ -79,8 +79,6 @@ def test_selection_and_student_do_not_depend_on_test_data(teacher, tiny_teacher)
 
 
 def test_the_same_config_gives_the_same_deterministic_row(teacher, tiny_teacher, tmp_path):
-    from dfkd_ray import results
-
     rows = [
         trial.run(config_of(tiny_teacher), teacher, test=a_test_set(), images=trial.made_here(folder)).row
         for folder in (None, tmp_path, tmp_path)
@@ -147,6 +145,16 @@ def test_another_architecture_can_be_the_student_pruned_or_not(teacher, tiny_tea
     loaded = bundles.load(str(tmp_path / "student"))
     assert loaded.info.architecture == "wrn_10_1"
     assert pruning.achieved_sparsity(loaded.network) == pytest.approx(0.5, abs=1e-4)
+
+
+def test_a_new_student_with_arguments_that_is_not_pruned_has_a_row_and_its_true_size(teacher, tiny_teacher, tmp_path):
+    student = {"architecture": "resnet8", "arguments": {"width_multiplier": 0.25}}
+    outcome = trial.run(config_of(tiny_teacher, student=student, **{"pruning.sparsity": 0.0}), teacher)
+    outcome.save_student(tmp_path / "student")
+    assert outcome.row["stored_bytes"] == (tmp_path / "student" / "weights.safetensors").stat().st_size
+    results.write_trials(tmp_path, [outcome.row], "t")
+    row = results.read_trials(tmp_path).iloc[0]
+    assert json.loads(row["student.arguments"]) == student["arguments"]
 
 
 def test_a_student_by_import_path_needs_trust(teacher, tiny_teacher):

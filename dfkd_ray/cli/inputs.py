@@ -128,9 +128,17 @@ def allow_import_from_here() -> None:
         sys.path.insert(0, "")
 
 
-def load_teacher(name: str, trust_code: Sequence[str] | None) -> "Teacher":
-    """A bundle by folder or name."""
+def load_teacher(name: str, trust_code: Sequence[str] | None, below: Path | None = None) -> "Teacher":
+    """A bundle by folder or name; where a folder `below` is given, one of that name in it comes first."""
     from dfkd_ray import bundles
 
     allow_import_from_here()
-    return bundles.load(name, tuple(trust_code or ()))
+    trusted = tuple(trust_code or ())
+    if below is None:
+        return bundles.load(name, trusted)
+    if (below / name / "teacher.json").is_file():
+        return bundles.load(str(below / name), trusted)
+    try:
+        return bundles.load(name, trusted)
+    except ValueError as error:
+        raise ValueError(f"{error}; nor is there one in --teachers {below}") from None

@@ -98,6 +98,9 @@ def sweep(
     file: Annotated[Path, typer.Argument(help="YAML sweep file")],
     results: Annotated[Path | None, typer.Option(help="folder for tables, students, pictures")] = None,
     set_: Set = None,
+    teachers: Annotated[
+        Path | None, typer.Option(help="folder in which the file's teachers are looked for first, by name")
+    ] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="the file's small size, for a look in seconds")] = False,
     test_data: TestData = "auto",
     real_data: Annotated[
@@ -125,7 +128,7 @@ def sweep(
 
     settings = configs.validate(sweeps.SweepConfig, data, str(file))
     trials = sweeps.expand(settings, overrides, tiny=tiny)
-    jobs = sweeps.plan(trials, lambda name: load_teacher(name, trust_code), tuple(trust_code or ()))
+    jobs = sweeps.plan(trials, lambda name: load_teacher(name, trust_code, teachers), tuple(trust_code or ()))
     uses_real = any(job.config.synthesis.method == "real" for job in jobs)
     if uses_real != (real_data is not None):
         raise ValueError(f"{file}: trials with synthesis.method=real and --real-data NAME go together")

@@ -55,10 +55,12 @@ class Job:
 def expand(sweep: SweepConfig, overrides: Mapping[str, Any], *, tiny: bool = False) -> list[TrialConfig]:
     """Every trial config of a sweep, in order, each once. `ValueError` with all errors of all combinations at once.
 
-    `overrides` (dotted) and `tiny` win over `base`; an override of a grid's own field is an error.
+    `overrides` (dotted) win over `base`; an override of a grid's own field is an error. `tiny` wins over grid and seeds
+    too: an axis that it fixes has one value, and points that thereby become equal are one trial.
     """
     grids = sweep.grid if isinstance(sweep.grid, list) else [sweep.grid]
-    fixed = {**(sweep.tiny if tiny else {}), **overrides}
+    small = sweep.tiny if tiny else {}
+    fixed = {**small, **overrides}
     configs: dict[str, TrialConfig] = {}
     errors: dict[str, None] = {}
     for grid in grids:
@@ -73,7 +75,7 @@ def expand(sweep: SweepConfig, overrides: Mapping[str, Any], *, tiny: bool = Fal
                     point |= dict.fromkeys(SEED_FIELDS, seed)
                 try:
                     data = with_overrides(sweep.base, point)
-                    extra = {k: v for k, v in fixed.items() if k not in point and applies(k, data)}
+                    extra = {k: v for k, v in fixed.items() if (k in small or k not in point) and applies(k, data)}
                     config = validate(TrialConfig, with_overrides(data, extra), "sweep")
                     configs.setdefault(config.model_dump_json(), config)
                 except ValueError as error:

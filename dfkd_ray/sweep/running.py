@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dfkd_ray import results
+from dfkd_ray import results, tensorboard
 from dfkd_ray import trial as one_trial
 from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.bundles import Teacher
@@ -36,10 +36,11 @@ def run_job(
     results_folder: Path,
     trust_code: Sequence[str],
 ) -> dict[str, Any]:
-    """Run one trial and write what it leaves: student, picture, rows (the trial's last: then all else is there)."""
+    """Run one trial and write what it leaves: student, picture, events, rows (its own last: then all else is there)."""
     kd = job.config.distillation
     # The teacher is the same in every trial: one evaluation per process, not one per trial.
     known = (job.teacher.hash, kd.precision, kd.num_threads, job.config.device, None if test is None else len(test))
+    epochs: Sequence[Mapping[str, Any]] = ()
     try:
         outcome = one_trial.run(
             job.config,
@@ -51,7 +52,7 @@ def run_job(
             checkpoint=results_folder / "checkpoints",
             trust_code=trust_code,
         )
-        row = outcome.row
+        row, epochs = outcome.row, outcome.epochs
         if row.get("teacher_accuracy") is not None:
             TEACHER_ACCURACIES[known] = row["teacher_accuracy"]
         if outcome.student is not None:
@@ -65,6 +66,7 @@ def run_job(
         row = one_trial.provenance(job.config, job.teacher)
         row |= {"status": "failed", "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
     row |= {"fleet_call_s": getattr(images, "call_s", None), "fleet_wait_s": getattr(images, "wait_s", None)}
+    tensorboard.write_trial(results_folder, row, epochs)
     results.write_trials(results_folder, [row], job.id)
     shutil.rmtree(results_folder / "checkpoints" / job.id, ignore_errors=True)  # its row is on disk: of no more use
     return row
@@ -110,6 +112,7 @@ def run(
             reals[job.id] = real_of(job.teacher, job.config.synthesis)
     from dfkd_ray import fleet
 
+    tensorboard.write_sweep(results_folder, [job.config for job in jobs])
     with fleet.connected():
         settings, placement = preflight(todo, cache_root, synthesizers, gpus_per_synthesizer, gpus_per_trial)
         settings = replace(settings, batch_timeout_s=batch_timeout_s)

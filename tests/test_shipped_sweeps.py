@@ -1,0 +1,150 @@
+"""The sweep files of the project: valid, runnable at their tiny size, and telling how to make their teachers."""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from dfkd_ray import bundles, cli, config, results, sweep, trial
+from dfkd_ray.cli.inputs import load_teacher
+
+SWEEPS = {path.stem: path for path in sorted((Path(__file__).parent.parent / "sweeps").glob("*.yaml"))}
+by_name = pytest.mark.parametrize("name", SWEEPS)
+
+
+def settings_of(name: str) -> sweep.SweepConfig:
+    return config.validate(sweep.SweepConfig, config.read_yaml(SWEEPS[name]), name)
+
+
+def training_commands(name: str) -> list[list[str]]:
+    """The words of each `dfkd-ray teacher train` in the head of a sweep file, as bash makes them of its loops."""
+    head = [line[4:] for line in SWEEPS[name].read_text().splitlines() if line.startswith("#   ")]
+    script = "dfkd-ray() { printf '%q ' \"$@\"; echo; }\n" + "\n".join(head)
+    done = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True)
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def option(words: list[str], name: str, default: str) -> str:
+    return words[words.index(name) + 1] if name in words else default
+
+
+def teachers_folder(name: str) -> str:
+    """Where the command of a sweep file looks for teachers first; relative to the working folder."""
+    return option(shlex.split(settings_of(name).about.command), "--teachers", "")
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """A folder with untrained, narrow bundles in place of all that the sweep files have trained."""
+    root = tmp_path_factory.mktemp("untrained")
+    for name in SWEEPS:
+        for _, _, architecture, *words in training_commands(name):
+            arguments = json.loads(option(words, "--arguments", "{}"))
+            if not architecture.startswith("wrn_"):  # which have no other width than the one they are named for
+                arguments["width_multiplier"] = 0.125
+            shape = "3x32x32" if option(words, "--dataset", "") == "cifar10" else "1x32x32"
+            init = typer.main.get_command(cli.app)
+            out = str(root / option(words, "--out", ""))
+            words = ["teacher", "init", architecture, "--arguments", json.dumps(arguments), "--image-shape", shape]
+            init.main([*words, "--out", out], standalone_mode=False)
+    return root
+
+
+@by_name
+def test_a_file_is_valid_and_its_command_names_it(name):
+    settings = settings_of(name)
+    assert f"sweeps/{name}.yaml" in settings.about.command
+    assert sweep.expand(settings, {})
+
+
+@by_name
+def test_the_head_of_a_file_trains_every_teacher_that_is_not_bundled(name):
+    named = {trial.teacher for trial in sweep.expand(settings_of(name), {})}
+    missing = {teacher for teacher in named if not (bundles.BUNDLED / teacher / "teacher.json").is_file()}
+    commands = training_commands(name)
+    made = {str(Path(option(words, "--out", "")).relative_to(teachers_folder(name))) for words in commands}
+    assert made == missing
+    group = typer.main.get_command(cli.app).commands["teacher"].commands["train"]
+    for words in commands:
+        assert words[:2] == ["teacher", "train"]
+        group.make_context("train", words[2:])  # an unknown option, or a value of the wrong type, raises
+
+
+@pytest.mark.parametrize("name", sorted(set(SWEEPS) - {"recovery_bound", "quickstart"}))  # real images; below
+def test_every_trial_of_a_files_tiny_size_finishes(name, untrained, tmp_path):
+    def open_teacher(teacher: str) -> bundles.Teacher:
+        return load_teacher(teacher, None, untrained / teachers_folder(name))
+
+    jobs = sweep.plan(sweep.expand(settings_of(name), {}, tiny=True), open_teacher)
+    for job in jobs:  # as Ray's workers would, without the start of Ray for every file
+        sweep.run_job(job, trial.made_here(tmp_path / "cache"), None, None, tmp_path / "out", ())
+    check_results(tmp_path / "out", len(jobs))
+
+
+def test_the_command_runs_quickstarts_tiny_size(tmp_path):
+    command = [sys.executable, "-m", "dfkd_ray", "sweep", str(SWEEPS["quickstart"]), "--tiny", "--test-data", "none"]
+    command += ["--results", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    num_trials = len(sweep.expand(settings_of("quickstart"), {}, tiny=True))
+    assert f"{num_trials} trials, 0 failed" in done.stdout
+    check_results(tmp_path / "out", num_trials)
+
+
+def check_results(place: Path, num_trials: int) -> None:
+    """Every trial has its finished row, a student of the size and sparsity that the row says, and its events."""
+    rows = results.read_trials(place)
+    assert len(rows) == num_trials and (rows["status"] == "finished").all(), rows["reason"].dropna().tolist()
+    for _, row in rows.iterrows():
+        weights = place / "students" / row["trial_id"] / "weights.safetensors"
+        assert weights.stat().st_size == row["stored_bytes"]
+        assert (row["achieved_sparsity"] < 1e-3) == (row["pruning.sparsity"] == 0)
+        assert (place / "tensorboard" / row["trial_id"] / "events.out.tfevents.trial").is_file()
+
+
+def test_a_teacher_that_is_nowhere_is_named_with_the_folder_that_was_asked_for(tmp_path, run_cli):
+    done = run_cli("sweep", str(SWEEPS["paper_pruning"]), "--teachers", str(tmp_path))
+    assert done.code == 2 and len(done.err.splitlines()) == 8
+    assert all(f"nor is there one in --teachers {tmp_path}" in line for line in done.err.splitlines())
+
+
+def test_paper_pruning_is_eight_families_by_four_sparsities_by_three_seeds_on_one_synthesis_per_family_and_seed():
+    trials = sweep.expand(settings_of("paper_pruning"), {})
+    assert len(trials) == 8 * 4 * 3
+    assert len({(t.teacher, t.synthesis.seed) for t in trials}) == 24
+    assert len({(t.teacher, t.synthesis.model_dump_json()) for t in trials}) == 24
+    assert {t.pruning.sparsity for t in trials} == {0.5, 0.75, 0.9, 0.95}
+    assert all(t.pruning.criterion == "global_magnitude" and t.pruning.schedule == "one_shot" for t in trials)
+
+
+def test_compress_trains_new_students_and_prunes_nothing():
+    trials = sweep.expand(settings_of("compress"), {})
+    assert {(t.teacher, t.student.architecture) for t in trials} == {
+        ("resnet34", "resnet18"),
+        ("vgg11_bn", "resnet18"),
+        ("wrn_40_2", "wrn_16_1"),
+        ("wrn_40_2", "wrn_40_1"),
+        ("wrn_40_2", "wrn_16_2"),
+    }
+    assert all(t.pruning.sparsity == 0 for t in trials)
+
+
+@pytest.mark.parametrize("name", ["grid", "quickstart"])
+def test_the_grids_cross_architecture_sparsity_bn_weight_and_temperature(name):
+    trials = [t for t in sweep.expand(settings_of(name), {}) if isinstance(t.synthesis, config.DeepInversionConfig)]
+    points = [(t.teacher, t.pruning.sparsity, t.synthesis.bn_weight, t.distillation.temperature) for t in trials]
+    axes = [set(axis) for axis in zip(*points, strict=True)]
+    size = 1
+    for axis in axes:
+        assert len(axis) > 1
+        size *= len(axis)
+    assert len(points) == len(set(points)) == size
+
+
+def test_quickstart_has_twelve_trials_and_a_noise_baseline():
+    trials = sweep.expand(settings_of("quickstart"), {})
+    assert len(trials) >= 12 and any(t.synthesis.method == "noise" for t in trials)

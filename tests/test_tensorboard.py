@@ -1,0 +1,259 @@
+"""Event files: what TensorBoard reads in them, that nothing doubles, and that it serves them."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from pyarrow import fs
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
+
+from dfkd_ray import bundles, storage, sweep, tensorboard, trial
+from dfkd_ray.config import TrialConfig, columns_of, validate, with_overrides
+
+TINY = {
+    "bn_num_images": 8,
+    "device": "cpu",
+    "synthesis": {"num_steps": 1, "batch_size": 8, "num_threads": 1},
+    "distillation": {"num_images": 8, "num_steps": 5, "batch_size": 8, "eval_every": 1, "num_threads": 1},
+    "reference": {"num_images": 8, "synthesis": {"batch_size": 8, "num_steps": 1, "num_threads": 1}},
+}
+
+
+def config_of(teacher: str | Path = "t", **overrides) -> TrialConfig:
+    return validate(TrialConfig, with_overrides(TINY, {"teacher": str(teacher), **overrides}))
+
+
+def looks(num: int) -> list[dict]:
+    """Looks at steps 0, 10, 20, … with numbers that float32 holds exactly; the first has no losses yet."""
+    first = {"step": 0, "agreement": 0.25, "reference_kl": 2.0}
+    return [first] + [
+        {**first, "step": 10 * i, "agreement": 0.25 + i / 64, "kl": 1 / i, "learning_rate": 0.5} for i in range(1, num)
+    ]
+
+
+def read(folder: Path) -> EventAccumulator:
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0, "images": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def scalars(run: EventAccumulator, tag: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in run.Scalars(tag)]
+
+
+def hparams_of(run: EventAccumulator, tag: str) -> plugin_data_pb2.HParamsPluginData:
+    content = run.SummaryMetadata(f"_hparams_/{tag}").plugin_data.content
+    return plugin_data_pb2.HParamsPluginData.FromString(content)
+
+
+def a_row(**changes) -> dict:
+    row = {"trial_id": "t-1", "status": "finished", "best_step": 10, "wall_s": 3.0, "agreement": 0.5} | columns_of(
+        config_of()
+    )
+    return row | changes
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_teacher):
+    """A results place with one trial that `run_job` has run, its row and its looks."""
+    place = tmp_path_factory.mktemp("place")
+    teacher = bundles.load(str(tiny_teacher))
+    [job] = sweep.plan([config_of(tiny_teacher, **{"pruning.sparsity": 0.5})], lambda _name: teacher)
+    seen = {}
+    run = trial.run
+
+    def watched(*args, **kwargs):
+        seen["outcome"] = run(*args, **kwargs)
+        return seen["outcome"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trial, "run", watched)
+        row = sweep.run_job(job, trial.made_here(None), None, None, place, ())
+    tensorboard.write_sweep(place, [job.config, config_of(**{"pruning.sparsity": 0.9})])
+    return place, row, seen["outcome"].epochs
+
+
+def test_a_finished_trials_losses_and_agreement_are_those_of_its_looks(finished):
+    place, row, epochs = finished
+    run = read(place / "tensorboard" / row["trial_id"])
+    assert len(epochs) == 6
+    for name, tag in [("kl", "losses/kl"), ("agreement", "reference/agreement")]:
+        expected = [(look["step"], pytest.approx(look[name], rel=1e-6)) for look in epochs if name in look]
+        assert scalars(run, tag) == expected
+
+
+def test_ladder_results_and_picture_are_those_of_the_row_and_the_place(finished):
+    place, row, _ = finished
+    run = read(place / "tensorboard" / row["trial_id"])
+    rungs = [row["pruned_agreement"], row["bn_reestimated_agreement"], row["agreement"]]
+    assert scalars(run, "ladder/agreement") == [(i + 1, pytest.approx(value)) for i, value in enumerate(rungs)]
+    assert "ladder/accuracy" not in run.Tags()["scalars"], "there was no test data"
+    for name in ("agreement", "achieved_sparsity", "stored_bytes"):
+        assert scalars(run, f"trial/{name}") == [(row["best_step"], pytest.approx(row[name]))]
+    [picture] = run.Images("images")
+    assert picture.encoded_image_string == (place / "images" / f"{row['synthesis_key'][:12]}.png").read_bytes()
+
+
+def test_the_accuracy_ladder_has_a_step_for_each_rung_and_says_which(tmp_path):
+    accuracies = {"teacher_accuracy": 0.75, "pruned_accuracy": 0.125, "bn_reestimated_accuracy": 0.5}
+    tensorboard.write_trial(tmp_path, a_row(**accuracies, recovered_accuracy=0.625), ())
+    run = read(tmp_path / "tensorboard" / "t-1")
+    assert scalars(run, "ladder/accuracy") == [(0, 0.75), (1, 0.125), (2, 0.5), (3, 0.625)]
+    assert "2 BatchNorm" in run.SummaryMetadata("ladder/accuracy").summary_description
+    assert scalars(run, "trial/recovered_accuracy") == [(10, 0.625)]
+
+
+def test_what_a_resumed_trial_hands_in_again_is_not_doubled_and_nothing_is_missing(tmp_path):
+    all_looks = looks(8)
+    tensorboard.write_epochs(tmp_path, "t-1", all_looks[:3])
+    tensorboard.write_epochs(tmp_path, "t-1", all_looks[:6])  # killed after this; the checkpoint is of the third look
+    tensorboard.write_epochs(tmp_path, "t-1", all_looks[:3])
+    tensorboard.write_epochs(tmp_path, "t-1", all_looks[:5])
+    for _ in range(2):  # the second: killed between events and row, so that the trial ends twice
+        tensorboard.write_trial(tmp_path, a_row(), all_looks)
+    run = read(tmp_path / "tensorboard" / "t-1")
+    assert scalars(run, "reference/agreement") == [(look["step"], look["agreement"]) for look in all_looks]
+    assert scalars(run, "losses/kl") == [(look["step"], pytest.approx(look["kl"])) for look in all_looks[1:]]
+    assert [step for step, _ in scalars(run, "training/learning_rate")] == [10 * i for i in range(1, 8)]
+    assert len(scalars(run, "trial/agreement")) == 1
+
+
+def test_a_reader_that_is_open_sees_the_looks_as_they_come(tmp_path):
+    tensorboard.write_epochs(tmp_path, "t-1", looks(2))
+    run = read(tmp_path / "tensorboard" / "t-1")
+    assert len(run.Scalars("reference/agreement")) == 2
+    tensorboard.write_epochs(tmp_path, "t-1", looks(4))
+    tensorboard.write_trial(tmp_path, a_row(), looks(5))
+    run.Reload()
+    assert [step for step, _ in scalars(run, "reference/agreement")] == [0, 10, 20, 30, 40]
+    assert len(run.Scalars("trial/agreement")) == 1
+
+
+def test_a_failed_trial_says_why_and_that_it_failed(tmp_path):
+    row = a_row(status="failed", reason="FloatingPointError: no number", agreement=None)
+    tensorboard.write_trial(tmp_path, row, ())
+    run = read(tmp_path / "tensorboard" / "t-1")
+    [reason] = run.Tensors("reason")
+    assert reason.tensor_proto.string_val[0].decode() == "FloatingPointError: no number"
+    assert hparams_of(run, "session_end_info").session_end_info.status == api_pb2.STATUS_FAILURE
+    assert not run.Tags()["scalars"]
+
+
+def test_hparams_of_a_trial_are_its_config_fields(finished):
+    place, row, _ = finished
+    start = hparams_of(read(place / "tensorboard" / row["trial_id"]), "session_start_info").session_start_info
+    assert start.group_name == row["trial_id"]
+    assert start.hparams["pruning.sparsity"].number_value == 0.5
+    assert start.hparams["pruning.criterion"].string_value == "global_magnitude"
+    assert start.hparams["distillation.flip"].bool_value is True
+    assert "student.architecture" not in start.hparams, "null has no value"
+
+
+def test_the_hparams_view_has_the_fields_that_vary_and_two_metrics(tmp_path):
+    student = {"architecture": "resnet18", "arguments": {"stem": "cifar"}}
+    configs = [
+        config_of("a"),
+        config_of("a", **{"pruning.sparsity": 0.9, "distillation.flip": False}),
+        config_of("b", student=student, **{"synthesis.seed": 3}),
+        config_of("a", synthesis={"method": "noise", "batch_size": 8}),
+    ]
+    tensorboard.write_sweep(tmp_path, configs)
+    experiment = hparams_of(read(tmp_path / "tensorboard"), "experiment").experiment
+    shown = {info.name: info for info in experiment.hparam_infos}
+    assert set(shown) == {
+        "teacher",
+        "pruning.sparsity",
+        "distillation.flip",
+        "student.architecture",
+        "student.arguments",
+        "synthesis.seed",
+        "synthesis.method",
+    }
+    assert shown["pruning.sparsity"].type == api_pb2.DATA_TYPE_FLOAT64
+    assert [value.number_value for value in shown["pruning.sparsity"].domain_discrete.values] == [0.75, 0.9]
+    assert [info.name.tag for info in experiment.metric_infos] == ["trial/agreement", "trial/recovered_accuracy"]
+
+
+def test_a_place_on_a_uri_holds_the_same_points(tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    uri = "mock://bucket/place"
+    remote = fs.SubTreeFileSystem(str(tmp_path / "disk"), fs.LocalFileSystem())
+    monkeypatch.setattr(storage, "opened", lambda _uri: (remote, "bucket/place"))
+    tensorboard.write_epochs(uri, "t-1", looks(3))
+    tensorboard.write_epochs(uri, "t-1", looks(5))
+    tensorboard.write_trial(uri, a_row(), looks(5))
+    run = read(tmp_path / "disk" / "bucket" / "place" / "tensorboard" / "t-1")
+    assert [step for step, _ in scalars(run, "reference/agreement")] == [0, 10, 20, 30, 40]
+
+
+def test_a_large_picture_is_made_smaller_and_a_small_one_kept_as_it_is():
+    def png(width: int, height: int) -> bytes:
+        file = io.BytesIO()
+        Image.new("RGB", (width, height), (200, 10, 10)).save(file, format="PNG")
+        return file.getvalue()
+
+    small, large = png(40, 20), png(3000, 1500)
+    kept, shrunk = tensorboard.image("x", small, "").image, tensorboard.image("x", large, "").image
+    assert kept.encoded_image_string == small and (kept.width, kept.height, kept.colorspace) == (40, 20, 3)
+    assert (shrunk.width, shrunk.height) == (1024, 512)
+    assert Image.open(io.BytesIO(shrunk.encoded_image_string)).size == (1024, 512)
+
+
+def test_writing_imports_neither_tensorflow_nor_torch(tmp_path):
+    (tmp_path / "tensorflow.py").write_text("raise RuntimeError('tensorflow was imported')\n")
+    script = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from dfkd_ray import config, tensorboard\n"
+        f"tensorboard.write_trial({str(tmp_path)!r}, dict(trial_id='t-1', status='failed', reason='x'), [])\n"
+        f"tensorboard.write_sweep({str(tmp_path)!r}, [config.TrialConfig(teacher=name) for name in 'ab'])\n"
+        "assert not {'tensorflow', 'torch'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_tensorboard_serves_runs_points_and_hparams_of_a_results_place(finished):
+    place, row, epochs = finished
+    run = f"tensorboard/{row['trial_id']}"
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(place), "--host", "127.0.0.1", "--port", "0"]
+    command += ["--reload_interval", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        address = None
+        for line in process.stderr:
+            if match := re.search(r"http://[^/ ]+:(\d+)", line):
+                address = f"http://127.0.0.1:{match[1]}"
+                break
+        assert address, "TensorBoard ended before it was up"
+
+        def ask(path: str, body: dict | None = None):
+            data = None if body is None else json.dumps(body).encode()
+            request = urllib.request.Request(address + path, data, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return json.load(answer)
+
+        deadline = time.monotonic() + 30
+        while run not in ask("/data/runs") and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert set(ask("/data/runs")) == {run, "tensorboard"}
+        points = ask(f"/data/plugin/scalars/scalars?run={run}&tag=reference/agreement")
+        assert [point[1:] for point in points] == [[k["step"], pytest.approx(k["agreement"])] for k in epochs]
+        experiment = ask("/data/plugin/hparams/experiment", {"experimentName": ""})
+        assert {info["name"] for info in experiment["hparamInfos"]} == {"teacher", "pruning.sparsity"}
+        wanted = {"experimentName": "", "allowedStatuses": ["STATUS_SUCCESS"], "colParams": [], "sliceSize": 9}
+        [group] = ask("/data/plugin/hparams/session_groups", wanted)["sessionGroups"]
+        assert group["hparams"]["pruning.sparsity"] == 0.5
+        values = {value["name"]["tag"]: value["value"] for value in group["metricValues"]}
+        assert values == {"trial/agreement": pytest.approx(row["agreement"])}
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
