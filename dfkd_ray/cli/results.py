@@ -139,7 +139,7 @@ def as_table(rows: Any, names: Sequence[str]) -> str:
     console.width = console.measure(table).maximum
     console.print(table)
     assert isinstance(console.file, StringIO)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
+    return "\n".join(line.rstrip() for line in console.file.getvalue().strip("\n").splitlines()) + "\n"
 
 
 def as_markdown(rows: Any, names: Sequence[str]) -> str:

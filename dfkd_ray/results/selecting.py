@@ -29,11 +29,12 @@ STD = "_std"
 def column_of(name: str, columns: Sequence[str]) -> str:
     """The column called `name`, or the one whose last part is: `sparsity` is `pruning.sparsity`.
 
-    `ValueError` where there is none, or more than one such.
+    The settings of the reference set, the same in most sweeps, go by their full names. `ValueError` where there is none, or more than one such.
     """
     if name in columns:
         return name
-    same_leaf = [column for column in columns if column.rpartition(".")[2] == name]
+    own = [column for column in columns if not column.startswith("reference.")]
+    same_leaf = [column for column in own if column.rpartition(".")[2] == name]
     if len(same_leaf) == 1:
         return same_leaf[0]
     if same_leaf:
