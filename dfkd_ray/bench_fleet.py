@@ -250,7 +250,7 @@ def grid(teacher: Teacher, teacher_name: str, scale: float, without: bool = True
         with fleet.connected():
             first = timed_sweep(jobs, root / "shared", str(root / "cache"), None)
             off = timed_sweep(jobs, root / "unshared", None, 0) if without else None
-        batches, rows = results.read_synthesis(root / "shared"), results.read_trials(root / "shared")
+        batches, rows = results.read(root / "shared", "synthesis"), results.read(root / "shared", "trials")
     print(
         f"  {len(jobs)} trials, {keys} keys (2 of training images, 1 of the reference set), "
         f"{len(batches)} batches made\n"

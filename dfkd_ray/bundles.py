@@ -24,9 +24,10 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
-from dfkd_ray import models
+from dfkd_ray import models, storage
 from dfkd_ray.config import STRICT, stable_hash, validate
 from dfkd_ray.images import PixelSpace
+from dfkd_ray.storage import Where
 
 SCHEMA = "dfkd_ray.bundle/1"
 BUNDLED = Path(__file__).parent / "bundled"
@@ -279,12 +280,20 @@ def stored_bytes(state: Mapping[str, Tensor], pruned: Sequence[str]) -> int:
     return len(safetensors.torch.save(to_stored(state, pruned)))
 
 
-def save(folder: Path, info: BundleInfo, state: Mapping[str, Tensor], pruned: Sequence[str] = ()) -> BundleInfo:
+def save(where: Where, info: BundleInfo, state: Mapping[str, Tensor], pruned: Sequence[str] = ()) -> BundleInfo:
     """Write a bundle whole: into a hidden folder beside it, then renamed. Returns `info` with the weights' hash.
 
-    An existing bundle there is replaced. `OSError` (a full disk, say) leaves nothing half-written.
+    An existing bundle there is replaced. `OSError` (a full disk, say) leaves nothing half-written. Under a URI the
+    weights come first: a bundle is there when its `teacher.json` is, and the hash in it tells whose weights they are.
     """
-    with whole_folder(folder) as partial:
+    folder = storage.folder(where)
+    if not folder.is_local:
+        with tempfile.TemporaryDirectory(prefix="dfkd_ray-bundle-") as scratch:
+            info = save(Path(scratch) / "bundle", info, state, pruned)
+            for name in ("weights.safetensors", "teacher.json"):
+                folder.write(name, (Path(scratch) / "bundle" / name).read_bytes())
+        return info
+    with whole_folder(folder.path) as partial:
         write_safetensors(partial / "weights.safetensors", to_stored(state, pruned))
         info = info.model_copy(update={"weights_sha256": sha256(partial / "weights.safetensors")})
         (partial / "teacher.json").write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")

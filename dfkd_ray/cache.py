@@ -27,7 +27,7 @@ import dfkd_ray
 from dfkd_ray import storage
 from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.config import stable_hash
-from dfkd_ray.storage import Folder
+from dfkd_ray.storage import Folder, Where
 
 POLL_S = 0.05
 LEFTOVER_S = 600.0  # a shard is written in seconds: an older temporary file has no writer any more
@@ -46,8 +46,6 @@ DTYPES = {
         **{"U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8", "I64": "<i8"},
     }.items()
 }
-
-Where = Path | str | Folder
 
 
 def default_folder() -> Path:

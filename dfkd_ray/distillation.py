@@ -6,23 +6,25 @@ returned is the one with the best agreement on the reference set (ties: lower KL
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dfkd_ray import batchnorm, devices, losses, pruning
+from dfkd_ray import batchnorm, devices, losses, pruning, storage
 from dfkd_ray.batches import mix_seed
-from dfkd_ray.bundles import read_safetensors, whole_folder, write_safetensors
 from dfkd_ray.config import DistillationConfig, PruningConfig
 from dfkd_ray.evaluation import Reference
 from dfkd_ray.images import PixelSpace, decode, flip_images, mix_images, shift_images
+from dfkd_ray.storage import Folder, Where
 
+CHECKPOINT = "state.safetensors"
 Progress = Callable[[str, int, int, Mapping[str, float | int]], None]
+OnEpochs = Callable[[Sequence[Mapping[str, float | int | None]]], None]
 Snapshot = dict[str, Tensor]
 
 
@@ -44,7 +46,7 @@ class State:
     best_kl: float = math.inf
     looks_since_best: int = 0
     best: Snapshot = field(default_factory=dict)
-    epochs: list[dict[str, float | int]] = field(default_factory=list)
+    epochs: list[dict[str, float | int | None]] = field(default_factory=list)
 
 
 def learning_rate(config: DistillationConfig, step: int) -> float:
@@ -100,20 +102,23 @@ def distil(
     space: PixelSpace,
     device: torch.device,
     *,
-    checkpoint: Path | None = None,
+    checkpoint: Where | None = None,
     progress: Progress | None = None,
+    on_epochs: OnEpochs | None = None,
 ) -> State:
     """Train `student` in place (eval mode at the end, the selected weights loaded); returns what was measured.
 
     `masks` hold the pruned weights at zero after every step; with the cubic schedule they are made anew on the way.
-    `FloatingPointError` when the loss is no longer finite.
+    `checkpoint` is a folder or URI. `on_epochs` gets all looks so far just before each checkpoint: whoever writes them
+    has written them when the checkpoint is there. `FloatingPointError` when the loss is no longer finite.
     """
+    place = None if checkpoint is None else storage.folder(checkpoint)
     optimiser = torch.optim.SGD(
         decay_groups(student, config.weight_decay), lr=config.learning_rate, momentum=config.momentum, nesterov=False
     )
-    state = State()
-    if checkpoint and (checkpoint / "state.json").is_file():
-        state = read_checkpoint(checkpoint, student, optimiser)
+    found = read_checkpoint(place, student, optimiser) if place else None
+    state = found or State()
+    if found:
         masks = {name: weight.detach() != 0 for name, weight in pruning.prunable(student).items() if name in masks}
     precision = config.precision
     last_pruning = last_pruning_step(pruning_config, config.num_steps)
@@ -154,6 +159,7 @@ def distil(
             if state.step % config.eval_every == 0 or state.step == config.num_steps:
                 steps = (state.step - 1) % config.eval_every + 1
                 means = {name: float(value) / steps for name, value in sums.items()}
+                means["loss"] = sum(getattr(config, f"{name}_weight") * mean for name, mean in means.items())
                 sums = {}
                 if not all(math.isfinite(value) for value in means.values()):
                     raise FloatingPointError(f"distillation: the loss is not finite by step {state.step}: {means}")
@@ -162,10 +168,12 @@ def distil(
                 if config.patience and state.looks_since_best >= config.patience:
                     break
             if progress:
-                shown = state.epochs[-1] if state.epochs else {}
+                shown = {name: value for name, value in state.epochs[-1].items() if value is not None}
                 progress("distilling", state.step, config.num_steps, shown)
-            if checkpoint and (state.step % config.checkpoint_every == 0) and state.step % config.eval_every == 0:
-                write_checkpoint(checkpoint, student, optimiser, state)
+            if place and (state.step % config.checkpoint_every == 0) and state.step % config.eval_every == 0:
+                if on_epochs:
+                    on_epochs(state.epochs)
+                write_checkpoint(place, student, optimiser, state)
     student.load_state_dict(state.best)
     student.eval()
     return state
@@ -257,7 +265,9 @@ def look(
 ) -> None:
     """Compare with the teacher on the reference set, and keep a copy of the student if it is the best so far."""
     agreement, kl = reference.compare(student, space, device, config.precision)
-    state.epochs.append({"step": state.step, "agreement": agreement, "reference_kl": kl, **means})
+    rate = learning_rate(config, state.step - 1) if state.step else None
+    measured = {"step": state.step, "agreement": agreement, "reference_kl": kl, **means}
+    state.epochs.append({**measured, "learning_rate": rate, "sparsity": pruning.achieved_sparsity(student)})
     if candidate and (agreement, -kl) > (state.best_agreement, -state.best_kl):
         state.best_agreement, state.best_kl, state.best_step = agreement, kl, state.step
         state.best = {name: tensor.detach().clone() for name, tensor in student.state_dict().items()}
@@ -266,8 +276,8 @@ def look(
         state.looks_since_best += int(candidate)
 
 
-def write_checkpoint(folder: Path, student: nn.Module, optimiser: torch.optim.SGD, state: State) -> None:
-    """Student, momentum, best student and counters, written whole as safetensors and JSON."""
+def write_checkpoint(folder: Folder, student: nn.Module, optimiser: torch.optim.SGD, state: State) -> None:
+    """Student, momentum, best student and counters in one safetensors file, written whole on a disk or anywhere."""
     tensors = {f"student.{name}": tensor for name, tensor in student.state_dict().items()}
     tensors |= {f"best.{name}": tensor for name, tensor in state.best.items()}
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
@@ -277,16 +287,22 @@ def write_checkpoint(folder: Path, student: nn.Module, optimiser: torch.optim.SG
             tensors[f"momentum.{index}"] = momentum
     plain = {name: value for name, value in vars(state).items() if name != "best"}
     plain["best_kl"] = state.best_kl if math.isfinite(state.best_kl) else None
-    with whole_folder(folder) as partial:
-        write_safetensors(partial / "state.safetensors", tensors)
-        (partial / "state.json").write_text(json.dumps(plain), encoding="utf-8")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    folder.write(CHECKPOINT, safetensors.torch.save(tensors, {"state": json.dumps(plain)}))
 
 
-def read_checkpoint(folder: Path, student: nn.Module, optimiser: torch.optim.SGD) -> State:
-    """Restore student and momentum in place; returns the counters and the best student."""
-    plain = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+def read_checkpoint(folder: Folder, student: nn.Module, optimiser: torch.optim.SGD) -> State | None:
+    """Restore student and momentum in place; returns the counters and the best student, None without a checkpoint."""
+    data = folder.read(CHECKPOINT)
+    if data is None:
+        return None
+    try:
+        tensors = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        plain = json.loads(header["__metadata__"]["state"])
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder / CHECKPOINT}: damaged ({error}); remove it to start that trial again") from None
     plain["best_kl"] = math.inf if plain["best_kl"] is None else plain["best_kl"]
-    tensors = read_safetensors(folder / "state.safetensors")
 
     def part(prefix: str) -> Snapshot:
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -5,10 +5,9 @@ Three spaces: *stored* (uint8 over the pixel range, float16 or float32), *pixels
 write into a stored batch that others share.
 """
 
-import os
+import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -141,9 +140,9 @@ def mix_images(
     return w * images + (1 - w) * images[partner], weight, partner
 
 
-def save_class_grid(
-    path: Path, batches: Sequence[Batch], num_classes: int, space: PixelSpace, per_class: int = 12, largest: int = 20
-) -> None:
+def class_grid(
+    batches: Sequence[Batch], num_classes: int, space: PixelSpace, per_class: int = 12, largest: int = 20
+) -> bytes:
     """A PNG with a row of stored images for each of the first `largest` classes; unlabelled noise fills in order."""
     images = np.concatenate([batch.images for batch in batches])
     labels = np.concatenate([batch.labels for batch in batches])
@@ -160,10 +159,6 @@ def save_class_grid(
             picture[:, row * (h + 2) : row * (h + 2) + h, column * (w + 2) : column * (w + 2) + w] = image
     # Grey or colour; of other channel counts the first is shown.
     shown = picture.transpose(1, 2, 0) if c == 3 else picture[0]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        Image.fromarray(shown).save(partial, format="PNG")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    file = io.BytesIO()
+    Image.fromarray(shown).save(file, format="PNG")
+    return file.getvalue()

@@ -162,7 +162,10 @@ class Folder:
         return system.get_file_info(fs.FileSelector(path, allow_not_found=True))
 
 
-def folder(where: str | Path | Folder) -> Folder:
+Where = str | Path | Folder
+
+
+def folder(where: Where) -> Folder:
     """The folder at a path or URI. `ValueError` for a URI that nothing here can open."""
     if isinstance(where, Folder):
         return where

@@ -26,7 +26,7 @@ from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from dfkd_ray.config import TrialConfig, columns_of
-from dfkd_ray.results import METRICS, config_columns
+from dfkd_ray.results.schemas import METRICS, config_columns
 from dfkd_ray.storage import Folder, folder
 
 NAME = "events.out.tfevents"  # TensorBoard reads files with `tfevents` in their names, in the order of the names

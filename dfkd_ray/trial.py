@@ -22,12 +22,13 @@ import torch
 from torch import nn
 
 import dfkd_ray
-from dfkd_ray import batchnorm, bundles, cache, devices, distillation, evaluation, models, pruning, synthesis
+from dfkd_ray import batchnorm, bundles, cache, devices, distillation, evaluation, models, pruning, storage, synthesis
 from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import TrialConfig, columns_of, stable_hash
-from dfkd_ray.distillation import Pool, Progress
+from dfkd_ray.distillation import OnEpochs, Pool, Progress
 from dfkd_ray.images import decoded
+from dfkd_ray.storage import Folder, Where
 
 log = logging.getLogger(__name__)
 OnBatch = Callable[[Batch, bool], None]
@@ -45,11 +46,11 @@ class Outcome:
     student_info: bundles.BundleInfo | None = None
     pruned: tuple[str, ...] = ()
     batches: tuple[Batch, ...] = ()
-    epochs: tuple[Mapping[str, float | int], ...] = ()
+    epochs: tuple[Mapping[str, float | int | None], ...] = ()
     synthesis: tuple[dict[str, Any], ...] = ()
 
-    def save_student(self, folder: Path) -> bundles.BundleInfo:
-        """Write the student as a bundle."""
+    def save_student(self, folder: Where) -> bundles.BundleInfo:
+        """Write the student as a bundle, into a folder or under a URI."""
         assert self.student is not None and self.student_info is not None
         return bundles.save(folder, self.student_info, self.student.state_dict(), self.pruned)
 
@@ -68,15 +69,17 @@ def run(
     real: BatchSource | None = None,
     images: Images | None = None,
     teacher_accuracy: float | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: Where | None = None,
     progress: Progress | None = None,
+    on_epochs: OnEpochs | None = None,
     trust_code: Sequence[str] = (),
 ) -> Outcome:
     """Run a trial. A loss that is not finite, or memory that runs out, gives a row with status `failed` and the reason.
 
     `test` is only reported on. `real` is used when, and only when, the config's method is `real`. `images` gives the
     synthetic ones (default: made here, kept nowhere). `teacher_accuracy`: measured before, on the same test batches in
-    the same precision. `ValueError` for a config that does not fit the teacher.
+    the same precision. `checkpoint` is the folder or URI of all trials' checkpoints; `on_epochs` gets the looks at the
+    reference set before each is written. `ValueError` for a config that does not fit the teacher.
     """
     check(config, teacher, trust_code)
     if config.synthesis.method == "real" and real is None:
@@ -88,7 +91,10 @@ def run(
     row = provenance(config, teacher)
     try:
         source = images or made_here(None)
-        outcome = steps(config, teacher, row, test, real, source, teacher_accuracy, checkpoint, progress, trust_code)
+        folder = storage.folder(checkpoint) / row["trial_id"] if checkpoint else None
+        outcome = steps(
+            config, teacher, row, test, real, source, teacher_accuracy, folder, progress, on_epochs, trust_code
+        )
     except (FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
         log.warning("trial %s failed: %s", row["trial_id"], error)
         outcome = Outcome({**row, "status": "failed", "reason": f"{type(error).__name__}: {error}".splitlines()[0]})
@@ -114,8 +120,9 @@ def steps(
     real: BatchSource | None,
     source: Images,
     teacher_accuracy: float | None,
-    checkpoint: Path | None,
+    checkpoint: Folder | None,
     progress: Progress | None,
+    on_epochs: OnEpochs | None,
     trust_code: Sequence[str],
 ) -> Outcome:
     """The trial itself, top to bottom."""
@@ -178,8 +185,9 @@ def steps(
             reference,
             space,
             device,
-            checkpoint=checkpoint / row["trial_id"] if checkpoint else None,
+            checkpoint=checkpoint,
             progress=progress,
+            on_epochs=on_epochs,
         )
         row["distillation_wall_s"] = time.perf_counter() - distillation_start
         rung("recovered", student)

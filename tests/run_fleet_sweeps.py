@@ -72,7 +72,7 @@ def same(teacher: str, folder: Path) -> None:
     def run(name: str, cache_name: str, synthesizers: int) -> None:
         told = {"on_status": lambda status: statuses.update({name: status})}
         failed = sweep.run(jobs, folder / name, str(folder / cache_name), synthesizers=synthesizers, **told)
-        assert failed == 0, results.read_trials(folder / name)["reason"].tolist()
+        assert failed == 0, results.read(folder / name, "trials")["reason"].tolist()
 
     with fleet.connected(num_cpus=2, object_store_memory=200_000_000):
         run("one", "cold", 1)

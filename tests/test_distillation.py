@@ -1,5 +1,6 @@
 """Distillation: masks hold, runs resume to the same numbers, selection is on the reference set."""
 
+import uuid
 from copy import deepcopy
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dfkd_ray import batchnorm, bundles, distillation, evaluation, pruning
+from dfkd_ray import batchnorm, bundles, distillation, evaluation, pruning, storage
 from dfkd_ray.config import DistillationConfig, PruningConfig
 
 CPU = torch.device("cpu")
@@ -27,7 +28,16 @@ def a_pool(num_images: int = 24) -> distillation.Pool:
     return distillation.Pool(images, np.arange(num_images) % 10)
 
 
-def run(teacher, config=SMALL, pruning_config=PRUNING, student=None, checkpoint=None, progress=None, pool=None):
+def run(
+    teacher,
+    config=SMALL,
+    pruning_config=PRUNING,
+    student=None,
+    checkpoint=None,
+    progress=None,
+    pool=None,
+    on_epochs=None,
+):
     space = teacher.info.space
     if student is None:
         student = deepcopy(teacher.network).requires_grad_(True)
@@ -48,6 +58,7 @@ def run(teacher, config=SMALL, pruning_config=PRUNING, student=None, checkpoint=
         CPU,
         checkpoint=checkpoint,
         progress=progress,
+        on_epochs=on_epochs,
     )
     return student, state
 
@@ -85,7 +96,7 @@ def test_a_resumed_run_gives_the_same_numbers_as_an_undisturbed_one(teacher, tmp
 
     with pytest.raises(Killed):
         run(teacher, checkpoint=tmp_path / "ckpt", progress=kill)
-    assert (tmp_path / "ckpt" / "state.json").is_file()
+    assert (tmp_path / "ckpt" / distillation.CHECKPOINT).is_file()
     resumed, state = run(teacher, checkpoint=tmp_path / "ckpt")
     assert same(undisturbed, resumed)
     assert state.epochs == expected.epochs and state.best_step == expected.best_step
@@ -95,7 +106,55 @@ def test_a_checkpoint_is_read_without_pickle(teacher, tmp_path, monkeypatch):
     run(teacher, checkpoint=tmp_path / "ckpt")
     monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("torch.load was called"))
     run(teacher, checkpoint=tmp_path / "ckpt")
-    assert sorted(path.name for path in (tmp_path / "ckpt").iterdir()) == ["state.json", "state.safetensors"]
+    assert [path.name for path in (tmp_path / "ckpt").iterdir()] == ["state.safetensors"]
+
+
+def test_a_checkpoint_under_a_uri_is_the_same_checkpoint(teacher, tmp_path):
+    elsewhere = storage.folder(f"fsspec+memory://{uuid.uuid4().hex}/ckpt")
+    for place in (tmp_path / "ckpt", elsewhere):
+        run(teacher, checkpoint=place)
+    data = (tmp_path / "ckpt" / distillation.CHECKPOINT).read_bytes()
+    assert elsewhere.read(distillation.CHECKPOINT) == data
+    student, state = run(teacher, checkpoint=elsewhere)
+    expected, other = run(teacher)
+    assert same(student, expected) and state.epochs == other.epochs
+
+
+def test_a_damaged_checkpoint_is_named(teacher, tmp_path):
+    run(teacher, checkpoint=tmp_path)
+    path = tmp_path / distillation.CHECKPOINT
+    whole = path.read_bytes()
+    for data in (b"", whole[:100], whole[:-1], b"\0" * 50):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"state\.safetensors: damaged"):
+            run(teacher, checkpoint=tmp_path)
+
+
+def test_the_looks_are_handed_out_before_the_checkpoint_that_has_them(teacher, tmp_path, monkeypatch):
+    events = []
+    real = distillation.write_checkpoint
+
+    def write(folder, student, optimiser, state):
+        events.append(("checkpoint", state.step))
+        real(folder, student, optimiser, state)
+
+    monkeypatch.setattr(distillation, "write_checkpoint", write)
+    _, state = run(
+        teacher, checkpoint=tmp_path, on_epochs=lambda looks: events.append(("rows", looks[-1]["step"], len(looks)))
+    )
+    assert events[:4] == [("rows", 2, 2), ("checkpoint", 2), ("rows", 4, 3), ("checkpoint", 4)]
+    assert [look["step"] for look in state.epochs] == [0, 2, 4, 6]
+
+
+def test_a_look_says_what_was_minimised_at_which_rate_and_how_sparse_the_student_was(teacher):
+    config = SMALL.model_copy(update={"label_weight": 0.5, "kl_weight": 2.0})
+    student, state = run(teacher, config=config)
+    first, *others = state.epochs
+    assert first["learning_rate"] is None and "loss" not in first
+    for look in others:
+        assert look["loss"] == pytest.approx(2.0 * look["kl"] + 0.5 * look["label"])
+        assert look["learning_rate"] == distillation.learning_rate(config, look["step"] - 1)
+        assert look["sparsity"] == pruning.achieved_sparsity(student)
 
 
 def test_the_teacher_is_bit_identical_after_distillation(teacher):

@@ -27,8 +27,8 @@ def run_sweeps(what: str, teacher: Path, folder: Path) -> None:
 
 def tables(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The deterministic columns of both tables, in an order of their own."""
-    trials = results.read_trials(folder)[results.deterministic_columns()].sort_values("trial_id")
-    batches = results.read_synthesis(folder)[results.deterministic_columns(results.synthesis_schema())]
+    trials = results.read(folder, "trials")[results.deterministic_columns("trials")].sort_values("trial_id")
+    batches = results.read(folder, "synthesis")[results.deterministic_columns("synthesis")]
     return trials.reset_index(drop=True), batches
 
 
@@ -45,7 +45,7 @@ def test_one_or_three_synthesizers_kills_or_none_warm_or_cold_the_tables_are_the
     assert told["statuses"]["one"]["made"] == NUM_BATCHES, "four trials, two syntheses: nothing is made twice"
     warm = told["statuses"]["warm"]
     assert warm["made"] == 0 and warm["read"] == NUM_BATCHES
-    assert results.read_trials(tmp_path / "warm")["num_cached_batches"].tolist() == [8] * 4
+    assert results.read(tmp_path / "warm", "trials")["num_cached_batches"].tolist() == [8] * 4
     # And they are what one process makes by itself.
     teacher, device = bundles.load(str(tiny_teacher)), devices.resolve("cpu")
     settings = config.DeepInversionConfig.model_validate(BASE["synthesis"] | {"bn_weight": 2.0})
@@ -57,9 +57,9 @@ def test_one_or_three_synthesizers_kills_or_none_warm_or_cold_the_tables_are_the
 
 def test_a_grid_on_one_cpu_ends_with_or_without_sharing(tiny_teacher, tmp_path):
     run_sweeps("one_cpu", tiny_teacher, tmp_path)
-    rows = results.read_trials(tmp_path / "shared")
+    rows = results.read(tmp_path / "shared", "trials")
     assert (rows["status"] == "finished").all() and (rows["fleet_wait_s"] >= 0).all()
-    rows = results.read_trials(tmp_path / "unshared")
+    rows = results.read(tmp_path / "unshared", "trials")
     assert rows["synthesis_key"].nunique() == 1 and rows["num_cached_batches"].sum() == 0
     assert rows["fleet_call_s"].isna().all(), "every trial made its own images"
 

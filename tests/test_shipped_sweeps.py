@@ -97,7 +97,7 @@ def test_the_command_runs_quickstarts_tiny_size(tmp_path):
 
 def check_results(place: Path, num_trials: int) -> None:
     """Every trial has its finished row, a student of the size and sparsity that the row says, and its events."""
-    rows = results.read_trials(place)
+    rows = results.read(place, "trials")
     assert len(rows) == num_trials and (rows["status"] == "finished").all(), rows["reason"].dropna().tolist()
     for _, row in rows.iterrows():
         weights = place / "students" / row["trial_id"] / "weights.safetensors"

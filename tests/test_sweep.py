@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from dfkd_ray import bundles, config, results, sweep
+from dfkd_ray import bundles, config, results, storage, sweep
 
 ABOUT = {"source": "a test", "command": "none", "cost": "seconds", "expected": "rows"}
 TINY_BASE = {
@@ -114,7 +114,7 @@ def finished_sweep(tmp_path_factory, tiny_teacher):
 def test_a_sweep_writes_every_trial_and_fails_only_the_failing(finished_sweep):
     folder, (first, _) = finished_sweep
     assert first.returncode == 1, first.stderr
-    rows = results.read_trials(folder / "out")
+    rows = results.read(folder / "out", "trials")
     assert len(rows) == 4 and (rows["status"] == "finished").sum() == 2
     assert rows[rows["status"] == "failed"]["reason"].str.contains("FloatingPointError").all()
     assert rows["agreement"].iloc[:2].notna().all(), "finished trials come first"
@@ -122,7 +122,7 @@ def test_a_sweep_writes_every_trial_and_fails_only_the_failing(finished_sweep):
 
 def test_trials_with_one_key_synthesise_once(finished_sweep):
     folder, _ = finished_sweep
-    rows = results.read_trials(folder / "out")
+    rows = results.read(folder / "out", "trials")
     rows = rows[rows["status"] == "finished"]
     assert rows["synthesis_key"].nunique() == 1 and rows["images_sha256"].nunique() == 1
     assert rows["num_cached_batches"].sum() == 1, "of the two trials that want one batch, one makes it"
@@ -130,11 +130,31 @@ def test_trials_with_one_key_synthesise_once(finished_sweep):
 
 def test_students_and_pictures_lie_beside_the_table(finished_sweep):
     folder, _ = finished_sweep
-    rows = results.read_trials(folder / "out")
+    rows = results.read(folder / "out", "trials")
     for name in rows[rows["status"] == "finished"]["trial_id"]:
         assert bundles.load(str(folder / "out" / "students" / name)).info.num_classes == 10
     assert len(list((folder / "out" / "images").glob("*.png"))) == 1
     assert not any((folder / "out" / "checkpoints").glob("*")), "a finished trial needs no checkpoint"
+
+
+def test_every_look_of_a_finished_trial_is_a_row_of_epochs_and_ends_as_the_trial_says(finished_sweep):
+    folder, _ = finished_sweep
+    rows, epochs = results.read(folder / "out", "trials"), results.read(folder / "out", "epochs")
+    rows = rows[rows["status"] == "finished"].set_index("trial_id")
+    assert set(epochs["trial_id"]) == set(rows.index)
+    for name, own in epochs.groupby("trial_id"):
+        assert own["step"].tolist() == [0, 2] and own["loss"].notna().tolist() == [False, True]
+        best = own[own["step"] == rows.loc[name, "best_step"]].iloc[0]
+        assert best["agreement"] == rows.loc[name, "agreement"]
+        assert best["sparsity"] == rows.loc[name, "achieved_sparsity"]
+
+
+def test_a_sweep_leaves_its_finished_rows_in_one_file_of_each_table(finished_sweep):
+    folder, _ = finished_sweep
+    for table in results.TABLES:
+        merged = [path for path in (folder / "out" / table).iterdir() if path.name.startswith("merged-")]
+        assert len(merged) == 1, table
+    assert len(list((folder / "out" / "trials").iterdir())) == 3, "and the two failed trials may be run again"
 
 
 def test_the_final_table_is_printed_and_output_is_quiet(finished_sweep):
@@ -155,19 +175,23 @@ def test_plain_pandas_reads_the_table(finished_sweep):
     frame = pd.read_parquet(folder / "out" / "trials")
     assert set(frame["pruning.sparsity"]) == {0.5, 0.9}
     part = next((folder / "out" / "trials").glob("*.parquet"))
-    assert pq.read_schema(part).metadata[b"dfkd_ray.schema"] == results.TRIALS_SCHEMA.encode()
+    assert pq.read_schema(part).metadata[b"dfkd_ray.schema"] == f"dfkd_ray.trials/{results.version('trials')}".encode()
 
 
 def test_a_trial_whose_process_dies_leaves_a_row_that_says_so(tiny_teacher, tmp_path):
     from types import SimpleNamespace
 
+    from dfkd_ray.sweep import running
+
     trials = sweep.expand(load(base={**TINY_BASE, "teacher": str(tiny_teacher)}, grid={"pruning.sparsity": [0.5]}), {})
     jobs = sweep.plan(trials, bundles.load)
     seen = []
-    callback = sweep._rows_to(lambda row, done, total: seen.append((row["status"], done, total)), jobs, tmp_path)
+    callback = running._rows_to(
+        lambda row, done, total: seen.append((row["status"], done, total)), jobs, storage.folder(tmp_path)
+    )
     callback.on_trial_error(iteration=1, trials=[], trial=SimpleNamespace(config={"job": 0}))
     assert seen == [("failed", 1, 1)]
-    assert "died" in results.read_trials(tmp_path)["reason"].iloc[0]
+    assert "died" in results.read(tmp_path, "trials")["reason"].iloc[0]
 
 
 def test_real_images_in_a_sweep_are_refused_unless_injected(tiny_teacher, tmp_path, run_cli):

@@ -152,8 +152,8 @@ def test_a_new_student_with_arguments_that_is_not_pruned_has_a_row_and_its_true_
     outcome = trial.run(config_of(tiny_teacher, student=student, **{"pruning.sparsity": 0.0}), teacher)
     outcome.save_student(tmp_path / "student")
     assert outcome.row["stored_bytes"] == (tmp_path / "student" / "weights.safetensors").stat().st_size
-    results.write_trials(tmp_path, [outcome.row], "t")
-    row = results.read_trials(tmp_path).iloc[0]
+    results.write(tmp_path, "trials", [outcome.row], "t")
+    row = results.read(tmp_path, "trials").iloc[0]
     assert json.loads(row["student.arguments"]) == student["arguments"]
 
 

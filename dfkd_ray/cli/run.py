@@ -63,8 +63,8 @@ def recover(
         raise ValueError("--method real and --real-data NAME go together: real images are used only when asked for")
 
     from dfkd_ray import cache as caches
-    from dfkd_ray import results, trial
-    from dfkd_ray.images import save_class_grid
+    from dfkd_ray import results, storage, trial
+    from dfkd_ray.images import class_grid
 
     loaded = load_teacher(teacher, trust_code)
     test = open_test(loaded, test_data, data_root, download)
@@ -85,7 +85,8 @@ def recover(
     )
     if outcome.student is not None:
         outcome.save_student(out / "student")
-        save_class_grid(out / "images.png", outcome.batches, loaded.info.num_classes, loaded.info.space)
+        picture = class_grid(outcome.batches, loaded.info.num_classes, loaded.info.space)
+        storage.folder(out).write("images.png", picture)
     results.write_json(out / "row.json", outcome.row)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)  # the row is on disk: of no more use
     if outcome.row["status"] == "failed":
@@ -96,7 +97,9 @@ def recover(
 
 def sweep(
     file: Annotated[Path, typer.Argument(help="YAML sweep file")],
-    results: Annotated[Path | None, typer.Option(help="folder for tables, students, pictures")] = None,
+    results: Annotated[
+        str | None, typer.Option(help="folder or URI (s3://, gs://, …) for tables, students, pictures")
+    ] = None,
     set_: Set = None,
     teachers: Annotated[
         Path | None, typer.Option(help="folder in which the file's teachers are looked for first, by name")
@@ -132,11 +135,10 @@ def sweep(
     uses_real = any(job.config.synthesis.method == "real" for job in jobs)
     if uses_real != (real_data is not None):
         raise ValueError(f"{file}: trials with synthesis.method=real and --real-data NAME go together")
-    folder = (results or Path("runs") / (file.stem + ("-tiny" if tiny else ""))).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sweep.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
-    num_done = len(sweeps.finished_ids(folder) & {job.id for job in jobs})
-    print(f"{file}: {len(jobs)} trials, {num_done} already finished; results in {folder}", flush=True)
+    place = storage.folder(results or Path("runs") / (file.stem + ("-tiny" if tiny else "")))
+    place.write("sweep.yaml", yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False).encode())
+    num_done = len(tables.finished_ids(place) & {job.id for job in jobs})
+    print(f"{file}: {len(jobs)} trials, {num_done} already finished; results in {place}", flush=True)
     start = time.monotonic()
 
     def real_of(teacher: "Teacher", synthesis: configs.RealConfig) -> "BatchSource":
@@ -155,7 +157,7 @@ def sweep(
 
     num_failed = sweeps.run(
         jobs,
-        folder,
+        place,
         storage.folder(cache or caches.default_folder()).uri,
         synthesizers=None if synthesizers == "auto" else number_of(synthesizers),
         gpus_per_synthesizer=gpus_per_synthesizer,
@@ -167,8 +169,8 @@ def sweep(
         on_status=print_fleet,
         trust_code=tuple(trust_code or ()),
     )
-    rows = tables.read_trials(folder)
+    rows = tables.read(place, "trials")
     print_trials(rows[rows["trial_id"].isin([job.id for job in jobs])])
-    print(f"{len(jobs)} trials, {num_failed} failed, {time.monotonic() - start:.0f} s; table: {folder / 'trials'}")
+    print(f"{len(jobs)} trials, {num_failed} failed, {time.monotonic() - start:.0f} s; table: {place / 'trials'}")
     if num_failed:
         raise typer.Exit(1)

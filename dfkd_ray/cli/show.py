@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,15 +73,10 @@ def print_trials(rows: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    own = (
-        rows[rows["synthesis.method"] == "deepinversion"]
-        if (rows["synthesis.method"] == "deepinversion").any()
-        else rows
-    )
-    fields = [name for name in rows.columns if "." in name and not name.startswith("reference.")]
-    fields = [name for name in fields if name == "synthesis.method" or own[name].nunique(dropna=False) > 1]
-    leaves = [name.rpartition(".")[2] for name in fields]
-    shown = [leaf if leaves.count(leaf) == 1 else name for name, leaf in zip(fields, leaves, strict=True)]
+    from dfkd_ray.results import varied_fields
+
+    fields = varied_fields(rows)
+    shown = short_names(fields)
     title = "best agreement with the teacher first (on the reference set); accuracies in % of the test set"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for heading in ("network", *shown, "teacher", "pruned", "BN", "recovered", "agreement", "kB", "s"):
@@ -99,6 +94,12 @@ def print_trials(rows: Any) -> None:
     console.width = max(console.width, console.measure(table).maximum if console.is_terminal else 160)
     console.print(table)
     print("BN: BatchNorm re-estimated on synthetic images, no training; kB: stored weights; s: wall time of the trial")
+
+
+def short_names(columns: Sequence[str]) -> list[str]:
+    """The last parts of dotted names, where that says which."""
+    leaves = [name.rpartition(".")[2] for name in columns]
+    return [leaf if leaves.count(leaf) == 1 else name for name, leaf in zip(columns, leaves, strict=True)]
 
 
 def print_fleet(status: Mapping[str, Any]) -> None:

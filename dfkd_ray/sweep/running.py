@@ -1,30 +1,31 @@
-"""Jobs → Ray Tune → the tables `trials` and `synthesis`.
+"""Jobs → Ray Tune → the tables `trials`, `epochs` and `synthesis`, and all else that a sweep leaves.
 
 Trials read their images from one fleet (`dfkd_ray.fleet`): each distinct synthesis is paid for once. Trials with a
-finished row in the results folder are not run again.
+finished row in the results place are not run again.
 """
 
 import logging
-import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from dfkd_ray import results, tensorboard
+from dfkd_ray import results, storage, tensorboard
 from dfkd_ray import trial as one_trial
 from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import RealConfig
-from dfkd_ray.images import save_class_grid
+from dfkd_ray.images import class_grid
+from dfkd_ray.results import finished_ids
+from dfkd_ray.storage import Folder, Where
 from dfkd_ray.sweep.files import Job
 
 log = logging.getLogger(__name__)
 OnRow = Callable[[Mapping[str, Any], int, int], None]
 STATUS_S = 15.0
+COMPACT_EVERY = 200  # trials: more parts than that are slow to read
 TEACHER_ACCURACIES: dict[tuple[Any, ...], float] = {}  # of this process; trials follow each other in one
 
 
@@ -33,11 +34,17 @@ def run_job(
     images: one_trial.Images,
     test: Sequence[Batch] | None,
     real: BatchSource | None,
-    results_folder: Path,
+    place: Where,
     trust_code: Sequence[str],
 ) -> dict[str, Any]:
     """Run one trial and write what it leaves: student, picture, events, rows (its own last: then all else is there)."""
+    place = storage.folder(place)
     kd = job.config.distillation
+
+    def write_epochs(looks: Sequence[Mapping[str, float | int | None]]) -> None:
+        results.write(place, "epochs", [{"trial_id": job.id, **look} for look in looks], job.id)
+        tensorboard.write_epochs(place, job.id, looks)
+
     # The teacher is the same in every trial: one evaluation per process, not one per trial.
     known = (job.teacher.hash, kd.precision, kd.num_threads, job.config.device, None if test is None else len(test))
     epochs: Sequence[Mapping[str, Any]] = ()
@@ -49,32 +56,36 @@ def run_job(
             real=real,
             images=images,
             teacher_accuracy=TEACHER_ACCURACIES.get(known),
-            checkpoint=results_folder / "checkpoints",
+            checkpoint=place / "checkpoints",
+            on_epochs=write_epochs,
             trust_code=trust_code,
         )
         row, epochs = outcome.row, outcome.epochs
         if row.get("teacher_accuracy") is not None:
             TEACHER_ACCURACIES[known] = row["teacher_accuracy"]
         if outcome.student is not None:
-            outcome.save_student(results_folder / "students" / job.id)
-            results.write_synthesis(results_folder, outcome.synthesis)
-            picture = results_folder / "images" / f"{row['synthesis_key'][:12]}.png"
-            if not picture.exists():
-                save_class_grid(picture, outcome.batches, job.teacher.info.num_classes, job.teacher.info.space)
+            write_epochs(outcome.epochs)
+            outcome.save_student(place / "students" / job.id)
+            results.write_batches(place, outcome.synthesis)
+            pictures, picture = place / "images", f"{row['synthesis_key'][:12]}.png"
+            if picture not in pictures.names():
+                info = job.teacher.info
+                pictures.write(picture, class_grid(outcome.batches, info.num_classes, info.space))
     except Exception as error:
         log.exception("trial %s", job.id)
         row = one_trial.provenance(job.config, job.teacher)
         row |= {"status": "failed", "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
     row |= {"fleet_call_s": getattr(images, "call_s", None), "fleet_wait_s": getattr(images, "wait_s", None)}
-    tensorboard.write_trial(results_folder, row, epochs)
-    results.write_trials(results_folder, [row], job.id)
-    shutil.rmtree(results_folder / "checkpoints" / job.id, ignore_errors=True)  # its row is on disk: of no more use
+    tensorboard.write_trial(place, row, epochs)
+    results.write(place, "trials", [row], job.id)
+    with suppress(OSError):
+        (place / "checkpoints" / job.id).remove_all()  # its row is there: of no more use
     return row
 
 
 def run(
     jobs: Sequence[Job],
-    results_folder: Path,
+    place: Where,
     cache_root: str | None,
     *,
     synthesizers: int | None = None,
@@ -90,17 +101,18 @@ def run(
 ) -> int:
     """Run the trials that have no finished row yet; returns how many failed.
 
-    `cache_root` is a folder or URI; None keeps batches in memory only. `synthesizers` None takes as many as the
-    machines have room for and grows with them; 0 shares nothing: every trial makes its own images. `test_of` gives a
-    teacher's test batches or None, `real_of` the real images for trials with `synthesis.method=real`; without it such
-    trials are refused. `on_up` is called when the fleet is up, `on_status` every few seconds with how it is.
-    `ValueError` where nothing fits.
+    `place`, a folder or URI, takes all results. `cache_root` is one too; None keeps batches in memory only.
+    `synthesizers` None takes as many as the machines have room for and grows with them; 0 shares nothing: every trial
+    makes its own images. `test_of` gives a teacher's test batches or None, `real_of` the real images for trials with
+    `synthesis.method=real`; without it such trials are refused. `on_up` is called when the fleet is up, `on_status`
+    every few seconds with how it is. `ValueError` where nothing fits.
     """
     if real_of is None and any(isinstance(job.config.synthesis, RealConfig) for job in jobs):
         raise ValueError(
             "synthesis.method=real needs real images, which are used only when asked for: --real-data NAME"
         )
-    done = finished_ids(results_folder)
+    place = storage.folder(place)
+    done = finished_ids(place)
     todo = [job for job in jobs if job.id not in done]
     if not todo:
         return 0
@@ -112,20 +124,28 @@ def run(
             reals[job.id] = real_of(job.teacher, job.config.synthesis)
     from dfkd_ray import fleet
 
-    tensorboard.write_sweep(results_folder, [job.config for job in jobs])
+    tensorboard.write_sweep(place, [job.config for job in jobs])
     with fleet.connected():
         settings, placement = preflight(todo, cache_root, synthesizers, gpus_per_synthesizer, gpus_per_trial)
         settings = replace(settings, batch_timeout_s=batch_timeout_s)
         if synthesizers == 0:
             on_up()
-            _tune(todo, None, placement, results_folder, cache_root, tests, reals, on_row, trust_code)
+            _tune(todo, None, placement, place, cache_root, tests, reals, on_row, trust_code)
         else:
             with fleet.started(settings, teachers) as running, told(running.status, on_status):
                 on_up()
-                _tune(todo, running, placement, results_folder, cache_root, tests, reals, on_row, trust_code)
-    rows = results.read_trials(results_folder)
-    finished = set(rows[rows["status"] == "finished"]["trial_id"])
+                _tune(todo, running, placement, place, cache_root, tests, reals, on_row, trust_code)
+    compact(place)
+    finished = finished_ids(place)
     return sum(job.id not in finished for job in todo)
+
+
+def compact(place: Folder) -> None:
+    """Make few files of the parts; where that fails the rows are as safe as before, and the next sweep tries again."""
+    try:
+        results.compact(place)
+    except (OSError, ValueError) as error:
+        log.warning("%s: its tables stay in many small files: %s", place, error)
 
 
 def preflight(
@@ -196,7 +216,7 @@ def _tune(
     todo: Sequence[Job],
     running: Any | None,
     placement: Any,
-    results_folder: Path,
+    place: Folder,
     cache_root: str | None,
     tests: Mapping[str, Any],
     reals: Mapping[str, Any],
@@ -211,7 +231,7 @@ def _tune(
     ) -> None:
         job = todo[point["job"]]
         images = running.stream() if running else one_trial.made_here(cache_root)
-        row = run_job(job, images, tests[job.teacher.hash], reals.get(job.id), results_folder, trust_code)
+        row = run_job(job, images, tests[job.teacher.hash], reals.get(job.id), place, trust_code)
         tune.report({"failed": int(row["status"] == "failed")})
 
     resources = {"cpu": placement.trial_cpus, "gpu": placement.trial_gpus}
@@ -224,14 +244,14 @@ def _tune(
                 trial_dirname_creator=lambda t: f"trial_{t.trial_id}",
             ),
             run_config=tune.RunConfig(
-                name="tune", storage_path=scratch, verbose=0, callbacks=[_rows_to(on_row, todo, results_folder)]
+                name="tune", storage_path=scratch, verbose=0, callbacks=[_rows_to(on_row, todo, place)]
             ),
         )
         tuner.fit()
 
 
-def _rows_to(on_row: OnRow | None, todo: Sequence[Job], results_folder: Path) -> Any:
-    """A Tune callback that hands each finished trial's row to `on_row`."""
+def _rows_to(on_row: OnRow | None, todo: Sequence[Job], place: Folder) -> Any:
+    """A Tune callback that hands each finished trial's row to `on_row`, and compacts the tables now and then."""
     from ray import tune
 
     class Rows(tune.Callback):
@@ -242,26 +262,20 @@ def _rows_to(on_row: OnRow | None, todo: Sequence[Job], results_folder: Path) ->
         def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             """Read the row that the trial has written."""
             self.num_done += 1
-            job = todo[trial.config["job"]]
-            if on_row:
-                rows = results.read_trials(results_folder)
-                row = rows[rows["trial_id"] == job.id].iloc[0].to_dict()
-                on_row(row, self.num_done, len(todo))
+            rows = results.read_part(place, "trials", todo[trial.config["job"]].id) if on_row else None
+            if on_row and rows is not None:
+                on_row(rows.iloc[0].to_dict(), self.num_done, len(todo))
+            if self.num_done % COMPACT_EVERY == 0:
+                compact(place)
 
         def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-            """A trial whose process died wrote no row: write one that says so."""
+            """A trial whose process died wrote no row, as a rule: write one that says so."""
             job = todo[trial.config["job"]]
-            row = one_trial.provenance(job.config, job.teacher)
-            row |= {"status": "failed", "reason": "the trial's process died (killed, or out of memory)"}
-            results.write_trials(results_folder, [row], job.id)
+            there = results.read_part(place, "trials", job.id)
+            if there is None or there["status"].iloc[0] != "finished":
+                row = one_trial.provenance(job.config, job.teacher)
+                row |= {"status": "failed", "reason": "the trial's process died (killed, or out of memory)"}
+                results.write(place, "trials", [row], job.id)
             self.on_trial_complete(iteration, trials, trial, **info)
 
     return Rows()
-
-
-def finished_ids(results_folder: Path) -> set[str]:
-    """Trials with a finished row."""
-    if not any((results_folder / "trials").glob("*.parquet")):
-        return set()
-    rows = results.read_trials(results_folder)
-    return set(rows[rows["status"] == "finished"]["trial_id"])

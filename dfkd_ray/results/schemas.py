@@ -1,30 +1,41 @@
-"""Result tables as Parquet: schemas declared here with a version, one part file per row and writer, written whole.
+"""What the tables `trials`, `epochs` and `synthesis` hold: columns, versions, and how rows of older versions are read.
 
 Columns are dotted config fields, derived from the config models, and the metrics below. Each column says in its
 metadata whether it is deterministic (equal for equal config, seed and machine class) or not (seconds, hosts).
 """
 
+import difflib
 import functools
-import json
-import os
 import types
 import typing
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from dfkd_ray.config import TrialConfig, nested_models
 
-TRIALS_SCHEMA = "dfkd_ray.trials/1"
-SYNTHESIS_SCHEMA = "dfkd_ray.synthesis/1"
+Columns = dict[str, tuple[pa.DataType, bool, str]]
+SCHEMA = b"dfkd_ray.schema"
+
+# One entry per step from a version to the next: the columns that got another name in it. Columns that came with a
+# version, or with a config field, are null in older rows; so the version rises for metrics only.
+RENAMED: dict[str, list[Mapping[str, str]]] = {
+    "trials": [{}],  # 2: written_at_s
+    "epochs": [],
+    "synthesis": [{}],  # 2: written_at_s
+}
+# What makes two rows one: of such rows readers keep the one written last.
+KEYS = {"trials": ["trial_id"], "epochs": ["trial_id", "step"], "synthesis": ["synthesis_key", "batch_index"]}
+WRITTEN_AT = "written_at_s"
+# The seeds that a sweep repeats a trial with.
+SEEDS = ("synthesis.seed", "distillation.seed")
+
+WRITING: Columns = {WRITTEN_AT: (pa.float64(), False, "when the row was written, seconds since 1970")}
 
 # name: (type, deterministic, meaning)
-METRICS: dict[str, tuple[pa.DataType, bool, str]] = {
+METRICS: Columns = {
     "trial_id": (pa.string(), True, "t- and 12 hex digits of the config's and teacher's hash"),
     "status": (pa.string(), True, "finished or failed"),
     "reason": (pa.string(), True, "why it failed"),
@@ -65,10 +76,26 @@ METRICS: dict[str, tuple[pa.DataType, bool, str]] = {
     "ray_version": (pa.string(), False, "null without Ray"),
     "numerics": (pa.string(), False, "device model or instruction set, torch version"),
     "host": (pa.string(), False, ""),
+    **WRITING,
+}
+
+# One row per look at the reference set, the first before the first step.
+EPOCHS: Columns = {
+    "trial_id": (pa.string(), True, "as in trials"),
+    "step": (pa.int64(), True, "distillation steps taken"),
+    "agreement": (pa.float64(), True, "share of equal argmax with the teacher on the reference set"),
+    "reference_kl": (pa.float64(), True, "KL(teacher || student) on the reference set, nats"),
+    "loss": (pa.float64(), True, "what was minimised, mean over the steps since the look before"),
+    "kl": (pa.float64(), True, "unweighted distillation term, the same mean"),
+    "label": (pa.float64(), True, "unweighted label loss; null where it has no weight"),
+    "feature": (pa.float64(), True, "unweighted feature term; null where it has no weight"),
+    "learning_rate": (pa.float64(), True, "of the last step; null before the first"),
+    "sparsity": (pa.float64(), True, "zeros over all Conv and Linear weights of the student, as it then was"),
+    **WRITING,
 }
 
 # One row per batch that any trial has used.
-SYNTHESIS: dict[str, tuple[pa.DataType, bool, str]] = {
+SYNTHESIS: Columns = {
     "synthesis_key": (pa.string(), True, "of teacher hash, synthesis config and domain"),
     "batch_index": (pa.int64(), True, "which batch of the key"),
     "teacher_hash": (pa.string(), True, "of architecture, normalisation and weights"),
@@ -88,7 +115,10 @@ SYNTHESIS: dict[str, tuple[pa.DataType, bool, str]] = {
     "wall_s": (pa.float64(), False, "seconds of making it"),
     "host": (pa.string(), False, "where it was made"),
     "numerics": (pa.string(), False, "device model or instruction set, torch version"),
+    **WRITING,
 }
+
+TABLES: dict[str, Columns] = {"trials": METRICS, "epochs": EPOCHS, "synthesis": SYNTHESIS}
 
 
 def arrow_type(annotation: Any) -> pa.DataType:
@@ -115,110 +145,85 @@ def config_columns(model: type[BaseModel], prefix: str = "") -> dict[str, pa.Dat
     return columns
 
 
-def fields_of(columns: Mapping[str, tuple[pa.DataType, bool, str]]) -> list[pa.Field]:
-    """Arrow fields with what they mean and whether they are deterministic."""
-    return [
-        pa.field(name, kind, metadata={"deterministic": str(fixed).lower(), "meaning": meaning})
-        for name, (kind, fixed, meaning) in columns.items()
-    ]
+def field(name: str, kind: pa.DataType, deterministic: bool, meaning: str) -> pa.Field:
+    """An Arrow field with what it means and whether it is deterministic."""
+    return pa.field(name, kind, metadata={"deterministic": str(deterministic).lower(), "meaning": meaning})
+
+
+def version(table: str) -> int:
+    """Today's version of a table."""
+    return len(RENAMED[table]) + 1
+
+
+def schema(table: str) -> pa.Schema:
+    """Today's schema of a table; `ValueError` for an unknown name."""
+    if table not in TABLES:
+        raise ValueError(f"table {table!r}: expected one of {', '.join(TABLES)}")
+    return _schema(table, version(table))
 
 
 @functools.cache
-def trials_schema() -> pa.Schema:
-    """The schema of the `trials` table."""
-    # The device is a wish; what it came to is in `numerics`.
-    fields = [
-        pa.field(name, kind, metadata={"deterministic": str(name != "device").lower(), "meaning": "config"})
-        for name, kind in config_columns(TrialConfig).items()
-    ]
-    return pa.schema(fields_of(METRICS) + fields, metadata={"dfkd_ray.schema": TRIALS_SCHEMA})
+def _schema(table: str, version: int) -> pa.Schema:
+    fields = [field(name, *column) for name, column in TABLES[table].items()]
+    if table == "trials":
+        # The device is a wish; what it came to is in `numerics`.
+        columns = config_columns(TrialConfig).items()
+        fields += [field(name, kind, name != "device", "config") for name, kind in columns]
+    return pa.schema(fields, metadata={SCHEMA: f"dfkd_ray.{table}/{version}"})
 
 
-@functools.cache
-def synthesis_schema() -> pa.Schema:
-    """The schema of the `synthesis` table."""
-    return pa.schema(fields_of(SYNTHESIS), metadata={"dfkd_ray.schema": SYNTHESIS_SCHEMA})
+def deterministic_columns(table: str = "trials") -> list[str]:
+    """Names of the columns by which two tables are called identical."""
+    return [f.name for f in schema(table) if (f.metadata or {}).get(b"deterministic") == b"true"]
 
 
-def deterministic_columns(schema: pa.Schema | None = None) -> list[str]:
-    """Names of the columns by which two tables (default: `trials`) are called identical."""
-    return [f.name for f in schema or trials_schema() if (f.metadata or {}).get(b"deterministic") == b"true"]
+def known(table: str, columns: Iterable[str]) -> None:
+    """`ValueError` for a name that is no column of the table, with one that is close."""
+    names = schema(table).names
+    for name in columns:
+        if name not in names:
+            raise ValueError(f"{name!r}: no column of the table {table}{close_to(name, names)}")
 
 
-def write_trials(folder: Path, rows: Sequence[Mapping[str, Any]], part: str) -> Path:
-    """Write rows as `trials/<part>.parquet` under `folder`, whole. Raises `KeyError` for a column not in the schema."""
-    return write_part(folder / "trials" / f"{part}.parquet", rows, trials_schema())
+def close_to(name: str, names: Iterable[str]) -> str:
+    """For messages: a name that was probably meant."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
-def write_synthesis(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write the rows of batches under `synthesis/`, a file per key and number of batches, where not there already.
-
-    Trials that share a key would write the same file: whoever comes first does.
-    """
-    by_key: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        by_key.setdefault(row["synthesis_key"], []).append(row)
-    for key, own in by_key.items():
-        target = folder / "synthesis" / f"k-{key[:16]}-{len(own)}.parquet"
-        if not target.exists():
-            write_part(target, own, synthesis_schema())
+def version_of(table: str, found: pa.Schema) -> int | None:
+    """The version that a file's schema names; None where it is no part of that table."""
+    name, _, number = (found.metadata or {}).get(SCHEMA, b"").decode(errors="replace").partition("/")
+    return int(number) or None if name == f"dfkd_ray.{table}" and number.isdigit() else None
 
 
-def write_part(target: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> Path:
-    """Write rows as one Parquet file, whole: hidden temporary name, fsync, rename."""
-    unknown = {name for row in rows for name in row} - set(schema.names)
-    if unknown:
-        raise KeyError(
-            f"columns not in schema {(schema.metadata or {})[b'dfkd_ray.schema'].decode()}: {sorted(unknown)}"
+def refusal(table: str, found: pa.Schema) -> str | None:
+    """Why a file with that schema cannot be read into today's; None where it can."""
+    number, today = version_of(table, found), version(table)
+    if number is None:
+        return f"no part of a {table} table of dfkd_ray; it does not belong there"
+    if number > today:
+        return (
+            f"written by a newer dfkd_ray (version {number} of {table}, this one reads up to {today}); update this one"
         )
-    table = pa.Table.from_pylist([{name: row.get(name) for name in schema.names} for row in rows], schema=schema)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        with partial.open("wb") as file:
-            pq.write_table(table, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
-    return target
+    unknown = sorted(set(renamed(table, number, found.names)) - set(schema(table).names))
+    if unknown:
+        return f"written by another dfkd_ray, this one does not know its columns {', '.join(unknown)}; update this one"
+    return None
 
 
-def read_synthesis(folder: Path) -> pd.DataFrame:
-    """The `synthesis` table of a results folder: a row per batch, by key and index."""
-    parts = sorted((folder / "synthesis").glob("*.parquet"))
-    if not parts:
-        raise ValueError(f"{folder}: no synthesis table there (expected {folder / 'synthesis'}/*.parquet)")
-    frame = pd.concat([pq.read_table(part, schema=synthesis_schema()).to_pandas() for part in parts])
-    order = ["synthesis_key", "batch_index"]
-    return frame.drop_duplicates(order).sort_values(order).reset_index(drop=True)
+def renamed(table: str, number: int, names: list[str]) -> list[str]:
+    """The names of a version's columns as they are today."""
+    for step in RENAMED[table][number - 1 :]:
+        names = [step.get(name, name) for name in names]
+    return names
 
 
-def read_trials(folder: Path) -> pd.DataFrame:
-    """The `trials` table of a results folder, one row a trial, best agreement first, failed ones last."""
-    parts = sorted((folder / "trials").glob("*.parquet"))
-    if not parts:
-        raise ValueError(f"{folder}: no trials table there (expected {folder / 'trials'}/*.parquet)")
-    frames = []
-    for part in parts:
-        try:
-            frames.append(pq.read_table(part, schema=trials_schema()).to_pandas())
-        except pa.ArrowInvalid as error:
-            raise ValueError(
-                f"{part}: damaged ({str(error).splitlines()[0]}); remove it to run that trial again"
-            ) from None
-    frame = pd.concat(frames, ignore_index=True)
-    frame = frame.drop_duplicates("trial_id", keep="last")
-    order = ["agreement", "reference_kl", "trial_id"]
-    return frame.sort_values(order, ascending=[False, True, True], na_position="last").reset_index(drop=True)
-
-
-def write_json(path: Path, row: Mapping[str, Any]) -> None:
-    """One row as JSON, written whole."""
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        partial.write_text(json.dumps(dict(row), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+def migrated(table: str, rows: pa.Table, columns: list[str]) -> pa.Table:
+    """Rows of an older version in today's schema, of it `columns`; what they do not have is null."""
+    rows = rows.rename_columns(renamed(table, version_of(table, rows.schema) or 1, rows.column_names))
+    today = schema(table)
+    fields = [today.field(name) for name in columns]
+    have = set(rows.column_names)
+    arrays = [rows.column(f.name).cast(f.type) if f.name in have else pa.nulls(len(rows), f.type) for f in fields]
+    return pa.Table.from_arrays(arrays, schema=pa.schema(fields, metadata=today.metadata))

@@ -1,0 +1,180 @@
+"""`dfkd-ray results`: print, filter, sort and export the tables of a sweep."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from dfkd_ray.cli.show import short_names
+
+Format = Literal["table", "csv", "markdown", "latex", "json"]
+SUFFIXES: dict[str, Format] = {".csv": "csv", ".md": "markdown", ".tex": "latex", ".json": "json"}
+# What is shown where nobody says which columns, beside the config fields that differ between the rows.
+METRICS = [
+    *("teacher_accuracy", "pruned_accuracy", "bn_reestimated_accuracy", "recovered_accuracy", "agreement"),
+    *("stored_bytes", "wall_s"),
+]
+HASH_LENGTH = 64  # hex digits; their first twelve tell them apart
+LATEX = {**{char: f"\\{char}" for char in "&%$#_{}"}, "\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
+LATEX |= {"^": r"\textasciicircum{}", "±": r"$\pm$"}
+
+
+def results(
+    place: Annotated[str, typer.Argument(help="folder or URI with a sweep's results")],
+    table: Annotated[Literal["trials", "epochs", "synthesis"], typer.Option(help="which table")] = "trials",
+    where: Annotated[
+        list[str] | None, typer.Option(help="NAME, one of = != < <= > >=, VALUE or null; repeatable: all must hold")
+    ] = None,
+    sort: Annotated[list[str] | None, typer.Option(help="NAME, or -NAME for largest first; repeatable")] = None,
+    columns: Annotated[str | None, typer.Option(help="names with commas between them")] = None,
+    limit: Annotated[int | None, typer.Option(min=0, help="so many rows at most")] = None,
+    format: Annotated[Format | None, typer.Option(help="default: what --out ends in, else table")] = None,
+    out: Annotated[Path | None, typer.Option(help="file to write (.csv, .md, .tex, .json)")] = None,
+    mean_std: Annotated[
+        bool, typer.Option("--mean-std", help="fold finished trials that differ in seeds only: mean ± std")
+    ] = False,
+) -> None:
+    """Print a table of a sweep's results, or export it; live while the sweep runs.
+
+    `sparsity` is short for `pruning.sparsity` where no other column ends so. Without --columns a printed table has the
+    fields that differ and the main metrics; csv and json have everything.
+
+    dfkd-ray results runs/quickstart --where 'sparsity>=0.75' --where status=finished --sort -agreement --limit 10
+    """
+    kind = format or (SUFFIXES.get(out.suffix.lower()) if out else "table")
+    if kind is None:
+        raise ValueError(f"--out {out}: it ends in none of {', '.join(SUFFIXES)}; say which with --format")
+    if mean_std and table != "trials":
+        raise ValueError(f"--mean-std is for --table trials: the rows of {table} have no seeds")
+
+    from dfkd_ray import results as tables
+    from dfkd_ray import storage
+    from dfkd_ray.results.selecting import column_of, with_whole_numbers
+
+    everything = tables.read(place, table)
+    rows: Any = tables.select(everything, where or ())
+    if mean_std:
+        rows = tables.fold_seeds(rows)
+    rows = tables.select(rows, (), sort or (), limit)
+    if columns is not None:
+        names = [column_of(name.strip(), list(rows.columns)) for name in columns.split(",") if name.strip()]
+    elif kind in ("csv", "json"):
+        names = list(rows.columns)
+    else:
+        names = main_columns(rows, table)
+    if mean_std and kind in ("csv", "json"):
+        names = [each for name in names for each in (name, f"{name}_std") if each in rows.columns]
+        names = list(dict.fromkeys(names))
+    if not mean_std:
+        rows = with_whole_numbers(rows, table)
+    text = FORMATS[kind](rows, names)
+    if out:
+        target = out.absolute()
+        storage.folder(target.parent).write(target.name, text.encode())
+        print(f"written: {out} ({len(rows)} rows)")
+        return
+    print(text, end="")
+    if kind == "table":
+        folded = f", {int(rows['num_seeds'].sum())} finished trials folded" if mean_std else ""
+        print(f"{len(rows)} rows{folded}; {len(everything)} in {table}")
+
+
+def main_columns(rows: Any, table: str) -> list[str]:
+    """The columns that a reader wants first: what differs, and what came of it; none that is empty."""
+    from dfkd_ray.results import SEEDS, varied_fields
+
+    if table != "trials":
+        names = [name for name in rows.columns if name not in ("written_at_s", "teacher_hash", "host", "numerics")]
+    else:
+        folded = "num_seeds" in rows.columns
+        fields = [name for name in varied_fields(rows) if not (folded and name in SEEDS)]
+        names = ["num_seeds"] if folded else ["trial_id"]
+        names = ["teacher", *fields, *names, *METRICS]
+        if not folded and (rows["status"] != "finished").any():
+            names += ["status", "reason"]
+    return [name for name in names if rows[name].notna().any()] or names[:1]
+
+
+def cells(rows: Any, names: Sequence[str]) -> list[list[str]]:
+    """Rows as text; a mean with its standard deviation."""
+    columns = []
+    for name in names:
+        texts = [text_of(value) for value in rows[name]]
+        if f"{name}_std" in rows.columns:
+            spreads = rows[f"{name}_std"]
+            texts = [f"{a} ± {b:.2g}" if b == b else a for a, b in zip(texts, spreads, strict=True)]
+        if name == "teacher":
+            texts = [Path(text).name for text in texts]
+        columns.append(texts)
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def text_of(value: Any) -> str:
+    """A value in few characters."""
+    if value is None or (not isinstance(value, str) and value != value) or str(value) == "<NA>":
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+    text = str(value)
+    return text[:12] if len(text) == HASH_LENGTH and not set(text) - set("0123456789abcdef") else text
+
+
+def as_table(rows: Any, names: Sequence[str]) -> str:
+    """For a terminal."""
+    from io import StringIO
+
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for name, heading in zip(names, short_names(names), strict=True):
+        table.add_column(heading, justify="right" if is_number(rows, name) else "left", no_wrap=True)
+    for row in cells(rows, names):
+        table.add_row(*row)
+    # A table cut to a narrow pipe hides what it is for.
+    console = Console(file=StringIO(), width=10_000, markup=False, highlight=False, emoji=False)
+    console.width = console.measure(table).maximum
+    console.print(table)
+    assert isinstance(console.file, StringIO)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().strip("\n").splitlines()) + "\n"
+
+
+def as_markdown(rows: Any, names: Sequence[str]) -> str:
+    """A table as GitHub shows it."""
+    marks = ["---:" if is_number(rows, name) else "---" for name in names]
+    lines = [short_names(names), marks, *cells(rows, names)]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def as_latex(rows: Any, names: Sequence[str]) -> str:
+    """A tabular with the rules of the package booktabs."""
+    places = "".join("r" if is_number(rows, name) else "l" for name in names)
+    heading, *lines = (
+        " & ".join("".join(LATEX.get(char, char) for char in cell) for cell in line) + r" \\"
+        for line in [short_names(names), *cells(rows, names)]
+    )
+    start = rf"\begin{{tabular}}{{{places}}}"
+    return "\n".join([start, r"\toprule", heading, r"\midrule", *lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def as_csv(rows: Any, names: Sequence[str]) -> str:
+    """Full names and all digits."""
+    return rows[list(names)].to_csv(index=False, lineterminator="\n")
+
+
+def as_json(rows: Any, names: Sequence[str]) -> str:
+    """A list of objects, full names and all digits."""
+    plain = rows[list(names)].astype(object)
+    records = plain.where(plain.notna(), None).to_dict("records")
+    return json.dumps(records, indent=2, allow_nan=False) + "\n"
+
+
+def is_number(rows: Any, name: str) -> bool:
+    """Whether a column is set flush right."""
+    return rows[name].dtype.kind in "iuf"
+
+
+FORMATS = {"table": as_table, "csv": as_csv, "markdown": as_markdown, "latex": as_latex, "json": as_json}

@@ -1,0 +1,28 @@
+"""Result tables as Parquet in a place: a folder, or any URI that pyarrow opens.
+
+A place holds `trials/`, `epochs/` and `synthesis/`, each a folder of small part files, one writer each, written whole.
+A crash leaves old rows or new ones, never half a row. `compact` makes one file out of many parts.
+"""
+
+from dfkd_ray.results.schemas import METRICS, SEEDS, TABLES, deterministic_columns, schema, version
+from dfkd_ray.results.selecting import fold_seeds, select, varied_fields
+from dfkd_ray.results.tables import compact, finished_ids, read, read_part, write, write_batches, write_json
+
+__all__ = [
+    "METRICS",
+    "SEEDS",
+    "TABLES",
+    "compact",
+    "deterministic_columns",
+    "finished_ids",
+    "fold_seeds",
+    "read",
+    "read_part",
+    "schema",
+    "select",
+    "varied_fields",
+    "version",
+    "write",
+    "write_batches",
+    "write_json",
+]

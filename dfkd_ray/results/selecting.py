@@ -1,0 +1,134 @@
+"""Choosing among rows: simple comparisons, sorting, seeds folded into mean and standard deviation. Pure pandas."""
+
+import operator
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from dfkd_ray.results.schemas import METRICS, SEEDS, WRITTEN_AT, close_to, schema
+
+COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
+    "=": operator.eq,
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+CONDITION = re.compile(r"\s*([\w.]+)\s*(==|!=|<=|>=|=|<|>)\s*(.*?)\s*")
+TRUTHS = {"true": True, "false": False}
+NUM_SEEDS = "num_seeds"
+STD = "_std"
+
+
+def column_of(name: str, columns: Sequence[str]) -> str:
+    """The column called `name`, or the one whose last part is: `sparsity` is `pruning.sparsity`.
+
+    The settings of the reference set, the same in most sweeps, go by their full names. `ValueError` where there is none, or more than one such.
+    """
+    if name in columns:
+        return name
+    own = [column for column in columns if not column.startswith("reference.")]
+    same_leaf = [column for column in own if column.rpartition(".")[2] == name]
+    if len(same_leaf) == 1:
+        return same_leaf[0]
+    if same_leaf:
+        raise ValueError(f"{name!r} is the end of several columns; expected one of {', '.join(same_leaf)}")
+    raise ValueError(f"{name!r}: no such column{close_to(name, columns)}")
+
+
+def matching(frame: pd.DataFrame, condition: str) -> pd.Series:
+    """Which rows meet `NAME OP VALUE`; `null` is a value for = and !=. A null is in no order with anything."""
+    match = CONDITION.fullmatch(condition)
+    if not match or not match[3]:
+        raise ValueError(f"{condition!r}: expected NAME, one of {' '.join(COMPARISONS)}, VALUE, as in 'sparsity>=0.75'")
+    name, sign, text = match.groups()
+    name = column_of(name, list(frame.columns))
+    column: Any = frame[name]
+    equality = sign in ("=", "==", "!=")
+    if text == "null":
+        if not equality:
+            raise ValueError(f"{condition!r}: null has no order; expected = or !=")
+        return column.notna() if sign == "!=" else column.isna()
+    value: Any = text
+    there = column.dropna()
+    if len(there) and all(type(one) in (bool, np.bool_) for one in there):
+        if text not in TRUTHS or not equality:
+            raise ValueError(f"{condition!r}: {name} is true or false; expected = or != and one of the two")
+        value = TRUTHS[text]
+    elif pd.api.types.is_numeric_dtype(column):
+        try:
+            value = float(text)
+        except ValueError:
+            raise ValueError(f"{condition!r}: {name} is a number, {text!r} is none") from None
+    elif not equality:
+        raise ValueError(f"{condition!r}: {name} is text; expected = or !=")
+    met = COMPARISONS[sign](there, value).reindex(column.index, fill_value=sign == "!=")
+    return met.astype(bool)
+
+
+def select(
+    frame: pd.DataFrame, where: Sequence[str] = (), sort: Sequence[str] = (), limit: int | None = None
+) -> pd.DataFrame:
+    """The rows that meet every condition, sorted by columns (`-NAME`: largest first; nulls last), the first `limit`."""
+    for condition in where:
+        frame = frame.loc[matching(frame, condition)]
+    if sort:
+        names = [column_of(name.removeprefix("-"), list(frame.columns)) for name in sort]
+        rising = [not name.startswith("-") for name in sort]
+        frame = frame.sort_values(names, ascending=rising, kind="stable", na_position="last")
+    return frame.head(limit) if limit is not None else frame
+
+
+def config_fields() -> list[str]:
+    """The columns of `trials` that are config fields."""
+    return [name for name in schema("trials").names if name not in METRICS]
+
+
+def num_values(frame: Any, name: str) -> int:
+    """How many values a column has, null among them."""
+    return frame[name].nunique(dropna=False)
+
+
+def varied_fields(trials: pd.DataFrame) -> list[str]:
+    """The config fields that differ between these trials, and the synthesis method; what other methods lack is none."""
+    own = trials.loc[trials["synthesis.method"] == "deepinversion"]
+    own = own if len(own) else trials
+    fields = [name for name in trials.columns if "." in name and not name.startswith("reference.")]
+    return [name for name in fields if name == "synthesis.method" or num_values(own, name) > 1]
+
+
+def fold_seeds(trials: pd.DataFrame) -> pd.DataFrame:
+    """Finished trials that differ in their seeds only as one row: the mean of each number, and its std as `<name>_std`.
+
+    The standard deviation is that of a sample (n - 1), null for one seed. Best agreement first.
+    """
+    trials = trials.loc[trials["status"] == "finished"]
+    numeric = (pa.float64(), pa.int64())
+    numbers = [name for name, (kind, _, _) in METRICS.items() if kind in numeric and name != WRITTEN_AT]
+    fields = [name for name in config_fields() if name not in SEEDS]
+    fixed = ["teacher_architecture", "teacher_hash", "real_data", *fields]
+    varied = [name for name in fixed if num_values(trials, name) > 1]
+    # Which group each row is in, by the few fields that differ: null is a value like any other.
+    group = trials.groupby(varied, dropna=False, sort=False).ngroup() if varied else pd.Series(0, trials.index)
+    groups: Any = trials.groupby(group.to_numpy(), sort=False)
+    spread = groups[numbers].std().add_suffix(STD)
+    folded = pd.concat(
+        [groups[fixed].head(1).set_index(group.drop_duplicates()), groups[numbers].mean(), spread], axis=1
+    )
+    folded[NUM_SEEDS] = groups.size()
+    order = [column for name in numbers for column in (name, name + STD)]
+    folded: Any = folded[[*fixed[:3], NUM_SEEDS, *order, *fields]]
+    return folded.sort_values(["agreement", "reference_kl"], ascending=[False, True]).reset_index(drop=True)
+
+
+def with_whole_numbers(frame: pd.DataFrame, table: str) -> pd.DataFrame:
+    """Integer columns as integers again: pandas reads those with nulls as floats."""
+    kinds = schema(table)
+    whole = [name for name in frame.columns if name in kinds.names and kinds.field(name).type == pa.int64()]
+    return frame.astype(dict.fromkeys((name for name in whole if frame[name].dtype.kind == "f"), "Int64"))
