@@ -139,7 +139,8 @@ def as_table(rows: Any, names: Sequence[str]) -> str:
     console.width = console.measure(table).maximum
     console.print(table)
     assert isinstance(console.file, StringIO)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().strip("\n").splitlines()) + "\n"
+    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
+    return "\n".join(line for line in lines if line) + "\n"
 
 
 def as_markdown(rows: Any, names: Sequence[str]) -> str:

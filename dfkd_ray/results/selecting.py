@@ -29,7 +29,8 @@ STD = "_std"
 def column_of(name: str, columns: Sequence[str]) -> str:
     """The column called `name`, or the one whose last part is: `sparsity` is `pruning.sparsity`.
 
-    The settings of the reference set, the same in most sweeps, go by their full names. `ValueError` where there is none, or more than one such.
+    The settings of the reference set, the same in most sweeps, go by their full names only. `ValueError` where there
+    is no such column, or more than one.
     """
     if name in columns:
         return name
