@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH = 4.4  # inches
+WIDTH = 4.0  # inches; a phone of 360 pixels shows it 13 % larger
 INK, SOFT, GRID = "#1c2430", "#5b6673", "#dfe3e8"
 # Colours that differ in lightness too, with a marker of their own each: for print and colour-blind eyes.
 LOOKS: dict[str, dict[str, Any]] = {
@@ -33,8 +33,8 @@ PALETTE = ("#0b5cad", "#d9822b", "#2e8b57", "#a23b72", "#6b4fbb", "#b8a100", "#1
 OTHERS = "#8b95a1"
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
-    "font.size": 9.0,
-    "axes.titlesize": 9.5,
+    "font.size": 10.0,
+    "axes.titlesize": 10.5,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.labelcolor": INK,
@@ -54,7 +54,7 @@ STYLE: dict[str, Any] = {
     "lines.linewidth": 1.4,
     "lines.markersize": 4.5,
     "legend.frameon": False,
-    "legend.fontsize": 8.5,
+    "legend.fontsize": 9.5,
     "svg.fonttype": "none",
     "svg.hashsalt": "dfkd_ray",
 }
@@ -101,7 +101,7 @@ def ladder(chosen: pd.DataFrame, title: str) -> "Figure":
     close_view = near[1] - near[0] < 0.5 * (whole[1] - whole[0])
 
     with style():
-        figure = new_figure(4.8 if close_view else 3.3)
+        figure = new_figure(5.2 if close_view else 3.7)
         axes = figure.subplots(2 if close_view else 1, 1, squeeze=False, sharex=True)[:, 0]
         for one, (low, high) in zip(axes, [near, whole] if close_view else [whole], strict=True):
             one.axhline(teacher, color=INK, linewidth=1.0, linestyle=(0, (6, 3)), label="teacher")
@@ -109,12 +109,13 @@ def ladder(chosen: pd.DataFrame, title: str) -> "Figure":
                 draw_rung(one, name, rows, value, spread, 0.03 * (shift - len(lines) / 2))
             one.set_ylim(low, high)
         measure = MEASURES[str(chosen["measure"].iloc[0])]
-        axes[0].set_title(cut(title, 40), pad=8)
-        figure.supylabel(f"{measure}, %", fontsize=9)
-        axes[-1].set_xlabel("sparsity (axis: weights kept, each halving the same way)")
+        axes[0].set_title(cut(title, 36), pad=8)
+        figure.supylabel(f"{measure}, %", fontsize=10, y=0.6)
+        figure.get_layout_engine().set(hspace=0.06)  # type: ignore[union-attr]
+        axes[-1].set_xlabel("sparsity (log scale of the weights kept)")
         sparsity_ticks(axes[-1], sorted(chosen["level"].unique()))
         handles, labels = axes[-1].get_legend_handles_labels()
-        figure.legend(handles[1:] + handles[:1], labels[1:] + labels[:1], loc="outside lower center", ncols=3)
+        figure.legend(handles[1:] + handles[:1], labels[1:] + labels[:1], loc="outside lower center", ncols=2)
     return figure
 
 
@@ -153,28 +154,32 @@ def sparsity_ticks(axes: "Axes", levels: list[float]) -> None:
 def heat_map(maps: Mapping[float, pd.DataFrame], title: str, measure: str) -> "Figure":
     """BN weight down, temperature across, a panel per sparsity (the four highest), one colour scale each."""
     panels = sorted(maps.items())[-NUM_PANELS:]
-    heights = [0.34 * len(cells) + 0.75 for _, cells in panels]
+    from matplotlib.colors import LinearSegmentedColormap
+
+    colors = LinearSegmentedColormap.from_list("paper to blue", ["#f4f7fb", "#6fa5d8"])  # ink is legible on all of it
+    heights = [0.36 * len(cells) + 0.8 for _, cells in panels]
     with style():
-        figure = new_figure(sum(heights) + 0.4)
+        figure = new_figure(sum(heights) + 0.45)
         axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
         for one, (level, cells) in zip(axes, panels, strict=True):
             values = 100 * cells.to_numpy()
             low, high = float(np.nanmin(values)), float(np.nanmax(values))
             # A scale narrower than half a point would paint noise as a difference.
             middle, half = (low + high) / 2, max((high - low) / 2, 0.25)
-            one.imshow(values, cmap="cividis", aspect="auto", vmin=middle - half, vmax=middle + half)
+            one.imshow(values, cmap=colors, aspect="auto", vmin=middle - half, vmax=middle + half)
             for (down, across), value in np.ndenumerate(values):
                 if not np.isnan(value):
-                    color = "white" if value < middle else INK
-                    fontsize = 8.5 if values.shape[1] <= 7 else 6.0
-                    one.text(across, down, f"{value:.2f}", ha="center", va="center", color=color, fontsize=fontsize)
+                    fontsize = 9.0 if values.shape[1] <= 6 else 6.0
+                    one.text(across, down, f"{value:.2f}", ha="center", va="center", fontsize=fontsize)
             one.set_xticks(range(values.shape[1]), [f"{value:g}" for value in cells.columns])
             one.set_yticks(range(values.shape[0]), [f"{value:g}" for value in cells.index])
             one.grid(visible=False)
             one.set_ylabel("BN weight")
-            one.set_title(f"sparsity {sparsity(level)}", fontsize=9, fontweight="normal")
+            one.set_title(f"sparsity {sparsity(level)}", fontsize=10, fontweight="normal")
         axes[-1].set_xlabel("temperature")
-        figure.suptitle(cut(f"{title}: {MEASURES[measure]}, %", 52), fontsize=9.5, fontweight="bold", x=0.02, ha="left")
+        figure.suptitle(
+            cut(f"{title}: {MEASURES[measure]}, %", 42), fontsize=10.5, fontweight="bold", x=0.02, ha="left"
+        )
     return figure
 
 
@@ -207,12 +212,22 @@ def pareto(configs: pd.DataFrame, best: pd.DataFrame) -> "Figure":
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _place: size(value))
         few_ticks(axes, configs)
-        axes.set_xlabel("stored size of the student (log axis); star: the dense teacher")
+        axes.set_ylim(*front_limits(configs, best))
+        axes.set_xlabel("stored size of the student (log scale)")
         axes.set_ylabel(f"{measure}, %")
         figure.legend(
             [line, *handles], ["front", *labels], loc="outside lower center", ncols=2 if len(labels) > 1 else 3
         )
     return figure
+
+
+def front_limits(configs: pd.DataFrame, best: pd.DataFrame) -> tuple[float, float]:
+    """The range, in percent, of all configurations, but no more than four times that of front and teachers below."""
+    near = 100 * pd.concat([best["at_recovered"], configs["at_teacher"].dropna()])
+    span = max(near.max() - near.min(), 0.5)
+    low = max(100 * configs["at_recovered"].min(), near.min() - 4 * span)
+    margin = 0.06 * (near.max() - low) + 0.05
+    return low - margin, near.max() + margin
 
 
 def few_ticks(axes: "Axes", configs: pd.DataFrame) -> None:
@@ -224,22 +239,22 @@ def few_ticks(axes: "Axes", configs: pd.DataFrame) -> None:
     axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if decades < 2 else (1,), numticks=12))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.margins(x=0.08, y=0.08)
+    axes.margins(x=0.08)
 
 
 def synthesis_bars(table: pd.DataFrame, labels: list[str]) -> "Figure":
     """Seconds of each distinct synthesis: made once, and what its trials would have spent apart."""
     rows = dicts(table)[:NUM_BARS]
     with style():
-        figure = new_figure(0.46 * len(rows) + 1.0)
+        figure = new_figure(0.5 * len(rows) + 1.1)
         axes = figure.subplots()
         place = np.arange(len(rows))
         apart = [max(row["apart_s"], row["made_s"]) for row in rows]
         axes.barh(place, apart, height=0.34, color="#c9d8ea", label="each trial for itself")
         axes.barh(place, [row["made_s"] for row in rows], height=0.34, color="#0b5cad", label="made once")
         for index, (row, label) in enumerate(zip(rows, labels, strict=False)):
-            what = f"{cut(label, 34)}: {seconds(row['made_s'])}, {count(row['num_trials'], 'trial')}"
-            axes.text(0, index - 0.24, what, fontsize=8, va="bottom", ha="left")
+            what = f"{cut(label, 32)}: {seconds(row['made_s'])}, {count(row['num_trials'], 'trial')}"
+            axes.text(0, index - 0.24, what, fontsize=9, va="bottom", ha="left")
         axes.set_yticks([])
         axes.set_ylim(len(rows) - 0.6, -0.75)
         axes.grid(visible=False, axis="y")
@@ -255,6 +270,7 @@ def as_svg(figure: "Figure") -> str:
     with style():
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        figure.set_layout_engine("none")  # where things lie is settled; the PNG need not work it out again
     return buffer.getvalue()
 
 

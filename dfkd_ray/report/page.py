@@ -122,10 +122,10 @@ def trial_columns(rows: pd.DataFrame, fields: Sequence[str]) -> list[Column]:
         Column("at_recovered", "recovered", f"after distillation, {measured}", 100, 2),
         Column("lost", "lost", "points lost against the teacher", 100, 2),
         Column("agreement", "agreement", "with the teacher on the synthetic reference set, %", 100, 2),
-        Column("reference_kl", "KL", "teacher to student on the reference set, nats", 1, 4),
+        Column("reference_kl", "KL", "teacher to student on the reference set, nats", 1.0, 4),
         Column("achieved_sparsity", "zeros", "of all Conv and Linear weights, %", 100, 2),
         Column("stored_bytes", "kB", "stored weights", 1e-3, 0),
-        Column("wall_s", "s", "seconds of the whole trial", 1, 0),
+        Column("wall_s", "s", "seconds of the whole trial", 1.0, 0),
         Column("trial_id", "trial", "students/<trial> is its student"),
         Column("reason", "reason", "why it failed", long=True),
     ]

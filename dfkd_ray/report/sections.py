@@ -51,6 +51,8 @@ class Material:
     def __post_init__(self) -> None:
         self.done = aggregates.finished(self.rows)
         self.fields = aggregates.varying(self.done)
+        # Beside real images the method says no more than that the others are synthetic.
+        self.own_fields = aggregates.varying(self.done[~self.done["real_data"]]) or self.fields
         self.configs = aggregates.configurations(self.rows)
         self.best = aggregates.best(self.configs)
         self.answers = aggregates.answers(self.best)
@@ -68,51 +70,53 @@ class Material:
 
 def opening(material: Material) -> str:
     """The answer in words, and the table behind it."""
-    rows, answers = material.rows, material.answers
+    state, answers = state_of(material.rows["status"]), material.answers
     if answers.empty:
-        return page.paragraph(f"{state_of(rows['status'])} There is no result to report yet.", "lead")
-    parts = [page.paragraph(" ".join([state_of(rows["status"]), *lead(answers, material.fields)]), "lead")]
-    parts.append(
-        page.paragraph(
-            "Best means: of highest agreement with the teacher on held-out synthetic images, mean over seeds. Test "
-            "accuracy is reported, never used to choose.",
-            "note",
-        )
+        return page.paragraph(f"{state} There is no result to report yet.", "lead")
+    told = lead(answers, material.own_fields)
+    items = "".join(f"<li><strong>{escape(label)}</strong> {escape(text)}</li>" for label, text in told)
+    note = "Of several configurations the best is the one of highest agreement with the teacher on held-out synthetic "
+    note += "images, mean over seeds. Test accuracy is reported, never used to choose."
+    return (
+        f'<div class="lead">{page.paragraph(state)}<ul>{items}</ul></div>{page.paragraph(note, "note")}'
+        + answer_table(material)
     )
-    return "".join(parts) + answer_table(material)
 
 
 def answer_table(material: Material) -> str:
     """Points lost on each rung, the best configuration of each network and sparsity."""
-    rows = dicts(material.answers)[:NUM_ROWS]
-    fields = [name for name in material.fields if name != "pruning.sparsity"]
+    fields = [name for name in material.own_fields if name != "pruning.sparsity"]
     real = bool(material.answers["real_data"].any())
-    bound = "bound_lost" in material.answers and material.answers["bound_lost"].notna().any()
-    table = []
-    for row in rows:
-        cells = [row["network"], sparsity(row["level"])]
-        cells += [settings(row, fields)] if fields else []
-        cells += ["real" if row["real_data"] else "synthetic"] if real else []
-        cells += [row["num_seeds"], percent(row["at_teacher"])]
-        cells += [plus_minus(row[name], row[f"{name}_std"]) for name in ("lost_pruned", "lost_bn_reestimated", "lost")]
-        cells += [plus_minus(row["bound_lost"], row["bound_lost_std"])] if bound else []
-        cells += [percent(row["agreement"]), size(row["stored_bytes"]), size(row["dense_bytes"]), row["trial_id"]]
-        table.append(cells)
-    headings = ["network", "sparsity", *(["best configuration"] if fields else []), *(["images"] if real else [])]
-    headings += [
-        "seeds",
-        "teacher",
-        "pruned lost",
-        "BN lost",
-        "recovered lost",
-        *(["real images lost"] if bound else []),
-    ]
-    headings += ["agreement", "stored", "dense", "best student"]
-    texts = {"network", "best configuration", "images", "best student"}
-    html = page.table(headings, table, numbers=set(headings) - texts, long=["best configuration"], key="recovered lost")
-    note = (
-        "Lost: points below the teacher, mean ± std over seeds. BN: BatchNorm re-estimated on the images, no training. "
-    )
+    bound = "bound_lost" in material.answers and bool(material.answers["bound_lost"].notna().any())
+    columns: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "network": lambda row: row["network"],
+        "sparsity": lambda row: sparsity(row["level"]),
+        "lost": lambda row: plus_minus(row["lost"], row["lost_std"]),
+        "real images": lambda row: plus_minus(row["bound_lost"], row["bound_lost_std"]),
+        "BN only": lambda row: plus_minus(row["lost_bn_reestimated"], row["lost_bn_reestimated_std"]),
+        "pruned": lambda row: plus_minus(row["lost_pruned"], row["lost_pruned_std"]),
+        "seeds": lambda row: row["num_seeds"],
+        "teacher": lambda row: percent(row["at_teacher"]),
+        "agreement": lambda row: percent(row["agreement"]),
+        "stored": lambda row: size(row["stored_bytes"]),
+        "dense": lambda row: size(row["dense_bytes"]),
+        "images": lambda row: "real" if row["real_data"] else "synthetic",
+        "best configuration": lambda row: settings(row, fields),
+        "best student": lambda row: row["trial_id"],
+    }
+    absent = {
+        name
+        for name, there in {"real images": bound, "images": real, "best configuration": fields}.items()
+        if not there
+    }
+    shown = {name: cell for name, cell in columns.items() if name not in absent}
+    rows = dicts(material.answers)[:NUM_ROWS]
+    texts = {"network", "images", "best configuration", "best student"}
+    cells = [[cell(row) for cell in shown.values()] for row in rows]
+    html = page.table(list(shown), cells, numbers=set(shown) - texts, long=["best configuration"], key="lost")
+    note = "Points below the teacher, mean ± std over seeds: lost, after recovery; "
+    note += "real images, the same with real images (the upper bound); " if bound else ""
+    note += "BN only, after BatchNorm re-estimation without training; pruned, with nothing done. "
     note += "Best student: its folder under students/."
     return html + page.paragraph(note + more(len(material.answers), len(rows), "row"), "note")
 
@@ -180,14 +184,17 @@ def sizes(material: Material) -> Section:
         label = MEASURES[str(measure)]
         front = aggregates.front(rows)
         caption = f"{count(len(rows), 'data-free configuration')}, mean over seeds: {label} against stored weights."
-        caption += " Circled: the front, which no other beats in both."
-        drawing = material.draw(f"pareto-{measure}", figures.pareto(rows, front), caption)
+        caption += " Circled: the front, which no other beats in both. Stars: the dense teachers."
+        figure = figures.pareto(rows, front)
+        num_below = int((100 * rows["at_recovered"] < figure.axes[0].get_ylim()[0]).sum())
+        caption += f" {count(num_below, 'configuration')} lower than shown." if num_below else ""
+        drawing = material.draw(f"pareto-{measure}", figure, caption)
         headings = ["front", "sparsity", "configuration", "seeds", label, "stored", "best student"]
         cells = [
             [
                 row["network"],
                 sparsity(row["level"]),
-                settings(row, material.fields) or "–",
+                settings(row, material.own_fields) or "–",
                 row["num_seeds"],
                 f"{plus_minus(row['at_recovered'], row['at_recovered_std'])} %",
                 size(row["stored_bytes"]),
@@ -196,7 +203,7 @@ def sizes(material: Material) -> Section:
             for row in dicts(front)[:NUM_ROWS]
         ]
         table = page.table(headings, cells, numbers=("sparsity", "seeds", label, "stored"), long=["configuration"])
-        parts.append(f'<div class="figures wide">{drawing}</div>{table}')
+        parts.append(f'<div class="figures">{drawing}</div>{table}')
     return Section(name, title, "".join(parts))
 
 
@@ -216,7 +223,7 @@ def synthesis(material: Material) -> Section:
     text += f"{seconds(made)} of work (summed over synthesizers). "
     if saved > 0:
         text += f"Each trial for itself would have spent {seconds(apart)}: sharing saved {seconds(saved)}"
-        text += f", {number(saved / apart, 0, 100)} % of it."
+        text += f", {number(saved / apart, 0, 100.0)} % of it."
     else:
         text += "Nothing was shared: each was used by one trial at most."
     caption = "Seconds of synthesis: made once, against the sum over the trials that used it."
@@ -238,14 +245,13 @@ def synthesis(material: Material) -> Section:
     headings = ["synthesis", "key", "batches", "images", "made in", "images/s", "trials", "saved"]
     html = page.table(headings, cells, numbers=set(headings) - {"synthesis", "key"}, long=["synthesis"])
     note = page.paragraph(more(len(table), len(cells), "synthesis").strip(), "note") if len(table) > len(cells) else ""
-    return Section(name, title, f'{page.paragraph(text)}<div class="figures wide">{drawing}</div>{html}{note}')
+    return Section(name, title, f'{page.paragraph(text)}<div class="figures">{drawing}</div>{html}{note}')
 
 
 def synthesis_labels(material: Material, table: pd.DataFrame) -> list[str]:
     """What each synthesis is, as a trial that used it says."""
     rows = material.rows
-    varied = [*(name for name in material.fields if name.startswith("synthesis.")), "synthesis.seed"]
-    varied = [name for name in varied if rows[name].nunique() > 1]
+    varied = synthesis_fields(material)
     networks = rows.drop_duplicates("teacher_hash").set_index("teacher_hash")["network"].to_dict()
     users = rows.dropna(subset=["synthesis_key"]).drop_duplicates("synthesis_key").set_index("synthesis_key")
     labels = []
@@ -260,14 +266,19 @@ def synthesis_labels(material: Material, table: pd.DataFrame) -> list[str]:
     return labels
 
 
+def synthesis_fields(material: Material) -> list[str]:
+    """What tells the syntheses apart."""
+    varied = [name for name in material.own_fields if name.startswith("synthesis.")]
+    return varied + ["synthesis.seed"] * (material.rows["synthesis.seed"].nunique() > 1)
+
+
 def pictures(material: Material) -> Section:
     """The synthetic images per class."""
     name, title = "images", "The images, by class"
     if not material.pictures:
         return Section(name, title, why_not="there is no picture of these trials under images/.")
     rows = material.rows.dropna(subset=["synthesis_key"])
-    varied = [name for name in material.fields if name.startswith("synthesis.")] + ["synthesis.seed"]
-    varied = [name for name in varied if rows[name].nunique() > 1]
+    varied = synthesis_fields(material)
     shown = []
     for key, uri in material.pictures.items():
         users = rows[rows["synthesis_key"].str[:12] == key]

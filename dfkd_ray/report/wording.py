@@ -9,12 +9,12 @@ import pandas as pd
 
 MEASURES = {"accuracy": "test accuracy", "agreement": "agreement with the teacher"}
 RUNG_NAMES = {"pruned": "pruned", "bn_reestimated": "BN re-estimated", "recovered": "recovered"}
-NUM_SENTENCES = 4  # networks told of in the lead
+NUM_TOLD = 4  # networks told of in the lead
 
 
 def is_null(value: Any) -> bool:
     """Whether a cell of a frame holds nothing."""
-    return value is None or value is pd.NA or value != value
+    return value is None or value is pd.NA or bool(value != value)
 
 
 def number(value: Any, digits: int = 2, scale: float = 1.0) -> str:
@@ -26,13 +26,14 @@ def number(value: Any, digits: int = 2, scale: float = 1.0) -> str:
 
 
 def percent(value: Any) -> str:
-    """A fraction in percent: `93.95 %`."""
-    return "–" if is_null(value) else f"{number(value, 2, 100)} %"
+    """A fraction in percent: `93.95 %`, kept on one line."""
+    return "–" if is_null(value) else f"{number(value, 2, 100.0)}\u00a0%"
 
 
 def plus_minus(mean: Any, std: Any, scale: float = 100.0) -> str:
-    """`0.26 ± 0.03`, or the mean alone where one trial has no spread."""
-    return number(mean, 2, scale) + ("" if is_null(mean) or is_null(std) else f" ± {number(std, 2, scale)}")
+    """`0.26 ± 0.03`, kept on one line; the mean alone where there is no spread to see."""
+    spread = number(std, 2, scale)
+    return number(mean, 2, scale) + ("" if is_null(mean) or spread in ("–", "0.00") else f"\u00a0±\u00a0{spread}")
 
 
 def seconds(value: Any) -> str:
@@ -118,38 +119,40 @@ def seeds_of(nums: pd.Series) -> str:
     return count(high, "seed") if low == high else f"{low} to {count(high, 'seed')}"
 
 
-def lead(answers: pd.DataFrame, fields: Sequence[str]) -> list[str]:
-    """The answer, a sentence or two per network: what the best configuration of each sparsity loses."""
+def lead(answers: pd.DataFrame, fields: Sequence[str]) -> list[tuple[str, str]]:
+    """The answer, network by network: its label, and a sentence or two on what its best configurations lose."""
     networks = list(dict.fromkeys(answers["network"]))
-    sentences = [sentence(answers[answers["network"] == network], fields) for network in networks[:NUM_SENTENCES]]
-    if len(networks) > NUM_SENTENCES:
-        rest = len(networks) - NUM_SENTENCES
-        sentences.append(f"{rest} more {'networks are' if rest > 1 else 'network is'} in the table below.")
-    return sentences
+    told = [(name, sentence(answers[answers["network"] == name], fields)) for name in networks[:NUM_TOLD]]
+    rest = len(networks) - len(told)
+    if rest:
+        told.append((f"{count(rest, 'more network')}:", "see the table below."))
+    return told
 
 
 def sentence(rows: pd.DataFrame, fields: Sequence[str]) -> str:
-    """What one network loses."""
-    first = rows.iloc[0]
+    """What one network loses at each sparsity; to be read after its label."""
+    first = dicts(rows)[0]
     accurate = first["measure"] == "accuracy"
-    real = bool(first["real_data"])
-    teacher = f" (teacher {percent(first['at_teacher'])})" if accurate else ""
-    unit = "points of test accuracy" if accurate else "points of agreement with the teacher (no test data was given)"
-    losses = listed(
-        [f"{plus_minus(row['lost'], row['lost_std'])} at sparsity {sparsity(row['level'])}" for row in dicts(rows)]
+    teacher = f"(teacher {percent(first['at_teacher'])}), " if accurate else ""
+    how = (
+        "recovered with real images, an upper bound and not data-free,"
+        if first["real_data"]
+        else "recovered without data,"
     )
-    how = "with real images (an upper bound, not data-free)" if real else "without data"
+    unit = "points of test accuracy" if accurate else "points of agreement with the teacher (no test data was given)"
+    losses = [f"{plus_minus(row['lost'], row['lost_std'])} at {sparsity(row['level'])}" for row in dicts(rows)]
+    losses[0] = losses[0].replace(" at ", f" {unit} at sparsity ")
     spread = f"mean ± std of {seeds_of(rows['num_seeds'])}" if rows["num_seeds"].max() > 1 else "one seed, no spread"
-    text = f"{first['network']}{teacher}, recovered {how}, loses {losses} {unit} ({spread})."
-    pruned = listed([number(value, 2, 100) for value in rows["lost_pruned"]])
-    text += f" Before recovery the pruned network lost {pruned}."
+    text = f"{teacher}{how} loses {listed(losses)} ({spread})."
+    if rows["lost_pruned"].notna().all():
+        text += f" Pruned and left so, it loses {listed([number(value, 2, 100.0) for value in rows['lost_pruned']])}."
     bounds = rows[rows["bound_lost"].notna()] if "bound_lost" in rows else rows.iloc[:0]
     if len(bounds):
         values = [plus_minus(row["bound_lost"], row["bound_lost_std"]) for row in dicts(bounds)]
         where = "" if len(bounds) == len(rows) else f" at {listed([sparsity(level) for level in bounds['level']])}"
-        text += f" Real images in place of synthetic ones would lose {listed(values)}{where}."
+        text += f" With real images in place of synthetic ones, the upper bound, it loses {listed(values)}{where}."
     if len(rows) == 1 and settings(first, fields):
-        text += f" The best configuration: {settings(first, fields)}."
+        text += f" Best configuration: {settings(first, fields)}."
     return text
 
 
