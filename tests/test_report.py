@@ -162,12 +162,23 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.text).split())
 
     def titles(self):
-        return re.findall(r'<section id="(\w+)">', self.rawdata)
+        return [attributes["id"] for tag, attributes in self.tags if tag == "section"]
 
 
 def build(place):
     html, drawn = report.build(folder(place))
     return Page(html), html, drawn
+
+
+@pytest.fixture(scope="module")
+def built(place):
+    return build(place)
+
+
+@pytest.fixture
+def no_png(monkeypatch):
+    """Half of a report's time goes into PNG files; tests of its words do without."""
+    monkeypatch.setattr(figures, "as_png", lambda _figure: b"")
 
 
 # What it counts
@@ -348,8 +359,8 @@ def test_svg_and_png_of_a_figure_are_the_same_bytes_each_time():
 # The page
 
 
-def test_a_report_has_every_section_and_opens_with_the_answer(place):
-    page, _, drawn = build(place)
+def test_a_report_has_every_section_and_opens_with_the_answer(built):
+    page, _, drawn = built
     assert page.titles() == ["recovery", "heatmap", "pareto", "synthesis", "images", "failures", "trials", "provenance"]
     names = {
         "accuracy-resnet20",
@@ -368,8 +379,8 @@ def test_a_report_has_every_section_and_opens_with_the_answer(place):
     assert "FloatingPointError: NaN in batch 1" in page.words and "1 < 2" in page.words and "a" * 64 in page.words
 
 
-def test_a_page_asks_for_nothing_from_outside_and_its_names_are_unique(place):
-    page, html, _ = build(place)
+def test_a_page_asks_for_nothing_from_outside_and_its_names_are_unique(built):
+    page, html, _ = built
     for tag, attributes in page.tags:
         for name in ("src", "href", "xlink:href", "action", "srcset"):
             assert (attributes.get(name) or "#").startswith(("#", "data:")), (tag, attributes)
@@ -384,23 +395,20 @@ def test_a_page_asks_for_nothing_from_outside_and_its_names_are_unique(place):
     assert policy.startswith("default-src 'none'") and "unsafe-inline" not in policy.partition("style-src")[0]
 
 
-def test_the_table_on_the_page_is_the_table(place):
-    page, _, _ = build(place)
+def test_the_table_on_the_page_is_the_table(place, built):
+    page, _, _ = built
     data = json.loads(page.scripts[0])
     rows = results.read_trials(place)
     head = [attributes for tag, attributes in page.tags if tag == "th" and "title" in attributes]
-    labels = page.words.partition("of the configuration, only what varies is shown.")[2]
     assert data["rows"] == len(rows) == 92 and len(head) == len(data["columns"])
     columns = dict(zip([c.name for c in columns_of(place)], data["columns"], strict=True))
-    shown = [round(100 * x, 2) if x == x else None for x in rows["recovered_accuracy"]]
-    assert columns["at_recovered"]["values"] == pytest.approx(shown) if None not in shown else True
-    assert [x for x in columns["at_recovered"]["values"] if x is not None] == pytest.approx([x for x in shown if x])
+    shown = [None if pd.isna(x) else pytest.approx(100 * x, abs=0.0051) for x in rows["recovered_accuracy"]]
+    assert columns["at_recovered"]["values"] == shown and None in shown
     status = columns["status"]
     assert [status["levels"][n] for n in status["values"]] == rows["status"].tolist()
     assert columns["trial_id"]["values"] == rows["trial_id"].tolist()
     assert {"pruning.sparsity", "synthesis.bn_weight", "distillation.temperature"} <= set(columns)
     assert not {"distillation.learning_rate", "synthesis.num_steps", "device"} & set(columns)
-    assert "recovered" in labels
 
 
 def columns_of(place):
@@ -410,7 +418,7 @@ def columns_of(place):
     return page.trial_columns(rows, aggregates.varying(rows))
 
 
-def test_text_from_data_is_never_markup(tmp_path):
+def test_text_from_data_is_never_markup(tmp_path, no_png):
     rows = [
         trial(n, seed=n, teacher_architecture=SECRETLY_MARKUP, teacher=SECRETLY_MARKUP, host=SECRETLY_MARKUP)
         for n in range(2)
@@ -435,8 +443,8 @@ def test_text_from_data_is_never_markup(tmp_path):
     assert html.count("</script>") == 2
 
 
-def test_the_same_rows_give_the_same_page(place):
-    assert report.build(folder(place)) == report.build(folder(place))
+def test_the_same_rows_give_the_same_page(place, built):
+    assert report.build(folder(place)) == built[1:]
 
 
 @pytest.mark.parametrize(
@@ -450,7 +458,7 @@ def test_the_same_rows_give_the_same_page(place):
         ("sweep.yaml", set(), "agreement"),
     ],
 )
-def test_what_is_missing_is_left_out_with_a_reason(tmp_path, missing, gone, words):
+def test_what_is_missing_is_left_out_with_a_reason(tmp_path, missing, gone, words, no_png):
     one = {"bn_weights": (0.2,), "temperatures": (4.0,)} if missing == "weights" else {}
     rows = grid(networks=("resnet20",), seeds=2, **one)
     if missing == "accuracy":
@@ -469,11 +477,14 @@ def test_what_is_missing_is_left_out_with_a_reason(tmp_path, missing, gone, word
         assert "test accuracy, %" not in page.words and "agreement with the teacher" in page.words
 
 
-def test_one_trial_has_a_report_without_spread(tmp_path):
+def test_one_trial_has_a_report_without_spread(tmp_path, no_png):
     write(tmp_path, "trials", [trial(1)])
     page, _, _ = build(tmp_path)
     assert "One trial, finished." in page.words and "one seed, no spread" in page.words
-    assert "nan" not in page.words.lower() and "±" not in page.words.partition("Accuracy against sparsity")[2][:200]
+    assert (
+        not re.search(r"\bnan\b", page.words, re.IGNORECASE)
+        and "±" not in page.words.partition("Accuracy against sparsity")[2][:200]
+    )
 
 
 def test_a_sweep_that_failed_whole_says_so_and_why(tmp_path):
@@ -485,7 +496,7 @@ def test_a_sweep_that_failed_whole_says_so_and_why(tmp_path):
     assert page.titles() == ["failures", "trials", "provenance"] and "RuntimeError: no" in page.words
 
 
-def test_a_network_with_real_rows_only_is_called_a_bound(tmp_path):
+def test_a_network_with_real_rows_only_is_called_a_bound(tmp_path, no_png):
     write(tmp_path, "trials", [trial(n, method="real", seed=n) for n in range(3)])
     page, _, _ = build(tmp_path)
     assert (
@@ -493,7 +504,7 @@ def test_a_network_with_real_rows_only_is_called_a_bound(tmp_path):
     )
 
 
-def test_ten_thousand_trials_make_a_page_below_five_megabytes_with_all_rows(tmp_path):
+def test_ten_thousand_trials_make_a_page_below_five_megabytes_with_all_rows(tmp_path, no_png):
     axes = itertools.product(("resnet20", "resnet8"), (0.5, 0.75, 0.9, 0.95), range(10), range(125))
     rows = [
         trial(n, network=network, sparsity=sparsity, bn_weight=weight, temperature=1 + point / 8, seed=point % 3)
@@ -589,9 +600,9 @@ def test_a_browser_shows_the_page_on_phone_desktop_dark_and_paper_and_sorts_on_c
             assert browser.value(SMALLEST) >= 10 and browser.value("document.documentElement.scrollWidth") <= width
             if not how.get("media"):
                 assert browser.value(WIDEST) <= width
-            name = f"report-{width}{''.join(how)}.png"
-            with Image.open(io.BytesIO(browser.screenshot(tmp_path / name))) as image:
-                assert image.height > 2000 and len(image.convert("RGB").getcolors(1 << 24) or []) > 100
+            if not how:
+                with Image.open(io.BytesIO(browser.screenshot(tmp_path / f"report-{width}.png"))) as image:
+                    assert image.height > 2000 and len(image.convert("RGB").getcolors(1 << 24) or []) > 100
         browser.open(path, 1280, 900)
         number = browser.value(RECOVERED.partition("(\n  ")[2].removesuffix(")")) + 1
         assert len(browser.value(RECOVERED)) == 50
