@@ -1,0 +1,18 @@
+"""`dfkd-ray report`."""
+
+from typing import Annotated
+
+import typer
+
+
+def report(
+    place: Annotated[str, typer.Argument(help="folder or URI (s3://, gs://, …) with the results of a sweep")],
+    out: Annotated[str | None, typer.Option(help="HTML file to write; default: PLACE/report.html")] = None,
+) -> None:
+    """Write what a sweep has found as one HTML page that works offline, its figures as PNG and SVG beside it."""
+    from dfkd_ray import report as reports
+
+    written = reports.write(place, out)
+    print(f"report: {written.folder}/{written.name} ({written.size_bytes / 1e6:.2f} MB)")
+    if written.figures:
+        print(f"figures: {len(written.figures) // 2}, each as SVG and PNG, in {written.figure_folder}")

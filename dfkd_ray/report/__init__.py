@@ -1,0 +1,113 @@
+"""A results place → one HTML page that needs nothing else, and its figures as PNG and SVG. Reads Parquet alone.
+
+`aggregates` computes tables, `figures` draws them, `sections` words them, `page` makes HTML of it. The same rows give
+the same bytes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from dfkd_ray import results, storage
+from dfkd_ray.report import aggregates, page, pictures, sections
+from dfkd_ray.storage import Folder
+
+NAME = "report.html"
+
+
+@dataclass(frozen=True)
+class Written:
+    """Where a report lies, its size, and the names of its figures in the folder beside it."""
+
+    folder: Folder
+    name: str
+    size_bytes: int
+    figures: tuple[str, ...]
+
+    @property
+    def figure_folder(self) -> Folder:
+        """Where the figures lie: `report/` beside `report.html`."""
+        return self.folder / stem_of(self.name)
+
+
+def write(place: str | Path | Folder, out: str | Path | None = None) -> Written:
+    """Write the report of a results place (folder or URI) to `out` (a .html file or URI; default PLACE/report.html).
+
+    `ValueError` where there is no trials table, or for an `out` that is not an HTML file; `OSError` from the disk.
+    """
+    source = storage.folder(place)
+    folder, name = target(source, out)
+    html, drawn = build(source)
+    for figure, data in drawn.items():
+        (folder / stem_of(name)).write(figure, data)
+    data = html.encode("utf-8", errors="replace")
+    folder.write(name, data)
+    return Written(folder, name, len(data), tuple(drawn))
+
+
+def target(source: Folder, out: str | Path | None) -> tuple[Folder, str]:
+    """The folder and file name that `out` means."""
+    if out is None:
+        return source, NAME
+    head, mark, query = storage.split_query(str(out))
+    parent, _, name = head.rpartition("/")
+    if not name.lower().endswith((".html", ".htm")) or not stem_of(name).strip("."):
+        raise ValueError(f"--out {storage.without_secrets(str(out))}: expected a file name that ends in .html")
+    return storage.folder((parent or ("/" if head.startswith("/") else ".")) + mark + query), name
+
+
+def stem_of(name: str) -> str:
+    """A file name without its ending."""
+    return name.rpartition(".")[0]
+
+
+def build(source: Folder) -> tuple[str, dict[str, bytes]]:
+    """The page of a results place, and its figures: file name → content. `ValueError` without a trials table."""
+    trials = results.read(source, "trials")
+    if trials.empty:
+        raise ValueError(f"{source}: its trials table has no rows yet")
+    rows = aggregates.prepared(trials)
+    batches, no_batches = None, ""
+    try:
+        batches = results.read(source, "synthesis")
+    except ValueError as error:
+        no_batches = f"{error}."
+    names = picture_names(rows, source / "images")
+    uris = pictures.data_uris(source / "images", names)
+    material = sections.Material(
+        rows,
+        batches,
+        no_batches,
+        about_of(source),
+        {name.removesuffix(".png"): uri for name, uri in uris.items()},
+        len(names),
+    )
+    opening = sections.opening(material)
+    parts = [section(material) for section in sections.SECTIONS]
+    return page.page(f"Report: {source.name}", str(source), opening, parts), material.drawn
+
+
+def picture_names(rows: pd.DataFrame, folder: Folder) -> list[str]:
+    """Pictures of these trials: first the best of each network and method, then the others, best agreement first."""
+    used = rows.dropna(subset=["synthesis_key"])
+    first = used.drop_duplicates(["network", "synthesis.method"])
+    keys = pd.concat([first, used]).sort_values("real_data", kind="stable")["synthesis_key"].str[:12]
+    there = set(folder.names())
+    return [f"{key}.png" for key in dict.fromkeys(keys) if f"{key}.png" in there]
+
+
+def about_of(source: Folder) -> Mapping[str, Any]:
+    """What the sweep file says about itself, where it lies beside the tables."""
+    data = source.read("sweep.yaml")
+    if data is None:
+        return {}
+    try:
+        content = yaml.safe_load(data)
+    except yaml.YAMLError:
+        return {}
+    about = content.get("about") if isinstance(content, dict) else None
+    return {str(key): str(value) for key, value in about.items()} if isinstance(about, dict) else {}

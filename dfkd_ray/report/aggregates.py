@@ -1,0 +1,213 @@
+"""What the report says, as tables: pure functions of the frames `trials` and `synthesis`. No figures, no HTML.
+
+A *configuration* is what trials share that differ in a seed only. *Best* is always by agreement with the teacher on
+the synthetic reference set; test accuracy is shown, never used to choose. Standard deviations are those of a sample
+(n - 1), null for one trial.
+"""
+
+from collections.abc import Iterable
+
+import pandas as pd
+
+from dfkd_ray.config import TrialConfig
+from dfkd_ray.results.schemas import config_columns
+
+SEEDS = ("synthesis.seed", "distillation.seed")
+# The first three are told by the network's label, the last is a wish, not what was used.
+NOT_CONFIGURATION = ("teacher", "student.architecture", "student.arguments", "device", *SEEDS)
+RUNGS = ("pruned", "bn_reestimated", "recovered")
+AVERAGED = (
+    "agreement", "reference_kl", "at_teacher", "at_pruned", "at_bn_reestimated", "at_recovered", "lost",
+    "lost_pruned", "lost_bn_reestimated", "achieved_sparsity", "stored_bytes", "dense_bytes", "wall_s",
+)  # fmt: skip
+NUM_LEVELS = 12  # distinct sparsities a figure can show side by side
+LEVEL_WIDTH = 0.05
+BN_WEIGHT, TEMPERATURE = "synthesis.bn_weight", "distillation.temperature"
+NUM_CELLS = 12  # values along one side of a heat map
+
+
+def prepared(trials: pd.DataFrame) -> pd.DataFrame:
+    """All trials with the columns by which the report groups and what it shows.
+
+    `network`: label of teacher and student. `measure`: accuracy, or agreement for a network none of whose trials met
+    test data. `at_<rung>`, `at_teacher`: that measure on each rung, in [0, 1]. `lost`, `lost_<rung>`: the teacher's
+    less the rung's. `level`: the sparsity asked for, to the nearest 0.05 where there are more than 12 of them.
+    """
+    rows = trials.copy()
+    rows["network"] = network_labels(rows)
+    rows["real_data"] = rows["real_data"].astype("boolean").fillna(False).astype(bool)
+    tested = rows["recovered_accuracy"].notna().groupby(rows["network"]).transform("any")
+    rows["measure"] = tested.map({True: "accuracy", False: "agreement"})
+    for rung in RUNGS:
+        agreement = rows["agreement" if rung == "recovered" else f"{rung}_agreement"]
+        rows[f"at_{rung}"] = rows[f"{rung}_accuracy"].where(tested, agreement).astype(float)
+    rows["at_teacher"] = rows["teacher_accuracy"].where(tested, 1.0).astype(float)
+    rows["lost"] = rows["at_teacher"] - rows["at_recovered"]
+    for rung in RUNGS[:2]:
+        rows[f"lost_{rung}"] = rows["at_teacher"] - rows[f"at_{rung}"]
+    level = rows["pruning.sparsity"].astype(float).fillna(0.0)
+    if level.nunique() > NUM_LEVELS:
+        level = ((level / LEVEL_WIDTH).round() * LEVEL_WIDTH).clip(upper=1 - LEVEL_WIDTH / 2)
+    rows["level"] = level.round(6)
+    return rows
+
+
+def network_labels(trials: pd.DataFrame) -> pd.Series:
+    """A label per row, equal for equal teacher (by hash) and student: `resnet20`, `resnet34 → resnet18`.
+
+    Where that is the same for several networks, the teacher's name, the student's arguments, the teacher's hash follow.
+    """
+    name = trials["teacher"].fillna("unknown").map(lambda text: str(text).rstrip("/").rpartition("/")[2])
+    identity = trials["teacher_hash"].fillna(trials["teacher"]).fillna("unknown")
+    student, arguments = trials["student.architecture"].fillna(""), trials["student.arguments"].fillna("{}")
+    keys = pd.DataFrame({"identity": identity, "student": student, "arguments": arguments})
+    short = trials["teacher_architecture"].fillna(name) + student.map(lambda text: f" → {text}" if text else "")
+    known = keys.assign(label=short, name=" (" + name + ")", hash=" [" + identity.str[:8] + "]")
+    known = known.drop_duplicates(["identity", "student", "arguments"])
+    known["with"] = " " + known["arguments"].where(known["arguments"] != "{}", "")
+    for more in ("name", "with", "hash"):
+        clash = known["label"].duplicated(keep=False)
+        known.loc[clash, "label"] = (known["label"] + known[more])[clash].str.rstrip()
+    return keys.merge(known, on=["identity", "student", "arguments"], how="left")["label"].set_axis(trials.index)
+
+
+def finished(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with a result."""
+    return rows[rows["status"] == "finished"]
+
+
+def varying(rows: pd.DataFrame) -> list[str]:
+    """The config columns that tell trials apart, without seeds; what follows from the synthesis method is left out."""
+    fields = [name for name in config_columns(TrialConfig) if name in rows and name not in NOT_CONFIGURATION]
+    if rows.empty:
+        return []
+    # Other methods have no such field: null beside a value says no more than the method does.
+    differs = rows[fields].groupby(rows["synthesis.method"].fillna("")).nunique(dropna=False).max() > 1
+    differs["synthesis.method"] = rows["synthesis.method"].nunique() > 1
+    return [name for name in fields if differs[name]]
+
+
+def configurations(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row per configuration of finished trials: means, `<name>_std`, `num_seeds`, the `trial_id` of the best."""
+    rows = finished(rows)
+    by = ["network", "measure", "real_data", "level", *varying(rows)]
+    groups = rows.groupby(by, dropna=False, sort=False)
+    means = groups[list(AVERAGED)].mean()
+    spread = groups[list(AVERAGED)].std().add_suffix("_std")
+    # Rows come best agreement first.
+    rest = groups.agg(num_seeds=("trial_id", "size"), trial_id=("trial_id", "first"))
+    return pd.concat([means, spread, rest], axis=1).reset_index()
+
+
+def best(configs: pd.DataFrame) -> pd.DataFrame:
+    """Of each network and sparsity the configuration of highest mean agreement: data-free ones and real ones apart."""
+    order = configs.sort_values(["agreement", "reference_kl"], ascending=[False, True], kind="stable")
+    chosen = order.drop_duplicates(["network", "real_data", "level"])
+    return chosen.sort_values(["network", "real_data", "level"], kind="stable").reset_index(drop=True)
+
+
+def answers(chosen: pd.DataFrame) -> pd.DataFrame:
+    """The best data-free configurations with the bound on real images beside them (`bound_…`), by network and level.
+
+    A network that was recovered with real images only has its real rows here, `real_data` true.
+    """
+    own, real = chosen[~chosen["real_data"]], chosen[chosen["real_data"]]
+    bound = real.rename(columns={name: f"bound_{name}" for name in ("at_recovered", "lost", "lost_std", "num_seeds")})
+    kept = ["network", "level", "bound_at_recovered", "bound_lost", "bound_lost_std", "bound_num_seeds"]
+    joined = own.merge(bound[kept], on=["network", "level"], how="left")
+    only_real = real[~real["network"].isin(own["network"])]
+    frames = [frame for frame in (joined, only_real) if len(frame)]
+    return pd.concat(frames, ignore_index=True) if frames else joined
+
+
+def heat_maps(rows: pd.DataFrame, network: str) -> dict[float, pd.DataFrame]:
+    """Per sparsity the mean of `at_recovered` over data-free trials, BN weights down, temperatures across.
+
+    Only sparsities with at least two cells; none at all where a side has more than 12 values (a search, not a grid).
+    """
+    own = finished(rows)
+    own = own[(own["network"] == network) & ~own["real_data"] & own["at_recovered"].notna()]
+    own = own.dropna(subset=[BN_WEIGHT, TEMPERATURE])
+    if max(own[BN_WEIGHT].nunique(), own[TEMPERATURE].nunique()) > NUM_CELLS:
+        return {}
+    maps = {}
+    for level in sorted(own["level"].unique()):
+        part = own[own["level"] == level]
+        cells = part.pivot_table(index=BN_WEIGHT, columns=TEMPERATURE, values="at_recovered", aggfunc="mean")
+        if cells.size > 1:
+            maps[float(level)] = cells
+    return maps
+
+
+def front(configs: pd.DataFrame) -> pd.DataFrame:
+    """The data-free configurations that no other beats in both stored bytes and `at_recovered`, smallest first."""
+    own = configs[~configs["real_data"]].dropna(subset=["stored_bytes", "at_recovered"])
+    own = own.sort_values(["stored_bytes", "at_recovered"], ascending=[True, False], kind="stable")
+    better = own["at_recovered"] > own["at_recovered"].cummax().shift(fill_value=-1.0)
+    return own[better].reset_index(drop=True)
+
+
+def sharing(rows: pd.DataFrame, batches: pd.DataFrame) -> pd.DataFrame:
+    """One row per distinct synthesis: what was made once, and what its trials would have made each for itself.
+
+    `made_s`: seconds of its batches, each once. `apart_s`: the sum, over the trials that used it, of the seconds that
+    their images cost. `saved_s`: the difference. Reference sets (`domain` reference) are one row per teacher, used by
+    all its trials. Real images are not made.
+    """
+    made = batches[batches["method"] != "real"]
+    rows = rows.dropna(subset=["synthesis_key"])
+    parts = [
+        used(made[made["domain"] == "train"], rows, "synthesis_key", "synthesis_wall_s").assign(domain="train"),
+        used(made[made["domain"] == "reference"], rows, "teacher_hash", "reference_wall_s").assign(domain="reference"),
+    ]
+    table = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
+    table["saved_s"] = (table["apart_s"] - table["made_s"]).clip(lower=0.0)
+    return table.sort_values("apart_s", ascending=False, kind="stable").reset_index(drop=True)
+
+
+def used(batches: pd.DataFrame, rows: pd.DataFrame, by: str, seconds: str) -> pd.DataFrame:
+    """Batches and the trials that used them, by a column that both tables have."""
+    made = batches.groupby(by, sort=False).agg(
+        num_keys=("synthesis_key", "nunique"),
+        synthesis_key=("synthesis_key", "first"),
+        teacher_hash=("teacher_hash", "first"),
+        num_batches=("batch_index", "size"),
+        num_images=("num_images", "sum"),
+        made_s=("wall_s", "sum"),
+    )
+    paid = rows.dropna(subset=[seconds])
+    uses = paid.groupby(by).agg(num_trials=("trial_id", "size"), apart_s=(seconds, "sum"))
+    return made.join(uses).fillna({"num_trials": 0, "apart_s": 0.0}).reset_index(drop=True)
+
+
+def failures(rows: pd.DataFrame) -> pd.DataFrame:
+    """Failed trials by reason, the most frequent first: `num_trials`, `networks`, the first `trial_ids`."""
+    failed = rows[rows["status"] == "failed"].assign(reason=lambda frame: frame["reason"].fillna("no reason given"))
+    groups = failed.groupby("reason", sort=False)
+    table = groups.agg(
+        num_trials=("trial_id", "size"),
+        networks=("network", lambda names: ", ".join(dict.fromkeys(names))),
+        trial_ids=("trial_id", lambda ids: ", ".join(list(ids)[:3])),
+    )
+    return table.sort_values("num_trials", ascending=False, kind="stable").reset_index()
+
+
+def provenance(rows: pd.DataFrame, columns: Iterable[str]) -> dict[str, dict[str, int]]:
+    """How many trials say what of each column, the most frequent first; null is left out."""
+    return {name: {str(value): int(count) for value, count in rows[name].value_counts().items()} for name in columns}
+
+
+def teachers(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row per teacher: names, architecture, hash, accuracy, test images, number of trials."""
+    known = rows.assign(teacher_hash=rows["teacher_hash"].fillna("unknown"))
+    return (
+        known.groupby("teacher_hash", sort=False)
+        .agg(
+            teacher=("teacher", "first"),
+            teacher_architecture=("teacher_architecture", "first"),
+            teacher_accuracy=("teacher_accuracy", "first"),
+            num_test_images=("num_test_images", "first"),
+            num_trials=("trial_id", "size"),
+        )
+        .reset_index()
+    )

@@ -1,0 +1,178 @@
+"""The page: one HTML file with everything in it. Whatever comes from data passes `escape`, or is JSON for page.js.
+
+Its content security policy allows the one script (by its hash), inline styles and data URIs: no request leaves it, and
+text that slipped through as markup could not run.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib import resources
+from typing import Any
+
+import pandas as pd
+
+from dfkd_ray.report.wording import count, short_names
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page, or, where `body` is empty, the sentence that says why it is not there."""
+
+    name: str
+    title: str
+    body: str = ""
+    why_not: str = ""
+
+
+def page(title: str, place: str, opening: str, sections: Sequence[Section]) -> str:
+    """The whole document."""
+    css, js = (resources.files("dfkd_ray.report").joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    digest = base64.b64encode(hashlib.sha256(js.encode()).digest()).decode()
+    policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:"
+    shown = [section for section in sections if section.body]
+    links = "".join(f'<a href="#{section.name}">{escape(section.title)}</a> ' for section in shown)
+    body = "".join(
+        f'<section id="{section.name}"><h2>{escape(section.title)}</h2>{section.body}</section>\n' for section in shown
+    )
+    script = f"<script>{js}</script>" if any(section.name == "trials" for section in shown) else ""
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<link rel="icon" href="data:,">\n<title>{escape(title)}</title>\n<style>{css}</style>\n</head>\n<body>\n'
+        f'<header><h1>{escape(title)}</h1><p class="place">{escape(place)}</p>{opening}<nav>{links}</nav></header>\n'
+        f"<main>{body}</main>\n{left_out(sections)}\n{script}\n</body>\n</html>\n"
+    )
+
+
+def left_out(sections: Sequence[Section]) -> str:
+    """What is not there, and why."""
+    items = [f"<li>{escape(s.title)}: {escape(s.why_not)}</li>" for s in sections if not s.body]
+    return f'<footer class="note"><h2>Not in this report</h2><ul>{"".join(items)}</ul></footer>' if items else ""
+
+
+def paragraph(text: str, kind: str = "") -> str:
+    """A paragraph of plain text."""
+    mark = f' class="{kind}"' if kind else ""
+    return f"<p{mark}>{escape(text)}</p>"
+
+
+def table(
+    headings: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    *,
+    numbers: Collection[str] = (),
+    long: Collection[str] = (),
+    key: str = "",
+) -> str:
+    """A table of texts in a box of its own that scrolls; headings in `numbers` are set right, those in `long` wrap."""
+    kinds = ["num" if name in numbers else "long" if name in long else "" for name in headings]
+    kinds = [f"{kind} key".strip() if name == key else kind for kind, name in zip(kinds, headings, strict=True)]
+    marks = [f' class="{kind}"' if kind else "" for kind in kinds]
+    head = "".join(f'<th scope="col"{m}>{escape(name)}</th>' for m, name in zip(marks, headings, strict=True))
+    lines = [
+        "".join(f"<td{mark}>{escape(str(cell))}</td>" for mark, cell in zip(marks, row, strict=True)) for row in rows
+    ]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return box(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>", headings[0])
+
+
+def box(content: str, name: str) -> str:
+    """A box that scrolls sideways, with the keyboard too."""
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="table by {escape(name)}">{content}</div>'
+
+
+def figure(content: str, caption: str) -> str:
+    """A figure on its own light card; the caption says what it shows."""
+    return f'<figure><div class="card">{content}</div><figcaption>{escape(caption)}</figcaption></figure>'
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the trials' table: which of the frame, its heading, what it means, `value * scale` to `digits`."""
+
+    name: str
+    label: str
+    meaning: str = ""
+    scale: float = 1.0
+    digits: int | None = None
+    long: bool = False
+
+
+def trial_columns(rows: pd.DataFrame, fields: Sequence[str]) -> list[Column]:
+    """What the trials' table shows: of the config only `fields`, of the rest only what some trial has."""
+    names = short_names(fields)
+    seeds = [name for name in ("synthesis.seed", "distillation.seed") if rows[name].nunique() > 1]
+    if len(seeds) == 2 and rows[seeds[0]].equals(rows[seeds[1]]):
+        seeds = [seeds[0]]
+    measured = "of the test set, %" if set(rows["measure"]) == {"accuracy"} else "accuracy, or agreement, %"
+    columns = [
+        Column("network", "network"),
+        *(Column(name, names[name], name) for name in fields),
+        *(Column(name, "seed" if len(seeds) == 1 else name, name) for name in seeds),
+        Column("status", "status"),
+        Column("measure", "measure", "what teacher, pruned, BN and recovered count"),
+        Column("at_teacher", "teacher", f"the teacher's, {measured}", 100.0, 2),
+        Column("at_pruned", "pruned", f"after one-shot pruning, {measured}", 100.0, 2),
+        Column("at_bn_reestimated", "BN", f"after BatchNorm re-estimation, {measured}", 100.0, 2),
+        Column("at_recovered", "recovered", f"after distillation, {measured}", 100.0, 2),
+        Column("lost", "lost", "points lost against the teacher", 100.0, 2),
+        Column("agreement", "agreement", "with the teacher on the synthetic reference set, %", 100.0, 2),
+        Column("reference_kl", "KL", "teacher to student on the reference set, nats", 1.0, 4),
+        Column("achieved_sparsity", "zeros", "of all Conv and Linear weights, %", 100.0, 2),
+        Column("stored_bytes", "kB", "stored weights", 1e-3, 0),
+        Column("wall_s", "s", "seconds of the whole trial", 1.0, 0),
+        Column("trial_id", "trial", "students/<trial> is its student"),
+        Column("reason", "reason", "why it failed", long=True),
+    ]
+    same = {name for name in ("status", "measure") if rows[name].nunique(dropna=False) == 1}
+    if rows["measure"].eq("agreement").all():
+        same |= {"at_teacher", "agreement"}  # 100 %, and the recovered one
+    return [column for column in columns if column.name not in same and rows[column.name].notna().any()]
+
+
+def trials_table(rows: pd.DataFrame, fields: Sequence[str]) -> str:
+    """All trials as JSON, a list per column, texts that come again as numbers; page.js shows 50 at a time."""
+    columns = trial_columns(rows, fields)
+    data = {"rows": len(rows), "columns": [encoded(rows[column.name], column) for column in columns]}
+    # `<` is what a script element could be left by.
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    head = "".join(
+        f'<th scope="col"{" class=num" if part["number"] else ""} title="{escape(column.meaning)}">'
+        f'<button type="button">{escape(column.label)}</button></th>'
+        for column, part in zip(columns, data["columns"], strict=True)
+    )
+    meanings = "; ".join(f"{column.label}: {column.meaning}" for column in columns if column.digits is not None)
+    return (
+        f"<noscript><p>The table needs JavaScript; its {count(len(rows), 'row')} are in <code>trials/*.parquet</code>."
+        "</p></noscript>"
+        '<div class="controls" id="trials-controls" hidden>'
+        '<input id="filter" type="search" placeholder="filter by words" aria-label="filter by words">'
+        '<span><button type="button" id="before" aria-label="previous rows">←</button> '
+        '<button type="button" id="after" aria-label="next rows">→</button></span>'
+        '<span id="status" role="status"></span></div>'
+        + box(f'<table id="trials-table"><thead><tr>{head}</tr></thead><tbody></tbody></table>', "trial")
+        + paragraph(f"{meanings[0].upper()}{meanings[1:]}.", "note")
+        + f'<script type="application/json" id="trials-data">{text}</script>'
+    )
+
+
+def encoded(values: pd.Series, column: Column) -> dict[str, Any]:
+    """One column for page.js: numbers rounded to what is shown; repeated texts as indices into `levels`."""
+    is_number = pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
+    head = {"digits": column.digits, "number": is_number, "long": column.long}
+    if is_number:
+        scaled = values * column.scale if column.scale != 1 else values
+        digits = 12 if column.digits is None else column.digits
+        # Adding zero makes -0.0 plain.
+        cells = [None if pd.isna(x) else (int(x) if float(x).is_integer() else round(x, digits) + 0) for x in scaled]
+        return head | {"values": cells}
+    texts = [None if pd.isna(x) else str(x) for x in values]
+    levels: Mapping[str, int] = {text: n for n, text in enumerate(dict.fromkeys(t for t in texts if t is not None))}
+    if 2 * len(levels) > len(texts):
+        return head | {"values": texts}
+    return head | {"levels": list(levels), "values": [None if text is None else levels[text] for text in texts]}

@@ -1,0 +1,368 @@
+"""The sections of the page: each takes what was read, and gives its part or the sentence that says why it is not."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from dfkd_ray.report import aggregates, figures, page
+from dfkd_ray.report.page import Section
+from dfkd_ray.report.wording import (
+    MEASURES,
+    base_name,
+    count,
+    dicts,
+    is_null,
+    lead,
+    listed,
+    number,
+    percent,
+    plus_minus,
+    seconds,
+    settings,
+    size,
+    sparsity,
+    state_of,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NUM_NETWORKS = 12  # networks with figures of their own
+NUM_ROWS = 48  # of a table other than that of the trials
+VERSIONS = ("package_version", "commit", "torch_version", "ray_version", "numerics", "host")
+
+
+@dataclass
+class Material:
+    """What was read, and the figures drawn from it so far: file name → content."""
+
+    rows: pd.DataFrame
+    batches: pd.DataFrame | None
+    no_batches: str
+    about: Mapping[str, Any]
+    pictures: Mapping[str, str]  # first 12 digits of a synthesis key → data URI
+    num_pictures: int
+    drawn: dict[str, bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.done = aggregates.finished(self.rows)
+        self.fields = aggregates.varying(self.done)
+        # Beside real images the method says no more than that the others are synthetic.
+        self.own_fields = aggregates.varying(self.done[~self.done["real_data"]]) or self.fields
+        self.configs = aggregates.configurations(self.rows)
+        self.best = aggregates.best(self.configs)
+        self.answers = aggregates.answers(self.best)
+        self.networks = list(dict.fromkeys(self.best["network"]))
+
+    def draw(self, name: str, figure: "Figure", caption: str) -> str:
+        """Keep a figure as SVG and PNG files, and give it as HTML."""
+        stem = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in name.lower())[:60]
+        while f"{stem}.svg" in self.drawn:
+            stem += "-b"
+        svg = figures.as_svg(figure)
+        self.drawn |= {f"{stem}.svg": svg.encode(), f"{stem}.png": figures.as_png(figure)}
+        return page.figure(figures.inline(svg, f"f{len(self.drawn) // 2}"), caption)
+
+
+def opening(material: Material) -> str:
+    """The answer in words, and the table behind it."""
+    state, answers = state_of(material.rows["status"]), material.answers
+    if answers.empty:
+        return page.paragraph(f"{state} There is no result to report yet.", "lead")
+    told = lead(answers, material.own_fields)
+    items = "".join(f"<li><strong>{escape(label)}</strong> {escape(text)}</li>" for label, text in told)
+    note = "Of several configurations the best is the one of highest agreement with the teacher on held-out synthetic "
+    note += "images, mean over seeds. Test accuracy is reported, never used to choose."
+    return (
+        f'<div class="lead">{page.paragraph(state)}<ul>{items}</ul></div>{page.paragraph(note, "note")}'
+        + answer_table(material)
+    )
+
+
+def answer_table(material: Material) -> str:
+    """Points lost on each rung, the best configuration of each network and sparsity."""
+    fields = [name for name in material.own_fields if name != "pruning.sparsity"]
+    real = bool(material.answers["real_data"].any())
+    bound = "bound_lost" in material.answers and bool(material.answers["bound_lost"].notna().any())
+    columns: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "network": lambda row: row["network"],
+        "sparsity": lambda row: sparsity(row["level"]),
+        "lost": lambda row: plus_minus(row["lost"], row["lost_std"]),
+        "real images": lambda row: plus_minus(row["bound_lost"], row["bound_lost_std"]),
+        "BN only": lambda row: plus_minus(row["lost_bn_reestimated"], row["lost_bn_reestimated_std"]),
+        "pruned": lambda row: plus_minus(row["lost_pruned"], row["lost_pruned_std"]),
+        "seeds": lambda row: row["num_seeds"],
+        "teacher": lambda row: percent(row["at_teacher"]),
+        "agreement": lambda row: percent(row["agreement"]),
+        "stored": lambda row: size(row["stored_bytes"]),
+        "dense": lambda row: size(row["dense_bytes"]),
+        "images": lambda row: "real" if row["real_data"] else "synthetic",
+        "best configuration": lambda row: settings(row, fields),
+        "best student": lambda row: row["trial_id"],
+    }
+    absent = {
+        name
+        for name, there in {"real images": bound, "images": real, "best configuration": fields}.items()
+        if not there
+    }
+    shown = {name: cell for name, cell in columns.items() if name not in absent}
+    rows = dicts(material.answers)[:NUM_ROWS]
+    texts = {"network", "images", "best configuration", "best student"}
+    cells = [[cell(row) for cell in shown.values()] for row in rows]
+    html = page.table(list(shown), cells, numbers=set(shown) - texts, long=["best configuration"], key="lost")
+    note = "Points below the teacher, mean ± std over seeds: lost, after recovery; "
+    note += "real images, the same with real images (the upper bound); " if bound else ""
+    note += "BN only, after BatchNorm re-estimation without training; pruned, with nothing done. "
+    note += "Best student: its folder under students/."
+    return html + page.paragraph(note + more(len(material.answers), len(rows), "row"), "note")
+
+
+def more(total: int, shown: int, noun: str) -> str:
+    """What was left away, if anything."""
+    return f" {count(total - shown, noun)} more not shown." if total > shown else ""
+
+
+def recovery(material: Material) -> Section:
+    """Accuracy against sparsity, a figure per network."""
+    name, title = "recovery", "Accuracy against sparsity"
+    if material.best.empty:
+        return Section(name, title, why_not="no trial has finished.")
+    shown = []
+    for network in material.networks[:NUM_NETWORKS]:
+        chosen = material.best[material.best["network"] == network]
+        measure = MEASURES[chosen["measure"].iloc[0]]
+        seeds = "one trial a point" if chosen["num_seeds"].max() == 1 else "mean ± std over seeds"
+        caption = f"{network}: {measure} of the best configuration at each sparsity, {seeds}."
+        if measure != MEASURES["accuracy"]:
+            caption += " No test data was given, so agreement stands in place of accuracy."
+        drawing = figures.ladder(chosen, network)
+        caption += " Above, the range close to the teacher." if len(drawing.axes) > 1 else ""
+        shown.append(material.draw(f"accuracy-{network}", drawing, caption))
+    note = more(len(material.networks), len(shown), "network").strip()
+    if material.rows["level"].ne(material.rows["pruning.sparsity"].astype(float).round(6)).any():
+        note += " Sparsities are rounded to the nearest 0.05."
+    return Section(
+        name, title, f'<div class="figures">{"".join(shown)}</div>' + (note and page.paragraph(note, "note"))
+    )
+
+
+def weights(material: Material) -> Section:
+    """Heat map BN weight × temperature, where the sweep varies them."""
+    name, title = "heatmap", "BN weight and temperature"
+    axes = (aggregates.BN_WEIGHT, aggregates.TEMPERATURE)
+    if not set(axes) & set(material.fields):
+        return Section(name, title, why_not="the trials that finished vary neither the BN weight nor the temperature.")
+    averaged = ["seeds"] if material.configs["num_seeds"].max() > 1 else []
+    others = [field for field in material.fields if field not in (*axes, "pruning.sparsity", "synthesis.method")]
+    averaged += [field for field in others if field not in axes]
+    mean = f", mean over {listed(averaged)}" if averaged else ""
+    shown = []
+    for network in material.networks[:NUM_NETWORKS]:
+        maps = aggregates.heat_maps(material.rows, network)
+        if maps:
+            measure = material.best.loc[material.best["network"] == network, "measure"].iloc[0]
+            caption = f"{network}: {MEASURES[measure]} after recovery{mean}; each panel has its own colour scale."
+            caption += more(len(maps), figures.NUM_PANELS, "sparsity")
+            shown.append(material.draw(f"heatmap-{network}", figures.heat_map(maps, network, measure), caption))
+    if not shown:
+        return Section(name, title, why_not="BN weight and temperature have too many values for a grid (a search).")
+    return Section(name, title, f'<div class="figures">{"".join(shown)}</div>')
+
+
+def sizes(material: Material) -> Section:
+    """Pareto front accuracy against stored bytes."""
+    name, title = "pareto", "Accuracy against size"
+    own = material.configs[~material.configs["real_data"]].dropna(subset=["stored_bytes", "at_recovered"])
+    if own.empty:
+        return Section(name, title, why_not="no data-free trial has finished.")
+    parts = []
+    for measure, rows in own.groupby("measure", sort=False):
+        label = MEASURES[str(measure)]
+        front = aggregates.front(rows)
+        caption = f"{count(len(rows), 'data-free configuration')}, mean over seeds: {label} against stored weights."
+        caption += " Circled: the front, which no other beats in both. Stars: the dense teachers."
+        figure = figures.pareto(rows, front)
+        num_below = int((100 * rows["at_recovered"] < figure.axes[0].get_ylim()[0]).sum())
+        caption += f" {count(num_below, 'configuration')} lower than shown." if num_below else ""
+        drawing = material.draw(f"pareto-{measure}", figure, caption)
+        headings = ["front", "sparsity", "configuration", "seeds", label, "stored", "best student"]
+        cells = [
+            [
+                row["network"],
+                sparsity(row["level"]),
+                settings(row, material.own_fields) or "–",
+                row["num_seeds"],
+                f"{plus_minus(row['at_recovered'], row['at_recovered_std'])} %",
+                size(row["stored_bytes"]),
+                row["trial_id"],
+            ]
+            for row in dicts(front)[:NUM_ROWS]
+        ]
+        table = page.table(headings, cells, numbers=("sparsity", "seeds", label, "stored"), long=["configuration"])
+        parts.append(f'<div class="figures">{drawing}</div>{table}')
+    return Section(name, title, "".join(parts))
+
+
+def synthesis(material: Material) -> Section:
+    """Time and images per distinct synthesis, and what sharing saved."""
+    name, title = "synthesis", "Synthesis, and what sharing saved"
+    if material.batches is None:
+        return Section(name, title, why_not=material.no_batches)
+    table = aggregates.sharing(material.rows, material.batches)
+    if table.empty:
+        return Section(name, title, why_not="no synthetic image was made for these trials.")
+    labels = synthesis_labels(material, table)
+    made, apart = float(table["made_s"].sum()), float(table["apart_s"].sum())
+    saved = float(table["saved_s"].sum())
+    num_images = int(table["num_images"].sum())
+    text = f"{count(table['num_keys'].sum(), 'distinct synthesis')}, {count(num_images, 'image')}, made in "
+    text += f"{seconds(made)} of work (summed over synthesizers). "
+    if saved > 0:
+        text += f"Each trial for itself would have spent {seconds(apart)}: sharing saved {seconds(saved)}"
+        text += f", {number(saved / apart, 0, 100.0)} % of it."
+    else:
+        text += "Nothing was shared: each was used by one trial at most."
+    caption = "Seconds of synthesis: made once, against the sum over the trials that used it."
+    caption += more(len(table), figures.NUM_BARS, "synthesis")
+    drawing = material.draw("synthesis", figures.synthesis_bars(table, labels), caption)
+    cells = [
+        [
+            label,
+            "–" if row["num_keys"] > 1 else row["synthesis_key"][:12],
+            row["num_batches"],
+            f"{row['num_images']:,}",
+            seconds(row["made_s"]),
+            number(row["num_images"] / row["made_s"] if row["made_s"] else None, 1),
+            int(row["num_trials"]),
+            seconds(row["saved_s"]),
+        ]
+        for row, label in zip(dicts(table)[:NUM_ROWS], labels, strict=False)
+    ]
+    headings = ["synthesis", "key", "batches", "images", "made in", "images/s", "trials", "saved"]
+    html = page.table(headings, cells, numbers=set(headings) - {"synthesis", "key"}, long=["synthesis"])
+    note = page.paragraph(more(len(table), len(cells), "synthesis").strip(), "note") if len(table) > len(cells) else ""
+    return Section(name, title, f'{page.paragraph(text)}<div class="figures">{drawing}</div>{html}{note}')
+
+
+def synthesis_labels(material: Material, table: pd.DataFrame) -> list[str]:
+    """What each synthesis is, as a trial that used it says."""
+    rows = material.rows
+    varied = synthesis_fields(material)
+    networks = rows.drop_duplicates("teacher_hash").set_index("teacher_hash")["network"].to_dict()
+    users = rows.dropna(subset=["synthesis_key"]).drop_duplicates("synthesis_key").set_index("synthesis_key")
+    labels = []
+    for row in dicts(table):
+        network = str(networks.get(row["teacher_hash"], "unknown")).partition(" → ")[0]
+        if row["domain"] == "reference":
+            labels.append(f"{network}, reference set")
+            continue
+        known = row["synthesis_key"] in users.index
+        what = settings(users.loc[row["synthesis_key"]].to_dict(), varied) if known else row["synthesis_key"][:12]
+        labels.append(", ".join(part for part in (network, what) if part))
+    return labels
+
+
+def synthesis_fields(material: Material) -> list[str]:
+    """What tells the syntheses apart."""
+    varied = [name for name in material.own_fields if name.startswith("synthesis.")]
+    return varied + ["synthesis.seed"] * (material.rows["synthesis.seed"].nunique() > 1)
+
+
+def pictures(material: Material) -> Section:
+    """The synthetic images per class."""
+    name, title = "images", "The images, by class"
+    if not material.pictures:
+        return Section(name, title, why_not="there is no picture of these trials under images/.")
+    rows = material.rows.dropna(subset=["synthesis_key"])
+    varied = synthesis_fields(material)
+    shown = []
+    for key, uri in material.pictures.items():
+        users = rows[rows["synthesis_key"].str[:12] == key]
+        first = users.iloc[0].to_dict()
+        kind = "real images, not data-free" if first["real_data"] else str(first["synthesis.method"])
+        what = settings(first, [name for name in varied if name != "synthesis.method"])
+        caption = ", ".join(part for part in (first["network"], kind, what) if part) + f"; key {key}"
+        if not is_null(first["image_confidence"]):
+            caption += f"; teacher's mean confidence {percent(first['image_confidence'])}"
+        caption += f"; used by {count(len(users), 'trial')}."
+        image = f'<img src="{uri}" alt="{escape(caption)}">'
+        content = (
+            f'<div class="grid"><ol aria-hidden="true">{class_numbers(first["class_histogram"])}</ol>{image}</div>'
+        )
+        shown.append(page.figure(content, caption))
+    note = "A row per class, in the order of the teacher's outputs; at most the first 20 classes."
+    note += more(material.num_pictures, len(shown), "picture")
+    return Section(name, title, page.paragraph(note, "note") + f'<div class="figures">{"".join(shown)}</div>')
+
+
+def class_numbers(histogram: Any) -> str:
+    """The numbers of the classes that a grid of images has rows for, or nothing where that is not known."""
+    try:
+        num_classes = len(json.loads(histogram))
+    except (TypeError, ValueError):
+        return ""
+    return "".join(f"<li>{index}</li>" for index in range(min(num_classes, 20)))
+
+
+def failed(material: Material) -> Section:
+    """Failures with their reasons."""
+    name, title = "failures", "Failures"
+    table = aggregates.failures(material.rows)
+    if table.empty:
+        return Section(name, title, why_not="no trial failed.")
+    cells = [[row["reason"], row["num_trials"], row["networks"], row["trial_ids"]] for row in dicts(table)[:NUM_ROWS]]
+    html = page.table(
+        ["reason", "trials", "networks", "first of them"], cells, numbers=["trials"], long=["reason", "networks"]
+    )
+    note = "The same command runs failed trials again; those that finished are kept."
+    return Section(name, title, html + page.paragraph(note + more(len(table), len(cells), "reason"), "note"))
+
+
+def trials(material: Material) -> Section:
+    """The table of all trials."""
+    text = "Best agreement first. A click on a heading sorts; of the configuration, only what varies is shown."
+    fields = aggregates.varying(material.rows)
+    return Section("trials", "All trials", page.paragraph(text, "note") + page.trials_table(material.rows, fields))
+
+
+def origin(material: Material) -> Section:
+    """Provenance: the sweep file, versions, hosts, teachers."""
+    cells = [
+        [f"sweep: {key}", material.about[key]] for key in ("source", "command", "expected") if key in material.about
+    ]
+    for name, values in aggregates.provenance(material.rows, VERSIONS).items():
+        total = len(material.rows)
+        parts = [value if n == total else f"{value} ({count(n, 'trial')})" for value, n in list(values.items())[:8]]
+        cells.append([name, "; ".join(parts) + more(len(values), len(parts), "value") if parts else "not recorded"])
+    body = page.table(["what", "value"], cells, long=["value"])
+    known = dicts(aggregates.teachers(material.rows))
+    rows = [
+        [
+            base_name(row["teacher"]),
+            "–" if is_null(row["teacher_architecture"]) else row["teacher_architecture"],
+            percent(row["teacher_accuracy"]),
+            "–" if is_null(row["num_test_images"]) else f"{int(row['num_test_images']):,}",
+            int(row["num_trials"]),
+            row["teacher_hash"],
+        ]
+        for row in known[:NUM_ROWS]
+    ]
+    headings = ["teacher", "architecture", "test accuracy", "test images", "trials", "hash"]
+    body += page.table(headings, rows, numbers=("test accuracy", "test images", "trials"), long=["hash"])
+    return Section("provenance", "Provenance", body)
+
+
+SECTIONS: tuple[Callable[[Material], Section], ...] = (
+    recovery,
+    weights,
+    sizes,
+    synthesis,
+    pictures,
+    failed,
+    trials,
+    origin,
+)

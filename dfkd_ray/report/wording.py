@@ -1,0 +1,161 @@
+"""Numbers and findings in words."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+import pandas as pd
+
+MEASURES = {"accuracy": "test accuracy", "agreement": "agreement with the teacher"}
+RUNG_NAMES = {"pruned": "pruned", "bn_reestimated": "BN re-estimated", "recovered": "recovered"}
+NUM_TOLD = 4  # networks told of in the lead
+
+
+def is_null(value: Any) -> bool:
+    """Whether a cell of a frame holds nothing."""
+    return value is None or value is pd.NA or bool(value != value)
+
+
+def number(value: Any, digits: int = 2, scale: float = 1.0) -> str:
+    """A scaled number with a proper minus, or `–` for null; never `-0.00`."""
+    if is_null(value):
+        return "–"
+    text = f"{scale * float(value):,.{digits}f}"
+    return text.removeprefix("-") if not text.strip("-0.,") else text.replace("-", "−")
+
+
+def percent(value: Any) -> str:
+    """A fraction in percent: `93.95 %`, kept on one line."""
+    return "–" if is_null(value) else f"{number(value, 2, 100.0)}\u00a0%"
+
+
+def plus_minus(mean: Any, std: Any, scale: float = 100.0) -> str:
+    """`0.26 ± 0.03`, kept on one line; the mean alone where there is no spread to see."""
+    spread = number(std, 2, scale)
+    return number(mean, 2, scale) + ("" if is_null(mean) or spread in ("–", "0.00") else f"\u00a0±\u00a0{spread}")
+
+
+def seconds(value: Any) -> str:
+    """A duration: `4.2 s`, `44 s`, `12 min`, `3.4 h`."""
+    if is_null(value):
+        return "–"
+    value = float(value)
+    if value < 120:
+        return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
+    return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:,.1f} h"
+
+
+def size(num_bytes: Any) -> str:
+    """Bytes with a decimal unit: `595 kB`, `3.2 MB`."""
+    if is_null(num_bytes):
+        return "–"
+    value = float(num_bytes)
+    for unit in ("B", "kB", "MB"):
+        if value < 999.5:
+            return f"{value:.0f} {unit}" if value >= 10 or unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} GB"
+
+
+def count(value: Any, noun: str) -> str:
+    """`1 trial`, `12 trials`, `3 syntheses`, `4 sparsities`."""
+    plural = f"{noun[:-2]}es" if noun.endswith("is") else f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{int(value):,} {noun if int(value) == 1 else plural}"
+
+
+def short(value: Any) -> str:
+    """A config value in few characters."""
+    if is_null(value):
+        return "–"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def sparsity(level: Any) -> str:
+    """A sparsity as people write it: `0.9`, `0.975`."""
+    return f"{float(level):.4g}"
+
+
+def short_names(fields: Sequence[str]) -> dict[str, str]:
+    """The last part of each dotted field where that is unique, else the whole name."""
+    leaves = [name.rpartition(".")[2] for name in fields]
+    return {name: leaf if leaves.count(leaf) == 1 else name for name, leaf in zip(fields, leaves, strict=True)}
+
+
+def settings(row: Mapping[str, Any], fields: Sequence[str]) -> str:
+    """What of `fields` a trial or configuration has: `bn_weight 0.2, temperature 4`; sparsity has its own column."""
+    names = short_names(fields)
+    shown = [name for name in fields if name != "pruning.sparsity" and not is_null(row[name])]
+    return ", ".join(f"{names[name]} {short(row[name])}" for name in shown)
+
+
+def base_name(path: Any) -> str:
+    """The last part of a path or URI."""
+    return "–" if is_null(path) else PurePosixPath(str(path)).name or str(path)
+
+
+def cut(text: str, length: int) -> str:
+    """A text for a figure: one line without control characters, `…` for what is too long."""
+    text = " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", " ", text).split())
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
+
+
+def listed(parts: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}" if parts else ""
+
+
+def state_of(statuses: pd.Series) -> str:
+    """How many trials ended how: `21 trials: 20 finished, 1 failed.`"""
+    counts = statuses.fillna("unknown").value_counts()
+    if set(counts.index) == {"finished"}:
+        return f"All {count(len(statuses), 'trial')} finished." if len(statuses) > 1 else "One trial, finished."
+    return f"{count(len(statuses), 'trial')}: {listed([f'{number:,} {name}' for name, number in counts.items()])}."
+
+
+def seeds_of(nums: pd.Series) -> str:
+    """`3 seeds`, `1 to 3 seeds`."""
+    low, high = int(nums.min()), int(nums.max())
+    return count(high, "seed") if low == high else f"{low} to {count(high, 'seed')}"
+
+
+def lead(answers: pd.DataFrame, fields: Sequence[str]) -> list[tuple[str, str]]:
+    """The answer, network by network: its label, and a sentence or two on what its best configurations lose."""
+    networks = list(dict.fromkeys(answers["network"]))
+    told = [(name, sentence(answers[answers["network"] == name], fields)) for name in networks[:NUM_TOLD]]
+    rest = len(networks) - len(told)
+    if rest:
+        told.append((f"{count(rest, 'more network')}:", "see the table below."))
+    return told
+
+
+def sentence(rows: pd.DataFrame, fields: Sequence[str]) -> str:
+    """What one network loses at each sparsity; to be read after its label."""
+    first = dicts(rows)[0]
+    accurate = first["measure"] == "accuracy"
+    teacher = f"(teacher {percent(first['at_teacher'])}), " if accurate else ""
+    how = (
+        "recovered with real images, an upper bound and not data-free,"
+        if first["real_data"]
+        else "recovered without data,"
+    )
+    unit = "points of test accuracy" if accurate else "points of agreement with the teacher (no test data was given)"
+    losses = [f"{plus_minus(row['lost'], row['lost_std'])} at {sparsity(row['level'])}" for row in dicts(rows)]
+    losses[0] = losses[0].replace(" at ", f" {unit} at sparsity ")
+    spread = f"mean ± std of {seeds_of(rows['num_seeds'])}" if rows["num_seeds"].max() > 1 else "one seed, no spread"
+    text = f"{teacher}{how} loses {listed(losses)} ({spread})."
+    if rows["lost_pruned"].notna().all():
+        text += f" Pruned and left so, it loses {listed([number(value, 2, 100.0) for value in rows['lost_pruned']])}."
+    bounds = rows[rows["bound_lost"].notna()] if "bound_lost" in rows else rows.iloc[:0]
+    if len(bounds):
+        values = [plus_minus(row["bound_lost"], row["bound_lost_std"]) for row in dicts(bounds)]
+        where = "" if len(bounds) == len(rows) else f" at {listed([sparsity(level) for level in bounds['level']])}"
+        text += f" With real images in place of synthetic ones, the upper bound, it loses {listed(values)}{where}."
+    if len(rows) == 1 and settings(first, fields):
+        text += f" Best configuration: {settings(first, fields)}."
+    return text
+
+
+def dicts(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a frame, as dicts by column name."""
+    return [dict(zip(frame.columns, row, strict=True)) for row in frame.itertuples(index=False, name=None)]

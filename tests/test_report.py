@@ -1,0 +1,632 @@
+"""The report: its numbers equal plain pandas, its page is whole, safe and small, and looks right in a browser."""
+
+import hashlib
+import io
+import itertools
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from devtools import CHROMIUM, Browser
+from PIL import Image
+
+from dfkd_ray import report, results
+from dfkd_ray.config import TrialConfig, flat, validate
+from dfkd_ray.report import aggregates, figures, pictures, wording
+from dfkd_ray.storage import folder
+
+HASH = {"resnet20": "a" * 64, "resnet8": "b" * 64}
+SECRETLY_MARKUP = "</script><script>alert(1)</script><img src=x onerror=alert(1)> $\\frac & \"quoted\" 'name'"
+
+
+def write(place, table, rows):
+    """Rows into a results place."""
+    if table == "trials":
+        results.write(place, "trials", rows, "part")
+    else:
+        results.write_batches(place, rows)
+
+
+def trial(
+    number, *, network="resnet20", sparsity=0.9, seed=0, method="deepinversion", bn_weight=0.2, temperature=4.0, **more
+):
+    """A finished trial's row; its numbers follow from its number, and differ between trials."""
+    synthesis = {"method": method, "seed": seed} | ({"bn_weight": bn_weight} if method == "deepinversion" else {})
+    data = {"teacher": f"runs/{network}", "pruning": {"sparsity": sparsity}, "synthesis": synthesis}
+    data["distillation"] = {"seed": seed, "temperature": temperature}
+    wobble = (number * 7919 % 100) / 5000
+    key = hashlib.sha256(f"{network}-{method}-{bn_weight}-{seed}".encode()).hexdigest()
+    metrics = {
+        "trial_id": f"t-{number:012x}",
+        "status": "finished",
+        "teacher_architecture": network,
+        "teacher_hash": HASH.get(network, "c" * 64),
+        "real_data": method == "real",
+        "teacher_accuracy": 0.94,
+        "pruned_accuracy": 0.3 - sparsity / 5,
+        "bn_reestimated_accuracy": 0.8 - wobble,
+        "recovered_accuracy": 0.93 - sparsity / 20 - wobble,
+        "pruned_agreement": 0.31 - sparsity / 5,
+        "bn_reestimated_agreement": 0.81 - wobble,
+        "agreement": 0.97 - sparsity / 20 - wobble,
+        "reference_kl": 0.05 + wobble,
+        "num_test_images": 10_000,
+        "achieved_sparsity": sparsity,
+        "num_parameters": 270_000,
+        "num_nonzero": int(270_000 * (1 - sparsity)),
+        "dense_bytes": 1_083_392,
+        "stored_bytes": int(1_200_000 * (1 - sparsity)) + 40_000,
+        "num_images": 1024,
+        "synthesis_key": key,
+        "image_confidence": 0.97,
+        "class_histogram": json.dumps([100] * 10),
+        "synthesis_wall_s": 0.0 if method == "real" else 40.0,
+        "reference_wall_s": 10.0,
+        "wall_s": 60.0 + number % 7,
+        "package_version": "0.1.0",
+        "commit": "0123abc",
+        "torch_version": "2.15.0",
+        "numerics": "x86_64 AVX512, torch 2.15.0",
+        "host": "laptop",
+    }
+    return flat(validate(TrialConfig, data).model_dump(mode="json")) | metrics | more
+
+
+def grid(
+    sparsities=(0.5, 0.75, 0.9),
+    networks=("resnet20", "resnet8"),
+    bn_weights=(0.2, 2.0),
+    temperatures=(2.0, 6.0),
+    seeds=3,
+):
+    """A grid of trials with real ones beside them, and two that failed."""
+    axes = itertools.product(networks, sparsities, bn_weights, temperatures, range(seeds))
+    rows = [
+        trial(number, network=network, sparsity=sparsity, bn_weight=weight, temperature=temperature, seed=seed)
+        for number, (network, sparsity, weight, temperature, seed) in enumerate(axes)
+    ]
+    for network, sparsity, seed in itertools.product(networks, sparsities, range(seeds)):
+        rows.append(trial(len(rows), network=network, sparsity=sparsity, seed=seed, method="real"))
+    return rows
+
+
+def batches(rows):
+    """The synthesis table of some trials: four batches of 256 images a key, one reference batch a teacher."""
+    made = {}
+    for row in rows:
+        common = {"num_images": 256, "teacher_hash": row["teacher_hash"], "method": "deepinversion", "wall_s": 10.0}
+        if row["synthesis.method"] == "deepinversion":
+            for index in range(4):
+                made[row["synthesis_key"], index] = common | {"domain": "train"}
+        made["r" + row["teacher_hash"][1:], 0] = common | {"domain": "reference"}
+    return [row | {"synthesis_key": key, "batch_index": index} for (key, index), row in made.items()]
+
+
+def picture(path, shape=(338, 406)):
+    path.parent.mkdir(exist_ok=True)
+    noise = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A results place with everything in it."""
+    place = tmp_path_factory.mktemp("sweeps") / "everything"
+    rows = grid()
+    failed = [trial(len(rows) + n, status="failed", reason=f"FloatingPointError: NaN in batch {n}", agreement=None,
+                    recovered_accuracy=None, bn_weight=9.0, synthesis_key=None) for n in range(2)]  # fmt: skip
+    write(place, "trials", rows + failed)
+    write(place, "synthesis", batches(rows))
+    for row in rows[:4]:
+        picture(place / "images" / f"{row['synthesis_key'][:12]}.png")
+    (place / "sweep.yaml").write_text("about: {source: the paper, command: dfkd-ray sweep x.yaml, expected: 1 < 2}\n")
+    return place
+
+
+def frame(rows):
+    """Trials as they are read: best agreement first."""
+    schema = results.schema("trials").names
+    table = pd.DataFrame([{name: row.get(name) for name in schema} for row in rows])
+    return aggregates.prepared(table.sort_values("agreement", ascending=False, na_position="last"))
+
+
+class Page(HTMLParser):
+    """What a page is made of: its start tags, ids, and texts by the element they stand in."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.scripts, self.text, self.inside = [], [], [], ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.inside = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_data(self, data):
+        if self.inside == "script":
+            self.scripts[-1] += data
+        elif self.inside != "style":
+            self.text.append(data)
+
+    def handle_endtag(self, tag):
+        self.inside = ""
+
+    @property
+    def words(self):
+        return " ".join(" ".join(self.text).split())
+
+    def titles(self):
+        return [attributes["id"] for tag, attributes in self.tags if tag == "section"]
+
+
+def build(place):
+    html, drawn = report.build(folder(place))
+    return Page(html), html, drawn
+
+
+@pytest.fixture(scope="module")
+def built(place):
+    return build(place)
+
+
+@pytest.fixture
+def no_png(monkeypatch):
+    """Half of a report's time goes into PNG files; tests of its words do without."""
+    monkeypatch.setattr(figures, "as_png", lambda _figure: b"")
+
+
+# What it counts
+
+
+def test_configurations_are_means_and_sample_deviations_over_seeds():
+    rows = grid()
+    configs = aggregates.configurations(frame(rows))
+    assert len(configs) == len(rows) / 3 and (configs["num_seeds"] == 3).all()
+    plain = pd.DataFrame(rows)
+    for config in wording.dicts(configs):
+        own = plain[
+            (plain["teacher_architecture"] == config["network"]) & (plain["pruning.sparsity"] == config["level"])
+        ]
+        own = own[own["real_data"] == config["real_data"]]
+        if not config["real_data"]:
+            own = own[own["synthesis.bn_weight"] == config["synthesis.bn_weight"]]
+            own = own[own["distillation.temperature"] == config["distillation.temperature"]]
+        values = own["recovered_accuracy"].to_numpy()
+        assert len(values) == 3
+        assert config["at_recovered"] == pytest.approx(np.mean(values))
+        assert config["at_recovered_std"] == pytest.approx(np.std(values, ddof=1))
+        assert config["lost"] == pytest.approx(0.94 - np.mean(values))
+        assert config["trial_id"] == own.loc[own["agreement"].idxmax(), "trial_id"]
+
+
+def test_the_best_is_chosen_by_agreement_and_never_by_test_accuracy():
+    rows = [trial(1, temperature=2.0, agreement=0.9, recovered_accuracy=0.5)]
+    rows += [trial(2, temperature=6.0, agreement=0.8, recovered_accuracy=0.9)]
+    best = aggregates.best(aggregates.configurations(frame(rows)))
+    assert best["trial_id"].tolist() == ["t-000000000001"]
+
+
+def test_real_data_is_the_bound_and_never_the_answer():
+    rows = [trial(1), trial(2, method="real", agreement=0.999, recovered_accuracy=0.939)]
+    answers = aggregates.answers(aggregates.best(aggregates.configurations(frame(rows))))
+    assert answers["trial_id"].tolist() == ["t-000000000001"]
+    assert answers["bound_lost"].tolist() == pytest.approx([0.001])
+
+
+def test_the_front_is_what_no_other_beats():
+    generator = np.random.default_rng(0)
+    points = generator.integers(1, 40, (80, 2)).tolist()
+    rows = [
+        trial(n, temperature=1.0 + n, stored_bytes=size, recovered_accuracy=value / 40)
+        for n, (size, value) in enumerate(points)
+    ]
+    configs = aggregates.configurations(frame(rows))
+    points = set(zip(configs["stored_bytes"], configs["at_recovered"], strict=True))
+    beaten = {p for p in points if any(q != p and q[0] <= p[0] and q[1] >= p[1] for q in points)}
+    front = aggregates.front(configs)
+    assert set(zip(front["stored_bytes"], front["at_recovered"], strict=True)) == points - beaten
+    assert len(front) == len(points - beaten) > 2
+
+
+def test_sharing_saves_the_seconds_of_all_uses_but_one():
+    rows = grid(networks=("resnet20",))
+    table = aggregates.sharing(frame(rows), pd.DataFrame(batches(rows)))
+    train = table[table["domain"] == "train"]
+    # Three sparsities and two temperatures want the same images, of two BN weights and three seeds.
+    assert len(train) == 6 and (train["num_trials"] == 6).all() and (train["num_images"] == 1024).all()
+    assert train["made_s"].tolist() == [40.0] * 6 and train["saved_s"].tolist() == [40.0 * 5] * 6
+    (reference,) = table[table["domain"] == "reference"].to_dict("records")
+    assert reference["num_trials"] == len(rows) and reference["saved_s"] == 10.0 * (len(rows) - 1)
+
+
+def test_a_configuration_column_is_shown_where_trials_of_one_method_differ_in_it():
+    rows = [trial(1, temperature=2.0), trial(2, temperature=6.0), trial(3, method="noise", temperature=2.0)]
+    assert aggregates.varying(frame(rows)) == ["synthesis.method", "distillation.temperature"]
+    assert aggregates.varying(frame(rows[:1])) == []
+
+
+def test_networks_of_one_name_are_told_apart():
+    rows = [
+        trial(1, teacher="runs/a", teacher_hash="1" * 64),
+        trial(2, teacher="runs/b", teacher_hash="2" * 64),
+        trial(3, teacher="elsewhere/b", teacher_hash="3" * 64),
+        trial(4, network="resnet8", **{"student.architecture": "wrn_16_1"}),
+        trial(5, network="resnet8"),
+    ]
+    labels = aggregates.network_labels(pd.DataFrame(rows)).tolist()
+    assert labels == [
+        "resnet20 (a)",
+        "resnet20 (b) [22222222]",
+        "resnet20 (b) [33333333]",
+        "resnet8 → wrn_16_1",
+        "resnet8",
+    ]
+
+
+def test_many_sparsities_are_rounded_to_levels_a_figure_can_show():
+    rows = [trial(n, sparsity=0.5 + n / 100) for n in range(40)]
+    levels = frame(rows)["level"]
+    assert (
+        levels.nunique() <= aggregates.NUM_LEVELS and (levels - frame(rows)["pruning.sparsity"]).abs().max() <= 0.0251
+    )
+
+
+def test_numbers_are_worded_without_negative_zero_or_false_spread():
+    assert wording.number(-0.00001) == "0.00" and wording.number(-1.5) == "−1.50" and wording.number(None) == "–"
+    assert (
+        wording.plus_minus(0.0026, 0.0003) == "0.26\u00a0±\u00a00.03"
+        and wording.plus_minus(0.0026, float("nan")) == "0.26"
+    )
+    assert (
+        wording.size(999_600) == "1.0 MB" and wording.size(595_000) == "595 kB" and wording.seconds(7199) == "120 min"
+    )
+    assert wording.count(1, "synthesis") == "1 synthesis" and wording.count(2000, "synthesis") == "2,000 syntheses"
+
+
+# What the figures show
+
+
+def lines_of(axes):
+    """Label of each line with error bars → (y values, half lengths of the bars)."""
+    found = {}
+    for container in axes.containers:
+        line, _, bars = container.lines
+        halves = [(segment[1][1] - segment[0][1]) / 2 for segment in bars[0].get_segments()]
+        found[container.get_label()] = (list(line.get_ydata()), halves)
+    return found
+
+
+def test_the_ladder_shows_means_with_deviations_of_every_rung_and_the_bound():
+    rows = frame(grid(networks=("resnet20",)))
+    best = aggregates.best(aggregates.configurations(rows))
+    figure = figures.ladder(best, "resnet20")
+    own, real = best[~best["real_data"]], best[best["real_data"]]
+    for axes in figure.axes:
+        lines = lines_of(axes)
+        assert set(lines) == {"pruned", "BN re-estimated", "recovered", "real images (bound)"}
+        for label, part, name in [
+            ("pruned", own, "at_pruned"),
+            ("BN re-estimated", own, "at_bn_reestimated"),
+            ("recovered", own, "at_recovered"),
+            ("real images (bound)", real, "at_recovered"),
+        ]:
+            assert lines[label][0] == pytest.approx((100 * part[name]).tolist())
+            assert lines[label][1] == pytest.approx((100 * part[f"{name}_std"]).tolist(), abs=1e-9)
+        (teacher,) = [line for line in axes.lines if line.get_label() == "teacher"]
+        assert teacher.get_ydata()[0] == pytest.approx(94.0)
+
+
+def test_the_close_view_holds_the_recovered_rung_and_its_bars_whole():
+    best = aggregates.best(aggregates.configurations(frame(grid(networks=("resnet20",)))))
+    close, whole = figures.ladder(best, "resnet20").axes
+    (low, high), (values, bars) = close.get_ylim(), lines_of(close)["recovered"]
+    assert all(low < value - bar and value + bar < high for value, bar in zip(values, bars, strict=True))
+    assert high - low < (whole.get_ylim()[1] - whole.get_ylim()[0]) / 2
+
+
+def test_heat_map_cells_are_means_of_the_trials_in_them():
+    rows = frame(grid(networks=("resnet20",)))
+    maps = aggregates.heat_maps(rows, "resnet20")
+    figure = figures.heat_map(maps, "resnet20", "accuracy")
+    assert list(maps) == [0.5, 0.75, 0.9]
+    for axes, (level, cells) in zip(figure.axes, maps.items(), strict=True):
+        for text in axes.texts:
+            across, down = (int(place) for place in text.get_position())
+            own = rows[(rows["level"] == level) & ~rows["real_data"]]
+            own = own[own["synthesis.bn_weight"] == cells.index[down]]
+            own = own[own["distillation.temperature"] == cells.columns[across]]
+            assert text.get_text() == f"{100 * own['recovered_accuracy'].mean():.2f}" and len(own) == 3
+        assert len(axes.texts) == 4
+
+
+def test_a_search_over_many_values_draws_no_heat_map():
+    rows = frame([trial(n, bn_weight=0.1 + n / 50, temperature=1 + n / 10) for n in range(30)])
+    assert aggregates.heat_maps(rows, "resnet20") == {}
+
+
+def test_svg_and_png_of_a_figure_are_the_same_bytes_each_time():
+    best = aggregates.best(aggregates.configurations(frame(grid(networks=("resnet20",)))))
+    first, second = figures.ladder(best, "n"), figures.ladder(best, "n")
+    assert figures.as_svg(first) == figures.as_svg(second) and figures.as_png(first) == figures.as_png(second)
+
+
+# The page
+
+
+def test_a_report_has_every_section_and_opens_with_the_answer(built):
+    page, _, drawn = built
+    assert page.titles() == ["recovery", "heatmap", "pareto", "synthesis", "images", "failures", "trials", "provenance"]
+    names = {
+        "accuracy-resnet20",
+        "accuracy-resnet8",
+        "heatmap-resnet20",
+        "heatmap-resnet8",
+        "pareto-accuracy",
+        "synthesis",
+    }
+    assert set(drawn) == {f"{name}.{kind}" for name in names for kind in ("svg", "png")}
+    for row in wording.dicts(aggregates.answers(aggregates.best(aggregates.configurations(frame(grid()))))):
+        lost = wording.plus_minus(row["lost"], row["lost_std"])
+        at = "points of test accuracy at sparsity" if row["level"] == 0.5 else "at"
+        assert f"{lost} {at} {row['level']:g}".replace("\u00a0", " ") in page.words
+    assert "92 trials: 90 finished and 2 failed." in page.words and "mean ± std of 3 seeds" in page.words
+    assert "FloatingPointError: NaN in batch 1" in page.words and "1 < 2" in page.words and "a" * 64 in page.words
+
+
+def test_a_page_asks_for_nothing_from_outside_and_its_names_are_unique(built):
+    page, html, _ = built
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "xlink:href", "action", "srcset"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:")), (tag, attributes)
+        assert tag not in ("iframe", "object", "embed", "base", "form")
+    assert not re.search(r"@import|url\((?!#)", html)
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    targets = {attributes["href"][1:] for tag, attributes in page.tags if tag == "a"}
+    targets |= {a["xlink:href"][1:] for tag, a in page.tags if tag == "use"} | set(re.findall(r"url\(#([^)]*)\)", html))
+    assert targets <= set(ids)
+    (policy,) = [a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'") and "unsafe-inline" not in policy.partition("style-src")[0]
+
+
+def test_the_table_on_the_page_is_the_table(place, built):
+    page, _, _ = built
+    data = json.loads(page.scripts[0])
+    rows = results.read(place, "trials")
+    head = [attributes for tag, attributes in page.tags if tag == "th" and "title" in attributes]
+    assert data["rows"] == len(rows) == 92 and len(head) == len(data["columns"])
+    columns = dict(zip([c.name for c in columns_of(place)], data["columns"], strict=True))
+    shown = [None if pd.isna(x) else pytest.approx(100 * x, abs=0.0051) for x in rows["recovered_accuracy"]]
+    assert columns["at_recovered"]["values"] == shown and None in shown
+    status = columns["status"]
+    assert [status["levels"][n] for n in status["values"]] == rows["status"].tolist()
+    assert columns["trial_id"]["values"] == rows["trial_id"].tolist()
+    assert {"pruning.sparsity", "synthesis.bn_weight", "distillation.temperature"} <= set(columns)
+    assert not {"distillation.learning_rate", "synthesis.num_steps", "device"} & set(columns)
+
+
+def columns_of(place):
+    from dfkd_ray.report import page
+
+    rows = aggregates.prepared(results.read(place, "trials"))
+    return page.trial_columns(rows, aggregates.varying(rows))
+
+
+def test_text_from_data_is_never_markup(tmp_path, no_png):
+    rows = [
+        trial(n, seed=n, teacher_architecture=SECRETLY_MARKUP, teacher=SECRETLY_MARKUP, host=SECRETLY_MARKUP)
+        for n in range(2)
+    ]
+    rows += [trial(5, status="failed", reason=SECRETLY_MARKUP, agreement=None, recovered_accuracy=None, seed=5)]
+    place = tmp_path / "<b>&amp;"
+    write(place, "trials", rows)
+    write(place, "synthesis", batches(rows))
+    picture(place / "images" / f"{rows[0]['synthesis_key'][:12]}.png")
+    (place / "sweep.yaml").write_text(json.dumps({"about": {"source": SECRETLY_MARKUP, "expected": ["<i>"]}}))
+    page, html, drawn = build(place)
+    assert len(page.scripts) == 2 and not [tag for tag, _ in page.tags if tag in ("b", "i")]
+    assert all(a["src"].startswith("data:") and "onerror" not in a for tag, a in page.tags if tag == "img")
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    data = json.loads(page.scripts[0])
+    texts = [column["levels"] for column in data["columns"] if "levels" in column] + [
+        c["values"] for c in data["columns"]
+    ]
+    assert any(SECRETLY_MARKUP in values for values in texts) and SECRETLY_MARKUP in page.words
+    assert all(re.fullmatch(r"[a-z0-9-]+\.(svg|png)", name) for name in drawn)
+    assert "<script" not in b"".join(data for name, data in drawn.items() if name.endswith("svg")).decode()
+    assert html.count("</script>") == 2
+
+
+def test_the_same_rows_give_the_same_page(place, built):
+    assert report.build(folder(place)) == built[1:]
+
+
+@pytest.mark.parametrize(
+    ("missing", "gone", "words"),
+    [
+        ("synthesis", {"synthesis"}, "no synthesis table"),
+        ("images", {"images"}, "no picture of these trials"),
+        ("failures", {"failures"}, "no trial failed"),
+        ("weights", {"heatmap"}, "vary neither the BN weight nor the temperature"),
+        ("accuracy", set(), "no test data was given"),
+        ("sweep.yaml", set(), "agreement"),
+    ],
+)
+def test_what_is_missing_is_left_out_with_a_reason(tmp_path, missing, gone, words, no_png):
+    one = {"bn_weights": (0.2,), "temperatures": (4.0,)} if missing == "weights" else {}
+    rows = grid(networks=("resnet20",), seeds=2, **one)
+    if missing == "accuracy":
+        rows = [row | {name: None for name in row if name.endswith("_accuracy")} for row in rows]
+    if missing != "failures":
+        rows.append(trial(999, status="failed", reason="OSError: full", agreement=None, recovered_accuracy=None))
+    write(tmp_path, "trials", rows)
+    if missing != "synthesis":
+        write(tmp_path, "synthesis", batches(rows))
+    if missing != "images":
+        picture(tmp_path / "images" / f"{rows[0]['synthesis_key'][:12]}.png")
+    page, _, _ = build(tmp_path)
+    every = {"recovery", "heatmap", "pareto", "synthesis", "images", "failures", "trials", "provenance"}
+    assert set(page.titles()) == every - gone and words in page.words
+    if missing == "accuracy":
+        assert "test accuracy, %" not in page.words and "agreement with the teacher" in page.words
+
+
+def test_one_trial_has_a_report_without_spread(tmp_path, no_png):
+    write(tmp_path, "trials", [trial(1)])
+    page, _, _ = build(tmp_path)
+    assert "One trial, finished." in page.words and "one seed, no spread" in page.words
+    assert (
+        not re.search(r"\bnan\b", page.words, re.IGNORECASE)
+        and "±" not in page.words.partition("Accuracy against sparsity")[2][:200]
+    )
+
+
+def test_a_sweep_that_failed_whole_says_so_and_why(tmp_path):
+    empty = {name: None for name in trial(0) if name.endswith(("_accuracy", "agreement", "_s", "_bytes"))}
+    rows = [trial(n, **empty, status="failed", reason="RuntimeError: no", synthesis_key=None) for n in range(3)]
+    write(tmp_path, "trials", rows)
+    page, _, drawn = build(tmp_path)
+    assert "3 trials: 3 failed. There is no result to report yet." in page.words and not drawn
+    assert page.titles() == ["failures", "trials", "provenance"] and "RuntimeError: no" in page.words
+
+
+def test_a_network_with_real_rows_only_is_called_a_bound(tmp_path, no_png):
+    write(tmp_path, "trials", [trial(n, method="real", seed=n) for n in range(3)])
+    page, _, _ = build(tmp_path)
+    assert (
+        "recovered with real images, an upper bound and not data-free," in page.words and "pareto" not in page.titles()
+    )
+
+
+def test_ten_thousand_trials_make_a_page_below_five_megabytes_with_all_rows(tmp_path, no_png):
+    axes = itertools.product(("resnet20", "resnet8"), (0.5, 0.75, 0.9, 0.95), range(10), range(125))
+    rows = [
+        trial(n, network=network, sparsity=sparsity, bn_weight=weight, temperature=1 + point / 8, seed=point % 3)
+        for n, (network, sparsity, weight, point) in enumerate(axes)
+    ]
+    assert len(rows) == 10_000
+    write(tmp_path, "trials", rows)
+    write(tmp_path, "synthesis", batches(rows))
+    for key in {row["synthesis_key"][:12] for row in rows}:
+        picture(tmp_path / "images" / f"{key}.png")
+    written = report.write(tmp_path)
+    assert written.size_bytes == (tmp_path / "report.html").stat().st_size < 5e6
+    page = Page((tmp_path / "report.html").read_text())
+    assert all(len(column["values"]) == 10_000 for column in json.loads(page.scripts[0])["columns"])
+
+
+def test_pictures_are_few_and_large_ones_are_made_smaller(tmp_path):
+    picture(tmp_path / "images" / "large.png", (2000, 1800))
+    for n in range(20):
+        picture(tmp_path / "images" / f"{n:02}.png", (100, 100))
+    (tmp_path / "images" / "bad.png").write_bytes(b"no picture")
+    names = ["large.png", "bad.png", "gone.png", *(f"{n:02}.png" for n in range(20))]
+    uris = pictures.data_uris(folder(tmp_path / "images"), names)
+    assert list(uris) == ["large.png", *(f"{n:02}.png" for n in range(pictures.NUM_PICTURES - 1))]
+    assert uris["large.png"].startswith("data:image/jpeg") and uris["00.png"].startswith("data:image/png")
+    assert sum(map(len, uris.values())) <= pictures.TOTAL_BYTES * 4 / 3 + 1000
+
+
+# The command
+
+
+def test_the_command_writes_page_and_figures_and_says_where(place, tmp_path, run_cli):
+    done = run_cli("report", str(place), "--out", str(tmp_path / "there" / "answer.html"))
+    assert done.code == 0 and "answer.html" in done.out and "6, each as SVG and PNG" in done.out, done.err
+    names = sorted(path.name for path in (tmp_path / "there" / "answer").iterdir())
+    assert (tmp_path / "there" / "answer.html").read_text().startswith("<!DOCTYPE html>") and len(names) == 12
+    with Image.open(io.BytesIO((tmp_path / "there" / "answer" / "accuracy-resnet20.png").read_bytes())) as image:
+        assert image.width == round(200 * figures.WIDTH)
+
+
+def test_without_out_the_report_lies_in_the_place(tmp_path, run_cli):
+    write(tmp_path, "trials", [trial(1)])
+    assert run_cli("report", str(tmp_path)).code == 0
+    assert (tmp_path / "report.html").exists() and (tmp_path / "report" / "accuracy-resnet20.svg").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [["{place}/nothing"], ["{place}", "--out", "page.txt"], ["{place}", "--out", ".html"]]
+)
+def test_wrong_input_is_one_line_and_exit_code_2(place, words, run_cli):
+    done = run_cli("report", *(word.format(place=place) for word in words))
+    assert done.code == 2 and len(done.err.splitlines()) == 1 and done.err.startswith("error:")
+
+
+# In a browser
+
+# Texts of a figure that lie on each other, or outside it: [a, b] or [a, "outside"]. A pixel of touching is none.
+OVERLAPS = """[...document.querySelectorAll('.card svg')].flatMap(svg => {
+  const frame = svg.getBoundingClientRect();
+  const texts = [...svg.querySelectorAll('text')].map(t => [t.textContent, t.getBoundingClientRect()]);
+  const found = texts.filter(([, r]) => r.left < frame.left - 1 || r.right > frame.right + 1 ||
+    r.top < frame.top - 1 || r.bottom > frame.bottom + 1).map(([t]) => [t, 'outside']);
+  texts.forEach(([a, p], i) => texts.slice(i + 1).forEach(([b, q]) => {
+    const across = Math.min(p.right, q.right) - Math.max(p.left, q.left);
+    const down = Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top);
+    if (across > 1 && down > 3) found.push([a, b]);
+  }));
+  return found;
+})"""
+WIDEST = """Math.max(...[...document.querySelectorAll('body *')].filter(e => !e.closest('.scroll table'))
+  .map(e => e.getBoundingClientRect().right))"""
+SMALLEST = """Math.min(...[...document.querySelectorAll('.card svg text')].map(t =>
+  parseFloat(getComputedStyle(t).fontSize) * t.ownerSVGElement.getBoundingClientRect().width
+  / t.ownerSVGElement.viewBox.baseVal.width))"""
+RECOVERED = """(index => [...document.querySelectorAll('#trials-table tbody tr')].map(r => r.cells[index].textContent))(
+  [...document.querySelectorAll('#trials-table th')].findIndex(t => t.textContent === 'recovered'))"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium binary found; apt-get install chromium runs this test")
+def test_a_browser_shows_the_page_on_phone_desktop_dark_and_paper_and_sorts_on_click(place, tmp_path):
+    path = tmp_path / "report.html"
+    report.write(place, path)
+    with Browser(tmp_path / "profile") as browser:
+        for width, height, how in [
+            (360, 740, {}),
+            (1280, 900, {}),
+            (1280, 900, {"dark": True}),
+            (794, 1123, {"media": "print"}),
+        ]:
+            browser.open(path, width, height, **how)
+            assert browser.complaints() == []
+            assert browser.value(OVERLAPS) == [], (width, how)
+            assert browser.value(SMALLEST) >= 10 and browser.value("document.documentElement.scrollWidth") <= width
+            if not how.get("media"):
+                assert browser.value(WIDEST) <= width
+            if not how:
+                with Image.open(io.BytesIO(browser.screenshot(tmp_path / f"report-{width}.png"))) as image:
+                    assert image.height > 2000 and len(image.convert("RGB").getcolors(1 << 24) or []) > 100
+        browser.open(path, 1280, 900)
+        number = browser.value(RECOVERED.partition("(\n  ")[2].removesuffix(")")) + 1
+        assert len(browser.value(RECOVERED)) == 50
+        seen = []
+        for _ in range(2):
+            browser.click(f"#trials-table th:nth-child({number}) button")
+            seen.append([float(text) for text in browser.value(RECOVERED) if text != "–"])
+        assert seen[0] == sorted(seen[0], reverse=True) and seen[1] == sorted(seen[1])
+        accuracies = results.read(place, "trials")["recovered_accuracy"]
+        assert seen[0][0] == pytest.approx(100 * accuracies.max()) and seen[1][0] == pytest.approx(
+            100 * accuracies.min()
+        )
+        browser.click("#after")
+        assert "51 to 92 of 92" in browser.value("document.getElementById('status').textContent")
+        assert browser.complaints() == []
+
+
+def test_a_report_from_a_shell_loads_neither_ray_nor_torch(tmp_path):
+    import subprocess
+    import sys
+
+    write(tmp_path, "trials", [trial(1)])
+    program = "import sys; from dfkd_ray import report; report.write(sys.argv[1]); "
+    program += "print('ray' in sys.modules, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["False", "False"] and done.stderr == "", done.stderr
+    assert Path(tmp_path / "report.html").exists()
