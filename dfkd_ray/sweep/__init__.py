@@ -4,6 +4,20 @@
 """
 
 from dfkd_ray.sweep.files import About, Job, SweepConfig, expand, plan
-from dfkd_ray.sweep.running import finished_ids, preflight, run, run_job
+from dfkd_ray.sweep.places import Stopped
+from dfkd_ray.sweep.running import LOOK_S, Seconds, finished_ids, preflight, run, run_job
 
-__all__ = ["About", "Job", "SweepConfig", "expand", "finished_ids", "plan", "preflight", "run", "run_job"]
+__all__ = [
+    "LOOK_S",
+    "About",
+    "Job",
+    "Seconds",
+    "Stopped",
+    "SweepConfig",
+    "expand",
+    "finished_ids",
+    "plan",
+    "preflight",
+    "run",
+    "run_job",
+]
