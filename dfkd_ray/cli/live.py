@@ -19,10 +19,10 @@ from dfkd_ray.cli.show import fleet_line
 from dfkd_ray.config import TrialConfig, flat
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
 
 DRAW_S = 1.0
-HIDDEN_ROWS = 8  # of a terminal: what the table has besides its running trials
+FRAME_LINES = 11  # of the table besides its running trials
 
 
 @dataclass(frozen=True)
@@ -150,47 +150,43 @@ def row_line(row: Mapping[str, Any], name: str, figures: Figures, done: int, tot
 def table(figures: Figures, title: str, height: int, stopping: bool = False) -> "RenderableType":
     """The table of a running sweep, for a terminal of `height` lines."""
     from rich import box
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(box=box.SIMPLE_HEAD, title=Text(title), title_justify="left", expand=True, pad_edge=False)
-    columns = ("done", "running", "failed", "to do", "elapsed", "left")
-    counts = Table.grid(padding=(0, 2))
-    for _ in columns:
-        counts.add_column(no_wrap=True)
-    counts.add_row(*(Text(column, "dim") for column in columns))
+    counts = Table.grid(padding=(0, 1))
+    counts.add_row(*(Text(name, "dim", no_wrap=True) for name in ("done", "running", "failed", "to do")))
     shown = (figures.done, len(figures.running), figures.failed, figures.to_do)
-    counts.add_row(*(str(count) for count in shown), duration(figures.elapsed_s), duration(figures.left_s))
+    counts.add_row(*(str(count) for count in shown))
+    clock = f"{duration(figures.elapsed_s)}, left {duration(figures.left_s)}"
     best = "-" if figures.best is None else f"agreement {100 * figures.best[0]:.2f} %, {figures.best[1]}"
     fleet = "-" if figures.fleet is None else fleet_line(figures.fleet).removeprefix("fleet: ")
-    stage = "stopping" if stopping else "stage"
-    grid.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
-    grid.add_column(stage, no_wrap=True, min_width=20)
-    grid.add_column("seconds", justify="right", no_wrap=True)
-    for name, stage, seconds in figures.running[: max(1, height - HIDDEN_ROWS)]:
-        grid.add_row(Text(name), stage, f"{seconds:.0f}")
-    hidden = len(figures.running) - max(1, height - HIDDEN_ROWS)
-    if hidden > 0:
-        grid.add_row(f"and {hidden} more")
-    lines = Table.grid(padding=(0, 1), expand=True)
-    lines.add_column(style="dim", no_wrap=True)
-    lines.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
-    lines.add_row("trials", counts)
-    lines.add_row("best", Text(best))
-    lines.add_row("fleet", Text(fleet))
-    from rich.console import Group
+    top = Table.grid(padding=(0, 1), expand=True)
+    top.add_column(style="dim", no_wrap=True)
+    top.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
+    for name, what in {"trials": counts, "time": clock, "best": Text(best), "fleet": Text(fleet)}.items():
+        top.add_row(name, what)
 
-    return Group(lines, grid)
+    trials = Table(box=box.SIMPLE_HEAD, expand=True, pad_edge=False)
+    trials.add_column(Text(title), no_wrap=True, overflow="ellipsis", ratio=1)
+    trials.add_column("stopping" if stopping else "stage", no_wrap=True)
+    trials.add_column("s", justify="right", no_wrap=True)
+    room = max(1, height - FRAME_LINES)
+    for name, stage, seconds in figures.running[:room]:
+        trials.add_row(Text(name), stage, f"{seconds:.0f}")
+    if len(figures.running) > room:
+        trials.add_row(f"and {len(figures.running) - room} more")
+    return Group(top, trials)
 
 
 class Screen:
     """Shows a view; on a terminal as a table drawn every second, elsewhere as lines. `seconds` counts what it took."""
 
-    def __init__(self, view: View, title: str, clock: Any = time.monotonic):
+    def __init__(self, view: View, title: str, console: "Console | None" = None, clock: Any = time.monotonic):
         from rich.console import Console
 
         self.view, self.title, self.clock = view, title, clock
-        self.console = Console()
+        self.console = console or Console()
         self.is_live = self.console.is_terminal and not self.console.is_dumb_terminal
         self.seconds = 0.0
         self.stopping = False
@@ -286,11 +282,8 @@ def command_line(arguments: Sequence[str], original: Sequence[str]) -> str:
     return shlex.join(original if as_module else arguments)
 
 
-def print_interrupted(view: View, folder: Path) -> None:
+def print_interrupted(num_finished: int, num_trials: int, folder: Path) -> None:
     """What is there, and the command that goes on; on standard error."""
-    figures = view.figures(time.monotonic())
-    left = figures.total - figures.done
-    print(
-        f"stopped: {figures.done} of {figures.total} trials finished, {left} to go; results: {folder}", file=sys.stderr
-    )
+    left = num_trials - num_finished
+    print(f"stopped: {num_finished} of {num_trials} trials finished, {left} to go; results: {folder}", file=sys.stderr)
     print(f"go on with: {command_line(sys.argv, sys.orig_argv)}", file=sys.stderr, flush=True)

@@ -169,12 +169,11 @@ def sweep(
                     seconds=seconds,
                     trust_code=tuple(trust_code or ()),
                 )
-        except KeyboardInterrupt:
-            live.print_interrupted(view, folder)
+        except (KeyboardInterrupt, sweeps.Stopped) as error:
+            live.print_interrupted(len(sweeps.finished_ids(folder) & set(view.names)), len(jobs), folder)
+            if isinstance(error, sweeps.Stopped):
+                raise
             raise SystemExit(130) from None
-        except sweeps.Stopped:
-            live.print_interrupted(view, folder)
-            raise
     rows = tables.read_trials(folder)
     rows = rows[rows["trial_id"].isin([job.id for job in jobs])]
     print_trials(rows)
