@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -262,7 +262,10 @@ class Interrupts:
     def __call__(self, _number: int, _frame: Any) -> None:
         """As a signal handler. Printing is not safe here, writing is."""
         if self.asked:
-            # Ray's processes end with this one, by the kernel's hand; rows and checkpoints are whole at any moment.
+            # Rows and checkpoints are whole at any moment. Some of Ray's processes would outlive this one by a minute.
+            for pid in descendants(os.getpid()):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             os.write(2, b"\x1b[?25h\n" if self.screen.is_live else b"")
             os._exit(130)
         self.asked = self.screen.stopping = True
@@ -274,6 +277,21 @@ class Interrupts:
     def up(self) -> None:
         """From here on trials run: they are stopped first."""
         self.trials_run = True
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes that a process has started, and theirs."""
+    children: dict[int, list[int]] = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            parent = int(status.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(status.parent.name))
+    found, parents = [], [pid]
+    while parents:
+        own = children.get(parents.pop(), [])
+        found += own
+        parents += own
+    return found
 
 
 def command_line(arguments: Sequence[str], original: Sequence[str]) -> str:
