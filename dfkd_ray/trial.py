@@ -7,6 +7,7 @@ them. Neither is opened here.
 import hashlib
 import json
 import logging
+import re
 import socket
 import subprocess
 import sys
@@ -32,6 +33,14 @@ from dfkd_ray.storage import Folder, Where
 
 log = logging.getLogger(__name__)
 OnBatch = Callable[[Batch, bool], None]
+# What differs between two runs that fail alike, and what stands for it in a reason.
+VARYING = (
+    (re.compile(r"(Tried to allocate [\d.]+ \w+)\..*"), r"\1"),  # CUDA goes on with what was free and who had the rest
+    (re.compile(r"\b0x[0-9a-fA-F]+"), "0x…"),
+    (re.compile(r"\b(pid|process|thread)([ =:]+)\d+", re.IGNORECASE), r"\1\2…"),
+    (re.compile(r"\b\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?\b"), "…"),
+    (re.compile(r"(?<![\w.:/])/(?:[^\s/:'\"]+/)+"), ""),
+)
 # Where a trial's synthetic images come from: (teacher, synthesis config, seed domain, indices, device, on_batch) → key.
 # `on_batch(batch, found)` gets each batch once, in any order; `found` is false where it was made for this trial.
 Images = Callable[[Teacher, Any, str, Sequence[int], torch.device, OnBatch], str]
@@ -97,9 +106,21 @@ def run(
         )
     except (FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
         log.warning("trial %s failed: %s", row["trial_id"], error)
-        outcome = Outcome({**row, "status": "failed", "reason": f"{type(error).__name__}: {error}".splitlines()[0]})
+        outcome = Outcome({**row, "status": "failed", "reason": reason_of(error)})
     outcome.row["wall_s"] = time.perf_counter() - start
     return outcome
+
+
+def reason_of(error: BaseException) -> str:
+    """Kind and first line of an error, as a row keeps it: without what differs between two runs of the same trial.
+
+    Process numbers, addresses in memory or on the network, free memory and the folders before a file's name go.
+    """
+    message = str(error).strip() or "no message"
+    reason = f"{type(error).__name__}: {message.splitlines()[0]}"
+    for pattern, shown in VARYING:
+        reason = pattern.sub(shown, reason)
+    return reason[:300]
 
 
 def check(config: TrialConfig, teacher: Teacher, trust_code: Sequence[str]) -> None:

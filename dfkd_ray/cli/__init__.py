@@ -5,6 +5,7 @@ says whose they are: 1 some trials failed, 2 wrong input, 3 the environment (dis
 """
 
 import errno
+import os
 import sys
 
 import typer
@@ -32,6 +33,8 @@ app.add_typer(cache.app, name="cache")
 
 def main() -> None:
     """Run the command line; every expected error becomes one line and an exit code."""
+    # Read when Ray is imported: its reports of processes that died would cut through what is shown. Rows tell of them.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     try:
         code = app(standalone_mode=False)
         if code == 130:  # what typer makes of Ctrl-C, without a word

@@ -20,6 +20,10 @@ TestData = Annotated[
 ]
 Out = Annotated[Path, typer.Option(help="folder to write")]
 Cache = Annotated[str | None, typer.Option(help="folder or URI (s3://, gs://, …) where synthesised batches are kept")]
+Address = Annotated[
+    str | None,
+    typer.Option(help="of a running Ray cluster: HOST:PORT, or auto for one on this machine; else Ray starts here"),
+]
 Synthesizers = Annotated[
     str, typer.Option(help="auto (as many as there are GPUs, or cores; grows with the cluster), or a number")
 ]

@@ -3,16 +3,17 @@
 import shutil
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 import yaml
 
 from dfkd_ray import config as configs
+from dfkd_ray.cli import live
 from dfkd_ray.cli.inputs import load_teacher, open_real, open_test
 from dfkd_ray.cli.options import (
+    Address,
     BatchTimeout,
     Cache,
     DataRoot,
@@ -25,7 +26,7 @@ from dfkd_ray.cli.options import (
     Trust,
     number_of,
 )
-from dfkd_ray.cli.show import Progress, print_fleet, print_ladder, print_trials
+from dfkd_ray.cli.show import Progress, print_failures, print_ladder, print_trials
 
 if TYPE_CHECKING:
     from dfkd_ray.batches import BatchSource
@@ -112,15 +113,17 @@ def sweep(
     data_root: DataRoot = Path("data"),
     download: Download = False,
     cache: Cache = None,
+    address: Address = None,
     synthesizers: Synthesizers = "auto",
     gpus_per_synthesizer: GpusPerSynthesizer = None,
     gpus_per_trial: Annotated[float | None, typer.Option(help="a fraction, or whole GPUs; default 0.5")] = None,
     batch_timeout: BatchTimeout = 3600.0,
     trust_code: Trust = None,
 ) -> None:
-    """Run a grid of trials with Ray Tune on this machine; finished trials are not run again.
+    """Run a grid of trials with Ray Tune, here or on a cluster; finished trials are not run again.
 
     Every distinct synthesis is made once, by a fleet that all trials share (--synthesizers 0: each trial its own).
+    Ctrl-C stops cleanly; the same command goes on.
     """
     data = configs.read_yaml(file)
     overrides = configs.parse_overrides(set_ or [])
@@ -139,38 +142,51 @@ def sweep(
     place.write("sweep.yaml", yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False).encode())
     num_done = len(tables.finished_ids(place) & {job.id for job in jobs})
     print(f"{file}: {len(jobs)} trials, {num_done} already finished; results in {place}", flush=True)
+    finished = tables.read(place, "trials").to_dict("records") if num_done else []
     start = time.monotonic()
+    view = live.View(live.names_of({job.id: job.config for job in jobs}), finished, start)
+    screen, seconds = live.Screen(view, str(file)), sweeps.Seconds()
 
     def real_of(teacher: "Teacher", synthesis: configs.RealConfig) -> "BatchSource":
         assert real_data is not None
         return open_real(teacher, real_data, data_root, synthesis, download)
 
-    def on_row(row: Mapping[str, Any], done: int, total: int) -> None:
-        if row["status"] == "failed":
-            what = f"FAILED: {row['reason']}"
-        else:
-            accuracy = row["recovered_accuracy"]
-            shown = "" if accuracy is None or accuracy != accuracy else f", test accuracy {100 * accuracy:.2f} %"
-            what = f"agreement {100 * row['agreement']:.2f} %{shown}"
-        name = f"{Path(row['teacher']).name} {row['synthesis.method']} sparsity {row['pruning.sparsity']}"
-        print(f"[{done}/{total}, {time.monotonic() - start:.0f} s] {name}: {what}", flush=True)
-
-    num_failed = sweeps.run(
-        jobs,
-        place,
-        storage.folder(cache or caches.default_folder()).uri,
-        synthesizers=None if synthesizers == "auto" else number_of(synthesizers),
-        gpus_per_synthesizer=gpus_per_synthesizer,
-        gpus_per_trial=gpus_per_trial,
-        batch_timeout_s=batch_timeout,
-        test_of=lambda teacher: open_test(teacher, test_data, data_root, download),
-        real_of=real_of if real_data else None,
-        on_row=on_row,
-        on_status=print_fleet,
-        trust_code=tuple(trust_code or ()),
-    )
+    with live.interruptible(screen) as interrupts:
+        try:
+            with screen.shown():
+                num_failed = sweeps.run(
+                    jobs,
+                    place,
+                    storage.folder(cache or caches.default_folder()).uri,
+                    address=address,
+                    synthesizers=None if synthesizers == "auto" else number_of(synthesizers),
+                    gpus_per_synthesizer=gpus_per_synthesizer,
+                    gpus_per_trial=gpus_per_trial,
+                    batch_timeout_s=batch_timeout,
+                    test_of=lambda teacher: open_test(teacher, test_data, data_root, download),
+                    real_of=real_of if real_data else None,
+                    on_row=screen.row,
+                    on_status=screen.fleet,
+                    on_stages=screen.stages if screen.is_live else None,
+                    on_up=interrupts.up,
+                    look_s=live.DRAW_S if screen.is_live else sweeps.LOOK_S,
+                    stop=lambda: interrupts.asked,
+                    seconds=seconds,
+                    trust_code=tuple(trust_code or ()),
+                )
+        except (KeyboardInterrupt, sweeps.Stopped) as error:
+            live.print_interrupted(len(tables.finished_ids(place) & set(view.names)), len(jobs), place)
+            if isinstance(error, sweeps.Stopped):
+                raise
+            raise SystemExit(130) from None
     rows = tables.read(place, "trials")
-    print_trials(rows[rows["trial_id"].isin([job.id for job in jobs])])
-    print(f"{len(jobs)} trials, {num_failed} failed, {time.monotonic() - start:.0f} s; table: {place / 'trials'}")
+    rows = rows[rows["trial_id"].isin([job.id for job in jobs])]
+    print_trials(rows)
+    print_failures(rows)
+    wall_s = time.monotonic() - start
+    print(f"{len(jobs)} trials, {num_failed} failed, {wall_s:.0f} s; table: {place / 'trials'}")
+    seconds.add({"live view": screen.seconds})
+    spent = ", ".join(f"{what} {value:.2f} s" for what, value in sorted(seconds.items()))
+    print(f"of that inside {spent}: {100 * sum(seconds.values()) / wall_s:.1f} %")
     if num_failed:
         raise typer.Exit(1)

@@ -84,7 +84,7 @@ def print_trials(rows: Any) -> None:
     for _, row in rows.iterrows():
         cells = [Path(str(row["teacher"])).name, *(text_of(row[name]) for name in fields)]
         if row["status"] == "failed":
-            table.add_row(*cells, f"FAILED: {row['reason']}")
+            table.add_row(*cells, "FAILED")  # why is told below the table
             continue
         rungs = ("teacher_accuracy", "pruned_accuracy", "bn_reestimated_accuracy", "recovered_accuracy", "agreement")
         cells += [number(row[name], 100) for name in rungs]
@@ -102,7 +102,7 @@ def short_names(columns: Sequence[str]) -> list[str]:
     return [leaf if leaves.count(leaf) == 1 else name for name, leaf in zip(columns, leaves, strict=True)]
 
 
-def print_fleet(status: Mapping[str, Any]) -> None:
+def fleet_line(status: Mapping[str, Any]) -> str:
     """One line on the synthesis fleet."""
     idle = [f"{100 * share:.0f}" for share in status["idle"].values() if share is not None]
     shown = ("/".join(idle) if len(idle) <= 8 else f"{sum(map(float, idle)) / len(idle):.0f} (mean)") or "-"
@@ -113,7 +113,20 @@ def print_fleet(status: Mapping[str, Any]) -> None:
     )
     lost = f", {status['deaths']} lost" if status["deaths"] else ""
     trouble = "".join(f"; {name}: {why}" for name, why in status["trouble"].items() if why != "starting")
-    print(line + lost + trouble, flush=True)
+    return line + lost + trouble
+
+
+def print_fleet(status: Mapping[str, Any]) -> None:
+    """Print that line."""
+    print(fleet_line(status), flush=True)
+
+
+def print_failures(rows: Any) -> None:
+    """Why trials failed: a line per reason."""
+    for reason, group in rows[rows["status"] == "failed"].groupby("reason", sort=True):
+        names = sorted(group["trial_id"])
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        print(f"{len(names)} failed: {reason} ({shown})")
 
 
 def number(value: Any, scale: float = 1.0, digits: int = 2) -> str:

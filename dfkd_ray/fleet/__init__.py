@@ -8,6 +8,9 @@ Importing this imports no torch: the coordinator's process starts sooner and sta
 
 import logging
 import os
+import signal
+import socket
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -39,6 +42,7 @@ QUIET = {
     "OMP_WAIT_POLICY": "passive",
 }
 START_S = 120.0
+CONNECT_S = 5.0
 
 
 @dataclass
@@ -74,19 +78,46 @@ class Fleet:
 
 @contextmanager
 def connected(address: str | None = None, **options: Any) -> Iterator[None]:
-    """A Ray session: the one there is, or one of our own, quiet and shut down at the end."""
+    """A Ray session, quiet and left at the end: the one there is, that of a cluster (`HOST:PORT`, or `auto` for one on
+    this machine; None reads RAY_ADDRESS), or one of our own, shut down at the end.
+
+    `OSError`, in one line, for a cluster that does not answer.
+    """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     if ray.is_initialized():
         yield
         return
-    if address is None:
-        options = {"include_dashboard": False, **options}
-    ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
+    # "local", because None would also take up with whatever cluster was started on this machine last.
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    on_terminate = signal.getsignal(signal.SIGTERM)
     try:
+        if address == "local":
+            options = {"include_dashboard": False, **options}
+            ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **options)
+        else:
+            join(address, **options)
+        if callable(on_terminate) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own there
         yield
     finally:
         ray.shutdown()
+
+
+def join(address: str, **options: Any) -> None:
+    """Connect to a running cluster, or say in one line why not."""
+    host, colon, port = address.rpartition(":")
+    if "://" in address or (address != "auto" and not (host and colon and port.isdigit())):
+        raise ValueError(f"--address {address!r}: expected HOST:PORT of a cluster's head, as in 10.0.0.1:6379, or auto")
+    advice = "run this on one of its machines; `ray start --head` starts one"
+    try:
+        if address != "auto":
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+        ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **options)
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        where = "on this machine" if address == "auto" else f"at {address}"
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise ConnectionError(f"no Ray cluster to be reached {where} ({reason}); {advice}") from None
 
 
 def nodes() -> list[Node]:

@@ -5,6 +5,10 @@ the synthetic reference set; test accuracy is shown, never used to choose. Stand
 (n - 1), null for one trial.
 """
 
+# What pandas says of its own types is too wide here: a column or a filtered table may be either to a type checker.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# pyright: reportReturnType=false, reportCallIssue=false
+
 from collections.abc import Iterable
 
 import pandas as pd

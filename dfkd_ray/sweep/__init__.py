@@ -5,6 +5,19 @@
 """
 
 from dfkd_ray.sweep.files import About, Job, SweepConfig, expand, plan
-from dfkd_ray.sweep.running import preflight, run, run_job
+from dfkd_ray.sweep.places import Stopped
+from dfkd_ray.sweep.running import LOOK_S, Seconds, preflight, run, run_job
 
-__all__ = ["About", "Job", "SweepConfig", "expand", "plan", "preflight", "run", "run_job"]
+__all__ = [
+    "LOOK_S",
+    "About",
+    "Job",
+    "Seconds",
+    "Stopped",
+    "SweepConfig",
+    "expand",
+    "plan",
+    "preflight",
+    "run",
+    "run_job",
+]

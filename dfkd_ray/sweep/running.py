@@ -1,32 +1,64 @@
 """Jobs → Ray Tune → the tables `trials`, `epochs` and `synthesis`, and all else that a sweep leaves.
 
 Trials read their images from one fleet (`dfkd_ray.fleet`): each distinct synthesis is paid for once. Trials with a
-finished row in the results place are not run again.
+finished row in the results place are not run again; others go on from their checkpoints, which are addressed by the
+hash of their configs. Ray's own state of an experiment is thrown away: the rows are what is known.
 """
 
+import json
 import logging
+import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
-from dfkd_ray import results, storage, tensorboard
+from dfkd_ray import bundles, results, storage, tensorboard
 from dfkd_ray import trial as one_trial
 from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.bundles import Teacher
-from dfkd_ray.config import RealConfig
+from dfkd_ray.config import RealConfig, TrialConfig
+from dfkd_ray.distillation import Progress
 from dfkd_ray.images import class_grid
 from dfkd_ray.results import finished_ids
 from dfkd_ray.storage import Folder, Where
+from dfkd_ray.sweep import places
 from dfkd_ray.sweep.files import Job
 
 log = logging.getLogger(__name__)
 OnRow = Callable[[Mapping[str, Any], int, int], None]
-STATUS_S = 15.0
+Stages = Mapping[str, tuple[str, int, int]]  # trial id → (stage, done, total) of the trials that run now
+LOOK_S = 15.0
 COMPACT_EVERY = 200  # trials: more parts than that are slow to read
+RETRIES = 2  # of a trial whose process died
+DIED = f"the trial's process died {RETRIES + 1} times (killed, or out of memory)"
+TOLD_S = 1.0  # between two messages of a trial on one stage
 TEACHER_ACCURACIES: dict[tuple[Any, ...], float] = {}  # of this process; trials follow each other in one
+OPENED: dict[str, Teacher] = {}  # of this process, by hash
+
+
+class Seconds(dict[str, float]):
+    """Seconds by what they were spent on."""
+
+    @contextmanager
+    def spent(self, what: str) -> Iterator[None]:
+        """Count the block's wall time under `what`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add({what: time.perf_counter() - start})
+
+    def add(self, more: Mapping[str, float]) -> None:
+        """Add what was counted elsewhere."""
+        for what, seconds in more.items():
+            self[what] = self.get(what, 0.0) + seconds
+
+
+# ---- in a trial's process ------------------------------------------------------------------------------------------
 
 
 def run_job(
@@ -36,20 +68,29 @@ def run_job(
     real: BatchSource | None,
     place: Where,
     trust_code: Sequence[str],
+    *,
+    progress: Progress | None = None,
+    seconds: Seconds | None = None,
 ) -> dict[str, Any]:
-    """Run one trial and write what it leaves: student, picture, events, rows (its own last: then all else is there)."""
-    place = storage.folder(place)
+    """Run one trial and write what it leaves: student, picture, events, rows (its own last: then all else is there).
+
+    An error leaves a row with status `failed`, unless it is of the disk or the store: that is tried again after
+    pauses, and `OSError` where it stays. `seconds` is added to.
+    """
+    place, seconds = storage.folder(place), Seconds() if seconds is None else seconds
     kd = job.config.distillation
 
     def write_epochs(looks: Sequence[Mapping[str, float | int | None]]) -> None:
-        results.write(place, "epochs", [{"trial_id": job.id, **look} for look in looks], job.id)
-        tensorboard.write_epochs(place, job.id, looks)
+        with seconds.spent("results"):
+            results.write(place, "epochs", [{"trial_id": job.id, **look} for look in looks], job.id)
+        with seconds.spent("TensorBoard"):
+            tensorboard.write_epochs(place, job.id, looks)
 
     # The teacher is the same in every trial: one evaluation per process, not one per trial.
     known = (job.teacher.hash, kd.precision, kd.num_threads, job.config.device, None if test is None else len(test))
-    epochs: Sequence[Mapping[str, Any]] = ()
-    try:
-        outcome = one_trial.run(
+
+    def attempt() -> one_trial.Outcome:
+        return one_trial.run(
             job.config,
             job.teacher,
             test=test,
@@ -58,29 +99,125 @@ def run_job(
             teacher_accuracy=TEACHER_ACCURACIES.get(known),
             checkpoint=place / "checkpoints",
             on_epochs=write_epochs,
+            progress=progress,
             trust_code=trust_code,
         )
-        row, epochs = outcome.row, outcome.epochs
-        if row.get("teacher_accuracy") is not None:
-            TEACHER_ACCURACIES[known] = row["teacher_accuracy"]
+
+    try:
+        # A checkpoint that could not be written stops the trial; the next attempt goes on from the one before.
+        outcome = places.persistently(attempt, places.is_disk_error)
+    except Exception as error:
+        if places.is_disk_error(error):
+            raise
+        log.exception("trial %s", job.id)
+        outcome = one_trial.Outcome(failed_row(job, one_trial.reason_of(error)))
+    row = outcome.row
+    row |= {"fleet_call_s": getattr(images, "call_s", None), "fleet_wait_s": getattr(images, "wait_s", None)}
+    if row.get("teacher_accuracy") is not None:
+        TEACHER_ACCURACIES[known] = row["teacher_accuracy"]
+    places.persistently(lambda: keep(job, outcome, place, seconds))
+    return row
+
+
+def keep(job: Job, outcome: one_trial.Outcome, place: Folder, seconds: Seconds) -> None:
+    """Write everything a trial leaves, each file whole; doing it twice changes nothing."""
+    row = outcome.row
+    with seconds.spent("results"):
         if outcome.student is not None:
-            write_epochs(outcome.epochs)
+            looks = [{"trial_id": job.id, **look} for look in outcome.epochs]
+            results.write(place, "epochs", looks, job.id)
             outcome.save_student(place / "students" / job.id)
             results.write_batches(place, outcome.synthesis)
             pictures, picture = place / "images", f"{row['synthesis_key'][:12]}.png"
             if picture not in pictures.names():
                 info = job.teacher.info
                 pictures.write(picture, class_grid(outcome.batches, info.num_classes, info.space))
+    with seconds.spent("TensorBoard"):
+        tensorboard.write_trial(place, row, outcome.epochs)
+    with seconds.spent("results"):
+        results.write(place, "trials", [row], job.id)
+        if row["status"] == "finished":  # a failed one is run again on resume, and goes on from there
+            with suppress(OSError):
+                (place / "checkpoints" / job.id).remove_all()
+
+
+def failed_row(job: Job, reason: str) -> dict[str, Any]:
+    """The row of a trial that has not come to an end."""
+    return one_trial.provenance(job.config, job.teacher) | {"status": "failed", "reason": reason}
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What every trial of a sweep gets. Pickled, it is a handle: what is large is a reference, in a list of one."""
+
+    place: str
+    cache_root: str | None
+    trust_code: tuple[str, ...]
+    fleet: Any | None
+    board: Any | None
+    teachers: Mapping[str, list[Any]]  # by hash, as `bundles.to_arrays`
+    tests: Mapping[str, list[Any]]  # by the teacher's hash
+    reals: Mapping[str, list[Any]]  # by trial id
+
+
+def in_worker(trial_id: str, config: TrialConfig, teacher_hash: str, shared: Shared) -> dict[str, Any]:
+    """Run a trial in this process, and say how it went: its `row` (written here), or the `reason` it could not begin
+    (the driver writes that row), or what `stopped` it, which would stop every other."""
+    import ray
+
+    seconds = Seconds()
+    try:
+        if teacher_hash not in OPENED:
+            OPENED[teacher_hash] = bundles.from_arrays(ray.get(shared.teachers[teacher_hash][0]))
+        job = Job(config, OPENED[teacher_hash], trial_id)
+        test = ray.get(shared.tests[teacher_hash][0])
+        real: Any = ray.get(shared.reals[trial_id][0]) if trial_id in shared.reals else None
+        images = shared.fleet.stream() if shared.fleet else one_trial.made_here(shared.cache_root)
     except Exception as error:
-        log.exception("trial %s", job.id)
-        row = one_trial.provenance(job.config, job.teacher)
-        row |= {"status": "failed", "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
-    row |= {"fleet_call_s": getattr(images, "call_s", None), "fleet_wait_s": getattr(images, "wait_s", None)}
-    tensorboard.write_trial(place, row, epochs)
-    results.write(place, "trials", [row], job.id)
-    with suppress(OSError):
-        (place / "checkpoints" / job.id).remove_all()  # its row is there: of no more use
-    return row
+        log.exception("trial %s", trial_id)
+        return {"reason": one_trial.reason_of(error)}
+    progress = Telling(shared.board, trial_id, seconds) if shared.board else None
+    try:
+        row = run_job(job, images, test, real, shared.place, shared.trust_code, progress=progress, seconds=seconds)
+    except OSError as error:
+        log.exception("trial %s", trial_id)
+        return {"stopped": f"{error.filename or shared.place}: {places.in_one_line(error)}"}
+    return {"row": json.dumps(row), "seconds": dict(seconds)}
+
+
+class Board:
+    """What the running trials are at; an actor beside them, read by the driver."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, tuple[str, int, int]] = {}
+
+    def tell(self, trial_id: str, stage: str, done: int, total: int) -> None:
+        """Where a trial stands."""
+        self.stages[trial_id] = (stage, done, total)
+
+    def read(self) -> dict[str, tuple[str, int, int]]:
+        """Where all stand; some have ended."""
+        return self.stages
+
+
+class Telling:
+    """A trial's progress, told to the board at every new stage and now and then between."""
+
+    def __init__(self, board: Any, trial_id: str, seconds: Seconds):
+        self.board, self.trial_id, self.seconds = board, trial_id, seconds
+        self.stage, self.at = "", 0.0
+
+    def __call__(self, stage: str, done: int, total: int, numbers: Mapping[str, float | int]) -> None:
+        """As `distillation.Progress`; nothing is waited for."""
+        now = time.monotonic()
+        if stage == self.stage and now - self.at < TOLD_S:
+            return
+        self.stage, self.at = stage, now
+        with self.seconds.spent("live view"):
+            self.board.tell.remote(self.trial_id, stage, done, total)
+
+
+# ---- in the driver -------------------------------------------------------------------------------------------------
 
 
 def run(
@@ -88,6 +225,7 @@ def run(
     place: Where,
     cache_root: str | None,
     *,
+    address: str | None = None,
     synthesizers: int | None = None,
     gpus_per_synthesizer: float | None = None,
     gpus_per_trial: float | None = None,
@@ -96,56 +234,131 @@ def run(
     real_of: Callable[[Teacher, RealConfig], BatchSource] | None = None,
     on_row: OnRow | None = None,
     on_status: Callable[[Mapping[str, Any]], None] | None = None,
+    on_stages: Callable[[Stages], None] | None = None,
     on_up: Callable[[], None] = lambda: None,
+    look_s: float = LOOK_S,
+    stop: Callable[[], bool] = lambda: False,
+    seconds: Seconds | None = None,
     trust_code: Sequence[str] = (),
 ) -> int:
     """Run the trials that have no finished row yet; returns how many failed.
 
     `place`, a folder or URI, takes all results. `cache_root` is one too; None keeps batches in memory only.
-    `synthesizers` None takes as many as the machines have room for and grows with them; 0 shares nothing: every trial
-    makes its own images. `test_of` gives a teacher's test batches or None, `real_of` the real images for trials with
-    `synthesis.method=real`; without it such trials are refused. `on_up` is called when the fleet is up, `on_status`
-    every few seconds with how it is. `ValueError` where nothing fits.
+    `address` is of a running Ray cluster (`HOST:PORT` or `auto`); None starts Ray on this machine. `synthesizers` None
+    takes as many as the machines have room for and grows with them; 0 shares nothing: every trial makes its own images.
+    `test_of` gives a teacher's test batches or None, `real_of` the real images for trials with `synthesis.method=real`;
+    without it such trials are refused. `on_up` is called when the fleet is up, `on_row` when a trial has ended,
+    `on_status` every `look_s` seconds with how the fleet is, and `on_stages` with where the running trials are. `stop`
+    is asked several times a second: where it says yes, the trials are stopped, the fleet is shut down, and
+    `KeyboardInterrupt` raised; the same call goes on later. `seconds` is filled with what writing results and telling of them took.
+
+    `ValueError` where nothing fits; `OSError` where a place cannot be written or a cluster not be reached;
+    `places.Stopped` where that happens on the way: all finished rows are safe.
     """
     if real_of is None and any(isinstance(job.config.synthesis, RealConfig) for job in jobs):
         raise ValueError(
             "synthesis.method=real needs real images, which are used only when asked for: --real-data NAME"
         )
+    seconds = Seconds() if seconds is None else seconds
     place = storage.folder(place)
     done = finished_ids(place)
     todo = [job for job in jobs if job.id not in done]
     if not todo:
         return 0
-    teachers = list({job.teacher.hash: job.teacher for job in todo}.values())
-    tests = {teacher.hash: test_of(teacher) for teacher in teachers}
-    reals = {}
-    for job in todo:
-        if isinstance(job.config.synthesis, RealConfig) and real_of is not None:
-            reals[job.id] = real_of(job.teacher, job.config.synthesis)
+    places.probe(place, "results folder")
+    if cache_root is not None:
+        places.probe(storage.folder(cache_root), "cache")
+    teachers = {job.teacher.hash: job.teacher for job in todo}
+    tests = {name: test_of(teacher) for name, teacher in teachers.items()}
+    reals = real_sources(todo, real_of)
+    check_one_meaning(jobs, todo, place, tests, reals)
     from dfkd_ray import fleet
 
-    tensorboard.write_sweep(place, [job.config for job in jobs])
-    with fleet.connected():
+    ledger = Ledger(todo, place, on_row, seconds)
+    with places.reserved(place), ExitStack() as stack:
+        places.tidy(place, done)
+        with seconds.spent("TensorBoard"):
+            tensorboard.write_sweep(place, [job.config for job in jobs])
+        stack.enter_context(fleet.connected(address))
+        places.seen_from_every_node(place)
         settings, placement = preflight(todo, cache_root, synthesizers, gpus_per_synthesizer, gpus_per_trial)
         settings = replace(settings, batch_timeout_s=batch_timeout_s)
-        if synthesizers == 0:
-            on_up()
-            _tune(todo, None, placement, place, cache_root, tests, reals, on_row, trust_code)
-        else:
-            with fleet.started(settings, teachers) as running, told(running.status, on_status):
-                on_up()
-                _tune(todo, running, placement, place, cache_root, tests, reals, on_row, trust_code)
-    compact(place)
+        running = board = None
+        if synthesizers != 0:
+            running = stack.enter_context(fleet.started(settings, list(teachers.values())))
+        if on_stages:
+            board = stack.enter_context(started_board())
+        on_up()
+        shared = Shared(
+            place.uri,
+            cache_root,
+            tuple(trust_code),
+            running,
+            board,
+            running.teachers if running else {name: put(bundles.to_arrays(t)) for name, t in teachers.items()},
+            {name: put(test) for name, test in tests.items()},
+            {trial_id: put(source) for trial_id, source in reals.items()},
+        )
+        with watched(look_of(ledger, running, board, on_status, on_stages), look_s):
+            _tune(todo, shared, placement, ledger, stop)
+    if ledger.trouble:
+        raise places.Stopped(f"{ledger.trouble}; all finished rows are safe")
+    if ledger.num_done < len(todo) and stop():
+        raise KeyboardInterrupt
+    with seconds.spent("results"):
+        compact(place)
     finished = finished_ids(place)
     return sum(job.id not in finished for job in todo)
 
 
-def compact(place: Folder) -> None:
-    """Make few files of the parts; where that fails the rows are as safe as before, and the next sweep tries again."""
-    try:
-        results.compact(place)
-    except (OSError, ValueError) as error:
-        log.warning("%s: its tables stay in many small files: %s", place, error)
+def real_sources(
+    todo: Sequence[Job], real_of: Callable[[Teacher, RealConfig], BatchSource] | None
+) -> dict[str, BatchSource]:
+    """The real images of the trials that want some, by trial id; equal wishes share one source."""
+    sources: dict[tuple[str, str], BatchSource] = {}
+    wanted = {}
+    for job in todo:
+        settings = job.config.synthesis
+        if isinstance(settings, RealConfig) and real_of is not None:
+            key = (job.teacher.hash, settings.model_dump_json())
+            if key not in sources:
+                sources[key] = real_of(job.teacher, settings)
+            wanted[job.id] = sources[key]
+    return wanted
+
+
+def check_one_meaning(
+    jobs: Sequence[Job],
+    todo: Sequence[Job],
+    place: Folder,
+    tests: Mapping[str, Sequence[Batch] | None],
+    reals: Mapping[str, BatchSource],
+) -> None:
+    """`ValueError` where finished rows of these jobs were measured on other data than the rest would be.
+
+    What a trial's id does not hold: the test images it is reported on, and which real images were handed in.
+    """
+    todo_ids = {job.id for job in todo}
+    before = {job.id: job for job in jobs if job.id not in todo_ids}
+    if not before:
+        return
+    rows = results.read(place, "trials")
+    rows = rows.loc[rows["trial_id"].isin(before) & (rows["status"] == "finished")]
+    keys = {(job.teacher.hash, job.config.synthesis): reals[job.id](0).key for job in todo if job.id in reals}
+    advice = f"give the same as before, or another --results than {place}"
+    for row in rows.to_dict("records"):
+        job, num = before[row["trial_id"]], row["num_test_images"]
+        num = None if num != num or num is None else int(num)
+        if job.teacher.hash in tests:
+            test = tests[job.teacher.hash]
+            now = None if test is None else sum(len(batch.labels) for batch in test)
+            if num != now:
+                raise ValueError(
+                    f"--test-data: finished trials of {job.config.teacher} were measured on {num or 'no'} test images, "
+                    f"the others would be on {now or 'no'}; {advice}"
+                )
+        if keys.get((job.teacher.hash, job.config.synthesis), row["synthesis_key"]) != row["synthesis_key"]:
+            raise ValueError(f"--real-data: trials that are finished used other real images; {advice}")
 
 
 def preflight(
@@ -184,98 +397,222 @@ def preflight(
     return settings, placement
 
 
+def put(value: Any) -> list[Any]:
+    """A value in the object store; the list keeps Ray from replacing the reference by the value."""
+    import ray
+
+    return [ray.put(value)]
+
+
 @contextmanager
-def told(
-    status: Callable[[], Mapping[str, Any] | None], on_status: Callable[[Mapping[str, Any]], None] | None
-) -> Iterator[None]:
-    """While open, `on_status` hears of the fleet every few seconds, and once at the end."""
+def started_board() -> Iterator[Any]:
+    """The board as an actor on this machine."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    actor: Any = ray.remote(Board)
+    board = actor.options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
+    try:
+        yield board
+    finally:
+        ray.kill(board)
+
+
+class Ledger:
+    """What has become of each trial, as the driver hears of it."""
+
+    def __init__(self, todo: Sequence[Job], place: Folder, on_row: OnRow | None, seconds: Seconds):
+        self.todo, self.place, self.on_row, self.seconds = todo, place, on_row, seconds
+        self.running: dict[str, str] = {}
+        self.num_done = 0
+        self.trouble: str | None = None  # what no trial can get past: the sweep stops
+
+    def started(self, job: Job) -> None:
+        """Its process is there, or is being started."""
+        self.running[job.id] = "starting"
+
+    def again(self, job: Job) -> None:
+        """Its process has died; another goes on from its checkpoint."""
+        self.running[job.id] = "starting again"
+
+    def died(self, job: Job) -> None:
+        """Its process has died once too often, and so wrote no row."""
+        self.ended(job, {"reason": DIED})
+
+    def ended(self, job: Job, told: Mapping[str, Any]) -> None:
+        """What `in_worker` said; nothing of it where the trial was stopped."""
+        self.running.pop(job.id, None)
+        self.seconds.add(told.get("seconds", {}))
+        if "stopped" in told:
+            self.trouble = self.trouble or str(told["stopped"])
+        elif "reason" in told:
+            row = failed_row(job, told["reason"])
+            try:
+                with self.seconds.spent("results"):
+                    places.persistently(lambda: results.write(self.place, "trials", [row], job.id))
+            except OSError as error:
+                self.trouble = self.trouble or f"{self.place}: {places.in_one_line(error)}"
+                return
+            self.tell(row)
+        elif "row" in told:
+            self.tell(json.loads(told["row"]))
+
+    def tell(self, row: Mapping[str, Any]) -> None:
+        """Hand a row on."""
+        self.num_done += 1
+        if self.num_done % COMPACT_EVERY == 0:
+            with self.seconds.spent("results"):
+                compact(self.place)
+        if self.on_row:
+            with self.seconds.spent("live view"):
+                self.on_row(row, self.num_done, len(self.todo))
+
+
+def look_of(
+    ledger: Ledger,
+    running: Any | None,
+    board: Any | None,
+    on_status: Callable[[Mapping[str, Any]], None] | None,
+    on_stages: Callable[[Stages], None] | None,
+) -> Callable[[], None]:
+    """A look at fleet and trials, handed on to who wants to know."""
+    import ray
+    from ray.exceptions import GetTimeoutError, RayError
+
+    def look() -> None:
+        status = running.status() if running and on_status else None
+        if status is not None and on_status:
+            with ledger.seconds.spent("live view"):
+                on_status(status)
+        if board and on_stages:
+            told: dict[str, tuple[str, int, int]] = {}
+            with suppress(RayError, GetTimeoutError):  # while it is being started, or started again
+                told = ray.get(board.read.remote(), timeout=10.0)
+            with ledger.seconds.spent("live view"):
+                now = dict(ledger.running)
+                on_stages({trial_id: told.get(trial_id, (stage, 0, 0)) for trial_id, stage in now.items()})
+
+    return look
+
+
+@contextmanager
+def watched(look: Callable[[], None], every_s: float) -> Iterator[None]:
+    """While open, `look` is called every few seconds, and once at a good end."""
     over = threading.Event()
 
     def watch() -> None:
-        while not over.wait(STATUS_S):
-            tell()
-
-    def tell() -> None:
-        now = status()
-        if now is not None and on_status is not None:
-            on_status(now)
+        while not over.wait(every_s):
+            look()
 
     thread = threading.Thread(target=watch, daemon=True)
-    if on_status is not None:
-        thread.start()
+    thread.start()
     try:
         yield
-        tell()
+        look()
     finally:
         over.set()
-        if thread.is_alive():
-            thread.join(timeout=STATUS_S)
+        thread.join(timeout=LOOK_S)
 
 
-def _tune(
-    todo: Sequence[Job],
-    running: Any | None,
-    placement: Any,
-    place: Folder,
-    cache_root: str | None,
-    tests: Mapping[str, Any],
-    reals: Mapping[str, Any],
-    on_row: OnRow | None,
-    trust_code: Sequence[str],
-) -> None:
-    """The trials through Ray Tune; what they hold of the fleet is a handle."""
+def _tune(todo: Sequence[Job], shared: Shared, placement: Any, ledger: Ledger, stop: Callable[[], bool]) -> None:
+    """The trials through Ray Tune; what they hold of fleet and board are handles."""
     from ray import tune
 
-    def trainable(
-        point: Mapping[str, Any], todo: Sequence[Job], tests: Mapping[str, Any], reals: Mapping[str, Any]
-    ) -> None:
-        job = todo[point["job"]]
-        images = running.stream() if running else one_trial.made_here(cache_root)
-        row = run_job(job, images, tests[job.teacher.hash], reals.get(job.id), place, trust_code)
-        tune.report({"failed": int(row["status"] == "failed")})
+    points = [(job.id, job.config, job.teacher.hash) for job in todo]
+
+    def trial(point: Mapping[str, Any]) -> None:
+        trial_id, config, teacher_hash = points[point["job"]]
+        tune.report(in_worker(trial_id, config, teacher_hash, shared))
 
     resources = {"cpu": placement.trial_cpus, "gpu": placement.trial_gpus}
+    # Whoever runs the sweep decides what Ctrl-C means; what trials die of is in their rows, not on the screen.
+    for name, value in {"TUNE_DISABLE_SIGINT_HANDLER": "1", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0"}.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="dfkd_ray-tune-") as scratch:
         tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(trainable, todo=todo, tests=tests, reals=reals), resources),
+            tune.with_resources(trial, resources),
             param_space={"job": tune.grid_search(list(range(len(todo))))},
             tune_config=tune.TuneConfig(
                 reuse_actors=True,
                 trial_dirname_creator=lambda t: f"trial_{t.trial_id}",
             ),
             run_config=tune.RunConfig(
-                name="tune", storage_path=scratch, verbose=0, callbacks=[_rows_to(on_row, todo, place)]
+                name="tune",
+                storage_path=scratch,
+                verbose=0,
+                callbacks=[_telling(ledger)],
+                stop=_stopper(lambda: stop() or ledger.trouble is not None),
+                failure_config=tune.FailureConfig(max_failures=RETRIES),
             ),
         )
         tuner.fit()
 
 
-def _rows_to(on_row: OnRow | None, todo: Sequence[Job], place: Folder) -> Any:
-    """A Tune callback that hands each finished trial's row to `on_row`, and compacts the tables now and then."""
+def _telling(ledger: Ledger) -> Any:
+    """A Tune callback that keeps the ledger."""
     from ray import tune
 
-    class Rows(tune.Callback):
-        """Counts trials as they end."""
+    class Tells(tune.Callback):
+        """Trials by what becomes of them."""
 
-        num_done = 0
+        def __init__(self, ledger: Ledger):
+            self.ledger = ledger
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {}  # Tune pickles its callbacks, for a way to resume that is not used
+
+        def job(self, trial: Any) -> Job:
+            """Which job a Tune trial runs."""
+            return self.ledger.todo[trial.config["job"]]
+
+        def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+            """It has a process."""
+            self.ledger.started(self.job(trial))
+
+        def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+            """It will have another process."""
+            self.ledger.again(self.job(trial))
 
         def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-            """Read the row that the trial has written."""
-            self.num_done += 1
-            rows = results.read_part(place, "trials", todo[trial.config["job"]].id) if on_row else None
-            if on_row and rows is not None:
-                on_row(rows.iloc[0].to_dict(), self.num_done, len(todo))
-            if self.num_done % COMPACT_EVERY == 0:
-                compact(place)
+            """It has reported, or was stopped."""
+            self.ledger.ended(self.job(trial), trial.last_result or {})
 
         def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-            """A trial whose process died wrote no row, as a rule: write one that says so."""
-            job = todo[trial.config["job"]]
-            there = results.read_part(place, "trials", job.id)
-            if there is None or there["status"].iloc[0] != "finished":
-                row = one_trial.provenance(job.config, job.teacher)
-                row |= {"status": "failed", "reason": "the trial's process died (killed, or out of memory)"}
-                results.write(place, "trials", [row], job.id)
-            self.on_trial_complete(iteration, trials, trial, **info)
+            """It has failed as often as it may."""
+            self.ledger.died(self.job(trial))
 
-    return Rows()
+    return Tells(ledger)
+
+
+def _stopper(stop: Callable[[], bool]) -> Any:
+    """A Tune stopper for the whole sweep."""
+    from ray import tune
+
+    class Stops(tune.Stopper):
+        """Asks at every step."""
+
+        def __init__(self, stop: Callable[[], bool]):
+            self.stop = stop
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {}
+
+        def __call__(self, trial_id: str, result: Mapping[str, Any]) -> bool:
+            """No trial alone."""
+            return False
+
+        def stop_all(self) -> bool:
+            """Whether it is time."""
+            return self.stop()
+
+    return Stops(stop)
+
+
+def compact(place: Folder) -> None:
+    """Make few files of the parts; where that fails the rows are as safe as before, and the next sweep tries again."""
+    try:
+        results.compact(place)
+    except (OSError, ValueError) as error:
+        log.warning("%s: its tables stay in many small files: %s", place, error)

@@ -1,0 +1,147 @@
+"""Where a sweep keeps things: tried before the first trial, written with patience, one sweep at a time."""
+
+import errno
+import logging
+import re
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
+
+from dfkd_ray.storage import Folder
+
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+PAUSES_S = (0.5, 2.0, 5.0)  # before the second, third and fourth try
+PROBE_BYTES = 1 << 20
+ANSWER_S = 60.0  # a store that takes a megabyte takes it within this time
+# What the disk says when it is the disk's fault, and not one trial's.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE}
+
+
+class Stopped(OSError):
+    """A sweep that cannot write any more has stopped; what was finished before is safe."""
+
+
+def probe(folder: Folder, what: str) -> None:
+    """Write, read back and remove a megabyte. `OSError` in one line where that does not work, or takes too long."""
+    data, name = secrets.token_bytes(PROBE_BYTES), f".probe-{secrets.token_hex(4)}"
+    problems: list[str] = []
+
+    def attempt() -> None:
+        try:
+            try:
+                folder.write(name, data)
+                if folder.read(name) != data:
+                    problems.append("what was written does not read back")
+            finally:
+                folder.remove(name)
+        except OSError as error:
+            problems.append(in_one_line(error))
+
+    # A bucket out of reach may keep its client trying for many minutes: that thread is left behind.
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(ANSWER_S)
+    if thread.is_alive():
+        problems.append(f"no answer within {ANSWER_S:.0f} s")
+    if problems:
+        raise OSError(f"the {what} {folder} cannot be written: {problems[0]}; mend that or choose another place")
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an error of the disk or the network says."""
+    strerror = getattr(error, "strerror", None)
+    return " ".join(str(strerror or error or type(error).__name__).split())[:300]
+
+
+def is_disk_error(error: BaseException) -> bool:
+    """Whether an error, here or told by another process, is of the disk or store: every trial would meet it."""
+    if not isinstance(error, OSError):
+        return False
+    told = re.search(r"\[Errno (\d+)\]", str(error))
+    return (error.errno or (int(told[1]) if told else None)) in DISK_ERRORS
+
+
+def persistently(action: Callable[[], Result], is_passing: Callable[[OSError], bool] = lambda _error: True) -> Result:
+    """`action()`, again after a pause where an `OSError` may pass, three times at most; then that error."""
+    for pause in PAUSES_S:
+        try:
+            return action()
+        except OSError as error:
+            if not is_passing(error):
+                raise
+            log.warning("trying again in %g s: %s", pause, error)
+            time.sleep(pause)
+    return action()
+
+
+@contextmanager
+def reserved(folder: Folder) -> Iterator[None]:
+    """While open, no other sweep on this machine runs in `folder`. `OSError` where one does."""
+    if not folder.is_local:  # an object store has no locks
+        yield
+        return
+    folder.path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.path / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OSError(f"another sweep is running in {folder}; wait for it, or choose another --results") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def tidy(folder: Folder, finished: Iterable[str]) -> None:
+    """Remove what killed processes left behind: half-made folders, and checkpoints of trials whose row is there."""
+    if not folder.is_local:
+        return
+    for half_made in [*folder.path.glob("checkpoints/.*"), *folder.path.glob("students/.*")]:
+        shutil.rmtree(half_made, ignore_errors=True)
+    for trial_id in finished:
+        shutil.rmtree(folder.path / "checkpoints" / trial_id, ignore_errors=True)
+
+
+def seen_from_every_node(folder: Folder) -> None:
+    """Where there are several machines: `OSError` names one that does not see what this one writes in `folder`."""
+    import ray
+    from ray.exceptions import GetTimeoutError, RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    if len(alive) < 2:
+        return
+    name = f".seen-{secrets.token_hex(4)}"
+    folder.write(name, name.encode())
+    try:
+        asked: list[tuple[str, Any]] = []
+        for node in alive:
+            on_it = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            look: Any = ray.remote(sees)
+            reference = look.options(num_cpus=0, scheduling_strategy=on_it).remote(folder, name)
+            asked.append((node["NodeManagerHostname"], reference))
+        for host, reference in asked:
+            try:
+                seen = ray.get(reference, timeout=ANSWER_S)
+            except GetTimeoutError:
+                continue  # busy: what it cannot do its first trial will say
+            except RayError as error:
+                raise OSError(f"node {host} cannot run trials: {in_one_line(error.__cause__ or error)}") from None
+            if not seen:
+                raise OSError(
+                    f"node {host} does not see {folder}; choose --results in a folder that all machines share, or a URI"
+                )
+    finally:
+        folder.remove(name)
+
+
+def sees(folder: Folder, name: str) -> bool:
+    """Whether this machine sees a file."""
+    return folder.read(name) is not None

@@ -1,0 +1,79 @@
+"""A sweep killed again and again ends with the table of one that was not."""
+
+import random
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from dfkd_ray import bundles, config, results, sweep, trial
+
+sys.path.insert(0, str(Path(__file__).parent))
+from run_killed_sweep import disturbed
+
+DATA = {
+    "about": {"source": "a test", "command": "none", "cost": "seconds", "expected": "rows"},
+    "base": {
+        "bn_num_images": 16,
+        "device": "cpu",
+        "synthesis": {"num_steps": 10, "batch_size": 8, "num_threads": 1},
+        "distillation": {
+            "num_images": 16,
+            "num_steps": 60,
+            "batch_size": 8,
+            "eval_every": 5,
+            "checkpoint_every": 5,
+            "num_threads": 1,
+        },
+        "reference": {"num_images": 16, "synthesis": {"batch_size": 8, "num_steps": 2, "num_threads": 1}},
+    },
+    "grid": {
+        "synthesis.bn_weight": [0.2, 2.0],
+        "pruning.sparsity": [0.5, 0.7, 0.9],
+        "distillation.temperature": [2.0, 6.0],
+    },
+}
+
+
+def comparable(rows: pd.DataFrame) -> pd.DataFrame:
+    """The deterministic columns, in an order of their own."""
+    return rows[results.deterministic_columns()].sort_values("trial_id").reset_index(drop=True)
+
+
+@pytest.mark.timeout(600)
+def test_twelve_trials_killed_five_times_end_with_the_table_of_an_undisturbed_run(tiny_teacher, tmp_path):
+    data = {**DATA, "base": {**DATA["base"], "teacher": str(tiny_teacher)}}
+    (tmp_path / "twelve.yaml").write_text(yaml.safe_dump(data))
+    folder, log = tmp_path / "killed", tmp_path / "log"
+    words = ["sweep", str(tmp_path / "twelve.yaml"), "--results", str(folder), "--cache", str(tmp_path / "cache")]
+    words += ["--test-data", "none", "--synthesizers", "1"]
+    plan = [["trial", "everything"], ["driver"], ["trial", "everything"], []]
+    killed = disturbed(words, folder, log, plan, random.Random(4))
+    assert len(killed) == 5 and set(killed) == {"driver", "trial", "everything"}
+
+    # Undisturbed: one process, one trial after the other, no Ray.
+    jobs = sweep.plan(sweep.expand(config.validate(sweep.SweepConfig, data), {}), bundles.load)
+    alone = tmp_path / "alone"
+    for job in jobs:
+        sweep.run_job(job, trial.made_here(tmp_path / "other cache"), None, None, alone, ())
+    wanted = results.read_trials(alone)
+    assert len(wanted) == 12 and (wanted["status"] == "finished").all()
+
+    pd.testing.assert_frame_equal(comparable(results.read_trials(folder)), comparable(wanted))
+    parts = [pq.read_table(part) for part in sorted((folder / "trials").glob("*.parquet"))]  # each is whole
+    assert sum(part.num_rows for part in parts) == 12, "no row is doubled"
+    pd.testing.assert_frame_equal(
+        *(
+            results.read_synthesis(place)[results.deterministic_columns(results.synthesis_schema())]
+            for place in (folder, alone)
+        )
+    )
+    for job in jobs:
+        names = [(place / "students" / job.id / "weights.safetensors").read_bytes() for place in (folder, alone)]
+        assert names[0] == names[1]
+    assert not list((folder / "checkpoints").glob("*")) and not list((folder / "students").glob(".*"))
+    printed = log.read_text()
+    assert "12 trials, 0 failed" in printed and "Traceback" not in printed

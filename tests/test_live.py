@@ -1,0 +1,228 @@
+"""What a running sweep shows: figures from events, and their drawing."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from dfkd_ray import config
+from dfkd_ray.cli import live
+
+NAMES = {"a": "net sparsity 0.5", "b": "net sparsity 0.7", "c": "net sparsity 0.9", "d": "net sparsity 0.95"}
+STATUS = {
+    "synthesizers": 2,
+    "synthesizers_up": 2,
+    "images_per_s": 12.34,
+    "queue_depth": 3,
+    "made": 7,
+    "read": 1,
+    "found": 1,
+    "deaths": 0,
+    "idle": {"synthesizer 0": 0.25, "synthesizer 1": None},
+    "trouble": {},
+}
+
+
+def row(name: str, agreement: float = 0.9, wall_s: float = 10.0, **more) -> dict:
+    values = {"status": "finished", "agreement": agreement, "wall_s": wall_s, "recovered_accuracy": None}
+    return {"trial_id": name, **values, **more}
+
+
+def failed(name: str) -> dict:
+    return row(name, status="failed", reason="FloatingPointError: the loss is inf", agreement=float("nan"))
+
+
+def shown(figures: live.Figures, width: int = 100, height: int = 30, **options) -> str:
+    console = Console(file=io.StringIO(), width=width, height=height, force_terminal=True, color_system=None)
+    console.print(live.table(figures, "small.yaml", height, **options))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_every_trial_is_in_exactly_one_of_done_running_failed_and_to_do():
+    view = live.View(NAMES, [], now=0.0)
+    events = [
+        lambda: view.stages({"a": ("starting", 0, 0), "b": ("starting", 0, 0)}, 1.0),
+        lambda: view.row(row("a")),
+        lambda: view.stages({"a": ("distilling", 9, 9), "b": ("distilling", 1, 9)}, 2.0),  # late: a has ended
+        lambda: view.row(failed("b")),
+        lambda: view.stages({"c": ("starting", 0, 0)}, 3.0),
+        lambda: view.row(row("c")),
+        lambda: view.row(row("d")),
+    ]
+    seen = []
+    for event in events:
+        event()
+        now = view.figures(4.0)
+        assert now.done + now.failed + len(now.running) + now.to_do == now.total == 4
+        seen.append((now.done, len(now.running), now.failed, now.to_do))
+    assert seen == [(0, 2, 0, 2), (1, 1, 0, 2), (1, 1, 0, 2), (1, 0, 1, 2), (1, 1, 1, 1), (2, 0, 1, 1), (3, 0, 1, 0)]
+
+
+def test_rows_of_an_earlier_run_count_as_done_those_of_other_sweeps_and_failed_ones_do_not():
+    view = live.View(NAMES, [row("a", 0.8), failed("b"), row("of another file", 0.99)], now=0.0)
+    figures = view.figures(0.0)
+    assert (figures.done, figures.failed, figures.to_do) == (1, 0, 3)
+    assert figures.best == (0.8, NAMES["a"])
+
+
+def test_time_left_is_unknown_until_a_trial_of_this_run_has_finished():
+    view = live.View(NAMES, [row("a")], now=0.0)
+    view.stages({"b": ("starting", 0, 0)}, 0.0)
+    assert view.figures(5.0).left_s is None and live.duration(None) == "-"
+    view.row(failed("b"))
+    assert view.figures(5.0).left_s is None
+
+
+def test_time_left_is_what_finished_trials_took_over_those_that_run_at_once():
+    view = live.View({str(i): str(i) for i in range(8)}, [], now=0.0)
+    view.stages({"0": ("starting", 0, 0), "1": ("starting", 0, 0)}, 0.0)
+    view.row(row("0", wall_s=10.0))
+    view.row(row("1", wall_s=20.0))
+    view.stages({"2": ("starting", 0, 0), "3": ("starting", 0, 0)}, 20.0)
+    # Six trials of 15 s are left, two at a time; the running two have 5 s and, being late, all of 15 s behind them.
+    assert view.figures(25.0).left_s == (6 * 15 - 2 * 5) / 2
+    assert view.figures(100.0).left_s == 4 * 15 / 2
+
+
+def test_best_is_by_agreement_alone():
+    view = live.View(NAMES, [], now=0.0)
+    view.row(row("a", 0.9, recovered_accuracy=0.1))
+    view.row(row("b", 0.8, recovered_accuracy=0.99))
+    assert view.figures(1.0).best == (0.9, NAMES["a"])
+
+
+def test_running_seconds_go_on_over_stages():
+    view = live.View(NAMES, [], now=0.0)
+    view.stages({"a": ("starting", 0, 0)}, 2.0)
+    view.stages({"a": ("distilling", 30, 60)}, 5.0)
+    assert view.figures(9.0).running == ((NAMES["a"], "distilling 30/60", 7.0),)
+
+
+def test_names_tell_all_trials_apart_by_what_differs():
+    base = {"teacher": "somewhere/tiny", "pruning": {"sparsity": 0.5}}
+    points = [{"distillation": {"temperature": t}, "synthesis": {"bn_weight": w}} for t in (2, 4) for w in (1, 2)]
+    points.append({"synthesis": {"method": "noise"}, "distillation": {"temperature": 2}})
+    trials = {str(i): config.validate(config.TrialConfig, {**base, **point}) for i, point in enumerate(points)}
+    names = live.names_of(trials)
+    assert len(set(names.values())) == 5
+    assert names["0"].startswith("tiny deepinversion sparsity 0.5") and "bn_weight 1.0" in names["0"]
+    assert "bn_weight" not in names["4"] and "seed" not in names["0"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (3725.0, "1 h 02 min"), (-3.0, "0 s")]
+)
+def test_durations_read_well(seconds, text):
+    assert live.duration(seconds) == text
+
+
+def test_the_table_holds_counts_time_left_best_fleet_and_running_trials():
+    view = live.View(NAMES, [], now=0.0)
+    view.stages({"a": ("starting", 0, 0), "b": ("synthesising", 3, 8)}, 0.0)
+    view.row(row("a", 0.875, wall_s=30.0))
+    view.fleet(STATUS)
+    text = shown(view.figures(31.0))
+    for part in ("small.yaml", "87.50 %, net sparsity 0.5", "synthesising 3/8", "12.3 images/s", "31 s", "2/2 synth"):
+        assert part in text, (part, text)
+    assert "-" in shown(live.View(NAMES, [], 0.0).figures(0.0))
+
+
+@pytest.mark.parametrize(("width", "height"), [(40, 12), (60, 20), (200, 50)])
+def test_the_table_fits_the_terminal_however_many_trials_run(width, height):
+    names = {str(i): f"a network with a very long name and many fields that differ {i}" for i in range(300)}
+    view = live.View(names, [], now=0.0)
+    view.stages({name: ("distilling", 12, 345) for name in names}, 0.0)
+    view.fleet(STATUS)
+    lines = shown(view.figures(1.0), width, height).splitlines()
+    assert len(lines) < height and max(map(len, lines)) <= width
+    assert "more" in "".join(lines)
+
+
+def test_on_a_terminal_the_table_is_drawn_in_place_and_leaves_only_failures(monkeypatch):
+    monkeypatch.setattr(live, "DRAW_S", 0.02)
+    monkeypatch.setenv("TERM", "xterm")
+    console = Console(file=io.StringIO(), width=100, height=30, force_terminal=True)
+    screen = live.Screen(live.View(NAMES, [], 0.0), "small.yaml", console, clock=lambda: 50.0)
+    assert screen.is_live
+    with screen.shown():
+        screen.stages({"a": ("distilling", 12, 60)})
+        for _ in range(200):
+            if "12/60" in console.file.getvalue():  # type: ignore[attr-defined]
+                break
+            live.time.sleep(0.02)
+        screen.row(row("a"), 1, 4)
+        screen.row(failed("b"), 2, 4)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "12/60" in text and "\x1b[2K" in text, "lines are erased before they are drawn again"
+    assert "FAILED: FloatingPointError" in text and "[1/4" not in text
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l"), "the cursor is back"
+    assert 0 < screen.seconds < 2
+
+
+def test_elsewhere_there_are_plain_lines(capsys):
+    console = Console(file=io.StringIO())
+    screen = live.Screen(live.View(NAMES, [], 0.0), "small.yaml", console, clock=lambda: 50.0)
+    with screen.shown():
+        screen.stages({"a": ("distilling", 12, 60)})
+        screen.row(row("a", 0.5, recovered_accuracy=0.25), 1, 4)
+        screen.row(failed("b"), 2, 4)
+        screen.fleet(STATUS)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "[1/4, 50 s, 30 s left] net sparsity 0.5: agreement 50.00 %, test accuracy 25.00 %"
+    assert lines[1].endswith("net sparsity 0.7: FAILED: FloatingPointError: the loss is inf")
+    assert lines[2].startswith("fleet: 2/2 synthesizers up") and len(lines) == 3
+    assert console.file.getvalue() == ""  # type: ignore[attr-defined]
+
+
+def test_the_command_to_go_on_with_is_the_one_that_was_given():
+    words = ["/x/bin/dfkd-ray", "sweep", "my sweep.yaml", "--set", "a=[1, 2]"]
+    assert live.command_line(words, ["python", *words]) == "/x/bin/dfkd-ray sweep 'my sweep.yaml' --set 'a=[1, 2]'"
+    module = ["/x/dfkd_ray/__main__.py", "sweep", "s.yaml"]
+    assert (
+        live.command_line(module, ["python3", "-m", "dfkd_ray", "sweep", "s.yaml"])
+        == "python3 -m dfkd_ray sweep s.yaml"
+    )
+
+
+INTERRUPTED = """
+import os, signal, sys, time
+from dfkd_ray.cli import live
+screen = live.Screen(live.View({}, [], 0.0), "s")
+with live.interruptible(screen) as interrupts:
+    if sys.argv[1] != "before":
+        interrupts.up()
+    try:
+        for number in sys.argv[2:]:
+            os.kill(os.getpid(), getattr(signal, number))
+            time.sleep(0.01)
+        print("asked", interrupts.asked, flush=True)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "out"),
+    [
+        (("before", "SIGINT"), 0, "interrupted\n"),
+        (("before", "SIGTERM"), 0, "interrupted\n"),
+        (("running", "SIGINT"), 0, "asked True\n"),
+        (("running", "SIGTERM"), 0, "asked True\n"),
+        (("running", "SIGINT", "SIGINT"), 130, ""),
+        (("running", "SIGTERM", "SIGINT"), 130, ""),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else None,
+)
+def test_the_first_signal_asks_the_second_ends(words, code, out):
+    command = [sys.executable, "-c", INTERRUPTED, *words]
+    environment = {**os.environ, "PYTHONPATH": str(Path(live.__file__).parent.parent.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (code, out), done.stderr
+    assert "stopping" in done.stderr
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

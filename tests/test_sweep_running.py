@@ -1,0 +1,442 @@
+"""Running a sweep: what goes wrong and what then happens, resuming, places, clusters."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+import yaml
+
+from dfkd_ray import bundles, config, distillation, models, results, storage, sweep, trial
+from dfkd_ray.cli.live import descendants
+from dfkd_ray.sweep import places, running
+
+ABOUT = {"source": "a test", "command": "none", "cost": "seconds", "expected": "rows"}
+BASE = {
+    "bn_num_images": 8,
+    "device": "cpu",
+    "synthesis": {"num_steps": 1, "batch_size": 8, "num_threads": 1},
+    "distillation": {
+        "num_images": 8,
+        "num_steps": 12,
+        "batch_size": 8,
+        "eval_every": 2,
+        "checkpoint_every": 2,
+        "num_threads": 1,
+    },
+    "reference": {"num_images": 8, "synthesis": {"batch_size": 8, "num_steps": 1, "num_threads": 1}},
+}
+
+
+def jobs_of(teacher: Path, **grid) -> list[sweep.Job]:
+    data = {"about": ABOUT, "base": {**BASE, "teacher": str(teacher)}, "grid": grid or {"pruning.sparsity": [0.5]}}
+    return sweep.plan(sweep.expand(config.validate(sweep.SweepConfig, data), {}), bundles.load)
+
+
+@pytest.fixture
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(places, "PAUSES_S", (0.0, 0.0, 0.0))
+
+
+def run(job: sweep.Job, folder: Path, cache: Path | None = None, **options):
+    return sweep.run_job(job, trial.made_here(cache), None, None, folder, (), **options)
+
+
+# ---- reasons -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (FloatingPointError("the loss is inf at step 10"), "FloatingPointError: the loss is inf at step 10"),
+        (MemoryError(), "MemoryError: no message"),
+        (
+            RuntimeError("worker pid=1234 at 0x7f3a12 of 10.1.2.3:6379 died"),
+            "RuntimeError: worker pid=… at 0x… of … died",
+        ),
+        (ValueError("/tmp/run-7/t/weights.safetensors: not whole\nmore"), "ValueError: weights.safetensors: not whole"),
+        (OSError(errno.ENOENT, "No such file", "/a/b-1/c.bin"), "OSError: [Errno 2] No such file: 'c.bin'"),
+        (ValueError("s3://bucket/a/b is gone"), "ValueError: s3://bucket/a/b is gone"),
+        (RuntimeError("a ratio of 3/4, and/or 2.15.0"), "RuntimeError: a ratio of 3/4, and/or 2.15.0"),
+        (
+            torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has 1 GiB free. Process 77 …"
+            ),
+            "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.50 GiB",
+        ),
+    ],
+)
+def test_reasons_hold_nothing_that_differs_between_runs(error, reason):
+    if isinstance(error, OSError):
+        reason = reason.replace("OSError", type(error).__name__)
+    assert trial.reason_of(error) == reason
+
+
+# ---- one trial -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("can't allocate"),
+        RuntimeError("can't allocate memory"),
+        torch.OutOfMemoryError("CUDA out of memory."),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_out_of_memory_error_leaves_a_row_with_its_reason_and_a_checkpoint_to_go_on_from(
+    tiny_teacher, tmp_path, monkeypatch, error
+):
+    job = jobs_of(tiny_teacher)[0]
+    calm = distillation.update
+
+    def update(*arguments):
+        if arguments[-1] == 7:
+            raise error
+        calm(*arguments)
+
+    monkeypatch.setattr(distillation, "update", update)
+    row = run(job, tmp_path)
+    assert (row["status"], row["reason"]) == ("failed", trial.reason_of(error))
+    assert results.read(tmp_path, "trials")["status"].tolist() == ["failed"]
+    assert not results.finished_ids(tmp_path), "a failed trial is run again"
+    assert (tmp_path / "checkpoints" / job.id / distillation.CHECKPOINT).is_file()
+    monkeypatch.setattr(distillation, "update", calm)
+    assert run(job, tmp_path)["status"] == "finished"
+    assert results.read(tmp_path, "trials")["status"].tolist() == ["finished"]
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_resumed_trial_starts_at_its_checkpoint_takes_cached_images_and_ends_with_the_same_row(
+    tiny_teacher, tmp_path
+):
+    job = jobs_of(tiny_teacher)[0]
+    wanted = run(job, tmp_path / "undisturbed", tmp_path / "other cache")
+    seen: list[int] = []
+
+    def dying(stage: str, done: int, _total: int, _numbers) -> None:
+        if stage == "distilling":
+            seen.append(done)
+            if done == 7:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(job, tmp_path / "resumed", tmp_path / "cache", progress=dying)
+    assert not (tmp_path / "resumed" / "trials").exists()
+    row = run(
+        job, tmp_path / "resumed", tmp_path / "cache", progress=lambda s, d, *_: seen.append(d) if s[0] == "d" else None
+    )
+    assert seen == [1, 2, 3, 4, 5, 6, 7, *range(7, 13)], "checkpoints are every second step"
+    assert row["num_cached_batches"] == 1
+    names = [name for name in results.deterministic_columns() if name in wanted]
+    assert {name: row[name] for name in names} == {name: wanted[name] for name in names}
+
+
+def failing(real, num_failures: int, number: int = errno.ENOSPC, table: str | None = None):
+    """A function that meets a full disk so many times; of `results.write` for one table only."""
+    left = [num_failures]
+
+    def act(*arguments, **options):
+        if left[0] and (table is None or table == arguments[1]):
+            left[0] -= 1
+            raise OSError(number, os.strerror(number), "/somewhere/full")
+        return real(*arguments, **options)
+
+    return act
+
+
+def test_a_disk_that_is_full_for_a_moment_costs_no_trial(tiny_teacher, tmp_path, monkeypatch, no_pauses):
+    monkeypatch.setattr(distillation, "write_checkpoint", failing(distillation.write_checkpoint, 2))
+    monkeypatch.setattr(results, "write", failing(results.write, 3, table="trials"))
+    assert run(jobs_of(tiny_teacher)[0], tmp_path)["status"] == "finished"
+    assert len(results.read(tmp_path, "trials")) == 1
+
+
+@pytest.mark.parametrize("where", [(distillation, "write_checkpoint"), (results, "write"), (results, "write_batches")])
+def test_a_disk_that_stays_full_stops_the_trial_and_spares_the_finished_rows(
+    tiny_teacher, tmp_path, monkeypatch, no_pauses, where
+):
+    first, second = jobs_of(tiny_teacher, **{"pruning.sparsity": [0.5, 0.9]})
+    run(first, tmp_path)
+    before = (tmp_path / "trials" / f"{first.id}.parquet").read_bytes()
+    monkeypatch.setattr(*where, failing(getattr(*where), 10**6))
+    with pytest.raises(OSError, match="No space left"):
+        run(second, tmp_path)
+    assert (tmp_path / "trials" / f"{first.id}.parquet").read_bytes() == before
+    assert results.read(tmp_path, "trials")["trial_id"].tolist() == [first.id]
+
+
+def shared_with(folder: Path, teacher: bundles.Teacher, **more) -> running.Shared:
+    teachers = {teacher.hash: [more.pop("arrays", bundles.to_arrays(teacher))]}
+    return running.Shared(str(folder), None, (), None, more.pop("board", None), teachers, {teacher.hash: [None]}, {})
+
+
+def test_in_its_process_a_trial_tells_its_row_and_stages_or_why_not(tiny_teacher, tmp_path, monkeypatch, no_pauses):
+    monkeypatch.setattr(ray, "get", lambda value: value)
+    monkeypatch.setattr(running, "OPENED", {})
+    job = jobs_of(tiny_teacher)[0]
+    broken = bundles.to_arrays(job.teacher)
+    broken["state"] = dict(list(broken["state"].items())[1:])
+    told = running.in_worker(job.id, job.config, job.teacher.hash, shared_with(tmp_path, job.teacher, arrays=broken))
+    assert set(told) == {"reason"} and told["reason"].startswith("ValueError: ") and "/" not in told["reason"]
+
+    class Remote:
+        def __init__(self) -> None:
+            self.tell = self
+            self.heard: list[tuple] = []
+
+        def remote(self, *told) -> None:
+            self.heard.append(told)
+
+    board = Remote()
+    told = running.in_worker(job.id, job.config, job.teacher.hash, shared_with(tmp_path, job.teacher, board=board))
+    assert json.loads(told["row"])["status"] == "finished" and set(told["seconds"]) == {
+        "results",
+        "TensorBoard",
+        "live view",
+    }
+    assert {stage for _, stage, _, _ in board.heard} >= {"reference set", "synthesising", "distilling"}
+    monkeypatch.setattr(results, "write", failing(results.write, 10**6, table="trials"))
+    told = running.in_worker(job.id, job.config, job.teacher.hash, shared_with(tmp_path, job.teacher))
+    assert told == {"stopped": "/somewhere/full: No space left on device"}
+
+
+# ---- the driver ----------------------------------------------------------------------------------------------------
+
+
+def test_the_ledger_counts_every_trial_once_and_writes_rows_for_those_that_cannot(tiny_teacher, tmp_path):
+    jobs = jobs_of(tiny_teacher, **{"pruning.sparsity": [0.5, 0.6, 0.7, 0.8]})
+    heard: list[tuple] = []
+    ledger = running.Ledger(
+        jobs,
+        storage.folder(tmp_path),
+        lambda row, *n: heard.append((row["trial_id"], row["status"], *n)),
+        sweep.Seconds(),
+    )
+    for job in jobs:
+        ledger.started(job)
+    ledger.ended(
+        jobs[0], {"row": json.dumps({"trial_id": jobs[0].id, "status": "finished"}), "seconds": {"results": 1.5}}
+    )
+    ledger.again(jobs[1])
+    assert ledger.running == {jobs[1].id: "starting again", jobs[2].id: "starting", jobs[3].id: "starting"}
+    ledger.died(jobs[1])
+    ledger.ended(jobs[2], {"reason": "ValueError: broken"})
+    ledger.ended(jobs[3], {})  # it was stopped
+    statuses = [(jobs[0].id, "finished", 1, 4), (jobs[1].id, "failed", 2, 4), (jobs[2].id, "failed", 3, 4)]
+    assert heard == statuses and ledger.num_done == 3 and not ledger.running and ledger.trouble is None
+    rows = results.read(tmp_path, "trials").set_index("trial_id")
+    assert rows.loc[jobs[1].id, "reason"] == "the trial's process died 3 times (killed, or out of memory)"
+    assert rows.loc[jobs[2].id, "reason"] == "ValueError: broken" and ledger.seconds["results"] > 1.5
+
+
+def test_the_ledger_keeps_the_first_trouble_of_the_disk(tiny_teacher, tmp_path, monkeypatch, no_pauses):
+    jobs = jobs_of(tiny_teacher, **{"pruning.sparsity": [0.5, 0.6]})
+    ledger = running.Ledger(jobs, storage.folder(tmp_path), None, sweep.Seconds())
+    monkeypatch.setattr(results, "write", failing(results.write, 10**6, table="trials"))
+    ledger.died(jobs[0])
+    ledger.ended(jobs[1], {"stopped": "other"})
+    assert ledger.trouble == f"{tmp_path}: No space left on device" and ledger.num_done == 0
+
+
+def test_rows_measured_on_other_test_data_are_not_mixed(tiny_teacher, tmp_path):
+    first, second = jobs_of(tiny_teacher, **{"pruning.sparsity": [0.5, 0.9]})
+    run(first, tmp_path)
+    with pytest.raises(ValueError, match="measured on no test images, the others would be on 3"):
+        batch = trial.Batch(0, torch.zeros(3, 1, 16, 16, dtype=torch.uint8).numpy(), torch.zeros(3).long().numpy(), "k")
+        sweep.run([first, second], tmp_path, None, test_of=lambda _teacher: [batch])
+
+
+def test_what_killed_processes_left_is_tidied_and_the_rest_is_not(tmp_path):
+    for name in ("checkpoints/.t-1-abc", "checkpoints/t-1", "checkpoints/t-2", "students/.t-3-old-x", "students/t-1"):
+        (tmp_path / name).mkdir(parents=True)
+    places.tidy(storage.folder(tmp_path), {"t-1"})
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*")) == [
+        "checkpoints/t-2",
+        "students/t-1",
+    ]
+
+
+# ---- places --------------------------------------------------------------------------------------------------------
+
+
+def test_a_probe_leaves_nothing_behind(tmp_path):
+    places.probe(storage.folder(tmp_path / "new"), "results folder")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_told_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"the cache .*/file/x cannot be written: Not a directory; mend"):
+        places.probe(storage.folder(tmp_path / "file" / "x"), "cache")
+    monkeypatch.setattr(storage.Folder, "read", lambda *_: b"other")
+    with pytest.raises(OSError, match="does not read back"):
+        places.probe(storage.folder(tmp_path), "cache")
+    monkeypatch.setattr(storage.Folder, "write", lambda *_: time.sleep(3))
+    monkeypatch.setattr(places, "ANSWER_S", 0.1)
+    with pytest.raises(OSError, match="no answer within"):
+        places.probe(storage.folder(tmp_path), "cache")
+
+
+def test_two_sweeps_do_not_run_in_one_folder(tmp_path):
+    place = storage.folder(tmp_path)
+    with places.reserved(place), pytest.raises(OSError, match="another sweep is running"), places.reserved(place):
+        pass
+    with places.reserved(place):
+        pass
+
+
+def test_disk_errors_are_told_from_a_trials_own(monkeypatch):
+    told = OSError(f"batch 3 of synthesis abc: [Errno {errno.ENOSPC}] No space left on device: '/cache'")
+    assert places.is_disk_error(told) and places.is_disk_error(OSError(errno.EROFS, "read-only"))
+    assert not any(
+        map(places.is_disk_error, [FileNotFoundError(errno.ENOENT, "gone"), TimeoutError("late"), ValueError("x")])
+    )
+    pauses: list[float] = []
+    monkeypatch.setattr(places.time, "sleep", pauses.append)
+    with pytest.raises(OSError, match="No space"):
+        places.persistently(failing(lambda: None, 10**6))
+    assert pauses == list(places.PAUSES_S)
+    with pytest.raises(FileNotFoundError):
+        places.persistently(failing(lambda: None, 10**6, errno.ENOENT), places.is_disk_error)
+    assert pauses == list(places.PAUSES_S), "what will not pass is not tried again"
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sweep_file(tiny_teacher, tmp_path) -> Path:
+    data = {"about": ABOUT, "base": {**BASE, "teacher": str(tiny_teacher)}, "grid": {"pruning.sparsity": [0.5, 0.9]}}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(data))
+    return tmp_path / "s.yaml"
+
+
+@pytest.mark.parametrize(
+    ("address", "code", "parts"),
+    [
+        ("127.0.0.1:1", 3, ("no Ray cluster to be reached at 127.0.0.1:1", "refused")),
+        ("ray://127.0.0.1:10001", 2, ("expected HOST:PORT",)),
+        ("somewhere", 2, ("expected HOST:PORT",)),
+    ],
+)
+def test_a_cluster_that_is_not_there_is_one_line(run_cli, sweep_file, tmp_path, address, code, parts):
+    words = ["--results", str(tmp_path / "r"), "--cache", str(tmp_path / "c"), "--address", address]
+    done = run_cli("sweep", str(sweep_file), *words)
+    assert done.code == code and len(done.err.splitlines()) == 1 and all(part in done.err for part in parts), done.err
+
+
+def test_a_cache_that_cannot_be_written_is_found_before_ray_starts(run_cli, sweep_file, tmp_path):
+    (tmp_path / "file").write_text("")
+    start = time.monotonic()
+    done = run_cli("sweep", str(sweep_file), "--results", str(tmp_path / "r"), "--cache", str(tmp_path / "file" / "c"))
+    assert done.code == 3 and "the cache" in done.err and len(done.err.splitlines()) == 1
+    assert time.monotonic() - start < 10 and not ray.is_initialized()
+
+
+# ---- all of it, on a running cluster -------------------------------------------------------------------------------
+
+FAULTY = """
+import os, signal, torch
+from torch import nn
+
+class Faulty(nn.Module):
+    def __init__(self, fault):
+        super().__init__()
+        self.fault = fault
+        head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+        self.layers = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), *head)
+
+    def forward(self, images):
+        if torch.is_grad_enabled() and self.layers[0].weight.requires_grad:  # a student that is trained
+            if self.fault == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError(f"can't allocate memory: pid {os.getpid()} at {hex(id(self))}")
+        return self.layers(images)
+
+def make(fault):
+    if fault == "gone" and "RAY_RAYLET_PID" in os.environ:  # in a process of the cluster
+        raise ModuleNotFoundError(f"no module in {os.getcwd()}/{os.getpid()}/modules")
+    return Faulty(fault)
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """A Ray cluster of one node in processes of its own; its address."""
+    code = tmp_path_factory.mktemp("code")
+    (code / "faulty.py").write_text(FAULTY)
+    script = (
+        "import sys, ray; ray.init('local', num_cpus=2, include_dashboard=False, object_store_memory=200_000_000, "
+        "logging_level='ERROR'); print('at', ray.get_runtime_context().gcs_address, flush=True); sys.stdin.read()"
+    )
+    paths = os.pathsep.join([str(code), os.environ.get("PYTHONPATH", "")])
+    os.environ["PYTHONPATH"], before = paths, os.environ.get("PYTHONPATH")
+    process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdin is not None
+        address = next(line.split()[1] for line in process.stdout if line.startswith("at "))
+        sys.path.insert(0, str(code))
+        yield address
+    finally:
+        sys.path.remove(str(code))
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+        own = descendants(process.pid)
+        process.stdin.close()
+        process.wait(timeout=60)
+        for pid in own:
+            if Path(f"/proc/{pid}").exists():
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_faults_interrupt_and_resume_on_a_running_cluster(cluster, tiny_teacher, tmp_path):
+    teachers = [str(tiny_teacher)]
+    for fault in ("die", "memory", "gone"):
+        info = bundles.BundleInfo(
+            architecture="faulty:make",
+            arguments={"fault": fault},
+            num_classes=10,
+            image_shape=(1, 16, 16),
+            mean=(0.5,),
+            std=(0.5,),
+        )
+        network = models.build("faulty:make", {"fault": fault}, num_classes=10, image_shape=(1, 16, 16))
+        bundles.save(tmp_path / fault, info, network.state_dict())
+        teachers.append(str(tmp_path / fault))
+    grid = [{"teacher": teachers}, {"teacher": teachers[:1], "synthesis.bn_weight": [1e38]}]
+    (tmp_path / "faults.yaml").write_text(yaml.safe_dump({"about": ABOUT, "base": BASE, "grid": grid}))
+    words = [sys.executable, "-m", "dfkd_ray", "sweep", str(tmp_path / "faults.yaml"), "--test-data", "none"]
+    words += ["--results", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--trust-code", "faulty"]
+    words += ["--address", cluster, "--synthesizers", "1"]
+
+    # Interrupted when the first row is there.
+    first = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while first.poll() is None and not list((tmp_path / "out" / "trials").glob("*.parquet")):
+        time.sleep(0.05)
+    first.send_signal(signal.SIGINT)
+    out, err = first.communicate(timeout=60)
+    assert first.returncode == 130, out + err
+    assert "go on with: " + words[0] in err and "of 5 trials finished" in err and "Traceback" not in err
+
+    # The same command again.
+    second = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
+    assert second.returncode == 1, second.stdout + second.stderr
+    assert second.stderr == "" and "(raylet)" not in second.stdout, "no storm of logs"
+    rows = results.read_trials(tmp_path / "out")
+    reasons = {Path(row["teacher"]).name: row["reason"] for row in rows.to_dict("records") if row["status"] == "failed"}
+    assert len(rows) == 5 and (rows["status"] == "finished").sum() == 1
+    assert reasons["die"] == "the trial's process died 3 times (killed, or out of memory)"
+    assert reasons["memory"] == "RuntimeError: can't allocate memory: pid … at 0x…"
+    assert reasons["gone"] == "ModuleNotFoundError: no module in modules"
+    assert reasons["tiny"].startswith("FloatingPointError")
+    assert "5 trials, 4 failed" in second.stdout and second.stdout.count(" failed: ") == 4
