@@ -250,7 +250,8 @@ def run(
     without it such trials are refused. `on_up` is called when the fleet is up, `on_row` when a trial has ended,
     `on_status` every `look_s` seconds with how the fleet is, and `on_stages` with where the running trials are. `stop`
     is asked several times a second: where it says yes, the trials are stopped, the fleet is shut down, and
-    `KeyboardInterrupt` raised; the same call goes on later. `seconds` is filled with what writing results and telling of them took.
+    `KeyboardInterrupt` raised; the same call goes on later. `seconds` is filled with what writing results and telling
+    of them took.
 
     `ValueError` where nothing fits; `OSError` where a place cannot be written or a cluster not be reached;
     `places.Stopped` where that happens on the way: all finished rows are safe.
