@@ -34,7 +34,7 @@ LOOKS = re.compile(re.escape(NAME) + r"\.(\d+)-(\d+)")
 SECTIONS = {"loss": "losses", "kl": "losses", "label": "losses", "feature": "losses"}
 SECTIONS |= {"agreement": "reference", "reference_kl": "reference"}  # any other column is in the section `training`
 RUNGS = ("teacher", "pruned", "bn_reestimated", "recovered")
-LADDER = "0 teacher, 1 pruned, 2 BatchNorm re-estimated without training, 3 recovered"
+LADDER = "Set smoothing to 0. Steps: 0 teacher, 1 pruned, 2 BatchNorm re-estimated without training, 3 recovered"
 RESULTS = (*(f"{rung}_accuracy" for rung in RUNGS), "agreement", "reference_kl", "achieved_sparsity", "stored_bytes")
 LARGEST_PX = 1024
 
@@ -78,7 +78,8 @@ def write_trial(place: str | Path | Folder, row: Mapping[str, Any], epochs: Sequ
         events.append(event(0, *text_pb("reason", str(row.get("reason"))).value))
     picture = row.get("synthesis_key") and (place / "images").read(f"{row['synthesis_key'][:12]}.png")
     if picture:
-        events.append(event(0, image("images", picture, "some of the images distilled on, a row per class")))
+        tag = "real_images" if row.get("real_data") else "synthetic_images"
+        events.append(event(0, image(tag, picture, "some of the images distilled on, a row per class")))
     ended = plugin_data_pb2.HParamsPluginData(session_end_info=end)
     events.append(event(0, hparams_value(metadata.SESSION_END_INFO_TAG, ended)))
     (place / "tensorboard" / row["trial_id"]).write(f"{NAME}.trial", encoded(events))

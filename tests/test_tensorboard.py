@@ -98,7 +98,7 @@ def test_ladder_results_and_picture_are_those_of_the_row_and_the_place(finished)
     assert "ladder/accuracy" not in run.Tags()["scalars"], "there was no test data"
     for name in ("agreement", "achieved_sparsity", "stored_bytes"):
         assert scalars(run, f"trial/{name}") == [(row["best_step"], pytest.approx(row[name]))]
-    [picture] = run.Images("images")
+    [picture] = run.Images("synthetic_images")
     assert picture.encoded_image_string == (place / "images" / f"{row['synthesis_key'][:12]}.png").read_bytes()
 
 
