@@ -50,7 +50,7 @@ def test_twelve_trials_killed_five_times_end_with_the_table_of_an_undisturbed_ru
     folder, log = tmp_path / "killed", tmp_path / "log"
     words = ["sweep", str(tmp_path / "twelve.yaml"), "--results", str(folder), "--cache", str(tmp_path / "cache")]
     words += ["--test-data", "none", "--synthesizers", "1"]
-    plan = [["trial", "everything"], ["driver"], ["trial", "everything"], []]
+    plan = [["trial", "driver"], ["trial", "trial", "everything"], []]
     killed = disturbed(words, folder, log, plan, random.Random(4))
     assert len(killed) == 5 and set(killed) == {"driver", "trial", "everything"}
 

@@ -377,20 +377,17 @@ def cluster(tmp_path_factory):
         "import sys, ray; ray.init('local', num_cpus=2, include_dashboard=False, object_store_memory=200_000_000, "
         "logging_level='ERROR'); print('at', ray.get_runtime_context().gcs_address, flush=True); sys.stdin.read()"
     )
-    paths = os.pathsep.join([str(code), os.environ.get("PYTHONPATH", "")])
-    os.environ["PYTHONPATH"], before = paths, os.environ.get("PYTHONPATH")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("PYTHONPATH", str(code), prepend=os.pathsep)
+    patch.setenv("RAY_AUTH_MODE", "disabled")  # to an address that is named, Ray shows no token of its own accord
+    patch.syspath_prepend(str(code))
     process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None and process.stdin is not None
         address = next(line.split()[1] for line in process.stdout if line.startswith("at "))
-        sys.path.insert(0, str(code))
         yield address
     finally:
-        sys.path.remove(str(code))
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
+        patch.undo()
         own = descendants(process.pid)
         process.stdin.close()
         process.wait(timeout=60)

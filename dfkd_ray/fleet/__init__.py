@@ -109,7 +109,7 @@ def join(address: str, **options: Any) -> None:
     host, colon, port = address.rpartition(":")
     if "://" in address or (address != "auto" and not (host and colon and port.isdigit())):
         raise ValueError(f"--address {address!r}: expected HOST:PORT of a cluster's head, as in 10.0.0.1:6379, or auto")
-    advice = "run this on one of its machines; `ray start --head` starts one"
+    advice = "run this on one of its machines, with RAY_AUTH_MODE=token if it wants one; `ray start --head` starts one"
     try:
         if address != "auto":
             socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()

@@ -35,8 +35,8 @@ def probe(folder: Folder, what: str) -> None:
 
     def attempt() -> None:
         try:
+            folder.write(name, data)
             try:
-                folder.write(name, data)
                 if folder.read(name) != data:
                     problems.append("what was written does not read back")
             finally:
