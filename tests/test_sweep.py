@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from dfkd_ray import bundles, config, results, storage, sweep
+from dfkd_ray import bundles, config, results, sweep
 
 ABOUT = {"source": "a test", "command": "none", "cost": "seconds", "expected": "rows"}
 TINY_BASE = {

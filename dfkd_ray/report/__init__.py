@@ -14,6 +14,7 @@ import yaml
 
 from dfkd_ray import results, storage
 from dfkd_ray.report import aggregates, page, pictures, sections
+from dfkd_ray.report.wording import Frame
 from dfkd_ray.storage import Folder
 
 NAME = "report.html"
@@ -91,7 +92,7 @@ def build(source: Folder) -> tuple[str, dict[str, bytes]]:
     return page.page(f"Report: {source.name}", str(source), opening, parts), material.drawn
 
 
-def picture_names(rows: pd.DataFrame, folder: Folder) -> list[str]:
+def picture_names(rows: Frame, folder: Folder) -> list[str]:
     """Pictures of these trials: first the best of each network and method, then the others, best agreement first."""
     used = rows.dropna(subset=["synthesis_key"])
     first = used.drop_duplicates(["network", "synthesis.method"])

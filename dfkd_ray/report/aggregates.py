@@ -5,15 +5,12 @@ the synthetic reference set; test accuracy is shown, never used to choose. Stand
 (n - 1), null for one trial.
 """
 
-# What pandas says of its own types is too wide here: a column or a filtered table may be either to a type checker.
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
-# pyright: reportReturnType=false, reportCallIssue=false
-
 from collections.abc import Iterable
 
 import pandas as pd
 
 from dfkd_ray.config import TrialConfig
+from dfkd_ray.report.wording import Frame, Series
 from dfkd_ray.results.schemas import config_columns
 
 SEEDS = ("synthesis.seed", "distillation.seed")
@@ -30,7 +27,7 @@ BN_WEIGHT, TEMPERATURE = "synthesis.bn_weight", "distillation.temperature"
 NUM_CELLS = 12  # values along one side of a heat map
 
 
-def prepared(trials: pd.DataFrame) -> pd.DataFrame:
+def prepared(trials: Frame) -> Frame:
     """All trials with the columns by which the report groups and what it shows.
 
     `network`: label of teacher and student. `measure`: accuracy, or agreement for a network none of whose trials met
@@ -56,7 +53,7 @@ def prepared(trials: pd.DataFrame) -> pd.DataFrame:
     return rows
 
 
-def network_labels(trials: pd.DataFrame) -> pd.Series:
+def network_labels(trials: Frame) -> Series:
     """A label per row, equal for equal teacher (by hash) and student: `resnet20`, `resnet34 → resnet18`.
 
     Where that is the same for several networks, the teacher's name, the student's arguments, the teacher's hash follow.
@@ -64,9 +61,9 @@ def network_labels(trials: pd.DataFrame) -> pd.Series:
     name = trials["teacher"].fillna("unknown").map(lambda text: str(text).rstrip("/").rpartition("/")[2])
     identity = trials["teacher_hash"].fillna(trials["teacher"]).fillna("unknown")
     student, arguments = trials["student.architecture"].fillna(""), trials["student.arguments"].fillna("{}")
-    keys = pd.DataFrame({"identity": identity, "student": student, "arguments": arguments})
+    keys: Frame = pd.DataFrame({"identity": identity, "student": student, "arguments": arguments})
     short = trials["teacher_architecture"].fillna(name) + student.map(lambda text: f" → {text}" if text else "")
-    known = keys.assign(label=short, name=" (" + name + ")", hash=" [" + identity.str[:8] + "]")
+    known: Frame = keys.assign(label=short, name=" (" + name + ")", hash=" [" + identity.str[:8] + "]")
     known = known.drop_duplicates(["identity", "student", "arguments"])
     known["with"] = " " + known["arguments"].where(known["arguments"] != "{}", "")
     for more in ("name", "with", "hash"):
@@ -75,12 +72,12 @@ def network_labels(trials: pd.DataFrame) -> pd.Series:
     return keys.merge(known, on=["identity", "student", "arguments"], how="left")["label"].set_axis(trials.index)
 
 
-def finished(rows: pd.DataFrame) -> pd.DataFrame:
+def finished(rows: Frame) -> Frame:
     """The rows with a result."""
     return rows[rows["status"] == "finished"]
 
 
-def varying(rows: pd.DataFrame) -> list[str]:
+def varying(rows: Frame) -> list[str]:
     """The config columns that tell trials apart, without seeds; what follows from the synthesis method is left out."""
     fields = [name for name in config_columns(TrialConfig) if name in rows and name not in NOT_CONFIGURATION]
     if rows.empty:
@@ -91,7 +88,7 @@ def varying(rows: pd.DataFrame) -> list[str]:
     return [name for name in fields if differs[name]]
 
 
-def configurations(rows: pd.DataFrame) -> pd.DataFrame:
+def configurations(rows: Frame) -> Frame:
     """One row per configuration of finished trials: means, `<name>_std`, `num_seeds`, the `trial_id` of the best."""
     rows = finished(rows)
     by = ["network", "measure", "real_data", "level", *varying(rows)]
@@ -103,14 +100,14 @@ def configurations(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([means, spread, rest], axis=1).reset_index()
 
 
-def best(configs: pd.DataFrame) -> pd.DataFrame:
+def best(configs: Frame) -> Frame:
     """Of each network and sparsity the configuration of highest mean agreement: data-free ones and real ones apart."""
     order = configs.sort_values(["agreement", "reference_kl"], ascending=[False, True], kind="stable")
     chosen = order.drop_duplicates(["network", "real_data", "level"])
     return chosen.sort_values(["network", "real_data", "level"], kind="stable").reset_index(drop=True)
 
 
-def answers(chosen: pd.DataFrame) -> pd.DataFrame:
+def answers(chosen: Frame) -> Frame:
     """The best data-free configurations with the bound on real images beside them (`bound_…`), by network and level.
 
     A network that was recovered with real images only has its real rows here, `real_data` true.
@@ -124,7 +121,7 @@ def answers(chosen: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True) if frames else joined
 
 
-def heat_maps(rows: pd.DataFrame, network: str) -> dict[float, pd.DataFrame]:
+def heat_maps(rows: Frame, network: str) -> dict[float, Frame]:
     """Per sparsity the mean of `at_recovered` over data-free trials, BN weights down, temperatures across.
 
     Only sparsities with at least two cells; none at all where a side has more than 12 values (a search, not a grid).
@@ -143,7 +140,7 @@ def heat_maps(rows: pd.DataFrame, network: str) -> dict[float, pd.DataFrame]:
     return maps
 
 
-def front(configs: pd.DataFrame) -> pd.DataFrame:
+def front(configs: Frame) -> Frame:
     """The data-free configurations that no other beats in both stored bytes and `at_recovered`, smallest first."""
     own = configs[~configs["real_data"]].dropna(subset=["stored_bytes", "at_recovered"])
     own = own.sort_values(["stored_bytes", "at_recovered"], ascending=[True, False], kind="stable")
@@ -151,7 +148,7 @@ def front(configs: pd.DataFrame) -> pd.DataFrame:
     return own[better].reset_index(drop=True)
 
 
-def sharing(rows: pd.DataFrame, batches: pd.DataFrame) -> pd.DataFrame:
+def sharing(rows: Frame, batches: Frame) -> Frame:
     """One row per distinct synthesis: what was made once, and what its trials would have made each for itself.
 
     `made_s`: seconds of its batches, each once. `apart_s`: the sum, over the trials that used it, of the seconds that
@@ -169,7 +166,7 @@ def sharing(rows: pd.DataFrame, batches: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values("apart_s", ascending=False, kind="stable").reset_index(drop=True)
 
 
-def used(batches: pd.DataFrame, rows: pd.DataFrame, by: str, seconds: str) -> pd.DataFrame:
+def used(batches: Frame, rows: Frame, by: str, seconds: str) -> Frame:
     """Batches and the trials that used them, by a column that both tables have."""
     made = batches.groupby(by, sort=False).agg(
         num_keys=("synthesis_key", "nunique"),
@@ -184,7 +181,7 @@ def used(batches: pd.DataFrame, rows: pd.DataFrame, by: str, seconds: str) -> pd
     return made.join(uses).fillna({"num_trials": 0, "apart_s": 0.0}).reset_index(drop=True)
 
 
-def failures(rows: pd.DataFrame) -> pd.DataFrame:
+def failures(rows: Frame) -> Frame:
     """Failed trials by reason, the most frequent first: `num_trials`, `networks`, the first `trial_ids`."""
     failed = rows[rows["status"] == "failed"].assign(reason=lambda frame: frame["reason"].fillna("no reason given"))
     groups = failed.groupby("reason", sort=False)
@@ -196,12 +193,12 @@ def failures(rows: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values("num_trials", ascending=False, kind="stable").reset_index()
 
 
-def provenance(rows: pd.DataFrame, columns: Iterable[str]) -> dict[str, dict[str, int]]:
+def provenance(rows: Frame, columns: Iterable[str]) -> dict[str, dict[str, int]]:
     """How many trials say what of each column, the most frequent first; null is left out."""
     return {name: {str(value): int(count) for value, count in rows[name].value_counts().items()} for name in columns}
 
 
-def teachers(rows: pd.DataFrame) -> pd.DataFrame:
+def teachers(rows: Frame) -> Frame:
     """One row per teacher: names, architecture, hash, accuracy, test images, number of trials."""
     known = rows.assign(teacher_hash=rows["teacher_hash"].fillna("unknown"))
     return (

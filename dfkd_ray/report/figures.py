@@ -4,10 +4,6 @@ All are as wide as a phone shows them, with text that stays legible there. SVG k
 own font shows it. Same table, same bytes.
 """
 
-# What pandas says of its own types is too wide here: a column or a filtered table may be either to a type checker.
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
-# pyright: reportReturnType=false, reportCallIssue=false
-
 import io
 import re
 import warnings
@@ -18,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from dfkd_ray.report.wording import MEASURES, RUNG_NAMES, count, cut, dicts, seconds, size, sparsity
+from dfkd_ray.report.wording import MEASURES, RUNG_NAMES, Frame, count, cut, dicts, seconds, size, sparsity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +31,7 @@ LOOKS: dict[str, dict[str, Any]] = {
 }
 PALETTE = ("#0b5cad", "#d9822b", "#2e8b57", "#a23b72", "#6b4fbb", "#b8a100", "#11a0b0", "#8c5a3c")
 OTHERS = "#8b95a1"
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 10.0,
     "axes.titlesize": 10.5,
@@ -89,7 +85,7 @@ def position(level: Any) -> Any:
     return -np.log2(1.0 - np.asarray(level, dtype=float))
 
 
-def ladder(chosen: pd.DataFrame, title: str) -> "Figure":
+def ladder(chosen: Frame, title: str) -> "Figure":
     """Accuracy against sparsity of one network: the rungs of its best configurations, mean ± std over seeds.
 
     `chosen`: the rows of `aggregates.best` for that network. Above, where the rungs near the teacher would lie on each
@@ -123,7 +119,7 @@ def ladder(chosen: pd.DataFrame, title: str) -> "Figure":
     return figure
 
 
-def limits(lines: list[tuple[str, pd.DataFrame, str, str]], teacher: float) -> tuple[float, float]:
+def limits(lines: list[tuple[str, Frame, str, str]], teacher: float) -> tuple[float, float]:
     """The range, in percent, that shows these lines with their error bars and the teacher."""
     values = [teacher]
     for _, rows, value, spread in lines:
@@ -134,7 +130,7 @@ def limits(lines: list[tuple[str, pd.DataFrame, str, str]], teacher: float) -> t
     return low - margin, high + margin
 
 
-def draw_rung(axes: "Axes", name: str, rows: pd.DataFrame, value: str, spread: str, shift: float) -> None:
+def draw_rung(axes: "Axes", name: str, rows: Frame, value: str, spread: str, shift: float) -> None:
     """One line with error bars; lines stand a little beside each other."""
     rows = rows[rows[value].notna()].sort_values("level")
     label = "real images (bound)" if name == "bound" else RUNG_NAMES[name]
@@ -155,7 +151,7 @@ def sparsity_ticks(axes: "Axes", levels: list[float]) -> None:
     axes.set_xlim(places[0] - 0.12 * span, places[-1] + 0.12 * span)
 
 
-def heat_map(maps: Mapping[float, pd.DataFrame], title: str, measure: str) -> "Figure":
+def heat_map(maps: Mapping[float, Frame], title: str, measure: str) -> "Figure":
     """BN weight down, temperature across, a panel per sparsity (the four highest), one colour scale each."""
     panels = sorted(maps.items())[-NUM_PANELS:]
     from matplotlib.colors import LinearSegmentedColormap
@@ -187,7 +183,7 @@ def heat_map(maps: Mapping[float, pd.DataFrame], title: str, measure: str) -> "F
     return figure
 
 
-def pareto(configs: pd.DataFrame, best: pd.DataFrame) -> "Figure":
+def pareto(configs: Frame, best: Frame) -> "Figure":
     """Accuracy against stored bytes: a dot per configuration, the front as steps, the dense teachers as stars."""
     networks = list(dict.fromkeys(configs["network"]))
     measure = MEASURES[str(configs["measure"].iloc[0])]
@@ -214,7 +210,7 @@ def pareto(configs: pd.DataFrame, best: pd.DataFrame) -> "Figure":
             best["stored_bytes"], 100 * best["at_recovered"], s=34, facecolors="none", edgecolors=INK, zorder=3
         )
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _place: size(value))
+        axes.xaxis.set_major_formatter(lambda value, _place: size(value).replace(".0 ", " "))
         few_ticks(axes, configs)
         axes.set_ylim(*front_limits(configs, best))
         axes.set_xlabel("stored size of the student (log scale)")
@@ -225,7 +221,7 @@ def pareto(configs: pd.DataFrame, best: pd.DataFrame) -> "Figure":
     return figure
 
 
-def front_limits(configs: pd.DataFrame, best: pd.DataFrame) -> tuple[float, float]:
+def front_limits(configs: Frame, best: Frame) -> tuple[float, float]:
     """The range, in percent, of all configurations, but no more than four times that of front and teachers below."""
     near = 100 * pd.concat([best["at_recovered"], configs["at_teacher"].dropna()])
     span = max(near.max() - near.min(), 0.5)
@@ -234,19 +230,20 @@ def front_limits(configs: pd.DataFrame, best: pd.DataFrame) -> tuple[float, floa
     return low - margin, near.max() + margin
 
 
-def few_ticks(axes: "Axes", configs: pd.DataFrame) -> None:
-    """Ticks on 1, 2, 5 of each decade, or on 1 only where there are many decades."""
+def few_ticks(axes: "Axes", configs: Frame) -> None:
+    """Ticks on 1, 2, 5 of each decade, on 1 and 3, or on 1 only: as many as there is room for."""
     from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
     sizes = pd.concat([configs["stored_bytes"], configs["dense_bytes"]]).dropna()
     decades = np.log10(sizes.max() / sizes.min())
-    axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if decades < 2 else (1,), numticks=12))
+    steps = (1, 2, 5) if decades < 0.8 else (1, 3) if decades < 2.5 else (1,)
+    axes.xaxis.set_major_locator(LogLocator(base=10, subs=steps, numticks=12))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(x=0.08)
 
 
-def synthesis_bars(table: pd.DataFrame, labels: list[str]) -> "Figure":
+def synthesis_bars(table: Frame, labels: list[str]) -> "Figure":
     """Seconds of each distinct synthesis: made once, and what its trials would have spent apart."""
     rows = dicts(table)[:NUM_BARS]
     with style():

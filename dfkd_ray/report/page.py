@@ -4,9 +4,6 @@ Its content security policy allows the one script (by its hash), inline styles a
 text that slipped through as markup could not run.
 """
 
-# What pandas says of its own types is too wide here: a column or a filtered table may be either to a type checker.
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
-
 import base64
 import hashlib
 import json
@@ -18,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from dfkd_ray.report.wording import count, short_names
+from dfkd_ray.report.wording import Frame, Series, count, short_names
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ class Column:
     long: bool = False
 
 
-def trial_columns(rows: pd.DataFrame, fields: Sequence[str]) -> list[Column]:
+def trial_columns(rows: Frame, fields: Sequence[str]) -> list[Column]:
     """What the trials' table shows: of the config only `fields`, of the rest only what some trial has."""
     names = short_names(fields)
     seeds = [name for name in ("synthesis.seed", "distillation.seed") if rows[name].nunique() > 1]
@@ -138,7 +135,7 @@ def trial_columns(rows: pd.DataFrame, fields: Sequence[str]) -> list[Column]:
     return [column for column in columns if column.name not in same and rows[column.name].notna().any()]
 
 
-def trials_table(rows: pd.DataFrame, fields: Sequence[str]) -> str:
+def trials_table(rows: Frame, fields: Sequence[str]) -> str:
     """All trials as JSON, a list per column, texts that come again as numbers; page.js shows 50 at a time."""
     columns = trial_columns(rows, fields)
     data = {"rows": len(rows), "columns": [encoded(rows[column.name], column) for column in columns]}
@@ -164,7 +161,7 @@ def trials_table(rows: pd.DataFrame, fields: Sequence[str]) -> str:
     )
 
 
-def encoded(values: pd.Series, column: Column) -> dict[str, Any]:
+def encoded(values: Series, column: Column) -> dict[str, Any]:
     """One column for page.js: numbers rounded to what is shown; repeated texts as indices into `levels`."""
     is_number = pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
     head = {"digits": column.digits, "number": is_number, "long": column.long}

@@ -1,21 +1,16 @@
 """The sections of the page: each takes what was read, and gives its part or the sentence that says why it is not."""
 
-# What pandas says of its own types is too wide here: a column or a filtered table may be either to a type checker.
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
-# pyright: reportReturnType=false, reportCallIssue=false
-
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from dfkd_ray.report import aggregates, figures, page
 from dfkd_ray.report.page import Section
 from dfkd_ray.report.wording import (
     MEASURES,
+    Frame,
     base_name,
     count,
     dicts,
@@ -44,8 +39,8 @@ VERSIONS = ("package_version", "commit", "torch_version", "ray_version", "numeri
 class Material:
     """What was read, and the figures drawn from it so far: file name → content."""
 
-    rows: pd.DataFrame
-    batches: pd.DataFrame | None
+    rows: Frame
+    batches: Frame | None
     no_batches: str
     about: Mapping[str, Any]
     pictures: Mapping[str, str]  # first 12 digits of a synthesis key → data URI
@@ -73,7 +68,7 @@ class Material:
 
 
 def opening(material: Material) -> str:
-    """The answer in words, and the table behind it."""
+    """The answer in words."""
     state, answers = state_of(material.rows["status"]), material.answers
     if answers.empty:
         return page.paragraph(f"{state} There is no result to report yet.", "lead")
@@ -81,14 +76,14 @@ def opening(material: Material) -> str:
     items = "".join(f"<li><strong>{escape(label)}</strong> {escape(text)}</li>" for label, text in told)
     note = "Of several configurations the best is the one of highest agreement with the teacher on held-out synthetic "
     note += "images, mean over seeds. Test accuracy is reported, never used to choose."
-    return (
-        f'<div class="lead">{page.paragraph(state)}<ul>{items}</ul></div>{page.paragraph(note, "note")}'
-        + answer_table(material)
-    )
+    return f'<div class="lead">{page.paragraph(state)}<ul>{items}</ul></div>{page.paragraph(note, "note")}'
 
 
-def answer_table(material: Material) -> str:
+def answer(material: Material) -> Section:
     """Points lost on each rung, the best configuration of each network and sparsity."""
+    name, title = "answer", "The best at each sparsity"
+    if material.answers.empty:
+        return Section(name, title, why_not="no trial has finished.")
     fields = [name for name in material.own_fields if name != "pruning.sparsity"]
     real = bool(material.answers["real_data"].any())
     bound = "bound_lost" in material.answers and bool(material.answers["bound_lost"].notna().any())
@@ -122,7 +117,7 @@ def answer_table(material: Material) -> str:
     note += "real images, the same with real images (the upper bound); " if bound else ""
     note += "BN only, after BatchNorm re-estimation without training; pruned, with nothing done. "
     note += "Best student: its folder under students/."
-    return html + page.paragraph(note + more(len(material.answers), len(rows), "row"), "note")
+    return Section(name, title, html + page.paragraph(note + more(len(material.answers), len(rows), "row"), "note"))
 
 
 def more(total: int, shown: int, noun: str) -> str:
@@ -193,15 +188,15 @@ def sizes(material: Material) -> Section:
         num_below = int((100 * rows["at_recovered"] < figure.axes[0].get_ylim()[0]).sum())
         caption += f" {count(num_below, 'configuration')} lower than shown." if num_below else ""
         drawing = material.draw(f"pareto-{measure}", figure, caption)
-        headings = ["front", "sparsity", "configuration", "seeds", label, "stored", "best student"]
+        headings = ["front", "sparsity", label, "stored", "seeds", "configuration", "best student"]
         cells = [
             [
                 row["network"],
                 sparsity(row["level"]),
-                settings(row, material.own_fields) or "–",
-                row["num_seeds"],
-                f"{plus_minus(row['at_recovered'], row['at_recovered_std'])} %",
+                f"{plus_minus(row['at_recovered'], row['at_recovered_std'])}\u00a0%",
                 size(row["stored_bytes"]),
+                row["num_seeds"],
+                settings(row, material.own_fields) or "the only one",
                 row["trial_id"],
             ]
             for row in dicts(front)[:NUM_ROWS]
@@ -252,7 +247,7 @@ def synthesis(material: Material) -> Section:
     return Section(name, title, f'{page.paragraph(text)}<div class="figures">{drawing}</div>{html}{note}')
 
 
-def synthesis_labels(material: Material, table: pd.DataFrame) -> list[str]:
+def synthesis_labels(material: Material, table: Frame) -> list[str]:
     """What each synthesis is, as a trial that used it says."""
     rows = material.rows
     varied = synthesis_fields(material)
@@ -361,6 +356,7 @@ def origin(material: Material) -> Section:
 
 
 SECTIONS: tuple[Callable[[Material], Section], ...] = (
+    answer,
     recovery,
     weights,
     sizes,

@@ -1,8 +1,5 @@
 """Numbers and findings in words."""
 
-# What pandas says of its own types is too wide here: a column or a filtered table may be either to a type checker.
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
-
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
@@ -10,6 +7,9 @@ from typing import Any
 
 import pandas as pd
 
+# pandas annotates every selection as frame, series or array alike: a checker of types gets nothing out of it.
+Frame = Any
+Series = Any
 MEASURES = {"accuracy": "test accuracy", "agreement": "agreement with the teacher"}
 RUNG_NAMES = {"pruned": "pruned", "bn_reestimated": "BN re-estimated", "recovered": "recovered"}
 NUM_TOLD = 4  # networks told of in the lead
@@ -108,7 +108,7 @@ def listed(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}" if parts else ""
 
 
-def state_of(statuses: pd.Series) -> str:
+def state_of(statuses: Series) -> str:
     """How many trials ended how: `21 trials: 20 finished, 1 failed.`"""
     counts = statuses.fillna("unknown").value_counts()
     if set(counts.index) == {"finished"}:
@@ -116,13 +116,13 @@ def state_of(statuses: pd.Series) -> str:
     return f"{count(len(statuses), 'trial')}: {listed([f'{number:,} {name}' for name, number in counts.items()])}."
 
 
-def seeds_of(nums: pd.Series) -> str:
+def seeds_of(nums: Series) -> str:
     """`3 seeds`, `1 to 3 seeds`."""
     low, high = int(nums.min()), int(nums.max())
     return count(high, "seed") if low == high else f"{low} to {count(high, 'seed')}"
 
 
-def lead(answers: pd.DataFrame, fields: Sequence[str]) -> list[tuple[str, str]]:
+def lead(answers: Frame, fields: Sequence[str]) -> list[tuple[str, str]]:
     """The answer, network by network: its label, and a sentence or two on what its best configurations lose."""
     networks = list(dict.fromkeys(answers["network"]))
     told = [(name, sentence(answers[answers["network"] == name], fields)) for name in networks[:NUM_TOLD]]
@@ -132,7 +132,7 @@ def lead(answers: pd.DataFrame, fields: Sequence[str]) -> list[tuple[str, str]]:
     return told
 
 
-def sentence(rows: pd.DataFrame, fields: Sequence[str]) -> str:
+def sentence(rows: Frame, fields: Sequence[str]) -> str:
     """What one network loses at each sparsity; to be read after its label."""
     first = dicts(rows)[0]
     accurate = first["measure"] == "accuracy"
@@ -159,6 +159,6 @@ def sentence(rows: pd.DataFrame, fields: Sequence[str]) -> str:
     return text
 
 
-def dicts(frame: pd.DataFrame) -> list[dict[str, Any]]:
+def dicts(frame: Frame) -> list[dict[str, Any]]:
     """The rows of a frame, as dicts by column name."""
     return [dict(zip(frame.columns, row, strict=True)) for row in frame.itertuples(index=False, name=None)]
