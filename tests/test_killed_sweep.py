@@ -59,17 +59,14 @@ def test_twelve_trials_killed_five_times_end_with_the_table_of_an_undisturbed_ru
     alone = tmp_path / "alone"
     for job in jobs:
         sweep.run_job(job, trial.made_here(tmp_path / "other cache"), None, None, alone, ())
-    wanted = results.read_trials(alone)
+    wanted = results.read(alone, "trials")
     assert len(wanted) == 12 and (wanted["status"] == "finished").all()
 
-    pd.testing.assert_frame_equal(comparable(results.read_trials(folder)), comparable(wanted))
+    pd.testing.assert_frame_equal(comparable(results.read(folder, "trials")), comparable(wanted))
     parts = [pq.read_table(part) for part in sorted((folder / "trials").glob("*.parquet"))]  # each is whole
     assert sum(part.num_rows for part in parts) == 12, "no row is doubled"
     pd.testing.assert_frame_equal(
-        *(
-            results.read_synthesis(place)[results.deterministic_columns(results.synthesis_schema())]
-            for place in (folder, alone)
-        )
+        *(results.read(place, "synthesis")[results.deterministic_columns("synthesis")] for place in (folder, alone))
     )
     for job in jobs:
         names = [(place / "students" / job.id / "weights.safetensors").read_bytes() for place in (folder, alone)]

@@ -429,7 +429,7 @@ def test_faults_interrupt_and_resume_on_a_running_cluster(cluster, tiny_teacher,
     second = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
     assert second.returncode == 1, second.stdout + second.stderr
     assert second.stderr == "" and "(raylet)" not in second.stdout, "no storm of logs"
-    rows = results.read_trials(tmp_path / "out")
+    rows = results.read(tmp_path / "out", "trials")
     reasons = {Path(row["teacher"]).name: row["reason"] for row in rows.to_dict("records") if row["status"] == "failed"}
     assert len(rows) == 5 and (rows["status"] == "finished").sum() == 1
     assert reasons["die"] == "the trial's process died 3 times (killed, or out of memory)"
