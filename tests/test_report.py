@@ -9,6 +9,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pandas as pd
 import pytest
@@ -27,7 +28,7 @@ SECRETLY_MARKUP = "</script><script>alert(1)</script><img src=x onerror=alert(1)
 def write(place, table, rows):
     """Rows into a results place."""
     if table == "trials":
-        results.write(place, "trials", rows, "part")
+        results.write(place, table, rows, "part")
     else:
         results.write_batches(place, rows)
 
@@ -574,6 +575,23 @@ def test_without_out_the_report_lies_in_the_place(tmp_path, run_cli):
 def test_wrong_input_is_one_line_and_exit_code_2(place, words, run_cli):
     done = run_cli("report", *(word.format(place=place) for word in words))
     assert done.code == 2 and len(done.err.splitlines()) == 1 and done.err.startswith("error:")
+
+
+def test_a_place_behind_a_uri_has_its_report_written_there(tmp_path):
+    rows = grid(networks=("resnet20",), seeds=1)
+    write(tmp_path, "trials", rows)
+    write(tmp_path, "synthesis", batches(rows))
+    picture(tmp_path / "images" / f"{rows[0]['synthesis_key'][:12]}.png")
+    local = report.write(tmp_path)
+    page = (tmp_path / "report.html").read_bytes()
+    fsspec.filesystem("memory").put(str(tmp_path), "/bucket", recursive=True)
+    fsspec.filesystem("memory").rm("/bucket/report.html")
+    there = report.write("fsspec+memory://bucket")
+    assert there.figures == local.figures and str(there.figure_folder) == "fsspec+memory://bucket/report"
+    found = fsspec.filesystem("memory").cat("/bucket/report.html")
+    assert found.replace(b"fsspec+memory://bucket", b"X").replace(b"bucket", b"N") == page.replace(
+        str(tmp_path).encode(), b"X"
+    ).replace(tmp_path.name.encode(), b"N")
 
 
 # In a browser

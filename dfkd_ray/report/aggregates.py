@@ -11,9 +11,8 @@ import pandas as pd
 
 from dfkd_ray.config import TrialConfig
 from dfkd_ray.report.wording import Frame, Series
-from dfkd_ray.results.schemas import config_columns
+from dfkd_ray.results.schemas import SEEDS, config_columns
 
-SEEDS = ("synthesis.seed", "distillation.seed")
 # The first three are told by the network's label, the last is a wish, not what was used.
 NOT_CONFIGURATION = ("teacher", "student.architecture", "student.arguments", "device", *SEEDS)
 RUNGS = ("pruned", "bn_reestimated", "recovered")
