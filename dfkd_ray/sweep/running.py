@@ -154,8 +154,8 @@ def in_worker(trial_id: str, config: TrialConfig, teacher_hash: str, shared: Sha
         if teacher_hash not in OPENED:
             OPENED[teacher_hash] = bundles.from_arrays(ray.get(shared.teachers[teacher_hash][0]))
         job = Job(config, OPENED[teacher_hash], trial_id)
-        test = ray.get(shared.tests[teacher_hash][0])
-        real = ray.get(shared.reals[trial_id][0]) if trial_id in shared.reals else None
+        test: Any = ray.get(shared.tests[teacher_hash][0])
+        real: Any = ray.get(shared.reals[trial_id][0]) if trial_id in shared.reals else None
         images = shared.fleet.stream() if shared.fleet else one_trial.made_here(shared.cache_root)
     except Exception as error:
         log.exception("trial %s", trial_id)
@@ -325,11 +325,12 @@ def check_one_meaning(
     before = {job.id: job for job in jobs if job.id not in todo_ids}
     if not before:
         return
-    rows = results.read_trials(results_folder)
-    rows = rows[rows["trial_id"].isin(before) & (rows["status"] == "finished")]
+    rows = results.read_trials(results_folder).to_dict("records")
     keys = {(job.teacher.hash, job.config.synthesis): reals[job.id](0).key for job in todo if job.id in reals}
     advice = f"give the same as before, or another --results than {results_folder}"
-    for row in rows.to_dict("records"):
+    for row in rows:
+        if row["trial_id"] not in before or row["status"] != "finished":
+            continue
         job, num = before[row["trial_id"]], row["num_test_images"]
         num = None if num != num or num is None else int(num)
         if job.teacher.hash in tests:
@@ -502,7 +503,8 @@ def _tune(todo: Sequence[Job], shared: Shared, placement: Any, ledger: Ledger, s
     points = [(job.id, job.config, job.teacher.hash) for job in todo]
 
     def trial(point: Mapping[str, Any]) -> None:
-        tune.report(in_worker(*points[point["job"]], shared))
+        trial_id, config, teacher_hash = points[point["job"]]
+        tune.report(in_worker(trial_id, config, teacher_hash, shared))
 
     resources = {"cpu": placement.trial_cpus, "gpu": placement.trial_gpus}
     # Whoever runs the sweep decides what Ctrl-C means; what trials die of is in their rows, not on the screen.
