@@ -170,7 +170,7 @@ def in_worker(trial_id: str, config: TrialConfig, teacher_hash: str, shared: Sha
         if teacher_hash not in OPENED:
             OPENED[teacher_hash] = bundles.from_arrays(ray.get(shared.teachers[teacher_hash][0]))
         job = Job(config, OPENED[teacher_hash], trial_id)
-        test = ray.get(shared.tests[teacher_hash][0])
+        test: Any = ray.get(shared.tests[teacher_hash][0])
         real: Any = ray.get(shared.reals[trial_id][0]) if trial_id in shared.reals else None
         images = shared.fleet.stream() if shared.fleet else one_trial.made_here(shared.cache_root)
     except Exception as error:
