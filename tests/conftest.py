@@ -1,6 +1,7 @@
 """What several test files share: the environment, and a tiny untrained teacher."""
 
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from dfkd_ray import batchnorm, bundles, cli, models
 SCRATCH = tempfile.TemporaryDirectory(prefix="dfkd_ray-tests-")
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["DFKD_RAY_CACHE"] = SCRATCH.name
+# A shell starts what runs in its background with Ctrl-C ignored, and children inherit that; tests here send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tensors here are tiny; on a busy machine threads that wait for each other cost a hundred times more than they give.
 torch.set_num_threads(1)
 
