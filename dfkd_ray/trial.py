@@ -25,8 +25,8 @@ import dfkd_ray
 from dfkd_ray import batchnorm, bundles, cache, devices, distillation, evaluation, models, pruning, synthesis
 from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.bundles import Teacher
-from dfkd_ray.config import TrialConfig, flat, stable_hash
-from dfkd_ray.distillation import Pool, Progress
+from dfkd_ray.config import TrialConfig, flat, stable_hash, with_overrides
+from dfkd_ray.distillation import Pool, Progress, State
 from dfkd_ray.images import decoded
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,8 @@ OnBatch = Callable[[Batch, bool], None]
 # Where a trial's synthetic images come from: (teacher, synthesis config, seed domain, indices, device, on_batch) → key.
 # `on_batch(batch, found)` gets each batch once, in any order; `found` is false where it was made for this trial.
 Images = Callable[[Teacher, Any, str, Sequence[int], torch.device, OnBatch], str]
+# What is told at each look at the reference set: the row so far, and where the distillation stands.
+OnLook = Callable[[Mapping[str, Any], State], None]
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def run(
     teacher_accuracy: float | None = None,
     checkpoint: Path | None = None,
     progress: Progress | None = None,
+    on_look: OnLook | None = None,
     trust_code: Sequence[str] = (),
 ) -> Outcome:
     """Run a trial. A loss that is not finite, or memory that runs out, gives a row with status `failed` and the reason.
@@ -88,7 +91,9 @@ def run(
     row = provenance(config, teacher)
     try:
         source = images or made_here(None)
-        outcome = steps(config, teacher, row, test, real, source, teacher_accuracy, checkpoint, progress, trust_code)
+        outcome = steps(
+            config, teacher, row, test, real, source, teacher_accuracy, checkpoint, progress, on_look, trust_code
+        )
     except (FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
         log.warning("trial %s failed: %s", row["trial_id"], error)
         outcome = Outcome({**row, "status": "failed", "reason": f"{type(error).__name__}: {error}".splitlines()[0]})
@@ -116,6 +121,7 @@ def steps(
     teacher_accuracy: float | None,
     checkpoint: Path | None,
     progress: Progress | None,
+    on_look: OnLook | None,
     trust_code: Sequence[str],
 ) -> Outcome:
     """The trial itself, top to bottom."""
@@ -180,6 +186,7 @@ def steps(
             device,
             checkpoint=checkpoint / row["trial_id"] if checkpoint else None,
             progress=progress,
+            on_look=None if on_look is None else lambda state: on_look(row, state),
         )
         row["distillation_wall_s"] = time.perf_counter() - distillation_start
         rung("recovered", student)
@@ -402,8 +409,8 @@ def student_info(config: TrialConfig, teacher: Teacher, row: Mapping[str, Any]) 
 
 def provenance(config: TrialConfig, teacher: Teacher) -> dict[str, Any]:
     """The columns known before anything has run."""
-    values = flat(config.model_dump(mode="json"))
-    values["student.arguments"] = json.dumps(config.student.arguments, sort_keys=True)
+    arguments = json.dumps(config.student.arguments, sort_keys=True)
+    values = flat(with_overrides(config.model_dump(mode="json"), {"student.arguments": arguments}))
     return values | {
         "trial_id": trial_id(config, teacher),
         "teacher_hash": teacher.hash,

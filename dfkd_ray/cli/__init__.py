@@ -10,7 +10,7 @@ import sys
 import typer
 from typer.exceptions import TyperException
 
-from dfkd_ray.cli import bench, cache, run, synthesize, teacher
+from dfkd_ray.cli import bench, cache, plan, run, synthesize, teacher
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 app.command()(run.recover)
 app.command()(run.sweep)
+app.command()(plan.schema)
 app.command()(synthesize.synthesize)
 app.add_typer(teacher.app, name="teacher")
 app.add_typer(bench.app, name="bench")

@@ -25,6 +25,7 @@ from dfkd_ray.cli.options import (
     Trust,
     number_of,
 )
+from dfkd_ray.cli.plan import dry_run as print_dry_run
 from dfkd_ray.cli.show import Progress, print_fleet, print_ladder, print_trials
 
 if TYPE_CHECKING:
@@ -111,11 +112,19 @@ def sweep(
     gpus_per_trial: Annotated[float | None, typer.Option(help="a fraction, or whole GPUs; default 0.5")] = None,
     batch_timeout: BatchTimeout = 3600.0,
     trust_code: Trust = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="say what the sweep would run and cost; nothing is started")
+    ] = False,
+    gpus: Annotated[
+        int | None, typer.Option(min=0, help="with --dry-run: GPUs to plan for; default: those here")
+    ] = None,
 ) -> None:
-    """Run a grid of trials with Ray Tune on this machine; finished trials are not run again.
+    """Run a grid or a search of trials with Ray Tune on this machine; finished trials are not run again.
 
     Every distinct synthesis is made once, by a fleet that all trials share (--synthesizers 0: each trial its own).
     """
+    if gpus is not None and not dry_run:
+        raise ValueError("--gpus goes with --dry-run; a sweep uses the GPUs that there are")
     data = configs.read_yaml(file)
     overrides = configs.parse_overrides(set_ or [])
     from dfkd_ray import cache as caches
@@ -123,17 +132,29 @@ def sweep(
     from dfkd_ray import storage
     from dfkd_ray import sweep as sweeps
 
-    settings = configs.validate(sweeps.SweepConfig, data, str(file))
-    trials = sweeps.expand(settings, overrides, tiny=tiny)
-    jobs = sweeps.plan(trials, lambda name: load_teacher(name, trust_code), tuple(trust_code or ()))
-    uses_real = any(job.config.synthesis.method == "real" for job in jobs)
+    settings = sweeps.parse(data, str(file))
+    plan = sweeps.prepare(
+        settings,
+        lambda name: load_teacher(name, trust_code),
+        overrides,
+        tiny=tiny,
+        trust_code=tuple(trust_code or ()),
+    )
+    uses_real = any(job.config.synthesis.method == "real" for job in plan.jobs)
     if uses_real != (real_data is not None):
         raise ValueError(f"{file}: trials with synthesis.method=real and --real-data NAME go together")
     folder = (results or Path("runs") / (file.stem + ("-tiny" if tiny else ""))).absolute()
+    done = sweeps.finished_ids(folder) & plan.ids(sweeps.rows_in(folder))
+    if dry_run:
+        tests = {job.teacher.hash: job.teacher for job in plan.known_jobs}
+        batches = {name: open_test(teacher, test_data, data_root, download) for name, teacher in tests.items()}
+        sizes = {name: sum(len(batch.labels) for batch in own or ()) for name, own in batches.items()}
+        root = storage.folder(cache or caches.default_folder()).uri
+        print_dry_run(file, plan, done, root, sizes, gpus, tuple(trust_code or ()))
+        return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sweep.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
-    num_done = len(sweeps.finished_ids(folder) & {job.id for job in jobs})
-    print(f"{file}: {len(jobs)} trials, {num_done} already finished; results in {folder}", flush=True)
+    print(f"{file}: {plan.num_trials} trials, {len(done)} already finished; results in {folder}", flush=True)
     start = time.monotonic()
 
     def real_of(teacher: "Teacher", synthesis: configs.RealConfig) -> "BatchSource":
@@ -145,13 +166,14 @@ def sweep(
             what = f"FAILED: {row['reason']}"
         else:
             accuracy = row["recovered_accuracy"]
+            stopped = ", stopped early" if row["status"] == "stopped" else ""
             shown = "" if accuracy is None or accuracy != accuracy else f", test accuracy {100 * accuracy:.2f} %"
-            what = f"agreement {100 * row['agreement']:.2f} %{shown}"
+            what = f"agreement {100 * row['agreement']:.2f} %{shown}{stopped}"
         name = f"{Path(row['teacher']).name} {row['synthesis.method']} sparsity {row['pruning.sparsity']}"
         print(f"[{done}/{total}, {time.monotonic() - start:.0f} s] {name}: {what}", flush=True)
 
     num_failed = sweeps.run(
-        jobs,
+        plan,
         folder,
         storage.folder(cache or caches.default_folder()).uri,
         synthesizers=None if synthesizers == "auto" else number_of(synthesizers),
@@ -165,7 +187,8 @@ def sweep(
         trust_code=tuple(trust_code or ()),
     )
     rows = tables.read_trials(folder)
-    print_trials(rows[rows["trial_id"].isin([job.id for job in jobs])])
-    print(f"{len(jobs)} trials, {num_failed} failed, {time.monotonic() - start:.0f} s; table: {folder / 'trials'}")
+    rows = rows[rows["trial_id"].isin(plan.ids(sweeps.rows_in(folder)))]
+    print_trials(rows)
+    print(f"{len(rows)} trials, {num_failed} failed, {time.monotonic() - start:.0f} s; table: {folder / 'trials'}")
     if num_failed:
         raise typer.Exit(1)

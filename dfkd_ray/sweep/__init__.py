@@ -1,9 +1,64 @@
-"""Sweeps: a file of trials, run through Ray Tune on images that are made once.
+"""Sweeps: many trials over Ray Tune, on images that are made once.
 
-`jobs = sweep.plan(sweep.expand(file, {}), bundles.load)`, then `sweep.run(jobs, folder, cache_root)`.
+A file, or a dict with the same fields, becomes a plan (all of it checked, nothing started), and a plan runs:
+
+>>> from dfkd_ray import bundles, results, sweep
+>>> small = {"num_images": 16, "num_steps": 4, "batch_size": 8, "eval_every": 2}
+>>> settings = sweep.parse({
+...     "base": {
+...         "teacher": "fashion_mnist_resnet8",
+...         "bn_num_images": 16,
+...         "synthesis": {"batch_size": 16, "num_steps": 2},
+...         "distillation": small,
+...         "reference": {"num_images": 16, "synthesis": {"batch_size": 16, "num_steps": 2}},
+...     },
+...     "grid": {"pruning.sparsity": [0.5, 0.9]},
+... })
+>>> plan = sweep.prepare(settings, bundles.load)
+>>> sweep.run(plan, folder / "grid", cache_root=None)  # how many failed
+0
+>>> len(results.read_trials(folder / "grid"))
+2
+
+A search has domains in place of values; with `stop`, trials that lag behind end early (status `stopped`):
+
+>>> settings = sweep.parse({
+...     "base": settings.base,
+...     "search": {
+...         "space": {"pruning.sparsity": {"uniform": [0.5, 0.9]}, "distillation.temperature": [2.0, 4.0]},
+...         "num_trials": 3,
+...     },
+...     "stop": {"asha": {"grace_looks": 1, "reduction_factor": 3}},
+... })
+>>> sweep.run(sweep.prepare(settings, bundles.load), folder / "search", cache_root=None)
+0
+>>> set(results.read_trials(folder / "search")["status"]) <= {"finished", "stopped"}
+True
+
+`folder` is a `pathlib.Path`. Both go on where they were left when called again.
 """
 
-from dfkd_ray.sweep.files import About, Job, SweepConfig, expand, plan
-from dfkd_ray.sweep.running import finished_ids, preflight, run, run_job
+from dfkd_ray.sweep.files import About, Job, Plan, SweepConfig, expand, parse, plan, prepare
+from dfkd_ray.sweep.running import finished_ids, preflight, rows_in, run, run_job
+from dfkd_ray.sweep.schema import json_schema
+from dfkd_ray.sweep.search import AshaConfig, SearchConfig, StopConfig
 
-__all__ = ["About", "Job", "SweepConfig", "expand", "finished_ids", "plan", "preflight", "run", "run_job"]
+__all__ = [
+    "About",
+    "AshaConfig",
+    "Job",
+    "Plan",
+    "SearchConfig",
+    "StopConfig",
+    "SweepConfig",
+    "expand",
+    "finished_ids",
+    "json_schema",
+    "parse",
+    "plan",
+    "preflight",
+    "prepare",
+    "rows_in",
+    "run",
+    "run_job",
+]

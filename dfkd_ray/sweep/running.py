@@ -14,15 +14,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import pyarrow.parquet as pq
+
 from dfkd_ray import results
 from dfkd_ray import trial as one_trial
 from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.bundles import Teacher
-from dfkd_ray.config import RealConfig
+from dfkd_ray.config import RealConfig, TrialConfig
+from dfkd_ray.distillation import State
 from dfkd_ray.images import save_class_grid
-from dfkd_ray.sweep.files import Job
+from dfkd_ray.sweep import tuning
+from dfkd_ray.sweep.files import Job, Plan, job_of
+from dfkd_ray.sweep.search import StopConfig
 
 log = logging.getLogger(__name__)
+DONE = ("finished", "stopped")  # statuses of rows that are final
 OnRow = Callable[[Mapping[str, Any], int, int], None]
 STATUS_S = 15.0
 TEACHER_ACCURACIES: dict[tuple[Any, ...], float] = {}  # of this process; trials follow each other in one
@@ -35,6 +42,7 @@ def run_job(
     real: BatchSource | None,
     results_folder: Path,
     trust_code: Sequence[str],
+    on_look: one_trial.OnLook | None = None,
 ) -> dict[str, Any]:
     """Run one trial and write what it leaves: student, picture, rows (the trial's last: then all else is there)."""
     kd = job.config.distillation
@@ -49,6 +57,7 @@ def run_job(
             images=images,
             teacher_accuracy=TEACHER_ACCURACIES.get(known),
             checkpoint=results_folder / "checkpoints",
+            on_look=on_look,
             trust_code=trust_code,
         )
         row = outcome.row
@@ -71,7 +80,7 @@ def run_job(
 
 
 def run(
-    jobs: Sequence[Job],
+    jobs: Plan | Sequence[Job],
     results_folder: Path,
     cache_root: str | None,
     *,
@@ -88,21 +97,32 @@ def run(
 ) -> int:
     """Run the trials that have no finished row yet; returns how many failed.
 
+    Takes a plan (of `prepare`), or just jobs. An Optuna search goes on from the rows that lie in its space; a trial
+    that was stopped early has a row that says so, and is not run again.
     `cache_root` is a folder or URI; None keeps batches in memory only. `synthesizers` None takes as many as the
     machines have room for and grows with them; 0 shares nothing: every trial makes its own images. `test_of` gives a
     teacher's test batches or None, `real_of` the real images for trials with `synthesis.method=real`; without it such
     trials are refused. `on_up` is called when the fleet is up, `on_status` every few seconds with how it is.
     `ValueError` where nothing fits.
     """
-    if real_of is None and any(isinstance(job.config.synthesis, RealConfig) for job in jobs):
+    plan = jobs if isinstance(jobs, Plan) else Plan(list(jobs))
+    if real_of is None and any(isinstance(job.config.synthesis, RealConfig) for job in plan.jobs):
         raise ValueError(
             "synthesis.method=real needs real images, which are used only when asked for: --real-data NAME"
         )
-    done = finished_ids(results_folder)
-    todo = [job for job in jobs if job.id not in done]
-    if not todo:
+    rows = rows_in(results_folder)
+    done = {row["trial_id"] for row in rows if row["status"] in DONE}
+    todo = [job for job in plan.jobs if job.id not in done]
+    num_left = plan.search.begin(rows) if plan.search else len(todo)
+    if not num_left:
         return 0
-    teachers = list({job.teacher.hash: job.teacher for job in todo}.values())
+    asha = tuning.scheduler(plan.stop, [job.config for job in plan.known_jobs]) if plan.stop else None
+    if asha:
+        own = plan.search.seen if plan.search else {job.id for job in plan.jobs}
+        tuning.prime(asha, [look for look in looks_in(results_folder) if look[0] in own])
+    # What has to be known of all trials beforehand is asked at the ends of the space, where Optuna chooses them.
+    known = plan.known_jobs if plan.search else todo
+    teachers = list({job.teacher.hash: job.teacher for job in known}.values())
     tests = {teacher.hash: test_of(teacher) for teacher in teachers}
     reals = {}
     for job in todo:
@@ -111,18 +131,43 @@ def run(
     from dfkd_ray import fleet
 
     with fleet.connected():
-        settings, placement = preflight(todo, cache_root, synthesizers, gpus_per_synthesizer, gpus_per_trial)
+        settings, placement = preflight(known, cache_root, synthesizers, gpus_per_synthesizer, gpus_per_trial)
         settings = replace(settings, batch_timeout_s=batch_timeout_s)
         if synthesizers == 0:
             on_up()
-            _tune(todo, None, placement, results_folder, cache_root, tests, reals, on_row, trust_code)
+            _tune(
+                todo,
+                None,
+                placement,
+                results_folder,
+                cache_root,
+                tests,
+                reals,
+                on_row,
+                trust_code,
+                plan,
+                num_left,
+                asha,
+            )
         else:
             with fleet.started(settings, teachers) as running, told(running.status, on_status):
                 on_up()
-                _tune(todo, running, placement, results_folder, cache_root, tests, reals, on_row, trust_code)
-    rows = results.read_trials(results_folder)
-    finished = set(rows[rows["status"] == "finished"]["trial_id"])
-    return sum(job.id not in finished for job in todo)
+                _tune(
+                    todo,
+                    running,
+                    placement,
+                    results_folder,
+                    cache_root,
+                    tests,
+                    reals,
+                    on_row,
+                    trust_code,
+                    plan,
+                    num_left,
+                    asha,
+                )
+    done = finished_ids(results_folder)
+    return sum(job.id not in done for job in todo)
 
 
 def preflight(
@@ -190,7 +235,7 @@ def told(
 
 
 def _tune(
-    todo: Sequence[Job],
+    todo: list[Job],
     running: Any | None,
     placement: Any,
     results_folder: Path,
@@ -199,36 +244,71 @@ def _tune(
     reals: Mapping[str, Any],
     on_row: OnRow | None,
     trust_code: Sequence[str],
+    plan: Plan,
+    num_left: int,
+    asha: Any | None,
 ) -> None:
-    """The trials through Ray Tune; what they hold of the fleet is a handle."""
+    """The trials through Ray Tune; what they hold of the fleet is a handle.
+
+    A search appends to `todo` the jobs that it comes up with, `num_left` of them; `asha` stops some early.
+    """
     from ray import tune
 
     def trainable(
         point: Mapping[str, Any], todo: Sequence[Job], tests: Mapping[str, Any], reals: Mapping[str, Any]
     ) -> None:
-        job = todo[point["job"]]
-        images = running.stream() if running else one_trial.made_here(cache_root)
-        row = run_job(job, images, tests[job.teacher.hash], reals.get(job.id), results_folder, trust_code)
-        tune.report({"failed": int(row["status"] == "failed")})
+        if "config" in point:  # of a search, whose teacher is one
+            job = job_of(TrialConfig.model_validate_json(point["config"]), todo[0].teacher)
+        else:
+            job = todo[point["job"]]
+        num_steps = job.config.distillation.num_steps
 
+        def on_look(row: Mapping[str, Any], state: State) -> None:
+            if tuning.counts(state, num_steps):
+                tune.report(tuning.look(row, state))
+
+        images = running.stream() if running else one_trial.made_here(cache_root)
+        test, real = tests[job.teacher.hash], reals.get(job.id)
+        row = run_job(job, images, test, real, results_folder, trust_code, on_look if stops else None)
+        tune.report(tuning.result(row, num_steps))
+
+    stops = asha is not None
     resources = {"cpu": placement.trial_cpus, "gpu": placement.trial_gpus}
+    handed = plan.known_jobs if plan.search else todo
+    if plan.search:
+        points, options = {}, {"search_alg": tuning.searcher(plan.search, todo), "num_samples": num_left}
+    else:
+        points, options = {"job": tune.grid_search(list(range(len(todo))))}, {}
     with tempfile.TemporaryDirectory(prefix="dfkd_ray-tune-") as scratch:
         tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(trainable, todo=todo, tests=tests, reals=reals), resources),
-            param_space={"job": tune.grid_search(list(range(len(todo))))},
+            tune.with_resources(tune.with_parameters(trainable, todo=handed, tests=tests, reals=reals), resources),
+            param_space=points,
             tune_config=tune.TuneConfig(
+                scheduler=asha,
+                max_concurrent_trials=plan.max_concurrent,
                 reuse_actors=True,
                 trial_dirname_creator=lambda t: f"trial_{t.trial_id}",
+                **options,
             ),
             run_config=tune.RunConfig(
-                name="tune", storage_path=scratch, verbose=0, callbacks=[_rows_to(on_row, todo, results_folder)]
+                name="tune",
+                storage_path=scratch,
+                verbose=0,
+                callbacks=[_rows_to(on_row, todo, results_folder, num_left, asha, plan.stop)],
             ),
         )
         tuner.fit()
 
 
-def _rows_to(on_row: OnRow | None, todo: Sequence[Job], results_folder: Path) -> Any:
-    """A Tune callback that hands each finished trial's row to `on_row`."""
+def _rows_to(
+    on_row: OnRow | None,
+    todo: Sequence[Job],
+    results_folder: Path,
+    num_trials: int,
+    asha: Any | None = None,
+    stop: StopConfig | None = None,
+) -> Any:
+    """A Tune callback that hands each ended trial's row to `on_row`, and writes that of one that `asha` has stopped."""
     from ray import tune
 
     class Rows(tune.Callback):
@@ -240,10 +320,14 @@ def _rows_to(on_row: OnRow | None, todo: Sequence[Job], results_folder: Path) ->
             """Read the row that the trial has written."""
             self.num_done += 1
             job = todo[trial.config["job"]]
+            if asha and stop and trial.trial_id in asha.cut:
+                row = tuning.stopped_row(job, trial.last_result, stop)
+                results.write_trials(results_folder, [row], job.id)
+                shutil.rmtree(results_folder / "checkpoints" / job.id, ignore_errors=True)
             if on_row:
                 rows = results.read_trials(results_folder)
                 row = rows[rows["trial_id"] == job.id].iloc[0].to_dict()
-                on_row(row, self.num_done, len(todo))
+                on_row(row, self.num_done, num_trials)
 
         def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             """A trial whose process died wrote no row: write one that says so."""
@@ -257,8 +341,24 @@ def _rows_to(on_row: OnRow | None, todo: Sequence[Job], results_folder: Path) ->
 
 
 def finished_ids(results_folder: Path) -> set[str]:
-    """Trials with a finished row."""
+    """Trials with a row that is final: finished, or stopped early."""
+    return {row["trial_id"] for row in rows_in(results_folder) if row["status"] in DONE}
+
+
+def rows_in(results_folder: Path) -> list[dict[str, Any]]:
+    """The rows of the `trials` table; none where there is no table yet."""
     if not any((results_folder / "trials").glob("*.parquet")):
-        return set()
-    rows = results.read_trials(results_folder)
-    return set(rows[rows["status"] == "finished"]["trial_id"])
+        return []
+    return [{str(k): v for k, v in row.items()} for row in results.read_trials(results_folder).to_dict("records")]
+
+
+def looks_in(results_folder: Path) -> list[tuple[str, int, float]]:
+    """(trial, step, best agreement so far) of the looks in the `epochs` table; none where there is no such table."""
+    parts = sorted((results_folder / "epochs").glob("*.parquet"))
+    best: dict[str, float] = {}
+    looks = []
+    frames = [pq.read_table(part, columns=["trial_id", "step", "agreement"]).to_pandas() for part in parts]
+    for row in pd.concat(frames).sort_values(["trial_id", "step"]).to_dict("records") if frames else []:
+        best[row["trial_id"]] = max(best.get(row["trial_id"], 0.0), row["agreement"])
+        looks.append((row["trial_id"], int(row["step"]), best[row["trial_id"]]))
+    return looks
