@@ -1,4 +1,4 @@
-"""Sweep files and the grid over Ray Tune."""
+"""Grids over Ray Tune: what is run, and what is written."""
 
 import os
 import subprocess
@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from dfkd_ray import bundles, config, results, sweep
+from dfkd_ray.sweep import running
 
 SWEEPS = sorted((Path(__file__).parent.parent / "sweeps").glob("*.yaml"))
 ABOUT = {"source": "a test", "command": "none", "cost": "seconds", "expected": "rows"}
@@ -28,67 +29,6 @@ def load(**parts) -> sweep.SweepConfig:
     return config.validate(sweep.SweepConfig, data, "sweep file")
 
 
-def test_a_grid_is_the_product_of_its_axes_and_several_grids_their_union():
-    settings = load(
-        grid=[
-            {"pruning.sparsity": [0.5, 0.9], "synthesis.bn_weight": [1.0, 3.0], "distillation.temperature": [2.0]},
-            {"pruning.sparsity": [0.9], "synthesis": [{"method": "noise", "batch_size": 8}]},
-        ]
-    )
-    trials = sweep.expand(settings, {})
-    points = [(t.pruning.sparsity, t.synthesis.method, getattr(t.synthesis, "bn_weight", None)) for t in trials]
-    product = [(s, "deepinversion", w) for s in (0.5, 0.9) for w in (1.0, 3.0)]
-    assert points == [*product, (0.9, "noise", None)]
-
-
-def test_seeds_multiply_trials_and_set_synthesis_and_distillation():
-    trials = sweep.expand(load(grid={"pruning.sparsity": [0.5, 0.9]}, seeds=3), {})
-    assert len(trials) == 6
-    assert [(t.synthesis.seed, t.distillation.seed) for t in trials[:3]] == [(0, 0), (1, 1), (2, 2)]
-
-
-def test_equal_points_are_one_trial():
-    assert len(sweep.expand(load(grid={"pruning.sparsity": [0.5, 0.5]}), {})) == 1
-
-
-def test_all_errors_of_all_combinations_come_at_once():
-    settings = load(grid={"pruning.sparsity": [0.5, 1.5], "distillation.temprature": [1.0]})
-    with pytest.raises(ValueError) as caught:
-        sweep.expand(settings, {})
-    lines = str(caught.value).splitlines()
-    assert len(lines) == len(set(lines)) == 2
-    assert any("1.5" in line for line in lines) and any("did you mean distillation.temperature" in x for x in lines)
-
-
-def test_overriding_a_field_of_the_grid_is_refused():
-    with pytest.raises(ValueError, match="grid varies"):
-        sweep.expand(load(grid={"pruning.sparsity": [0.5]}), {"pruning.sparsity": 0.9})
-
-
-def test_overrides_reach_only_the_methods_that_have_the_field():
-    settings = load(grid={"synthesis": [{"method": "noise"}, {"method": "deepinversion"}]})
-    trials = sweep.expand(settings, {"synthesis.num_steps": 7, "synthesis.batch_size": 4})
-    assert [t.synthesis.batch_size for t in trials] == [4, 4]
-    assert trials[1].synthesis.num_steps == 7
-    with pytest.raises(ValueError, match="unknown field"):
-        sweep.expand(settings, {"synthesis.num_stepz": 7})
-
-
-def test_all_teachers_that_cannot_be_opened_are_told_at_once():
-    trials = sweep.expand(load(grid={"teacher": ["one", "two"]}), {})
-    with pytest.raises(ValueError) as caught:
-        sweep.plan(trials, bundles.load)
-    assert len(str(caught.value).splitlines()) == 2
-
-
-@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_every_shipped_sweep_is_valid_and_its_command_names_its_own_file(path):
-    settings = config.validate(sweep.SweepConfig, config.read_yaml(path), str(path))
-    assert f"sweeps/{path.name}" in settings.about.command
-    assert sweep.expand(settings, {})  # its teachers may have to be trained first
-    assert sweep.plan(sweep.expand(settings, {}, tiny=True), bundles.load)
-
-
 @pytest.mark.parametrize("path", [path for path in SWEEPS if path.stem != "recovery_bound"], ids=lambda path: path.stem)
 def test_every_shipped_sweep_runs_at_its_tiny_size(path, tmp_path):
     command = [sys.executable, "-m", "dfkd_ray", "sweep", str(path), "--tiny", "--test-data", "none"]
@@ -97,18 +37,6 @@ def test_every_shipped_sweep_runs_at_its_tiny_size(path, tmp_path):
     assert done.returncode == 0, done.stderr
     rows = results.read_trials(tmp_path / "out")
     assert (rows["status"] == "finished").all() and f"{len(rows)} trials, 0 failed" in done.stdout
-
-
-def test_quickstart_has_twelve_trials_over_four_axes_and_a_noise_baseline():
-    settings = config.validate(
-        sweep.SweepConfig, config.read_yaml(next(p for p in SWEEPS if p.stem == "quickstart")), "q"
-    )
-    trials = sweep.expand(settings, {})
-    assert len(trials) >= 12 and any(t.synthesis.method == "noise" for t in trials)
-    own = [t for t in trials if t.synthesis.method == "deepinversion"]
-    axes = [{t.teacher for t in own}, {t.pruning.sparsity for t in own}, {t.distillation.temperature for t in own}]
-    axes.append({t.synthesis.bn_weight for t in own if isinstance(t.synthesis, config.DeepInversionConfig)})
-    assert all(len(axis) > 1 for axis in axes)
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +112,7 @@ def test_a_trial_whose_process_dies_leaves_a_row_that_says_so(tiny_teacher, tmp_
     trials = sweep.expand(load(base={**TINY_BASE, "teacher": str(tiny_teacher)}, grid={"pruning.sparsity": [0.5]}), {})
     jobs = sweep.plan(trials, bundles.load)
     seen = []
-    callback = sweep._rows_to(lambda row, done, total: seen.append((row["status"], done, total)), jobs, tmp_path)
+    callback = running._rows_to(lambda row, done, total: seen.append((row["status"], done, total)), jobs, tmp_path, 1)
     callback.on_trial_error(iteration=1, trials=[], trial=SimpleNamespace(config={"job": 0}))
     assert seen == [("failed", 1, 1)]
     assert "died" in results.read_trials(tmp_path)["reason"].iloc[0]

@@ -104,7 +104,8 @@ def domain(given: Any) -> Domain:
         raise ValueError(f"{kind}: low has to be above 0, got {shown(arguments)}")
     if not rest:
         # As in Ray Tune: the upper end of whole numbers is left out, unless they are quantised.
-        return Domain(kind, (), low, high - 1, 1) if "int" in kind else Domain(kind, (), low, high)
+        is_integer = "int" in kind
+        return Domain(kind, (), float(low), float(high - is_integer), 1.0 if is_integer else None)
     step = rest[0]
     if step <= 0:
         raise ValueError(f"{kind}: q has to be above 0, got {shown(arguments)}")
@@ -112,7 +113,7 @@ def domain(given: Any) -> Domain:
     first = max(first, 1) if "log" in kind else first
     if first > last:
         raise ValueError(f"{kind}: no multiple of q between low and high, got {shown(arguments)}")
-    return Domain(kind, (), first * step, last * step, step)
+    return Domain(kind, (), round(float(first * step), 12), round(float(last * step), 12), float(step))
 
 
 def shown(value: Any) -> str:
