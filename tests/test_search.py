@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -71,7 +73,7 @@ def test_the_names_and_ends_are_those_of_ray_tune():
     from ray import tune
 
     for name, count in search.BOUNDED.items():
-        arguments = [2, 20, 3][:count]
+        arguments = [3, 21, 3][:count]
         theirs, ours = getattr(tune, name)(*arguments), search.domain({name: arguments})
         drawn = {theirs.sample() for _ in range(300)}
         assert all(ours.holds(value) for value in drawn), name
@@ -326,24 +328,60 @@ def test_optuna_that_is_missing_is_said_in_one_line(tiny_teacher, monkeypatch):
 # ---- the whole, over Ray -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("algorithm", ["random", "optuna"])
-def test_a_search_with_early_stopping_leaves_its_rows_and_is_not_run_again(algorithm, tiny_teacher, tmp_path):
+SCRIPT = """
+import doctest, sys
+from pathlib import Path
+import yaml
+from dfkd_ray import bundles, fleet, sweep
+
+folder = Path(sys.argv[1])
+with fleet.connected(num_cpus=2):
+    assert doctest.testmod(sweep, extraglobs={"folder": folder}).failed == 0
+    settings = sweep.parse(yaml.safe_load((folder / "optuna.yaml").read_text()))
+    for _ in range(2):
+        told = []
+        plan = sweep.prepare(settings, bundles.load)
+        sweep.run(plan, folder / "optuna", None, synthesizers=0, on_row=lambda row, _, total: told.append(total))
+        print(told)
+"""
+
+
+@pytest.fixture(scope="module")
+def ran(tiny_teacher, tmp_path_factory):
+    """The example of the package's docstring, and an Optuna search with early stopping, run twice, in one process."""
+    folder = tmp_path_factory.mktemp("search")
     stop = {"asha": {"grace_looks": 1, "reduction_factor": 1.5}}
-    settings = settings_of(tiny_teacher, algorithm=algorithm, num_trials=6, stop=stop)
-    plan = sweep.prepare(settings, bundles.load)
-    told, begun = [], []
-    on_row = lambda row, _, total: told.append((row["status"], total))  # noqa: E731
-    assert sweep.run(plan, tmp_path, None, synthesizers=0, on_row=on_row) == 0
-    rows = results.read_trials(tmp_path)
-    assert len(rows) == 6 and set(rows["status"]) <= {"finished", "stopped"}
-    assert sorted(told) == sorted((status, 6) for status in rows["status"])
-    for row in rows[rows["status"] == "stopped"].to_dict("records"):
-        assert "stopped early at step" in row["reason"] and 0 <= row["agreement"] <= 1 and row["images_sha256"]
-        assert not (tmp_path / "students" / row["trial_id"]).exists()
-    assert plan.ids(running.rows_in(tmp_path)) == set(rows["trial_id"])
-    again = sweep.prepare(settings, bundles.load)
-    assert sweep.run(again, tmp_path, None, on_up=lambda: begun.append(1)) == 0
-    assert not begun, "there is nothing left to run"
+    settings = settings_of(tiny_teacher, algorithm="optuna", num_trials=6, stop=stop)
+    (folder / "optuna.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    command = [sys.executable, "-c", SCRIPT, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, settings, done.stdout
+
+
+def test_the_example_of_the_package_runs(ran):
+    folder, _, _ = ran
+    assert (folder / "grid" / "trials").is_dir() and len(results.read_trials(folder / "search")) == 3
+
+
+def test_an_optuna_search_leaves_a_row_a_trial_and_is_not_run_again(ran):
+    folder, settings, said = ran
+    assert said.splitlines() == [str([6] * 6), "[]"]
+    rows = running.rows_in(folder / "optuna")
+    assert len(rows) == 6 and {row["status"] for row in rows} <= {"finished", "stopped"}
+    assert sweep.prepare(settings, bundles.load).ids(rows) == {row["trial_id"] for row in rows}
+
+
+def test_a_stopped_trial_leaves_its_numbers_so_far_and_no_student(ran):
+    folder, _, _ = ran
+    rows = [row for name in ("search", "optuna") for row in running.rows_in(folder / name)]
+    assert any(row["status"] == "finished" for row in rows)
+    for row in rows:
+        students = [folder / name / "students" / row["trial_id"] for name in ("search", "optuna")]
+        assert any(student.exists() for student in students) == (row["status"] == "finished")
+        assert 0 <= row["agreement"] <= 1 and len(row["images_sha256"]) == 64
+        assert row["status"] == "finished" or "stopped early at step" in row["reason"]
+        assert not (folder / "optuna" / "checkpoints" / row["trial_id"]).exists()
 
 
 # ---- estimates -----------------------------------------------------------------------------------------------------
