@@ -397,7 +397,7 @@ def test_the_keys_and_batches_of_an_estimate_are_those_of_a_real_run(tiny_teache
         tiny_teacher,
         grid={
             "bn_num_images": [8, 24],
-            "synthesis": [{"method": "noise", "batch_size": 8}, {}],
+            "synthesis": [{"method": "noise", "batch_size": 8}, {"num_steps": 1, "batch_size": 8, "num_threads": 1}],
             "pruning.sparsity": [0.5],
         },
     )
@@ -443,15 +443,24 @@ def test_calibration_times_every_unit_once_and_keeps_its_cap(tiny_teacher):
     assert set(calibration.costs) == set(costs_of(jobs)) and len(calibration.costs) == 3
     assert all(cost.step_s > 0 for cost in calibration.costs.values())
     assert estimate.estimate(jobs, calibration.costs, estimate.Machine(2, "CPU core")).units_h > 0
-    calls = []
 
-    def slow(steps, batch_size):
-        calls.append((steps, batch_size))
-        return lambda: __import__("time").sleep(0.002 * steps * batch_size)
 
-    cost, scaled = estimate.per_step(slow, 1024, 0.05)
-    assert scaled and max(size for _, size in calls) == 8, "what cannot be afforded is not tried"
-    assert cost.step_s == pytest.approx(0.002 * 1024, rel=0.5)
+@pytest.mark.parametrize("overhead", [0.0, 0.004])
+def test_work_that_cannot_be_afforded_is_timed_on_fewer_images_and_scaled(overhead, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(estimate.time, "perf_counter", lambda: clock.now)
+
+    def work(steps, batch_size):
+        def run():
+            clock.now += 0.01 + steps * (overhead + 0.001 * batch_size)
+
+        return run
+
+    for batch_size, share_s in ((8, 1.0), (256, 10.0), (1024, 2.0), (4096, 0.1)):
+        clock.now = 0.0
+        cost, scaled = estimate.per_step(work, batch_size, share_s)
+        assert scaled == (batch_size > 256) and clock.now < share_s + 0.3
+        assert cost.step_s == pytest.approx(overhead + 0.001 * batch_size, rel=0.01 if not scaled else 1.3)
 
 
 def test_a_dry_run_says_what_will_be_run_and_starts_nothing(tiny_teacher, tmp_path, run_cli, monkeypatch):

@@ -91,8 +91,6 @@ def print_syntheses(made: "Sequence[Synthesis]") -> None:
 
 def print_estimate(estimate: "Estimate", calibration: "Calibration", machine: "Machine", numerics: str) -> None:
     """Time, hours, and how they were got."""
-    from dfkd_ray.sweep.estimate import SMALL
-
     spread = f"{machine.num} {machine.kind}{'s' if machine.num != 1 else ''}"
     share = 100 * estimate.synthesis_s / max(estimate.synthesis_s + estimate.trials_s, 1e-9)
     print(
@@ -100,10 +98,10 @@ def print_estimate(estimate: "Estimate", calibration: "Calibration", machine: "M
         f"({share:.0f} % synthesis, {100 - share:.0f} % trials); {estimate.unshared_units_h:.3g} if every trial made "
         "its own images"
     )
-    scaled = f"; {calibration.num_scaled} of them on {SMALL} images and scaled" if calibration.num_scaled else ""
+    scaled = f"; {calibration.num_scaled} of them on fewer images, and scaled" if calibration.num_scaled else ""
     print(
         f"how: {len(calibration.costs)} timings in {calibration.wall_s:.0f} s on {numerics}{scaled}; one worker at a "
-        f"time, so workers that slow each other down, and torch.compile, are not in it"
+        "time, on a machine as busy as it is now; workers that slow each other down, and torch.compile, are not in it"
     )
 
 

@@ -69,7 +69,7 @@ class Calibration:
 
     costs: Mapping[Unit, Cost]
     wall_s: float
-    num_scaled: int  # units too slow for the configured batch size: timed on a few images, and scaled
+    num_scaled: int  # units too slow for the configured batch size: timed on fewer images, and scaled
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def estimate(
 def calibrate(jobs: Sequence[Job], trust_code: Sequence[str] = (), cap_s: float = CAP_S) -> Calibration:
     """Time every distinct unit of work in these trials on this machine, in about `cap_s` seconds altogether.
 
-    Work that would take longer at the configured batch size is timed on a few images, and scaled.
+    Work that would take longer at the configured batch size is timed on fewer images, and scaled.
     """
     start = time.perf_counter()
     timed: dict[Unit, Callable[[float], tuple[Cost, bool]]] = {}
@@ -258,15 +258,25 @@ def per_step(
         step_s = step_s if step_s > 0 else several_s / steps  # too short for the clock
         return Cost(max(0.0, one_s - step_s), step_s)
 
-    small = min(batch_size, SMALL)
-    seconds(1, small)  # the first call of anything is slower
-    one_s = seconds(1, small)
-    growth = batch_size / small
-    if growth * one_s > share_s / 4 and growth > 1:
-        cost = split(one_s, seconds(2, small), 2) if most_steps > 1 else Cost(one_s)
-        return Cost(cost.fixed_s * growth, cost.step_s * growth), True
-    one_s = min(seconds(1, batch_size), seconds(1, batch_size))
+    size = min(batch_size, SMALL)
+    start = time.perf_counter()
+    seconds(1, size)  # the first call of anything is slower
+    one_s = seconds(1, size)
+    expected_s = one_s * batch_size / size
+    while size < batch_size:
+        left_s = share_s - (time.perf_counter() - start)
+        # The largest size of which one timing, and at the configured size a few, can be afforded.
+        next_size = batch_size if 4 * expected_s < left_s else int(size * left_s / (4 * max(one_s, 1e-9)))
+        if next_size < min(2 * size, batch_size):
+            break
+        before, before_s, size = size, one_s, next_size
+        one_s = seconds(1, size)
+        slope = max(0.0, (one_s - before_s) / (size - before))
+        expected_s = one_s + slope * (batch_size - size)
+    scale = expected_s / one_s if size < batch_size else 1.0
     if most_steps == 1:
-        return Cost(one_s), False
-    steps = min(most_steps, max(2, int(share_s / 2 / max(one_s, 1e-6))))
-    return split(one_s, seconds(steps, batch_size), steps), False
+        return Cost(one_s * scale), size < batch_size
+    left_s = share_s - (time.perf_counter() - start)
+    steps = min(most_steps, max(2, int(left_s / max(one_s, 1e-6))))
+    cost = split(one_s, seconds(steps, size), steps)
+    return Cost(cost.fixed_s * scale, cost.step_s * scale), size < batch_size
