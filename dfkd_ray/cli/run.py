@@ -187,7 +187,7 @@ def sweep(
         trust_code=tuple(trust_code or ()),
     )
     rows = tables.read_trials(folder)
-    rows = rows[rows["trial_id"].isin(plan.ids(sweeps.rows_in(folder)))]
+    rows = rows[rows["trial_id"].isin(list(plan.ids(sweeps.rows_in(folder))))]
     print_trials(rows)
     print(f"{len(rows)} trials, {num_failed} failed, {time.monotonic() - start:.0f} s; table: {folder / 'trials'}")
     if num_failed:
