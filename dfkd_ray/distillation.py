@@ -104,11 +104,13 @@ def distil(
     *,
     checkpoint: Where | None = None,
     progress: Progress | None = None,
+    on_look: Callable[[State], None] | None = None,
     on_epochs: OnEpochs | None = None,
 ) -> State:
     """Train `student` in place (eval mode at the end, the selected weights loaded); returns what was measured.
 
     `masks` hold the pruned weights at zero after every step; with the cubic schedule they are made anew on the way.
+    `on_look` is called after every look at the reference set, before a checkpoint is written.
     `checkpoint` is a folder or URI. `on_epochs` gets all looks so far just before each checkpoint: whoever writes them
     has written them when the checkpoint is there. `FloatingPointError` when the loss is no longer finite.
     """
@@ -129,6 +131,8 @@ def distil(
     ):
         if state.step == 0:
             look(state, student, config, reference, space, device, {}, candidate=last_pruning < 0)
+            if on_look:
+                on_look(state)
         sums: dict[str, Tensor] = {}
         while state.step < config.num_steps:
             step = state.step
@@ -165,6 +169,8 @@ def distil(
                     raise FloatingPointError(f"distillation: the loss is not finite by step {state.step}: {means}")
                 # A student that is still being pruned is no candidate: it has not the sparsity asked for.
                 look(state, student, config, reference, space, device, means, candidate=step >= last_pruning)
+                if on_look:
+                    on_look(state)
                 if config.patience and state.looks_since_best >= config.patience:
                     break
             if progress:

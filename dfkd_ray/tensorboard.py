@@ -63,9 +63,9 @@ def write_trial(place: str | Path | Folder, row: Mapping[str, Any], epochs: Sequ
     place = folder(place)
     fields = {name: row[name] for name in config_columns(TrialConfig) if row.get(name) is not None}
     start = time.time() - (row.get("wall_s") or 0.0)
-    finished = row["status"] == "finished"
+    failed = row["status"] == "failed"
     end = plugin_data_pb2.SessionEndInfo(
-        status=api_pb2.STATUS_SUCCESS if finished else api_pb2.STATUS_FAILURE, end_time_secs=time.time()
+        status=api_pb2.STATUS_FAILURE if failed else api_pb2.STATUS_SUCCESS, end_time_secs=time.time()
     )
     events = [
         event(0, *hparams.hparams_pb(fields, trial_id=row["trial_id"], start_time_secs=start).value),
@@ -74,7 +74,7 @@ def write_trial(place: str | Path | Folder, row: Mapping[str, Any], epochs: Sequ
             row.get("best_step") or 0, *(scalar(f"trial/{name}", row.get(name), METRICS[name][2]) for name in RESULTS)
         ),
     ]
-    if not finished:
+    if row.get("reason"):
         events.append(event(0, *text_pb("reason", str(row.get("reason"))).value))
     picture = row.get("synthesis_key") and (place / "images").read(f"{row['synthesis_key'][:12]}.png")
     if picture:

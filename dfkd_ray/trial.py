@@ -27,7 +27,7 @@ from dfkd_ray import batchnorm, bundles, cache, devices, distillation, evaluatio
 from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import TrialConfig, columns_of, stable_hash
-from dfkd_ray.distillation import OnEpochs, Pool, Progress
+from dfkd_ray.distillation import OnEpochs, Pool, Progress, State
 from dfkd_ray.images import decoded
 from dfkd_ray.storage import Folder, Where
 
@@ -44,6 +44,8 @@ VARYING = (
 # Where a trial's synthetic images come from: (teacher, synthesis config, seed domain, indices, device, on_batch) → key.
 # `on_batch(batch, found)` gets each batch once, in any order; `found` is false where it was made for this trial.
 Images = Callable[[Teacher, Any, str, Sequence[int], torch.device, OnBatch], str]
+# What is told at each look at the reference set: the row so far, and where the distillation stands.
+OnLook = Callable[[Mapping[str, Any], State], None]
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ def run(
     teacher_accuracy: float | None = None,
     checkpoint: Where | None = None,
     progress: Progress | None = None,
+    on_look: OnLook | None = None,
     on_epochs: OnEpochs | None = None,
     trust_code: Sequence[str] = (),
 ) -> Outcome:
@@ -102,7 +105,7 @@ def run(
         source = images or made_here(None)
         folder = storage.folder(checkpoint) / row["trial_id"] if checkpoint else None
         outcome = steps(
-            config, teacher, row, test, real, source, teacher_accuracy, folder, progress, on_epochs, trust_code
+            config, teacher, row, test, real, source, teacher_accuracy, folder, progress, on_look, on_epochs, trust_code
         )
     except (FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
         log.warning("trial %s failed: %s", row["trial_id"], error)
@@ -143,6 +146,7 @@ def steps(
     teacher_accuracy: float | None,
     checkpoint: Folder | None,
     progress: Progress | None,
+    on_look: OnLook | None,
     on_epochs: OnEpochs | None,
     trust_code: Sequence[str],
 ) -> Outcome:
@@ -208,6 +212,7 @@ def steps(
             device,
             checkpoint=checkpoint,
             progress=progress,
+            on_look=None if on_look is None else lambda state: on_look(row, state),
             on_epochs=on_epochs,
         )
         row["distillation_wall_s"] = time.perf_counter() - distillation_start

@@ -110,7 +110,7 @@ def test_names_tell_all_trials_apart_by_what_differs():
     trials = {str(i): config.validate(config.TrialConfig, {**base, **point}) for i, point in enumerate(points)}
     names = live.names_of(trials)
     assert len(set(names.values())) == 5
-    assert names["0"].startswith("tiny deepinversion sparsity 0.5") and "bn_weight 1.0" in names["0"]
+    assert names["0"].startswith("tiny deepinversion sparsity 0.5") and "bn_weight 1 " in names["0"]
     assert "bn_weight" not in names["4"] and "seed" not in names["0"]
 
 

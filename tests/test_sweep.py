@@ -1,4 +1,4 @@
-"""Sweep files and the grid over Ray Tune."""
+"""Grids over Ray Tune: what is run, and what is written."""
 
 import os
 import subprocess
@@ -24,71 +24,6 @@ TINY_BASE = {
 def load(**parts) -> sweep.SweepConfig:
     data = {"about": ABOUT, "base": {**TINY_BASE, "teacher": "t"}, **parts}
     return config.validate(sweep.SweepConfig, data, "sweep file")
-
-
-def test_a_grid_is_the_product_of_its_axes_and_several_grids_their_union():
-    settings = load(
-        grid=[
-            {"pruning.sparsity": [0.5, 0.9], "synthesis.bn_weight": [1.0, 3.0], "distillation.temperature": [2.0]},
-            {"pruning.sparsity": [0.9], "synthesis": [{"method": "noise", "batch_size": 8}]},
-        ]
-    )
-    trials = sweep.expand(settings, {})
-    points = [(t.pruning.sparsity, t.synthesis.method, getattr(t.synthesis, "bn_weight", None)) for t in trials]
-    product = [(s, "deepinversion", w) for s in (0.5, 0.9) for w in (1.0, 3.0)]
-    assert points == [*product, (0.9, "noise", None)]
-
-
-def test_seeds_multiply_trials_and_set_synthesis_and_distillation():
-    trials = sweep.expand(load(grid={"pruning.sparsity": [0.5, 0.9]}, seeds=3), {})
-    assert len(trials) == 6
-    assert [(t.synthesis.seed, t.distillation.seed) for t in trials[:3]] == [(0, 0), (1, 1), (2, 2)]
-
-
-def test_equal_points_are_one_trial():
-    assert len(sweep.expand(load(grid={"pruning.sparsity": [0.5, 0.5]}), {})) == 1
-
-
-def test_all_errors_of_all_combinations_come_at_once():
-    settings = load(grid={"pruning.sparsity": [0.5, 1.5], "distillation.temprature": [1.0]})
-    with pytest.raises(ValueError) as caught:
-        sweep.expand(settings, {})
-    lines = str(caught.value).splitlines()
-    assert len(lines) == len(set(lines)) == 2
-    assert any("1.5" in line for line in lines) and any("did you mean distillation.temperature" in x for x in lines)
-
-
-def test_tiny_fixes_axes_and_seeds_and_equal_points_are_one_trial():
-    grid = {"pruning.sparsity": [0.5, 0.9], "distillation.temperature": [2.0, 4.0]}
-    tiny = {"pruning.sparsity": 0.6, "synthesis.seed": 7, "distillation.seed": 7}
-    settings = load(grid=grid, seeds=3, tiny=tiny)
-    assert len(sweep.expand(settings, {})) == 12
-    trials = sweep.expand(settings, {}, tiny=True)
-    assert [(t.pruning.sparsity, t.synthesis.seed, t.distillation.temperature) for t in trials] == [
-        (0.6, 7, 2.0),
-        (0.6, 7, 4.0),
-    ]
-
-
-def test_overriding_a_field_of_the_grid_is_refused():
-    with pytest.raises(ValueError, match="grid varies"):
-        sweep.expand(load(grid={"pruning.sparsity": [0.5]}), {"pruning.sparsity": 0.9})
-
-
-def test_overrides_reach_only_the_methods_that_have_the_field():
-    settings = load(grid={"synthesis": [{"method": "noise"}, {"method": "deepinversion"}]})
-    trials = sweep.expand(settings, {"synthesis.num_steps": 7, "synthesis.batch_size": 4})
-    assert [t.synthesis.batch_size for t in trials] == [4, 4]
-    assert trials[1].synthesis.num_steps == 7
-    with pytest.raises(ValueError, match="unknown field"):
-        sweep.expand(settings, {"synthesis.num_stepz": 7})
-
-
-def test_all_teachers_that_cannot_be_opened_are_told_at_once():
-    trials = sweep.expand(load(grid={"teacher": ["one", "two"]}), {})
-    with pytest.raises(ValueError) as caught:
-        sweep.plan(trials, bundles.load)
-    assert len(str(caught.value).splitlines()) == 2
 
 
 @pytest.fixture(scope="module")

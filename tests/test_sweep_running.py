@@ -185,7 +185,8 @@ def test_in_its_process_a_trial_tells_its_row_and_stages_or_why_not(tiny_teacher
     broken = bundles.to_arrays(job.teacher)
     broken["state"] = dict(list(broken["state"].items())[1:])
     told = running.in_worker(job.id, job.config, job.teacher.hash, shared_with(tmp_path, job.teacher, arrays=broken))
-    assert set(told) == {"reason"} and told["reason"].startswith("ValueError: ") and "/" not in told["reason"]
+    judged = {"step": 0, "agreement": 0.0, "failed": 1}  # as bad as can be
+    assert set(told) == {"reason", *judged} and told["reason"].startswith("ValueError: ") and "/" not in told["reason"]
 
     class Remote:
         def __init__(self) -> None:
@@ -205,7 +206,7 @@ def test_in_its_process_a_trial_tells_its_row_and_stages_or_why_not(tiny_teacher
     assert {stage for _, stage, _, _ in board.heard} >= {"reference set", "synthesising", "distilling"}
     monkeypatch.setattr(results, "write", failing(results.write, 10**6, table="trials"))
     told = running.in_worker(job.id, job.config, job.teacher.hash, shared_with(tmp_path, job.teacher))
-    assert told == {"stopped": "/somewhere/full: No space left on device"}
+    assert told == {"stopped": "/somewhere/full: No space left on device", **judged}
 
 
 # ---- the driver ----------------------------------------------------------------------------------------------------

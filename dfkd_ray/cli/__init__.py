@@ -11,7 +11,7 @@ import sys
 import typer
 from typer.exceptions import TyperException
 
-from dfkd_ray.cli import bench, cache, report, results, run, synthesize, teacher
+from dfkd_ray.cli import bench, cache, plan, report, results, run, synthesize, teacher
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,6 +25,7 @@ app.command()(run.recover)
 app.command()(run.sweep)
 app.command()(results.results)
 app.command()(report.report)
+app.command()(plan.schema)
 app.command()(synthesize.synthesize)
 app.add_typer(teacher.app, name="teacher")
 app.add_typer(bench.app, name="bench")

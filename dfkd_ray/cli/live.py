@@ -43,9 +43,15 @@ class Figures:
 class View:
     """The state of a sweep as told by events: rows, stages of running trials, how the fleet is."""
 
-    def __init__(self, names: Mapping[str, str], finished: Iterable[Mapping[str, Any]], now: float):
-        """`names`: what to call each trial, by id; `finished`: rows of an earlier run; `now` in seconds."""
-        self.names, self.start = names, now
+    def __init__(
+        self, names: Mapping[str, str], finished: Iterable[Mapping[str, Any]], now: float, total: int | None = None
+    ):
+        """`names`: what to call each trial, by id; `finished`: rows of an earlier run; `now` in seconds.
+
+        `total` is given where a search comes up with more trials on the way, whose names are added then.
+        """
+        self.names, self.start = dict(names), now
+        self.total = len(self.names) if total is None else total
         self.done: set[str] = set()
         self.failed: set[str] = set()
         self.running: dict[str, tuple[str, float]] = {}  # stage, since when it runs
@@ -57,9 +63,14 @@ class View:
         for row in finished:
             self._finished(row)
 
+    def add(self, trial_id: str, config: TrialConfig, fields: Sequence[str]) -> None:
+        """A search, over these fields, has come up with a trial."""
+        with self.lock:
+            self.names[trial_id] = name_of(flat(config.model_dump(mode="json")), fields)
+
     def _finished(self, row: Mapping[str, Any]) -> None:
         name = row["trial_id"]
-        if name in self.names and row["status"] == "finished":
+        if name in self.names and row["status"] != "failed":
             self.done.add(name)
             if self.best is None or row["agreement"] > self.best[0]:
                 self.best = (row["agreement"], self.names[name])
@@ -72,7 +83,8 @@ class View:
                 self.failed.add(row["trial_id"])
                 return
             self._finished(row)
-            self.walls.append(row["wall_s"])
+            if row.get("wall_s") is not None:  # one that was stopped early does not say how long others take
+                self.walls.append(row["wall_s"])
 
     def stages(self, stages: Mapping[str, tuple[str, int, int]], now: float) -> None:
         """What runs now, and where it stands."""
@@ -92,7 +104,7 @@ class View:
     def figures(self, now: float) -> Figures:
         """All figures at a time."""
         with self.lock:
-            to_do = len(self.names) - len(self.done) - len(self.failed) - len(self.running)
+            to_do = self.total - len(self.done) - len(self.failed) - len(self.running)
             left_s = None
             if self.walls and self.num_parallel:
                 # Finished trials say how long one takes; the running ones have some of that behind them.
@@ -100,7 +112,7 @@ class View:
                 behind = sum(min(now - since, mean) for _, since in self.running.values())
                 left_s = (mean * (to_do + len(self.running)) - behind) / self.num_parallel
             running = tuple((self.names[name], stage, now - since) for name, (stage, since) in self.running.items())
-            counts = (len(self.names), len(self.done), len(self.failed), to_do)
+            counts = (self.total, len(self.done), len(self.failed), to_do)
             return Figures(*counts, now - self.start, left_s, self.best, running, self.status)
 
 
@@ -114,16 +126,20 @@ def names_of(trials: Mapping[str, TrialConfig]) -> dict[str, str]:
         for field in fields
         if field not in named and len({str(v[field]) for v in plain.values() if field in v}) > 1
     ]
-    names = {}
-    for name, values in plain.items():
-        parts = [
-            Path(str(values["teacher"])).name,
-            values["synthesis.method"],
-            f"sparsity {values['pruning.sparsity']}",
-        ]
-        parts += [f"{field.rpartition('.')[2]} {values[field]}" for field in differing if field in values]
-        names[name] = " ".join(parts)
-    return names
+    return {name: name_of(values, differing) for name, values in plain.items()}
+
+
+def name_of(values: Mapping[str, Any], differing: Sequence[str]) -> str:
+    """What to call a trial with these fields (dotted), of which some differ between the trials."""
+    named = ("teacher", "synthesis.method", "pruning.sparsity")
+    parts = [Path(str(values["teacher"])).name, values["synthesis.method"], f"sparsity {short(values[named[2]])}"]
+    fields = [field for field in differing if field in values and field not in named]
+    return " ".join([*parts, *(f"{field.rpartition('.')[2]} {short(values[field])}" for field in fields)])
+
+
+def short(value: Any) -> str:
+    """A value in few characters."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def duration(seconds: float | None) -> str:
@@ -142,7 +158,8 @@ def row_line(row: Mapping[str, Any], name: str, figures: Figures, done: int, tot
     else:
         accuracy = row.get("recovered_accuracy")
         shown = "" if accuracy is None or accuracy != accuracy else f", test accuracy {100 * accuracy:.2f} %"
-        what = f"agreement {100 * row['agreement']:.2f} %{shown}"
+        stopped = ", stopped early" if row["status"] == "stopped" else ""
+        what = f"agreement {100 * row['agreement']:.2f} %{shown}{stopped}"
     left = f", {duration(figures.left_s)} left" if done < total and figures.left_s is not None else ""
     return f"[{done}/{total}, {figures.elapsed_s:.0f} s{left}] {name}: {what}"
 

@@ -26,6 +26,7 @@ from dfkd_ray.cli.options import (
     Trust,
     number_of,
 )
+from dfkd_ray.cli.plan import dry_run as print_dry_run
 from dfkd_ray.cli.show import Progress, print_failures, print_ladder, print_trials
 
 if TYPE_CHECKING:
@@ -119,12 +120,20 @@ def sweep(
     gpus_per_trial: Annotated[float | None, typer.Option(help="a fraction, or whole GPUs; default 0.5")] = None,
     batch_timeout: BatchTimeout = 3600.0,
     trust_code: Trust = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="say what the sweep would run and cost; nothing is started")
+    ] = False,
+    gpus: Annotated[
+        int | None, typer.Option(min=0, help="with --dry-run: GPUs to plan for; default: those here")
+    ] = None,
 ) -> None:
-    """Run a grid of trials with Ray Tune, here or on a cluster; finished trials are not run again.
+    """Run a grid or a search of trials with Ray Tune, here or on a cluster; finished trials are not run again.
 
     Every distinct synthesis is made once, by a fleet that all trials share (--synthesizers 0: each trial its own).
     Ctrl-C stops cleanly; the same command goes on.
     """
+    if gpus is not None and not dry_run:
+        raise ValueError("--gpus goes with --dry-run; a sweep uses the GPUs that there are")
     data = configs.read_yaml(file)
     overrides = configs.parse_overrides(set_ or [])
     from dfkd_ray import cache as caches
@@ -132,20 +141,36 @@ def sweep(
     from dfkd_ray import storage
     from dfkd_ray import sweep as sweeps
 
-    settings = configs.validate(sweeps.SweepConfig, data, str(file))
-    trials = sweeps.expand(settings, overrides, tiny=tiny)
-    jobs = sweeps.plan(trials, lambda name: load_teacher(name, trust_code, teachers), tuple(trust_code or ()))
-    uses_real = any(job.config.synthesis.method == "real" for job in jobs)
+    settings = sweeps.parse(data, str(file))
+    plan = sweeps.prepare(
+        settings,
+        lambda name: load_teacher(name, trust_code, teachers),
+        overrides,
+        tiny=tiny,
+        trust_code=tuple(trust_code or ()),
+    )
+    uses_real = any(job.config.synthesis.method == "real" for job in plan.jobs)
     if uses_real != (real_data is not None):
         raise ValueError(f"{file}: trials with synthesis.method=real and --real-data NAME go together")
     place = storage.folder(results or Path("runs") / (file.stem + ("-tiny" if tiny else "")))
+    root = storage.folder(cache or caches.default_folder()).uri
+    rows = sweeps.rows_in(place)
+    known = plan.jobs_in(rows)
+    own = {job.id for job in known}
+    finished = [row for row in rows if row["trial_id"] in own and row["status"] in tables.FINAL]
+    if dry_run:
+        done = {row["trial_id"] for row in finished}
+        tests = {job.teacher.hash: job.teacher for job in plan.known_jobs}
+        batches = {name: open_test(teacher, test_data, data_root, download) for name, teacher in tests.items()}
+        sizes = {name: sum(len(batch.labels) for batch in test or ()) for name, test in batches.items()}
+        print_dry_run(file, plan, done, root, sizes, gpus, tuple(trust_code or ()))
+        return
     place.write("sweep.yaml", yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False).encode())
-    num_done = len(tables.finished_ids(place) & {job.id for job in jobs})
-    print(f"{file}: {len(jobs)} trials, {num_done} already finished; results in {place}", flush=True)
-    finished = tables.read(place, "trials").to_dict("records") if num_done else []
+    print(f"{file}: {plan.num_trials} trials, {len(finished)} already finished; results in {place}", flush=True)
     start = time.monotonic()
-    view = live.View(live.names_of({job.id: job.config for job in jobs}), finished, start)
+    view = live.View(live.names_of({job.id: job.config for job in known}), finished, start, plan.num_trials)
     screen, seconds = live.Screen(view, str(file)), sweeps.Seconds()
+    searched = tuple(settings.search.space) if settings.search else ()
 
     def real_of(teacher: "Teacher", synthesis: configs.RealConfig) -> "BatchSource":
         assert real_data is not None
@@ -155,9 +180,9 @@ def sweep(
         try:
             with screen.shown():
                 num_failed = sweeps.run(
-                    jobs,
+                    plan,
                     place,
-                    storage.folder(cache or caches.default_folder()).uri,
+                    root,
                     address=address,
                     synthesizers=None if synthesizers == "auto" else number_of(synthesizers),
                     gpus_per_synthesizer=gpus_per_synthesizer,
@@ -169,22 +194,23 @@ def sweep(
                     on_status=screen.fleet,
                     on_stages=screen.stages if screen.is_live else None,
                     on_up=interrupts.up,
+                    on_new=lambda job: view.add(job.id, job.config, searched),
                     look_s=live.DRAW_S if screen.is_live else sweeps.LOOK_S,
                     stop=lambda: interrupts.asked,
                     seconds=seconds,
                     trust_code=tuple(trust_code or ()),
                 )
         except (KeyboardInterrupt, sweeps.Stopped) as error:
-            live.print_interrupted(len(tables.finished_ids(place) & set(view.names)), len(jobs), place)
+            live.print_interrupted(len(tables.finished_ids(place) & set(view.names)), plan.num_trials, place)
             if isinstance(error, sweeps.Stopped):
                 raise
             raise SystemExit(130) from None
-    rows = tables.read(place, "trials")
-    rows = rows[rows["trial_id"].isin([job.id for job in jobs])]
-    print_trials(rows)
-    print_failures(rows)
+    table = tables.read(place, "trials")
+    table = table[table["trial_id"].isin(view.names)]
+    print_trials(table)
+    print_failures(table)
     wall_s = time.monotonic() - start
-    print(f"{len(jobs)} trials, {num_failed} failed, {wall_s:.0f} s; table: {place / 'trials'}")
+    print(f"{len(table)} trials, {num_failed} failed, {wall_s:.0f} s; table: {place / 'trials'}")
     seconds.add({"live view": screen.seconds})
     spent = ", ".join(f"{what} {value:.2f} s" for what, value in sorted(seconds.items()))
     print(f"of that inside {spent}: {100 * sum(seconds.values()) / wall_s:.1f} %")

@@ -6,9 +6,10 @@ A crash leaves old rows or new ones, never half a row. `compact` makes one file 
 
 from dfkd_ray.results.schemas import METRICS, SEEDS, TABLES, deterministic_columns, schema, version
 from dfkd_ray.results.selecting import fold_seeds, select, varied_fields
-from dfkd_ray.results.tables import compact, finished_ids, read, read_part, write, write_batches, write_json
+from dfkd_ray.results.tables import FINAL, compact, finished_ids, read, read_part, write, write_batches, write_json
 
 __all__ = [
+    "FINAL",
     "METRICS",
     "SEEDS",
     "TABLES",

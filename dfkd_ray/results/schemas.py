@@ -37,7 +37,7 @@ WRITING: Columns = {WRITTEN_AT: (pa.float64(), False, "when the row was written,
 # name: (type, deterministic, meaning)
 METRICS: Columns = {
     "trial_id": (pa.string(), True, "t- and 12 hex digits of the config's and teacher's hash"),
-    "status": (pa.string(), True, "finished or failed"),
+    "status": (pa.string(), True, "finished, failed, or stopped: early, by how it compared with others"),
     "reason": (pa.string(), True, "why it failed"),
     "teacher_architecture": (pa.string(), True, "the teacher's architecture"),
     "real_data": (pa.bool_(), True, "true where the images distilled on are real: an upper bound, not data-free"),

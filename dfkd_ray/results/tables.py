@@ -29,6 +29,7 @@ MERGED = "merged-"
 LEFTOVER_S = 600.0  # a part is written in seconds: an older temporary file has no writer any more
 NUM_THREADS = 16  # of reading: parts are small, and on an object store each is a wait for the network
 ATTEMPTS = 20
+FINAL = ("finished", "stopped")  # statuses of trials that are not run again
 # Best first is by agreement on the reference set, never by test accuracy.
 ORDERS: dict[str, dict[str, bool]] = {
     "trials": {"agreement": False, "reference_kl": True, "trial_id": True},
@@ -89,12 +90,12 @@ def write_batches(place: Where, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def finished_ids(place: Where) -> set[str]:
-    """Trials with a finished row."""
+    """Trials with a row that is final: finished, or stopped early."""
     root = storage.folder(place)
     if not part_names(root / "trials"):
         return set()
     rows = read(root, "trials", ["trial_id", "status"])
-    return set(rows[rows["status"] == "finished"]["trial_id"])
+    return set(rows[rows["status"].isin(FINAL)]["trial_id"])
 
 
 def compact(place: Where) -> int:

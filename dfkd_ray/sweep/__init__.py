@@ -1,23 +1,67 @@
-"""Sweeps: a file of trials, run through Ray Tune on images that are made once.
+"""Sweeps: many trials over Ray Tune, on images that are made once.
 
-`jobs = sweep.plan(sweep.expand(file, {}), bundles.load)`, then `sweep.run(jobs, place, cache_root)`; what came of it:
-`results.read(place, "trials")`.
+A file, or a dict with the same fields, becomes a plan (all of it checked, nothing started), and a plan runs:
+
+>>> from dfkd_ray import bundles, results, sweep
+>>> small = {"num_images": 16, "num_steps": 4, "batch_size": 8, "eval_every": 2}
+>>> settings = sweep.parse({
+...     "base": {
+...         "teacher": "fashion_mnist_resnet8",
+...         "bn_num_images": 16,
+...         "synthesis": {"batch_size": 16, "num_steps": 2},
+...         "distillation": small,
+...         "reference": {"num_images": 16, "synthesis": {"batch_size": 16, "num_steps": 2}},
+...     },
+...     "grid": {"pruning.sparsity": [0.5, 0.9]},
+... })
+>>> plan = sweep.prepare(settings, bundles.load)
+>>> sweep.run(plan, folder / "grid", cache_root=None)  # how many failed
+0
+>>> len(results.read(folder / "grid", "trials"))
+2
+
+A search has domains in place of values; with `stop`, trials that lag behind end early (status `stopped`):
+
+>>> settings = sweep.parse({
+...     "base": settings.base,
+...     "search": {
+...         "space": {"pruning.sparsity": {"uniform": [0.5, 0.9]}, "distillation.temperature": [2.0, 4.0]},
+...         "num_trials": 3,
+...     },
+...     "stop": {"asha": {"grace_looks": 1, "reduction_factor": 3}},
+... })
+>>> sweep.run(sweep.prepare(settings, bundles.load), folder / "search", cache_root=None)
+0
+>>> set(results.read(folder / "search", "trials")["status"]) <= {"finished", "stopped"}
+True
+
+`folder` is a `pathlib.Path`; a URI does too. Both go on where they were left when called again.
 """
 
-from dfkd_ray.sweep.files import About, Job, SweepConfig, expand, plan
+from dfkd_ray.sweep.files import About, Job, Plan, SweepConfig, expand, parse, plan, prepare
 from dfkd_ray.sweep.places import Stopped
-from dfkd_ray.sweep.running import LOOK_S, Seconds, preflight, run, run_job
+from dfkd_ray.sweep.running import LOOK_S, Seconds, preflight, rows_in, run, run_job
+from dfkd_ray.sweep.schema import json_schema
+from dfkd_ray.sweep.search import AshaConfig, SearchConfig, StopConfig
 
 __all__ = [
     "LOOK_S",
     "About",
+    "AshaConfig",
     "Job",
+    "Plan",
+    "SearchConfig",
     "Seconds",
+    "StopConfig",
     "Stopped",
     "SweepConfig",
     "expand",
+    "json_schema",
+    "parse",
     "plan",
     "preflight",
+    "prepare",
+    "rows_in",
     "run",
     "run_job",
 ]

@@ -21,12 +21,13 @@ from dfkd_ray import trial as one_trial
 from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import RealConfig, TrialConfig
-from dfkd_ray.distillation import Progress
+from dfkd_ray.distillation import Progress, State
 from dfkd_ray.images import class_grid
-from dfkd_ray.results import finished_ids
+from dfkd_ray.results import FINAL, finished_ids
 from dfkd_ray.storage import Folder, Where
-from dfkd_ray.sweep import places
-from dfkd_ray.sweep.files import Job
+from dfkd_ray.sweep import places, tuning
+from dfkd_ray.sweep.files import Job, Plan
+from dfkd_ray.sweep.search import StopConfig
 
 log = logging.getLogger(__name__)
 OnRow = Callable[[Mapping[str, Any], int, int], None]
@@ -70,6 +71,7 @@ def run_job(
     trust_code: Sequence[str],
     *,
     progress: Progress | None = None,
+    on_look: one_trial.OnLook | None = None,
     seconds: Seconds | None = None,
 ) -> dict[str, Any]:
     """Run one trial and write what it leaves: student, picture, events, rows (its own last: then all else is there).
@@ -98,6 +100,7 @@ def run_job(
             images=images,
             teacher_accuracy=TEACHER_ACCURACIES.get(known),
             checkpoint=place / "checkpoints",
+            on_look=on_look,
             on_epochs=write_epochs,
             progress=progress,
             trust_code=trust_code,
@@ -123,9 +126,10 @@ def keep(job: Job, outcome: one_trial.Outcome, place: Folder, seconds: Seconds) 
     """Write everything a trial leaves, each file whole; doing it twice changes nothing."""
     row = outcome.row
     with seconds.spent("results"):
-        if outcome.student is not None:
+        if outcome.epochs:
             looks = [{"trial_id": job.id, **look} for look in outcome.epochs]
             results.write(place, "epochs", looks, job.id)
+        if outcome.student is not None:
             outcome.save_student(place / "students" / job.id)
             results.write_batches(place, outcome.synthesis)
             pictures, picture = place / "images", f"{row['synthesis_key'][:12]}.png"
@@ -136,7 +140,7 @@ def keep(job: Job, outcome: one_trial.Outcome, place: Folder, seconds: Seconds) 
         tensorboard.write_trial(place, row, outcome.epochs)
     with seconds.spent("results"):
         results.write(place, "trials", [row], job.id)
-        if row["status"] == "finished":  # a failed one is run again on resume, and goes on from there
+        if row["status"] in FINAL:  # a failed one is run again on resume, and goes on from there
             with suppress(OSError):
                 (place / "checkpoints" / job.id).remove_all()
 
@@ -160,12 +164,21 @@ class Shared:
     reals: Mapping[str, list[Any]]  # by trial id
 
 
-def in_worker(trial_id: str, config: TrialConfig, teacher_hash: str, shared: Shared) -> dict[str, Any]:
+def in_worker(
+    trial_id: str,
+    config: TrialConfig,
+    teacher_hash: str,
+    shared: Shared,
+    report: Callable[[Mapping[str, Any]], None] | None = None,
+) -> dict[str, Any]:
     """Run a trial in this process, and say how it went: its `row` (written here), or the `reason` it could not begin
-    (the driver writes that row), or what `stopped` it, which would stop every other."""
+    (the driver writes that row), or what `stopped` it, which would stop every other.
+
+    `report`, for trials that may be stopped early, is told of each look at the reference set.
+    """
     import ray
 
-    seconds = Seconds()
+    seconds, num_steps = Seconds(), config.distillation.num_steps
     try:
         if teacher_hash not in OPENED:
             OPENED[teacher_hash] = bundles.from_arrays(ray.get(shared.teachers[teacher_hash][0]))
@@ -175,14 +188,30 @@ def in_worker(trial_id: str, config: TrialConfig, teacher_hash: str, shared: Sha
         images = shared.fleet.stream() if shared.fleet else one_trial.made_here(shared.cache_root)
     except Exception as error:
         log.exception("trial %s", trial_id)
-        return {"reason": one_trial.reason_of(error)}
+        return tuning.result(None, num_steps) | {"reason": one_trial.reason_of(error)}
     progress = Telling(shared.board, trial_id, seconds) if shared.board else None
+
+    def on_look(row: Mapping[str, Any], state: State) -> None:
+        if report is not None and tuning.counts(state, num_steps):
+            report(tuning.look(row, state) | {"seconds": dict(seconds)})
+
     try:
-        row = run_job(job, images, test, real, shared.place, shared.trust_code, progress=progress, seconds=seconds)
+        row = run_job(
+            job,
+            images,
+            test,
+            real,
+            shared.place,
+            shared.trust_code,
+            progress=progress,
+            on_look=on_look if report else None,
+            seconds=seconds,
+        )
     except OSError as error:
         log.exception("trial %s", trial_id)
-        return {"stopped": f"{error.filename or shared.place}: {places.in_one_line(error)}"}
-    return {"row": json.dumps(row), "seconds": dict(seconds)}
+        why = f"{error.filename or shared.place}: {places.in_one_line(error)}"
+        return tuning.result(None, num_steps) | {"stopped": why}
+    return tuning.result(row, num_steps) | {"row": json.dumps(row), "seconds": dict(seconds)}
 
 
 class Board:
@@ -221,7 +250,7 @@ class Telling:
 
 
 def run(
-    jobs: Sequence[Job],
+    jobs: Plan | Sequence[Job],
     place: Where,
     cache_root: str | None,
     *,
@@ -237,52 +266,63 @@ def run(
     on_stages: Callable[[Stages], None] | None = None,
     on_up: Callable[[], None] = lambda: None,
     look_s: float = LOOK_S,
+    on_new: Callable[[Job], None] = lambda _job: None,
     stop: Callable[[], bool] = lambda: False,
     seconds: Seconds | None = None,
     trust_code: Sequence[str] = (),
 ) -> int:
-    """Run the trials that have no finished row yet; returns how many failed.
+    """Run the trials that have no final row yet; returns how many failed.
 
-    `place`, a folder or URI, takes all results. `cache_root` is one too; None keeps batches in memory only.
-    `address` is of a running Ray cluster (`HOST:PORT` or `auto`); None starts Ray on this machine. `synthesizers` None
-    takes as many as the machines have room for and grows with them; 0 shares nothing: every trial makes its own images.
-    `test_of` gives a teacher's test batches or None, `real_of` the real images for trials with `synthesis.method=real`;
-    without it such trials are refused. `on_up` is called when the fleet is up, `on_row` when a trial has ended,
-    `on_status` every `look_s` seconds with how the fleet is, and `on_stages` with where the running trials are. `stop`
-    is asked several times a second: where it says yes, the trials are stopped, the fleet is shut down, and
-    `KeyboardInterrupt` raised; the same call goes on later. `seconds` is filled with what writing results and telling
-    of them took.
+    Takes a plan (of `prepare`), or just jobs. An Optuna search goes on from the rows that lie in its space; a trial
+    that was stopped early has a row that says so, and is not run again. `place`, a folder or URI, takes all results.
+    `cache_root` is one too; None keeps batches in memory only. `address` is of a running Ray cluster (`HOST:PORT` or
+    `auto`); None starts Ray on this machine. `synthesizers` None takes as many as the machines have room for and grows
+    with them; 0 shares nothing: every trial makes its own images. `test_of` gives a teacher's test batches or None,
+    `real_of` the real images for trials with `synthesis.method=real`; without it such trials are refused. `on_up` is
+    called when the fleet is up, `on_row` when a trial has ended, `on_new` when Optuna has come up with one, `on_status`
+    every `look_s` seconds with how the fleet is, and `on_stages` with where the running trials are. `stop` is asked
+    several times a second: where it says yes, the trials are stopped, the fleet is shut down, and `KeyboardInterrupt`
+    raised; the same call goes on later. `seconds` is filled with what writing results and telling of them took.
 
     `ValueError` where nothing fits; `OSError` where a place cannot be written or a cluster not be reached;
     `places.Stopped` where that happens on the way: all finished rows are safe.
     """
-    if real_of is None and any(isinstance(job.config.synthesis, RealConfig) for job in jobs):
+    plan = jobs if isinstance(jobs, Plan) else Plan(list(jobs))
+    if real_of is None and any(isinstance(job.config.synthesis, RealConfig) for job in plan.jobs):
         raise ValueError(
             "synthesis.method=real needs real images, which are used only when asked for: --real-data NAME"
         )
     seconds = Seconds() if seconds is None else seconds
     place = storage.folder(place)
-    done = finished_ids(place)
-    todo = [job for job in jobs if job.id not in done]
-    if not todo:
+    rows = rows_in(place, None if plan.search else ["trial_id", "status"])
+    done = {row["trial_id"] for row in rows if row["status"] in FINAL}
+    todo = [job for job in plan.jobs if job.id not in done]
+    num_left = plan.search.begin(rows) if plan.search else len(todo)
+    if not num_left:
         return 0
+    # Where Optuna chooses the trials, what has to be known of all of them is asked at the ends of the space.
+    known = plan.known_jobs if plan.search else todo
+    before = [job for job in plan.jobs_in(rows) if job.id in done]
+    asha = tuning.scheduler(plan.stop, [job.config for job in plan.known_jobs]) if plan.stop else None
+    if asha:
+        tuning.prime(asha, looks_in(place, {job.id for job in before}))
     places.probe(place, "results folder")
     if cache_root is not None:
         places.probe(storage.folder(cache_root), "cache")
-    teachers = {job.teacher.hash: job.teacher for job in todo}
+    teachers = {job.teacher.hash: job.teacher for job in known}
     tests = {name: test_of(teacher) for name, teacher in teachers.items()}
     reals = real_sources(todo, real_of)
-    check_one_meaning(jobs, todo, place, tests, reals)
+    check_one_meaning(before, todo, place, tests, reals)
     from dfkd_ray import fleet
 
-    ledger = Ledger(todo, place, on_row, seconds)
+    ledger = Ledger(todo, place, on_row, seconds, num_left, on_new)
     with places.reserved(place), ExitStack() as stack:
         places.tidy(place, done)
         with seconds.spent("TensorBoard"):
-            tensorboard.write_sweep(place, [job.config for job in jobs])
+            tensorboard.write_sweep(place, [job.config for job in plan.known_jobs])
         stack.enter_context(fleet.connected(address))
         places.seen_from_every_node(place)
-        settings, placement = preflight(todo, cache_root, synthesizers, gpus_per_synthesizer, gpus_per_trial)
+        settings, placement = preflight(known, cache_root, synthesizers, gpus_per_synthesizer, gpus_per_trial)
         settings = replace(settings, batch_timeout_s=batch_timeout_s)
         running = board = None
         if synthesizers != 0:
@@ -301,15 +341,35 @@ def run(
             {trial_id: put(source) for trial_id, source in reals.items()},
         )
         with watched(look_of(ledger, running, board, on_status, on_stages), look_s):
-            _tune(todo, shared, placement, ledger, stop)
+            _tune(plan, asha, shared, placement, ledger, stop)
+        if plan.search:  # now its trials are known
+            with seconds.spent("TensorBoard"):
+                tensorboard.write_sweep(place, [job.config for job in [*before, *todo]])
     if ledger.trouble:
         raise places.Stopped(f"{ledger.trouble}; all finished rows are safe")
-    if ledger.num_done < len(todo) and stop():
+    if ledger.num_done < num_left and stop():
         raise KeyboardInterrupt
     with seconds.spent("results"):
         compact(place)
     finished = finished_ids(place)
     return sum(job.id not in finished for job in todo)
+
+
+def rows_in(place: Folder, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """The rows of the `trials` table, or some of their columns; none where there is no table yet."""
+    if not (place / "trials").names():
+        return []
+    return [{str(k): v for k, v in row.items()} for row in results.read(place, "trials", columns).to_dict("records")]
+
+
+def looks_in(place: Folder, trial_ids: set[str]) -> list[tuple[str, int, float]]:
+    """(trial, step, best agreement so far) of these trials' looks at the reference set."""
+    if not trial_ids:
+        return []
+    looks = results.read(place, "epochs", ["trial_id", "step", "agreement"])
+    looks = looks[looks["trial_id"].isin(list(trial_ids))]
+    best = looks.groupby("trial_id")["agreement"].cummax()
+    return list(zip(looks["trial_id"], looks["step"].astype(int), best, strict=True))
 
 
 def real_sources(
@@ -329,18 +389,17 @@ def real_sources(
 
 
 def check_one_meaning(
-    jobs: Sequence[Job],
+    finished: Sequence[Job],
     todo: Sequence[Job],
     place: Folder,
     tests: Mapping[str, Sequence[Batch] | None],
     reals: Mapping[str, BatchSource],
 ) -> None:
-    """`ValueError` where finished rows of these jobs were measured on other data than the rest would be.
+    """`ValueError` where the rows of finished trials were measured on other data than those of the rest would be.
 
     What a trial's id does not hold: the test images it is reported on, and which real images were handed in.
     """
-    todo_ids = {job.id for job in todo}
-    before = {job.id: job for job in jobs if job.id not in todo_ids}
+    before = {job.id: job for job in finished}
     if not before:
         return
     rows = results.read(place, "trials")
@@ -421,13 +480,28 @@ def started_board() -> Iterator[Any]:
 
 
 class Ledger:
-    """What has become of each trial, as the driver hears of it."""
+    """What has become of each trial, as the driver hears of it. A search adds to `todo` until there are `total`."""
 
-    def __init__(self, todo: Sequence[Job], place: Folder, on_row: OnRow | None, seconds: Seconds):
+    def __init__(
+        self,
+        todo: list[Job],
+        place: Folder,
+        on_row: OnRow | None,
+        seconds: Seconds,
+        total: int | None = None,
+        on_new: Callable[[Job], None] = lambda _job: None,
+    ):
         self.todo, self.place, self.on_row, self.seconds = todo, place, on_row, seconds
+        self.total, self.on_new = len(todo) if total is None else total, on_new
         self.running: dict[str, str] = {}
         self.num_done = 0
         self.trouble: str | None = None  # what no trial can get past: the sweep stops
+
+    def add(self, job: Job) -> int:
+        """A search has come up with it; returns its index."""
+        self.todo.append(job)
+        self.on_new(job)
+        return len(self.todo) - 1
 
     def started(self, job: Job) -> None:
         """Its process is there, or is being started."""
@@ -448,16 +522,25 @@ class Ledger:
         if "stopped" in told:
             self.trouble = self.trouble or str(told["stopped"])
         elif "reason" in told:
-            row = failed_row(job, told["reason"])
-            try:
-                with self.seconds.spent("results"):
-                    places.persistently(lambda: results.write(self.place, "trials", [row], job.id))
-            except OSError as error:
-                self.trouble = self.trouble or f"{self.place}: {places.in_one_line(error)}"
-                return
-            self.tell(row)
+            self.keep(job, one_trial.Outcome(failed_row(job, told["reason"])))
         elif "row" in told:
             self.tell(json.loads(told["row"]))
+
+    def cut(self, job: Job, told: Mapping[str, Any], stop: StopConfig) -> None:
+        """It was stopped early, at the look `told`."""
+        self.running.pop(job.id, None)
+        self.seconds.add(told.get("seconds", {}))
+        row = tuning.stopped_row(job, told, stop)
+        self.keep(job, one_trial.Outcome(row, epochs=tuple(json.loads(told["looks"]))))
+
+    def keep(self, job: Job, outcome: one_trial.Outcome) -> None:
+        """Write what no trial's process has written."""
+        try:
+            places.persistently(lambda: keep(job, outcome, self.place, self.seconds))
+        except OSError as error:
+            self.trouble = self.trouble or f"{self.place}: {places.in_one_line(error)}"
+            return
+        self.tell(outcome.row)
 
     def tell(self, row: Mapping[str, Any]) -> None:
         """Hand a row on."""
@@ -467,7 +550,7 @@ class Ledger:
                 compact(self.place)
         if self.on_row:
             with self.seconds.spent("live view"):
-                self.on_row(row, self.num_done, len(self.todo))
+                self.on_row(row, self.num_done, self.total)
 
 
 def look_of(
@@ -516,34 +599,48 @@ def watched(look: Callable[[], None], every_s: float) -> Iterator[None]:
         thread.join(timeout=LOOK_S)
 
 
-def _tune(todo: Sequence[Job], shared: Shared, placement: Any, ledger: Ledger, stop: Callable[[], bool]) -> None:
-    """The trials through Ray Tune; what they hold of fleet and board are handles."""
+def _tune(
+    plan: Plan, asha: Any | None, shared: Shared, placement: Any, ledger: Ledger, stop: Callable[[], bool]
+) -> None:
+    """The trials through Ray Tune; what they hold of fleet and board are handles. `asha` stops some early."""
     from ray import tune
 
-    points = [(job.id, job.config, job.teacher.hash) for job in todo]
+    points = [(job.id, job.config, job.teacher.hash) for job in ledger.todo]
+    may_stop = asha is not None
 
     def trial(point: Mapping[str, Any]) -> None:
-        trial_id, config, teacher_hash = points[point["job"]]
-        tune.report(in_worker(trial_id, config, teacher_hash, shared))
+        if "config" in point:  # of a search
+            config = TrialConfig.model_validate_json(point["config"])
+            trial_id, teacher_hash = point["id"], point["teacher_hash"]
+        else:
+            trial_id, config, teacher_hash = points[point["job"]]
+        tune.report(in_worker(trial_id, config, teacher_hash, shared, tune.report if may_stop else None))
 
     resources = {"cpu": placement.trial_cpus, "gpu": placement.trial_gpus}
     # Whoever runs the sweep decides what Ctrl-C means; what trials die of is in their rows, not on the screen.
     for name, value in {"TUNE_DISABLE_SIGINT_HANDLER": "1", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0"}.items():
         os.environ.setdefault(name, value)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    if plan.search:
+        space, asking = {}, {"search_alg": tuning.searcher(plan.search, ledger.add), "num_samples": ledger.total}
+    else:
+        space, asking = {"job": tune.grid_search(list(range(len(points))))}, {}
     with tempfile.TemporaryDirectory(prefix="dfkd_ray-tune-") as scratch:
         tuner = tune.Tuner(
             tune.with_resources(trial, resources),
-            param_space={"job": tune.grid_search(list(range(len(todo))))},
+            param_space=space,
             tune_config=tune.TuneConfig(
+                scheduler=asha,
+                max_concurrent_trials=plan.max_concurrent,
                 reuse_actors=True,
                 trial_dirname_creator=lambda t: f"trial_{t.trial_id}",
+                **asking,
             ),
             run_config=tune.RunConfig(
                 name="tune",
                 storage_path=scratch,
                 verbose=0,
-                callbacks=[_telling(ledger)],
+                callbacks=[_telling(ledger, asha, plan.stop)],
                 stop=_stopper(lambda: stop() or ledger.trouble is not None),
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
             ),
@@ -551,8 +648,8 @@ def _tune(todo: Sequence[Job], shared: Shared, placement: Any, ledger: Ledger, s
         tuner.fit()
 
 
-def _telling(ledger: Ledger) -> Any:
-    """A Tune callback that keeps the ledger."""
+def _telling(ledger: Ledger, asha: Any | None = None, stop: StopConfig | None = None) -> Any:
+    """A Tune callback that keeps the ledger; `asha` knows whom it has stopped."""
     from ray import tune
 
     class Tells(tune.Callback):
@@ -578,7 +675,11 @@ def _telling(ledger: Ledger) -> Any:
 
         def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             """It has reported, or was stopped."""
-            self.ledger.ended(self.job(trial), trial.last_result or {})
+            told = trial.last_result or {}
+            if asha and stop and trial.trial_id in asha.cut:
+                self.ledger.cut(self.job(trial), told, stop)
+            else:
+                self.ledger.ended(self.job(trial), told)
 
         def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             """It has failed as often as it may."""

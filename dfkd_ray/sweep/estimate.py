@@ -1,0 +1,282 @@
+"""What a sweep will cost, before it starts: how much there is to do, times what a unit of it takes on this machine.
+
+`syntheses` and `estimate` are pure; `calibrate` times a few steps of each kind of work. Ray is not started.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dfkd_ray import devices, distillation, evaluation, pruning, synthesis, trial
+from dfkd_ray.bundles import Teacher
+from dfkd_ray.config import PruningConfig, synthesis_key
+from dfkd_ray.sweep.files import Job
+
+START_S = 15.0  # Ray, the fleet and the first trial's process; measured on two cores
+CAP_S = 20.0
+SMALL = 8  # images of a first timing, which says whether the configured batch size can be afforded
+MOST_STEPS = 8
+Unit = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """One distinct synthesis of a sweep: its key, and how many batches the trials want of it together."""
+
+    key: str
+    domain: str
+    teacher: Teacher
+    config: Any
+    num_batches: int
+    num_users: int
+    num_cached: int = 0
+
+    @property
+    def num_to_make(self) -> int:
+        """Batches that are not in the cache yet."""
+        return max(0, self.num_batches - self.num_cached)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the work is spread over: `num` GPUs, or CPU cores."""
+
+    num: int
+    kind: str  # "GPU" or "CPU core"
+
+    def share(self, num_threads: int) -> float:
+        """How much of the machine's units one piece of work takes."""
+        return 1.0 if self.kind == "GPU" else float(min(num_threads, self.num))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of a batch's or a trial's fixed part, of a step, and of an image through the network."""
+
+    fixed_s: float = 0.0
+    step_s: float = 0.0
+    image_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Costs by unit of work, and how they were got."""
+
+    costs: Mapping[Unit, Cost]
+    wall_s: float
+    num_scaled: int  # units too slow for the configured batch size: timed on fewer images, and scaled
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a sweep costs. Seconds of work are those of one worker on its own; `units_h` is GPU- or core-hours."""
+
+    synthesis_s: float
+    trials_s: float
+    wall_s: float
+    units_h: float
+    unshared_units_h: float  # were every trial to make its own images
+
+
+def syntheses(jobs: Iterable[Job], num_cached: Callable[[str], int] = lambda _key: 0) -> list[Synthesis]:
+    """Every distinct synthesis that these trials read, reference sets included; real images are none."""
+    found: dict[str, Synthesis] = {}
+    for job in jobs:
+        for domain, config, num_images in wanted(job):
+            key = synthesis_key(job.teacher.hash, config, domain)
+            num_batches = -(-num_images // config.batch_size)
+            before = found.get(key)
+            users = 1 + (before.num_users if before else 0)
+            num_batches = max(num_batches, before.num_batches if before else 0)
+            cached = before.num_cached if before else num_cached(key)
+            found[key] = Synthesis(key, domain, job.teacher, config, num_batches, users, cached)
+    return list(found.values())
+
+
+def wanted(job: Job) -> list[tuple[str, Any, int]]:
+    """(domain, config, images) of what a trial has synthesised, as `trial.steps` asks for it."""
+    config = job.config
+    needs: list[tuple[str, Any, int]] = [("reference", config.reference.synthesis, config.reference.num_images)]
+    if config.synthesis.method != "real":
+        needs.append(("train", config.synthesis, max(config.distillation.num_images, config.bn_num_images)))
+    return needs
+
+
+def synthesis_unit(teacher: Teacher, config: Any) -> Unit:
+    """What decides how long a batch takes, but for its number of steps."""
+    fields = ("method", "precision", "batch_size", "num_threads", "parametrisation", "storage", "channels_last", "fast")
+    return ("synthesis", teacher.hash, *(getattr(config, name, None) for name in fields))
+
+
+def trial_unit(job: Job) -> Unit:
+    """What decides how long a distillation step takes: teacher, student, precision, batch size and threads."""
+    config, kd = job.config, job.config.distillation
+    student = (config.student.architecture, str(sorted(config.student.arguments.items())))
+    given = (kd.precision, kd.batch_size, kd.num_threads, kd.fast, kd.feature_weight > 0, config.device)
+    return ("trial", job.teacher.hash, *student, *given)
+
+
+def num_steps(config: Any) -> int:
+    """Optimiser steps of a batch."""
+    return getattr(config, "num_steps", 0)
+
+
+def num_forward(job: Job, num_test_images: int) -> int:
+    """Images that go through a network once in a trial, beside the distillation steps."""
+    config, kd = job.config, job.config.distillation
+    looks = 1 + -(-kd.num_steps // kd.eval_every)
+    rungs = 3 * num_test_images  # pruned, BatchNorm re-estimated, recovered; the teacher's is known after the first
+    # The reference set: the teacher's answers, two rungs and the looks. The pool: teacher's answers, re-estimation.
+    return rungs + (3 + looks) * config.reference.num_images + kd.num_images + config.bn_num_images
+
+
+def estimate(
+    jobs: Sequence[Job],
+    costs: Mapping[Unit, Cost],
+    machine: Machine,
+    num_test_images: Mapping[str, int] | None = None,
+    num_cached: Callable[[str], int] = lambda _key: 0,
+) -> Estimate:
+    """Time and GPU- or core-hours of these trials, every distinct synthesis made once.
+
+    `num_test_images` is by the teacher's hash. The work is taken to spread evenly over the machine, but no faster than
+    its longest trial on its own.
+    """
+    tests = num_test_images or {}
+    synthesis_s = trials_s = units_s = 0.0
+
+    def batch_s(teacher: Teacher, config: Any) -> float:
+        cost = costs[synthesis_unit(teacher, config)]
+        return cost.fixed_s + num_steps(config) * cost.step_s
+
+    for made in syntheses(jobs, num_cached):
+        seconds = made.num_to_make * batch_s(made.teacher, made.config)
+        synthesis_s += seconds
+        units_s += seconds * machine.share(getattr(made.config, "num_threads", 1))
+    unshared_s, longest_s = 0.0, 0.0
+    for job in jobs:
+        cost, kd = costs[trial_unit(job)], job.config.distillation
+        num_images = num_forward(job, tests.get(job.teacher.hash, 0))
+        seconds = cost.fixed_s + kd.num_steps * cost.step_s + num_images * cost.image_s
+        trials_s += seconds
+        units_s += seconds * machine.share(kd.num_threads)
+        unshared_s += seconds * machine.share(kd.num_threads)
+        for _, config, images in wanted(job):
+            own_s = -(-images // config.batch_size) * batch_s(job.teacher, config)
+            unshared_s += own_s * machine.share(getattr(config, "num_threads", 1))
+        longest_s = max(longest_s, seconds)
+    wall_s = START_S + max(units_s / machine.num, longest_s) if jobs else 0.0
+    return Estimate(synthesis_s, trials_s, wall_s, units_s / 3600, unshared_s / 3600)
+
+
+def calibrate(jobs: Sequence[Job], trust_code: Sequence[str] = (), cap_s: float = CAP_S) -> Calibration:
+    """Time every distinct unit of work in these trials on this machine, in about `cap_s` seconds altogether.
+
+    Work that would take longer at the configured batch size is timed on fewer images, and scaled.
+    """
+    start = time.perf_counter()
+    timed: dict[Unit, Callable[[float], tuple[Cost, bool]]] = {}
+    for job in jobs:
+        device = devices.resolve(job.config.device)
+        for _, config, _ in wanted(job):
+            unit = synthesis_unit(job.teacher, config)
+            timed.setdefault(unit, lambda s, t=job.teacher, c=config, d=device: synthesis_cost(t, c, d, s))
+        timed.setdefault(trial_unit(job), lambda s, j=job, d=device: trial_cost(j, d, trust_code, s))
+    costs: dict[Unit, Cost] = {}
+    num_scaled = 0
+    for position, (unit, measure) in enumerate(timed.items()):
+        left = max(0.0, cap_s - (time.perf_counter() - start))
+        costs[unit], scaled = measure(left / (len(timed) - position))
+        num_scaled += scaled
+    return Calibration(costs, time.perf_counter() - start, num_scaled)
+
+
+def synthesis_cost(teacher: Teacher, config: Any, device: torch.device, share_s: float) -> tuple[Cost, bool]:
+    """Cost of a batch; without torch.compile, whose own seconds would be all that is seen of it."""
+
+    def ready(steps: int, batch_size: int) -> Callable[[], Any]:
+        changes = {"num_steps": steps, "batch_size": batch_size, "compile": False}
+        changes = {name: value for name, value in changes.items() if hasattr(config, name)}
+        make = synthesis.source(teacher, config.model_copy(update=changes), device)[1]
+        return lambda: make(0)
+
+    return per_step(ready, config.batch_size, share_s)
+
+
+def trial_cost(job: Job, device: torch.device, trust_code: Sequence[str], share_s: float) -> tuple[Cost, bool]:
+    """Cost of a trial's steps and of images through its network."""
+    config, kd, space = job.config, job.config.distillation, job.teacher.info.space
+    network = trial.on_device(job.teacher.network, device)
+    draws = np.random.default_rng(0)
+
+    def images(num: int) -> np.ndarray:
+        return draws.integers(0, 256, (num, *job.teacher.info.image_shape), dtype=np.uint8)
+
+    def ready_steps(steps: int, batch_size: int) -> Callable[[], Any]:
+        student = trial.starting_student(config, job.teacher, device, trust_code)
+        masks = pruning.masks(student, PruningConfig(sparsity=0.5))
+        pool = distillation.Pool(images(batch_size), np.zeros(batch_size, np.int64))
+        changes = {"num_steps": steps, "batch_size": batch_size, "eval_every": steps, "patience": 0}
+        settings = kd.model_copy(update=changes)
+        reference = evaluation.reference(network, images(2), space, device, kd.precision)
+        return lambda: distillation.distil(
+            student, network, pool, settings, PruningConfig(sparsity=0.5), masks, reference, space, device
+        )
+
+    def ready_images(_steps: int, num: int) -> Callable[[], Any]:
+        given = images(num)
+        return lambda: evaluation.logits(network, given, space, device, kd.precision)
+
+    with devices.numerics(kd.precision, device, kd.num_threads, kd.fast):
+        steps, scaled = per_step(ready_steps, kd.batch_size, 0.7 * share_s)
+        forward, forward_scaled = per_step(ready_images, evaluation.EVALUATION_BATCH, 0.3 * share_s, most_steps=1)
+    return Cost(0.0, steps.step_s, forward.fixed_s / evaluation.EVALUATION_BATCH), scaled or forward_scaled
+
+
+def per_step(
+    ready: Callable[[int, int], Callable[[], Any]], batch_size: int, share_s: float, most_steps: int = MOST_STEPS
+) -> tuple[Cost, bool]:
+    """Fixed seconds and seconds per step of `ready(steps, batch_size)()`, and whether they were scaled.
+
+    With `most_steps` 1 all seconds are fixed ones.
+    """
+
+    def seconds(steps: int, size: int) -> float:
+        run = ready(steps, size)
+        start = time.perf_counter()
+        with suppress(FloatingPointError):  # the trial will say so; its steps take as long as others
+            run()
+        return time.perf_counter() - start
+
+    def split(one_s: float, several_s: float, steps: int) -> Cost:
+        step_s = (several_s - one_s) / (steps - 1)
+        step_s = step_s if step_s > 0 else several_s / steps  # too short for the clock
+        return Cost(max(0.0, one_s - step_s), step_s)
+
+    size = min(batch_size, SMALL)
+    start = time.perf_counter()
+    seconds(1, size)  # the first call of anything is slower
+    one_s = seconds(1, size)
+    expected_s = one_s * batch_size / size
+    while size < batch_size:
+        left_s = share_s - (time.perf_counter() - start)
+        # The largest size of which one timing, and at the configured size a few, can be afforded.
+        next_size = batch_size if 4 * expected_s < left_s else int(size * left_s / (4 * max(one_s, 1e-9)))
+        if next_size < min(2 * size, batch_size):
+            break
+        before, before_s, size = size, one_s, next_size
+        one_s = seconds(1, size)
+        slope = max(0.0, (one_s - before_s) / (size - before))
+        expected_s = one_s + slope * (batch_size - size)
+    scale = expected_s / one_s if size < batch_size else 1.0
+    if most_steps == 1:
+        return Cost(one_s * scale), size < batch_size
+    left_s = share_s - (time.perf_counter() - start)
+    steps = min(most_steps, max(2, int(left_s / max(one_s, 1e-6))))
+    cost = split(one_s, seconds(steps, size), steps)
+    return Cost(cost.fixed_s * scale, cost.step_s * scale), size < batch_size

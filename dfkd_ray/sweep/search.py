@@ -1,0 +1,226 @@
+"""What is searched: domains by Ray Tune's names, points drawn from them, and when a trial is stopped early.
+
+Pure: no Ray, no Optuna. Point `i` of a random search is a function of (space, seed, i), so its trials are known before
+anything starts, as a grid's are. Optuna's points depend on earlier trials (`dfkd_ray.sweep.tuning`).
+"""
+
+import itertools
+import json
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, field_validator
+
+from dfkd_ray.batches import mix_seed
+from dfkd_ray.config import STRICT
+
+Point = dict[str, Any]  # dotted field → value
+BOUNDED = {"uniform": 2, "loguniform": 2, "quniform": 3, "qloguniform": 3}
+BOUNDED |= {"randint": 2, "lograndint": 2, "qrandint": 3, "qlograndint": 3}
+# What trials are compared by has to be the same for all of them; a search over seeds finds luck.
+FIXED = ("teacher", "reference", "device", "synthesis.seed", "distillation.seed")
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Values of one field: `choice` of some, or numbers from `low` to `high`, on a grid of multiples of `step`.
+
+    `high` is included, except in continuous domains, where it is a limit. `step` is None for continuous ones.
+    """
+
+    kind: str
+    values: tuple[Any, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+    step: float | None = None
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether values are whole numbers."""
+        return "int" in self.kind
+
+    @property
+    def is_log(self) -> bool:
+        """Whether equal ratios are equally likely, instead of equal differences."""
+        return "log" in self.kind
+
+    def ends(self) -> tuple[Any, ...]:
+        """Every choice, or the least and the greatest number."""
+        return self.values if self.kind == "choice" else (self.number(self.low), self.number(self.high))
+
+    def number(self, value: float) -> float | int:
+        """A number as this domain's type, without the dust of multiplying by the step."""
+        return round(value) if self.is_integer else round(value, 12) if self.step else float(value)
+
+    def at(self, share: float) -> Any:
+        """The value below which a `share` in [0, 1) of the draws lies."""
+        if self.kind == "choice":
+            return self.values[int(share * len(self.values))]
+        step = self.step or 0.0
+        if self.is_log:
+            value = self.low * ((self.high + step) / self.low) ** share
+        else:
+            value = self.low + share * (self.high + step - self.low)
+        if step:
+            # The low end is a multiple of the step; the tolerance is for a quotient just below a whole number.
+            value = self.low + step * math.floor((value - self.low) / step + 1e-9)
+        return self.number(min(value, self.high))
+
+    def holds(self, value: Any) -> bool:
+        """Whether `value` can be drawn, but for its place between two steps."""
+        if self.kind == "choice":
+            return value in self.values
+        return isinstance(value, int | float) and self.low <= value <= self.high
+
+
+def domain(given: Any) -> Domain:
+    """A domain as written in a sweep file: a list, or `{name: arguments}`. `ValueError` says what was expected."""
+    if isinstance(given, list):
+        given = {"choice": given}
+    if not isinstance(given, Mapping) or len(given) != 1 or next(iter(given)) not in ("choice", *BOUNDED):
+        names = ", ".join(("choice", *BOUNDED))
+        raise ValueError(f"expected a list of values or one of {names} with its arguments, got {shown(given)}")
+    kind, arguments = next(iter(given.items()))
+    if kind == "choice":
+        if not isinstance(arguments, list) or not arguments:
+            raise ValueError(f"choice takes a list of values, got {shown(arguments)}")
+        return Domain(kind, tuple(arguments))
+    types = (int,) if "int" in kind else (int, float)
+    wanted = "[low, high, q]" if BOUNDED[kind] == 3 else "[low, high]"
+    if (
+        not isinstance(arguments, list)
+        or len(arguments) != BOUNDED[kind]
+        or not all(isinstance(x, types) and not isinstance(x, bool) and math.isfinite(x) for x in arguments)
+    ):
+        what = "whole numbers" if "int" in kind else "numbers"
+        raise ValueError(f"{kind} takes {wanted}, {what}, got {shown(arguments)}")
+    low, high, *rest = arguments
+    if low >= high:
+        raise ValueError(f"{kind}: low has to be less than high, got {shown(arguments)}")
+    if "log" in kind and low <= 0:
+        raise ValueError(f"{kind}: low has to be above 0, got {shown(arguments)}")
+    if not rest:
+        # As in Ray Tune: the upper end of whole numbers is left out, unless they are quantised.
+        is_integer = "int" in kind
+        return Domain(kind, (), float(low), float(high - is_integer), 1.0 if is_integer else None)
+    step = rest[0]
+    if step <= 0:
+        raise ValueError(f"{kind}: q has to be above 0, got {shown(arguments)}")
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    first = max(first, 1) if "log" in kind else first
+    if first > last:
+        raise ValueError(f"{kind}: no multiple of q between low and high, got {shown(arguments)}")
+    return Domain(kind, (), round(float(first * step), 12), round(float(last * step), 12), float(step))
+
+
+def shown(value: Any) -> str:
+    """A value as one would write it in YAML."""
+    return json.dumps(value, default=str)
+
+
+class SearchConfig(BaseModel):
+    """Which points are tried, and how many."""
+
+    model_config = STRICT
+
+    space: dict[str, Any] = Field(min_length=1, description="dotted field → domain by Ray Tune's names, or a list")
+    algorithm: Literal["random", "optuna"] = Field(
+        default="random", description="random points, or Optuna's TPE (needs dfkd-ray[search])"
+    )
+    num_trials: int = Field(ge=1, description="distinct points tried")
+    max_concurrent: int | None = Field(
+        default=None, ge=1, description="trials at once; null: as many as there is room for"
+    )
+    seed: int = Field(default=0, ge=0, description="of the points; seeds of a trial stand in base")
+
+    @field_validator("space")
+    @classmethod
+    def _domains(cls, space: dict[str, Any]) -> dict[str, Any]:
+        errors = []
+        for name, given in space.items():
+            try:
+                domain(given)
+            except ValueError as error:
+                errors.append(f"{name}: {error}")
+            errors += [
+                f"{name}: is the same in all trials of a search; set it in base"
+                for fixed in FIXED
+                if (name + ".").startswith(fixed + ".")
+            ]
+            errors += [f"{name}: lies within {other}; search one of them" for other in space if within(name, other)]
+        if errors:
+            raise ValueError("; ".join(errors))
+        return space
+
+    @property
+    def domains(self) -> dict[str, Domain]:
+        """Dotted field → domain, in the file's order."""
+        return {name: domain(given) for name, given in self.space.items()}
+
+
+class AshaConfig(BaseModel):
+    """Asynchronous successive halving. Source: Li et al. 2018, arXiv 1810.05934, algorithm 2."""
+
+    model_config = STRICT
+
+    grace_looks: int = Field(
+        default=1,
+        ge=1,
+        description="looks at the reference set (distillation.eval_every) before a trial may be stopped",
+    )
+    reduction_factor: float = Field(
+        default=3.0, gt=1, description="at each rung the best 1/n go on; rungs are a factor n of steps apart"
+    )
+
+
+class StopConfig(BaseModel):
+    """Early stopping of trials that agree less with the teacher than others did at the same distillation step."""
+
+    model_config = STRICT
+
+    asha: AshaConfig = AshaConfig()
+
+
+def within(name: str, other: str) -> bool:
+    """Whether dotted field `name` is a part of section `other`."""
+    return name.startswith(other + ".")
+
+
+def random_points(search: SearchConfig) -> Iterator[Point]:
+    """Points without end; the i-th is a function of (space, seed, i), the same in every process and run."""
+    domains = sorted(search.domains.items())
+    for index in itertools.count():
+        # random() of a seeded Random is the one draw that Python promises to keep between versions.
+        draws = random.Random(mix_seed(search.seed, index))
+        yield {name: values.at(draws.random()) for name, values in domains}
+
+
+def probes(search: SearchConfig) -> list[Point]:
+    """Points that hold every choice, both ends of every domain and a number between them.
+
+    The first is the lower corner; the others leave it in one field each.
+    """
+    domains = search.domains
+    corner = {name: values.ends()[0] for name, values in domains.items()}
+    others = {name: (*values.ends()[1:], values.at(0.382)) for name, values in domains.items()}
+    return [corner, *({**corner, name: value} for name in others for value in others[name] if value != corner[name])]
+
+
+def can_match(entry: Mapping[str, Any], search: SearchConfig, fixed: Mapping[str, Any]) -> bool:
+    """Whether an `exclude` entry matches any point of the space; `fixed` are the dotted values of all other fields."""
+    domains = search.domains
+    sections = [name for name in domains if any(within(field, name) for field in entry)]
+    return all(
+        any(domains[field].holds(value) for value in options(wanted))
+        if field in domains
+        else any(within(field, section) for section in sections) or fixed.get(field) in options(wanted)
+        for field, wanted in entry.items()
+    )
+
+
+def options(wanted: Any) -> Sequence[Any]:
+    """The values that an `exclude` entry names for a field: one, or a list of them."""
+    return wanted if isinstance(wanted, list) else [wanted]

@@ -1,0 +1,303 @@
+"""What Ray Tune and Optuna get to see of a trial, and what they decide: the next point, or that a trial stops early.
+
+Both judge by agreement with the teacher on the reference set: of all that a trial reports they read what `result` and
+`look` put under `step`, `agreement` and `failed`, none of which is measured on test data. Their state is never read
+from disk: Optuna's study and the rungs of early stopping are rebuilt from the result tables.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from dfkd_ray import trial as one_trial
+from dfkd_ray.batches import mix_seed
+from dfkd_ray.config import TrialConfig
+from dfkd_ray.distillation import State
+from dfkd_ray.sweep.search import Domain, Point, SearchConfig, StopConfig
+
+METRIC = "agreement"
+# What a trial tells before it ends, for the row of one that is stopped.
+SO_FAR = (
+    "synthesis_key",
+    "num_cached_batches",
+    "synthesis_wall_s",
+    "reference_wall_s",
+    "num_images",
+    "images_sha256",
+    "image_confidence",
+    "class_histogram",
+    "image_bn",
+    "pruned_agreement",
+    "bn_reestimated_agreement",
+)
+MOST_ASKED = 200  # points in a row that are no new trial, before a space counts as used up
+
+
+def result(row: Mapping[str, Any] | None, num_steps: int) -> dict[str, Any]:
+    """What Tune is told of a trial that has ended; one that failed, or has no row, is as bad as can be."""
+    if row is None or row["status"] == "failed":
+        return {"step": 0, METRIC: 0.0, "failed": 1}
+    return {"step": num_steps, METRIC: row["agreement"], "failed": 0}
+
+
+def look(row: Mapping[str, Any], state: State) -> dict[str, Any]:
+    """What Tune is told at a look at the reference set: the step, and the best agreement so far.
+
+    The columns of a row that is stopped there, and all looks so far, travel with it as JSON.
+    """
+    so_far = {name: row[name] for name in SO_FAR if name in row}
+    so_far |= {"agreement": state.best_agreement, "reference_kl": state.best_kl, "best_step": state.best_step}
+    return {
+        "step": state.step,
+        METRIC: state.best_agreement,
+        "so_far": json.dumps(so_far),
+        "looks": json.dumps(state.epochs),
+    }
+
+
+def counts(state: State, num_steps: int) -> bool:
+    """Whether a trial may be stopped at this look: it has a candidate (the pruning is done), and is not at its end."""
+    return 0 < state.step < num_steps and state.best_agreement >= 0
+
+
+def stopped_row(job: Any, told: Mapping[str, Any], stop: StopConfig) -> dict[str, Any]:
+    """The row of a trial that was stopped at the look `told`: its numbers so far, none of test data."""
+    reason = (
+        f"stopped early at step {told['step']}: agreement {told[METRIC]:.4f} was not among the best "
+        f"1/{stop.asha.reduction_factor:g} of the trials that came so far"
+    )
+    so_far = json.loads(told["so_far"])
+    return one_trial.provenance(job.config, job.teacher) | {**so_far, "status": "stopped", "reason": reason}
+
+
+class Suggestions:
+    """Optuna's points as jobs: `next()` gives one, `tell` says what became of it.
+
+    `job_at(point)` is the job of a point, None where there is none (excluded, or fields that do not go together);
+    `probes` are jobs at the ends of the domains, for what has to be known of all jobs beforehand.
+    """
+
+    def __init__(self, config: SearchConfig, job_at: Callable[[Point], Any | None], probes: Sequence[Any]):
+        try:
+            import optuna
+        except ImportError:
+            raise ValueError(
+                "search.algorithm=optuna: Optuna is not installed; pip install 'dfkd-ray[search]', or algorithm: random"
+            ) from None
+        unfit = [name for name, values in config.domains.items() if values.is_log and not simple(values)]
+        if unfit:
+            raise ValueError(f"search.space.{unfit[0]}: Optuna has no quantised log domains; leave the q out")
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.config, self.job_at, self.probes = config, job_at, probes
+        self.domains = config.domains
+        self.seen: set[str] = set()
+        self.asked: dict[str, Any] = {}
+        self.study: Any = None
+
+    def begin(self, rows: Iterable[Mapping[str, Any]]) -> int:
+        """Start from the rows of a `trials` table that lie in this space; returns how many trials are left to run.
+
+        A failed trial is known, but not counted: another takes its place. Random draws start anew with the number of
+        known points, or a resumed search would try the same points again.
+        """
+        import optuna
+
+        known = [(point, row) for row in rows if (point := self.point_of(row)) is not None]
+        self.seen = {row["trial_id"] for _, row in known if row["status"] != "failed"}
+        seed = mix_seed(self.config.seed, len(known)) % 2**32
+        # Trials under way count as bad ones, so that those side by side are not all alike.
+        sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+        self.study = optuna.create_study(direction="maximize", sampler=sampler)
+        distributions = {name: distribution(values) for name, values in self.domains.items()}
+        for point, row in known:
+            failed = row["status"] == "failed"
+            state = optuna.trial.TrialState.FAIL if failed else optuna.trial.TrialState.COMPLETE
+            trial = optuna.trial.create_trial(
+                state=state,
+                value=None if failed else float(row[METRIC]),
+                params=self.parameters(point),
+                distributions=distributions,
+            )
+            self.study.add_trial(trial)
+        return max(0, self.config.num_trials - len(self.seen))
+
+    def jobs_in(self, rows: Iterable[Mapping[str, Any]]) -> list[Any]:
+        """The jobs of the rows that lie in this space."""
+        return [self.job_at(point) for row in rows if (point := self.point_of(row)) is not None]
+
+    def next(self) -> Any | None:
+        """A job that has not been tried yet; None where there seem to be no more."""
+        import optuna
+
+        distributions = {name: distribution(values) for name, values in self.domains.items()}
+        for _ in range(MOST_ASKED):
+            trial = self.study.ask(fixed_distributions=distributions)
+            job = self.job_at(self.point(trial.params))
+            if job is not None and job.id not in self.seen:
+                self.seen.add(job.id)
+                self.asked[job.id] = trial
+                return job
+            self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        return None
+
+    def tell(self, job_id: str, agreement: float | None) -> None:
+        """What a job that was asked for came to; None where it failed."""
+        import optuna
+
+        trial = self.asked.pop(job_id)
+        if agreement is None:
+            self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        else:
+            self.study.tell(trial, agreement)
+
+    def point(self, parameters: Mapping[str, Any]) -> Point:
+        """A point out of Optuna's parameters: a choice is its index there, as Optuna takes plain values only."""
+        domains = self.domains
+        return {
+            name: domains[name].values[value] if domains[name].kind == "choice" else domains[name].number(value)
+            for name, value in parameters.items()
+        }
+
+    def parameters(self, point: Point) -> dict[str, Any]:
+        """The inverse of `point`."""
+        return {
+            name: values.values.index(point[name]) if values.kind == "choice" else point[name]
+            for name, values in self.domains.items()
+        }
+
+    def point_of(self, row: Mapping[str, Any]) -> Point | None:
+        """The point of this space that a row of the `trials` table is of; None where it is of none.
+
+        The trial id, a hash of the whole config, decides: a row of another base, teacher or package is of none.
+        """
+        candidates: list[list[Any]] = []
+        for name, values in self.domains.items():
+            if values.kind == "choice":
+                held = [v for v in values.values if all(same(row.get(k), x) for k, x in columns(name, v).items())]
+            else:
+                value = row.get(name)
+                held = [] if missing(value) else [values.number(float(value))]  # type: ignore[arg-type]
+            candidates.append(held)
+        for combination in itertools.product(*candidates):
+            point = dict(zip(self.domains, combination, strict=True))
+            job = self.job_at(point)
+            if job is not None and job.id == row["trial_id"]:
+                return point
+        return None
+
+
+def simple(values: Domain) -> bool:
+    """Whether a domain is continuous, or of consecutive whole numbers."""
+    return values.step is None or (values.is_integer and values.step == 1)
+
+
+def distribution(values: Domain) -> Any:
+    """A domain as Optuna's."""
+    from optuna import distributions as d
+
+    if values.kind == "choice":
+        return d.CategoricalDistribution(range(len(values.values)))
+    low, high = values.ends()
+    if values.is_integer:
+        return d.IntDistribution(low, high, log=values.is_log, step=int(values.step or 1))
+    return d.FloatDistribution(low, high, log=values.is_log, step=values.step)
+
+
+def columns(name: str, value: Any) -> dict[str, Any]:
+    """A field's value as columns of the `trials` table."""
+    if isinstance(value, Mapping) and name != "student.arguments":
+        return {k: v for part, inner in value.items() for k, v in columns(f"{name}.{part}", inner).items()}
+    return {name: json.dumps(value, sort_keys=True) if isinstance(value, Mapping) else value}
+
+
+def missing(value: Any) -> bool:
+    """Whether a cell of a table is empty."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def same(cell: Any, value: Any) -> bool:
+    """Whether a cell of a table holds a value of a config."""
+    return missing(cell) if value is None else not missing(cell) and cell == value
+
+
+def searcher(suggestions: Suggestions, add: Callable[[Any], int]) -> Any:
+    """Suggestions as a searcher of Ray Tune; `add` numbers every job, which travels as its config's JSON."""
+    from ray.tune.search import Searcher
+
+    class Asking(Searcher):
+        """Nothing but the wiring: Tune has trial ids of its own."""
+
+        def __init__(self):
+            super().__init__(metric=METRIC, mode="max")
+            self.jobs: dict[str, str] = {}
+
+        def set_search_properties(self, *_args: Any, **_options: Any) -> bool:
+            """The space and the metric are settled."""
+            return True
+
+        def suggest(self, trial_id: str) -> Any:
+            """The next job as a Tune config."""
+            job = suggestions.next()
+            if job is None:
+                return Searcher.FINISHED
+            self.jobs[trial_id] = job.id
+            config = job.config.model_dump_json()
+            return {"job": add(job), "id": job.id, "config": config, "teacher_hash": job.teacher.hash}
+
+        def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+            """Pass on what a trial came to."""
+            failed = error or not result or bool(result.get("failed"))
+            suggestions.tell(self.jobs[trial_id], None if failed or not result else float(result[METRIC]))
+
+        def save(self, checkpoint_path: str) -> None:
+            """Nothing: the rows are what a search is resumed from."""
+
+        def restore(self, checkpoint_path: str) -> None:
+            """Nothing, as above."""
+
+    return Asking()
+
+
+def scheduler(stop: StopConfig, configs: Sequence[TrialConfig]) -> Any:
+    """ASHA of Ray Tune over distillation steps; `cut` holds the Tune ids of trials that it has stopped."""
+    from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+
+    class Asha(ASHAScheduler):
+        """Knows whom it has stopped, and lets a trial at its end be."""
+
+        def __init__(self):
+            super().__init__(
+                time_attr="step",
+                metric=METRIC,
+                mode="max",
+                max_t=max(config.distillation.num_steps for config in configs),
+                grace_period=stop.asha.grace_looks * configs[0].distillation.eval_every,
+                reduction_factor=stop.asha.reduction_factor,
+                stop_last_trials=False,
+            )
+            self.cut: set[str] = set()
+
+        def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
+            """Tune's decision at a look; a trial's last word is only written down."""
+            decision = super().on_trial_result(tune_controller, trial, result)
+            if "failed" in result:
+                return TrialScheduler.CONTINUE
+            if decision == TrialScheduler.STOP:
+                self.cut.add(trial.trial_id)
+            return decision
+
+    return Asha()
+
+
+def prime(asha: Any, looks: Iterable[tuple[str, int, float]]) -> None:
+    """Tell a new scheduler of (trial, step, best agreement so far) of an earlier run, in any order of trials."""
+    trials: dict[str, Any] = {}
+    for name, step, agreement in looks:
+        if name not in trials:
+            trials[name] = SimpleNamespace(trial_id=name)
+            asha.on_trial_add(None, trials[name])
+        asha.on_trial_result(None, trials[name], {"step": step, METRIC: agreement})
+    asha.cut.clear()
