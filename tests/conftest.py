@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +60,23 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("teachers") / "tiny"
     bundles.save(folder, TINY_INFO, tiny_network().state_dict())
     return folder
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[Callable[[str], str]]:
+    """A bucket of an S3 server on loopback; yields a function from a folder in it to its URI."""
+    from moto.server import ThreadedMotoServer
+    from pyarrow import fs
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    options = {"access_key": "test", "secret_key": "test", "region": "us-east-1", "scheme": "http"}
+    system = fs.S3FileSystem(endpoint_override=f"{host}:{port}", allow_bucket_creation=True, **options)
+    system.create_dir("bucket")
+    query = f"?scheme=http&region=us-east-1&endpoint_override={host}:{port}"
+    yield lambda name: f"s3://test:test@bucket/{name}{query}"
+    server.stop()
 
 
 @dataclass(frozen=True)

@@ -501,23 +501,6 @@ def test_duckdb_and_polars_read_the_tables_with_a_glob(tmp_path):
         assert frame.shape == (14, len(results.schema("epochs"))) and frame["kl"].sum() == pytest.approx(1.4)
 
 
-@pytest.fixture(scope="module")
-def bucket():
-    """A bucket of an S3 server on loopback; yields a function from a folder in it to its URI."""
-    from moto.server import ThreadedMotoServer
-    from pyarrow import fs
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    options = {"access_key": "test", "secret_key": "test", "region": "us-east-1", "scheme": "http"}
-    system = fs.S3FileSystem(endpoint_override=f"{host}:{port}", allow_bucket_creation=True, **options)
-    system.create_dir("bucket")
-    query = f"?scheme=http&region=us-east-1&endpoint_override={host}:{port}"
-    yield lambda name: f"s3://test:test@bucket/{name}{query}"
-    server.stop()
-
-
 def test_tables_in_a_bucket_are_written_read_and_compacted(bucket):
     place = bucket("tables")
     with pytest.raises(ValueError, match="no trials table there") as caught:

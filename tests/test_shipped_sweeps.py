@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from dfkd_ray import bundles, cli, config, results, sweep, trial
+from dfkd_ray import bundles, cli, config, results, storage, sweep, trial
 from dfkd_ray.cli.inputs import load_teacher
+from dfkd_ray.storage import Folder
 
 SWEEPS = {path.stem: path for path in sorted((Path(__file__).parent.parent / "sweeps").glob("*.yaml"))}
 by_name = pytest.mark.parametrize("name", SWEEPS)
@@ -82,28 +83,34 @@ def test_every_trial_of_a_files_tiny_size_finishes(name, untrained, tmp_path):
     jobs = sweep.plan(sweep.expand(settings_of(name), {}, tiny=True), open_teacher)
     for job in jobs:  # as Ray's workers would, without the start of Ray for every file
         sweep.run_job(job, trial.made_here(tmp_path / "cache"), None, None, tmp_path / "out", ())
-    check_results(tmp_path / "out", len(jobs))
+    check_results(storage.folder(tmp_path / "out"), len(jobs))
 
 
-def test_the_command_runs_quickstarts_tiny_size(tmp_path):
-    command = [sys.executable, "-m", "dfkd_ray", "sweep", str(SWEEPS["quickstart"]), "--tiny", "--test-data", "none"]
-    command += ["--results", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
+def test_the_command_runs_quickstarts_tiny_size_with_all_that_it_keeps_in_a_bucket(bucket, run_cli):
+    place, cache = bucket("quickstart"), bucket("cache")
+    words = ["sweep", str(SWEEPS["quickstart"]), "--tiny", "--test-data", "none", "--results", place, "--cache", cache]
+    command = [sys.executable, "-m", "dfkd_ray", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     num_trials = len(sweep.expand(settings_of("quickstart"), {}, tiny=True))
-    assert f"{num_trials} trials, 0 failed" in done.stdout
-    check_results(tmp_path / "out", num_trials)
+    assert f"{num_trials} trials, 0 failed" in done.stdout and "test:test" not in done.stdout
+    check_results(storage.folder(place), num_trials)
+    again = run_cli(*words)
+    assert again.code == 0 and f"{num_trials} trials, {num_trials} already finished" in again.out
+    told = run_cli("report", place)
+    assert told.code == 0 and "/quickstart/report.html?scheme=http" in told.out
+    assert (storage.folder(place).read("report.html") or b"").startswith(b"<!DOCTYPE html>")
 
 
-def check_results(place: Path, num_trials: int) -> None:
+def check_results(place: Folder, num_trials: int) -> None:
     """Every trial has its finished row, a student of the size and sparsity that the row says, and its events."""
     rows = results.read(place, "trials")
     assert len(rows) == num_trials and (rows["status"] == "finished").all(), rows["reason"].dropna().tolist()
     for _, row in rows.iterrows():
-        weights = place / "students" / row["trial_id"] / "weights.safetensors"
-        assert weights.stat().st_size == row["stored_bytes"]
+        student = place / "students" / row["trial_id"]
+        assert len(student.read("weights.safetensors") or b"") == row["stored_bytes"]
         assert (row["achieved_sparsity"] < 1e-3) == (row["pruning.sparsity"] == 0)
-        assert (place / "tensorboard" / row["trial_id"] / "events.out.tfevents.trial").is_file()
+        assert "events.out.tfevents.trial" in (place / "tensorboard" / row["trial_id"]).names()
 
 
 def test_a_teacher_that_is_nowhere_is_named_with_the_folder_that_was_asked_for(tmp_path, run_cli):

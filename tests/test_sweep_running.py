@@ -286,6 +286,14 @@ def test_a_place_that_cannot_be_written_is_told_in_one_line(tmp_path, monkeypatc
         places.probe(storage.folder(tmp_path), "cache")
 
 
+def test_a_bucket_that_is_not_there_is_one_line_before_anything_starts(bucket, run_cli, sweep_file, tmp_path):
+    nobody = "s3://test:test@bucket/x?scheme=http&region=us-east-1&endpoint_override=127.0.0.1:1"
+    for place in (nobody, bucket("x").replace("@bucket", "@other")):
+        done = run_cli("sweep", str(sweep_file), "--results", place, "--cache", str(tmp_path / "c"))
+        assert done.code == 3 and len(done.err.splitlines()) == 1 and "test:test" not in done.err
+        assert "the results folder s3://" in done.err and "mend that or choose another place" in done.err
+
+
 def test_two_sweeps_do_not_run_in_one_folder(tmp_path):
     place = storage.folder(tmp_path)
     with places.reserved(place), pytest.raises(OSError, match="another sweep is running"), places.reserved(place):

@@ -13,6 +13,6 @@ def report(
     from dfkd_ray import report as reports
 
     written = reports.write(place, out)
-    print(f"report: {written.folder}/{written.name} ({written.size_bytes / 1e6:.2f} MB)")
+    print(f"report: {written.folder / written.name} ({written.size_bytes / 1e6:.2f} MB)")
     if written.figures:
         print(f"figures: {len(written.figures) // 2}, each as SVG and PNG, in {written.figure_folder}")

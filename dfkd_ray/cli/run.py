@@ -154,7 +154,10 @@ def sweep(
         raise ValueError(f"{file}: trials with synthesis.method=real and --real-data NAME go together")
     place = storage.folder(results or Path("runs") / (file.stem + ("-tiny" if tiny else "")))
     root = storage.folder(cache or caches.default_folder()).uri
-    rows = sweeps.rows_in(place)
+    with sweeps.explained(place, "results folder"):
+        rows = sweeps.rows_in(place)
+        if not dry_run:
+            place.write("sweep.yaml", yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False).encode())
     known = plan.jobs_in(rows)
     own = {job.id for job in known}
     finished = [row for row in rows if row["trial_id"] in own and row["status"] in tables.FINAL]
@@ -165,7 +168,6 @@ def sweep(
         sizes = {name: sum(len(batch.labels) for batch in test or ()) for name, test in batches.items()}
         print_dry_run(file, plan, done, root, sizes, gpus, tuple(trust_code or ()))
         return
-    place.write("sweep.yaml", yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False).encode())
     print(f"{file}: {plan.num_trials} trials, {len(finished)} already finished; results in {place}", flush=True)
     start = time.monotonic()
     view = live.View(live.names_of({job.id: job.config for job in known}), finished, start, plan.num_trials)
@@ -201,7 +203,7 @@ def sweep(
                     trust_code=tuple(trust_code or ()),
                 )
         except (KeyboardInterrupt, sweeps.Stopped) as error:
-            live.print_interrupted(len(tables.finished_ids(place) & set(view.names)), plan.num_trials, place)
+            live.print_interrupted(len(view.done), plan.num_trials, place)
             if isinstance(error, sweeps.Stopped):
                 raise
             raise SystemExit(130) from None

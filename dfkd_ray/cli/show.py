@@ -69,31 +69,53 @@ def print_ladder(row: Mapping[str, Any], out: Path) -> None:
 
 def print_trials(rows: Any) -> None:
     """The final table, best agreement first; of the config only the fields that differ between trials are shown."""
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
     from dfkd_ray.results import varied_fields
 
     fields = varied_fields(rows)
-    shown = short_names(fields)
+    console = Console()
+    table = trials_table(rows, fields, is_narrow=False)
+    if console.measure(table).maximum > console.width:
+        if console.is_terminal:
+            table = trials_table(rows, fields, is_narrow=True)
+        else:  # a table cut to a narrow pipe hides what it is for
+            console.width = console.measure(table).maximum
+    console.print(table)
+    print("BN: BatchNorm re-estimated on synthetic images, no training; kB: stored weights; s: wall time of the trial")
+
+
+def trials_table(rows: Any, fields: Sequence[str], *, is_narrow: bool) -> Any:
+    """A row per trial: a column per field, or where there is no room for that all of them in one, folded."""
+    from rich import box
+    from rich.table import Table
+
     title = "best agreement with the teacher first (on the reference set); accuracies in % of the test set"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for heading in ("network", *shown, "teacher", "pruned", "BN", "recovered", "agreement", "kB", "s"):
+    shown = short_names(fields)
+    if is_narrow:
+        table.add_column("trial", ratio=1, overflow="fold")
+    else:
+        for heading in ("network", *shown):
+            table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("teacher", "pruned", "BN", "recovered", "agreement", "kB", "s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for _, row in rows.iterrows():
-        cells = [Path(str(row["teacher"])).name, *(text_of(row[name]) for name in fields)]
+        network, values = Path(str(row["teacher"])).name, [text_of(row[name]) for name in fields]
+        if is_narrow:
+            told = [f"{name} {value}" for name, value in zip(shown, values, strict=True) if value != "-"]
+            cells = [" ".join([network, *told])]
+        else:
+            cells = [network, *values]
         if row["status"] == "failed":
             table.add_row(*cells, "FAILED")  # why is told below the table
             continue
         rungs = ("teacher_accuracy", "pruned_accuracy", "bn_reestimated_accuracy", "recovered_accuracy", "agreement")
-        cells += [number(row[name], 100) for name in rungs]
-        table.add_row(*cells, number(row["stored_bytes"], 1e-3, 0), number(row["wall_s"], 1, 0))
-    console = Console()
-    # A table cut to a narrow pipe hides what it is for.
-    console.width = max(console.width, console.measure(table).maximum if console.is_terminal else 160)
-    console.print(table)
-    print("BN: BatchNorm re-estimated on synthetic images, no training; kB: stored weights; s: wall time of the trial")
+        cells += [number(row[name], 100.0) for name in rungs]
+        if row["status"] == "stopped":
+            cells[-2] = "stopped"
+        table.add_row(*cells, number(row["stored_bytes"], 1e-3, 0), number(row["wall_s"], 1.0, 0))
+    return table
 
 
 def short_names(columns: Sequence[str]) -> list[str]:

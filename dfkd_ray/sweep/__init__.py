@@ -39,7 +39,7 @@ True
 """
 
 from dfkd_ray.sweep.files import About, Job, Plan, SweepConfig, expand, parse, plan, prepare
-from dfkd_ray.sweep.places import Stopped
+from dfkd_ray.sweep.places import Stopped, explained
 from dfkd_ray.sweep.running import LOOK_S, Seconds, preflight, rows_in, run, run_job
 from dfkd_ray.sweep.schema import json_schema
 from dfkd_ray.sweep.search import AshaConfig, SearchConfig, StopConfig
@@ -56,6 +56,7 @@ __all__ = [
     "Stopped",
     "SweepConfig",
     "expand",
+    "explained",
     "json_schema",
     "parse",
     "plan",

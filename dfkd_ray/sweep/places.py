@@ -54,6 +54,17 @@ def probe(folder: Folder, what: str) -> None:
         raise OSError(f"the {what} {folder} cannot be written: {problems[0]}; mend that or choose another place")
 
 
+@contextmanager
+def explained(folder: Folder, what: str) -> Iterator[None]:
+    """An `OSError` on the way says which place it is of, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"the {what} {folder} cannot be used: {in_one_line(error)}; mend that or choose another place"
+        ) from error
+
+
 def in_one_line(error: BaseException) -> str:
     """What an error of the disk or the network says."""
     strerror = getattr(error, "strerror", None)
