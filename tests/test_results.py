@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dfkd_ray import bundles, results, storage, sweep, trial
+from dfkd_ray import bench_results, bundles, results, storage, sweep, trial
 from dfkd_ray.config import TrialConfig, flat, validate
 from dfkd_ray.results import METRICS, schemas, tables
 from dfkd_ray.results.schemas import WRITTEN_AT
@@ -396,20 +396,11 @@ def test_what_killed_writers_left_is_swept_up_when_it_is_old(tmp_path):
     assert [name for name in names_in(tmp_path / "trials") if name.startswith(".")] == [".t-8.parquet.1-ab.part"]
 
 
-def test_ten_thousand_rows_are_read_filtered_and_grouped_quickly_once_compacted(tmp_path):
-    one = pa.Table.from_pylist([{name: row().get(name) for name in results.schema("trials").names}] * 250)
-    one = one.cast(results.schema("trials"))
-    where = one.schema.get_field_index("trial_id")
-    (tmp_path / "trials").mkdir()
-    for writer in range(40):
-        ids = pa.array([f"t-{writer}-{index}" for index in range(250)])
-        pq.write_table(one.set_column(where, one.schema.field(where), ids), tmp_path / "trials" / f"w-{writer}.parquet")
-    results.compact(tmp_path)
-    begun = time.process_time()
-    frame = results.read(tmp_path, "trials")
-    groups = frame[frame["pruning.sparsity"] >= 0.75].groupby("pruning.criterion")["agreement"].mean()
-    assert time.process_time() - begun < 1.0  # of all threads; the usual figure is a tenth
-    assert len(frame) == 10_000 and groups.tolist() == [0.5]
+def test_the_bench_of_the_tables_reads_every_row_before_and_after_compaction(monkeypatch, capsys):
+    monkeypatch.setattr("dfkd_ray.report.figures.as_png", lambda _figure: b"")
+    figures = bench_results.run(300, 7)
+    assert all(figure > 0 for figure in figures.values()) and figures["report_mb"] < 5
+    assert "300 rows of `trials` by 7 writers" in capsys.readouterr().out
 
 
 # Versions

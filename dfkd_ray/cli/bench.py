@@ -80,3 +80,14 @@ def bench_fleet(
     from dfkd_ray import bench_fleet
 
     bench_fleet.run(part or [], load_teacher(teacher, trust_code), teacher, scale, pairs)
+
+
+@app.command("results")
+def bench_results(
+    rows: Annotated[int, typer.Option(min=1)] = 10_000,
+    writers: Annotated[int, typer.Option(min=1, help="that many part files, before compaction")] = 400,
+) -> None:
+    """The tables and the report at size: read, filter and group before and after compaction, beside plain pandas."""
+    from dfkd_ray import bench_results
+
+    bench_results.run(rows, min(rows, writers))
