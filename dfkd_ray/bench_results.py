@@ -93,8 +93,7 @@ def read_filter_group(read: Callable[[], pd.DataFrame]) -> int:
     """What one does with a table; returns its number of rows."""
     frame = read()
     kept = frame[frame["pruning.sparsity"] >= 0.75]
-    means = kept.groupby(["teacher_architecture", "synthesis.bn_weight"])["recovered_accuracy"].mean()
-    assert len(means) <= len(NETWORKS) * len(BN_WEIGHTS)
+    kept.groupby(["teacher_architecture", "synthesis.bn_weight"])["recovered_accuracy"].mean()
     return len(frame)
 
 
