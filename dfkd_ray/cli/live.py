@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 DRAW_S = 1.0
-FRAME_LINES = 11  # of the table besides its running trials
+FRAME_LINES = 12  # of the table besides its running trials
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,8 @@ def table(figures: Figures, title: str, height: int, stopping: bool = False) -> 
         trials.add_row(Text(name), stage, f"{seconds:.0f}")
     if len(figures.running) > room:
         trials.add_row(f"and {len(figures.running) - room} more")
-    return Group(top, trials)
+    # The terminal's echo of Ctrl-C behind a full line would start another, which the next drawing would not clear.
+    return Group(top, trials, Text())
 
 
 class Screen:
