@@ -132,7 +132,7 @@ def test_the_table_holds_counts_time_left_best_fleet_and_running_trials():
     assert "-" in shown(live.View(NAMES, [], 0.0).figures(0.0))
 
 
-@pytest.mark.parametrize(("width", "height"), [(40, 12), (60, 20), (200, 50)])
+@pytest.mark.parametrize(("width", "height"), [(40, 14), (60, 20), (200, 50)])
 def test_the_table_fits_the_terminal_however_many_trials_run(width, height):
     names = {str(i): f"a network with a very long name and many fields that differ {i}" for i in range(300)}
     view = live.View(names, [], now=0.0)

@@ -84,11 +84,20 @@ def print_syntheses(made: "Sequence[Synthesis]") -> None:
     total, cached = sum(s.num_batches for s in made), sum(s.num_batches - s.num_to_make for s in made)
     print(f"{len(made)} distinct syntheses, {total} batches ({cached} of them in the cache):")
     for synthesis in made:
+        like = [other.config for other in made if (other.domain, other.config.method) == kind_of(synthesis)]
+        config = synthesis.config.model_dump(mode="json")
+        differing = [name for name in config if len({str(getattr(other, name)) for other in like}) > 1]
         what = "reference set" if synthesis.domain == "reference" else synthesis.config.method
+        told = "".join(f", {name} {config[name]}" for name in differing)
         print(
-            f"  {synthesis.key[:12]}  {Path(synthesis.teacher.name).name}, {what}, seed {synthesis.config.seed}: "
+            f"  {synthesis.key[:12]}  {Path(synthesis.teacher.name).name}, {what}{told}: "
             f"{synthesis.num_batches} x {synthesis.config.batch_size} images for {synthesis.num_users} trials"
         )
+
+
+def kind_of(synthesis: "Synthesis") -> tuple[str, str]:
+    """What syntheses are compared within."""
+    return synthesis.domain, synthesis.config.method
 
 
 def print_estimate(estimate: "Estimate", calibration: "Calibration", machine: "Machine", numerics: str) -> None:

@@ -215,6 +215,7 @@ def sweep(
     print(f"{len(table)} trials, {num_failed} failed, {wall_s:.0f} s; table: {place / 'trials'}")
     seconds.add({"live view": screen.seconds})
     spent = ", ".join(f"{what} {value:.2f} s" for what, value in sorted(seconds.items()))
-    print(f"of that inside {spent}: {100 * sum(seconds.values()) / wall_s:.1f} %")
+    if len(finished) < len(table):
+        print(f"of that inside {spent}: {100 * sum(seconds.values()) / wall_s:.1f} %")
     if num_failed:
         raise typer.Exit(1)

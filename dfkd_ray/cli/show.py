@@ -76,11 +76,12 @@ def print_trials(rows: Any) -> None:
     fields = varied_fields(rows)
     console = Console()
     table = trials_table(rows, fields, is_narrow=False)
-    if console.measure(table).maximum > console.width:
+    width = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+    if width > console.width:
         if console.is_terminal:
             table = trials_table(rows, fields, is_narrow=True)
         else:  # a table cut to a narrow pipe hides what it is for
-            console.width = console.measure(table).maximum
+            console.width = width
     console.print(table)
     print("BN: BatchNorm re-estimated on synthetic images, no training; kB: stored weights; s: wall time of the trial")
 
