@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from dfkd_ray import models, storage
 from dfkd_ray.config import STRICT, stable_hash, validate
 from dfkd_ray.images import PixelSpace
+from dfkd_ray.records import format, taps
+from dfkd_ray.records.format import Record
 from dfkd_ray.storage import Where
 
 SCHEMA = "dfkd_ray.bundle/1"
@@ -79,12 +81,35 @@ class BundleInfo(BaseModel):
 
 @dataclass(frozen=True)
 class Teacher:
-    """A loaded network in eval mode with frozen parameters, and what its bundle says of it."""
+    """A loaded network in eval mode with frozen parameters, and what its bundle says of it.
+
+    `records` are the activation records read so far, by kind; the others lie in `folder`, if it has one.
+    """
 
     network: nn.Module
     info: BundleInfo
     hash: str
     name: str
+    folder: Path | None = None
+    records: dict[str, Record] = field(default_factory=dict, compare=False)
+
+    def record_kinds(self) -> list[str]:
+        """Kinds of the records in its bundle, and of those read."""
+        found = [] if self.folder is None else (self.folder / "records").glob("*.safetensors")
+        return sorted({*self.records, *(path.stem for path in found)})
+
+    def record(self, kind: str) -> Record:
+        """A record by its kind. `ValueError` where there is none, or one that is damaged or of another teacher."""
+        if kind not in self.records:
+            path = None if self.folder is None else self.folder / "records" / f"{kind}.safetensors"
+            if path is None or not path.is_file():
+                raise ValueError(
+                    f"{self.name}: no {kind} record in its bundle (expected records/{kind}.safetensors); where the "
+                    f"training data is, make one with `dfkd-ray teacher record {self.name} --kinds {kind} --dataset …`"
+                )
+            layers = format.layer_infos(taps.find(self.network, self.info.image_shape))
+            self.records[kind] = format.read(path, self.hash, layers)
+        return self.records[kind]
 
 
 def teacher_hash(info: BundleInfo) -> str:
@@ -145,13 +170,14 @@ def load(name: str, trust_code: Sequence[str] | str = ()) -> Teacher:
         info.architecture, info.arguments, num_classes=info.num_classes, image_shape=info.image_shape
     )
     load_state(network, from_stored(read_safetensors(weights), str(weights)), str(weights))
-    return Teacher(freeze(network), info, teacher_hash(info), Path(folder).name)
+    return Teacher(freeze(network), info, teacher_hash(info), Path(folder).name, folder)
 
 
 def to_arrays(teacher: Teacher) -> dict[str, Any]:
     """A teacher as plain data and numpy arrays: what travels between processes, shared without copies on a node."""
     state = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in teacher.network.state_dict().items()}
-    return {"info": teacher.info.model_dump(mode="json"), "hash": teacher.hash, "name": teacher.name, "state": state}
+    plain = {"info": teacher.info.model_dump(mode="json"), "hash": teacher.hash, "name": teacher.name, "state": state}
+    return plain | {"records": {kind: format.to_arrays(record) for kind, record in teacher.records.items()}}
 
 
 def from_arrays(data: Mapping[str, Any]) -> Teacher:
@@ -162,7 +188,8 @@ def from_arrays(data: Mapping[str, Any]) -> Teacher:
     )
     state = {name: torch.from_numpy(np.array(array)) for name, array in data["state"].items()}
     load_state(network, state, data["name"])
-    return Teacher(freeze(network), info, data["hash"], data["name"])
+    records = {kind: format.from_arrays(record) for kind, record in data.get("records", {}).items()}
+    return Teacher(freeze(network), info, data["hash"], data["name"], records=records)
 
 
 def freeze(network: nn.Module) -> nn.Module:
@@ -301,6 +328,13 @@ def save(where: Where, info: BundleInfo, state: Mapping[str, Tensor], pruned: Se
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     return info
+
+
+def save_record(name: str, record: Record) -> int:
+    """Write a record into a bundle, whole, over one of its kind; returns its size in bytes."""
+    data = format.encode(record)
+    storage.write_local(locate(name) / "records", f"{record.info.kind}.safetensors", [data])
+    return len(data)
 
 
 @contextmanager

@@ -83,6 +83,52 @@ class DeepInversionConfig(BaseModel):
         return self
 
 
+class RecordsConfig(BaseModel):
+    """Images from activation records released with the teacher. Source: Lopes et al. 2017, arXiv 1710.07535, section 4.
+
+    The defaults are the paper's for 28x28 and 32x32 grey images; for CelebA it starts at N(0.44, 0.29), lr 0.05.
+    """
+
+    model_config = STRICT
+
+    method: Literal["records"] = "records"
+    record: Literal["top", "all", "spectral", "spectral_pairs"] = Field(
+        default="spectral_pairs", description="which of the teacher's records"
+    )
+    record_sha256: str | None = Field(
+        default=None, description="of the record's file; null: whatever lies in the bundle, filled in before a trial"
+    )
+    seed: int = Field(default=0, ge=0, description="seed of every batch, together with the teacher and the batch index")
+    batch_size: int = Field(default=500, ge=2, description="images made at once; they do not touch each other")
+    num_steps: int = Field(default=1000, ge=1, description="optimiser steps per batch")
+    learning_rate: float = Field(default=0.07, gt=0, description="Adam learning rate, in pixel units")
+    schedule: Literal["cosine", "constant"] = Field(default="constant", description="learning rate over the steps")
+    init_mean: float = Field(default=0.15, description="images start as N(init_mean, init_std), in pixel units")
+    init_std: float = Field(default=0.1, ge=0)
+    record_weight: float = Field(default=1.0, gt=0, description="weight of the record's term")
+    residual: bool = Field(
+        default=True,
+        description="spectral records: also what lies outside the kept coefficients counts (the paper's loss)",
+    )
+    dropout: Literal["off", "frozen"] = Field(
+        default="off",
+        description="dropout filters of the teacher: none, or one drawn per batch and kept (the paper's variant)",
+    )
+    bn_weight: Weight = Field(default=0.0, description="DeepInversion's term beside it, for a teacher that has both")
+    label_weight: Weight = Field(default=0.0, description="cross-entropy to the labels; an extra, not in the paper")
+    tv_weight: Weight = Field(default=0.0, description="total variation, mean-reduced; an extra, not in the paper")
+    clamp: bool = Field(
+        default=False, description="keep pixels in their range at every step; an extra, not in the paper"
+    )
+    parametrisation: Literal["pixel", "pyramid"] = Field(
+        default="pixel", description="pixels, or a sum of images at halved resolutions (an image prior; an extra)"
+    )
+    precision: Precision = Field(default="float32", description="of the network; the record's term stays in float32")
+    channels_last: bool = True
+    storage: Storage = Field(default="uint8", description="type of a stored image")
+    num_threads: Threads = 2
+
+
 class NoiseConfig(BaseModel):
     """Gaussian images of the teacher's channel mean and standard deviation: the lower baseline."""
 
@@ -113,6 +159,7 @@ def _method(value: Any) -> str:
 
 SynthesisConfig = Annotated[
     Annotated[DeepInversionConfig, Tag("deepinversion")]
+    | Annotated[RecordsConfig, Tag("records")]
     | Annotated[NoiseConfig, Tag("noise")]
     | Annotated[RealConfig, Tag("real")],
     Discriminator(_method),
@@ -121,6 +168,7 @@ SynthesisConfig = Annotated[
 
 SYNTHESIS_CONFIGS: dict[str, type[BaseModel]] = {
     "deepinversion": DeepInversionConfig,
+    "records": RecordsConfig,
     "noise": NoiseConfig,
     "real": RealConfig,
 }

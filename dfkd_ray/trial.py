@@ -66,6 +66,33 @@ class Outcome:
         return bundles.save(folder, self.student_info, self.student.state_dict(), self.pruned)
 
 
+def pinned(config: TrialConfig, teacher: Teacher) -> TrialConfig:
+    """The config with the hash of each activation record that it uses: what a trial is named by and images come from.
+
+    `ValueError` where the teacher has no such record, or another than a hash that is there already.
+    """
+    update: dict[str, Any] = {}
+    for name, settings in (("synthesis", config.synthesis), ("reference", config.reference.synthesis)):
+        if settings.method != "records":
+            continue
+        found = pinned_synthesis(settings, teacher)
+        update[name] = found if name == "synthesis" else config.reference.model_copy(update={"synthesis": found})
+    return config.model_copy(update=update) if update else config
+
+
+def pinned_synthesis(settings: Any, teacher: Teacher) -> Any:
+    """A synthesis config with the hash of the record that it uses, if it uses one."""
+    if settings.method != "records":
+        return settings
+    sha256 = teacher.record(settings.record).sha256
+    if settings.record_sha256 not in (None, sha256):
+        raise ValueError(
+            f"record_sha256 is {settings.record_sha256[:12]}…, the {settings.record} record of {teacher.name} has "
+            f"{sha256[:12]}…: it is another one"
+        )
+    return settings.model_copy(update={"record_sha256": sha256})
+
+
 def trial_id(config: TrialConfig, teacher: Teacher) -> str:
     """`t-` and 12 hex digits over the teacher's hash and every field that decides a number of the row."""
     fields = config.model_dump(mode="json", exclude={"teacher": True, "device": True})
@@ -94,6 +121,7 @@ def run(
     reference set before each is written. `ValueError` for a config that does not fit the teacher.
     """
     check(config, teacher, trust_code)
+    config = pinned(config, teacher)
     if config.synthesis.method == "real" and real is None:
         raise ValueError(
             "synthesis.method=real needs real images, which this project never opens by itself: "

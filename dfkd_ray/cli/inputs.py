@@ -55,12 +55,15 @@ def as_batches(data: "LabelledImages") -> "list[Batch]":
     return batches
 
 
-def training_split(teacher: "Teacher", name: str, root: Path, download: bool) -> "tuple[LabelledImages, Any, Any]":
+def training_split(
+    teacher: "Teacher", name: str, root: Path, download: bool, attribute: str = "Smiling"
+) -> "tuple[LabelledImages, Any, Any]":
     """A training set with the rows the teacher was trained on and the rows held out of it."""
     from dfkd_ray import data, teachers
 
     notes = teacher.info.notes.get("training", {})
-    found = data.open_dataset(name, root, train=True, image_shape=teacher.info.image_shape, download=download)
+    shape = teacher.info.image_shape
+    found = data.open_dataset(name, root, train=True, image_shape=shape, download=download, attribute=attribute)
     own = name == teacher.info.dataset
     num_validation, seed = (notes.get("num_validation", 0), notes.get("seed", 0)) if own else (0, 0)
     return found, *teachers.split(len(found), num_validation, seed)

@@ -16,10 +16,10 @@ from dfkd_ray.cli.inputs import (
     parse_json,
     parse_shape,
 )
-from dfkd_ray.cli.options import DataRoot, Download, Out, Set, Trust
+from dfkd_ray.cli.options import Address, DataRoot, Download, Out, Set, Trust
 from dfkd_ray.cli.show import Progress
 
-app = typer.Typer(no_args_is_help=True, help="Teacher bundles: train, import, init (untrained), info.")
+app = typer.Typer(no_args_is_help=True, help="Teacher bundles: train, import, init (untrained), record, info.")
 
 
 @app.command("train")
@@ -142,6 +142,106 @@ def teacher_init(
     print(f"{out}: {architecture}, untrained, seed {seed}")
 
 
+@app.command("record")
+def teacher_record(
+    bundle: Annotated[str, typer.Argument(help="bundle folder; its records/ is written")],
+    dataset: Annotated[str, typer.Option(help="the training data: a data set's name, or a folder with train/<class>/")],
+    kinds: Annotated[
+        list[str] | None,
+        typer.Option(help="top, all, spectral, spectral_pairs; repeatable, or with commas; default: all four"),
+    ] = None,
+    storage: Annotated[str, typer.Option(help="gaussian, or exemplars (spectral kinds)")] = "gaussian",
+    allow_exemplars: Annotated[
+        bool,
+        typer.Option(
+            "--allow-exemplars", help="yes, compressed activations of single training examples may be released"
+        ),
+    ] = False,
+    share: Annotated[float, typer.Option(help="spectral: coefficients kept, per unit of signal, in (0, 1]")] = 0.1,
+    rank: Annotated[int, typer.Option(min=1, help="most columns of a low-rank factor or of a pair's basis")] = 256,
+    temperature: Annotated[float, typer.Option(help="logits are divided by it")] = 8.0,
+    num_exemplars: Annotated[int, typer.Option(min=1, help="exemplars per class")] = 100,
+    limit: Annotated[int | None, typer.Option(min=1, help="record the first so many training images only")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Ray workers, a shard each; 0: this process, without Ray")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of this process, or of each worker")] = 2,
+    address: Address = None,
+    seed: Annotated[int, typer.Option(help="of sketches, bases and the choice of exemplars")] = 0,
+    attribute: Annotated[str, typer.Option(help="celeba: the attribute that was predicted")] = "Smiling",
+    data_root: DataRoot = Path("data"),
+    download: Download = False,
+    trust_code: Trust = None,
+) -> None:
+    """Record a teacher's activations on its training data, for those who will not have it: one pass over the images.
+
+    Networks without BatchNorm need such a record to be recovered or distilled without data. Images held out of the
+    teacher's training are left out here too.
+    """
+    chosen = [kind for given in kinds or ["top,all,spectral,spectral_pairs"] for kind in given.split(",")]
+    from dfkd_ray.records import format
+
+    wrong = [kind for kind in chosen if kind not in format.KINDS]
+    if wrong:
+        raise ValueError(f"--kinds {wrong[0]}: expected {', '.join(format.KINDS)}")
+    if storage not in format.STORAGES:
+        raise ValueError(f"--storage {storage!r}: expected {' or '.join(format.STORAGES)}")
+    if not 0 < share <= 1:
+        raise ValueError(f"--share {share}: expected a number above 0 and at most 1")
+    if storage == "exemplars" and not allow_exemplars:
+        raise ValueError(
+            "--storage exemplars releases compressed activations of single training examples, from which they can be "
+            "partly reconstructed; add --allow-exemplars if that is allowed, or leave --storage out"
+        )
+    from dfkd_ray import bundles, recording
+    from dfkd_ray.cli.inputs import training_split
+
+    teacher = load_teacher(bundle, trust_code)
+    data, rows, _ = training_split(teacher, dataset, data_root, download, attribute)
+    rows = rows[:limit].numpy()
+    if len(data.class_names) != teacher.info.num_classes:
+        raise ValueError(
+            f"--dataset {dataset}: {len(data.class_names)} classes, the teacher has {teacher.info.num_classes}"
+        )
+    plan = recording.plan(
+        teacher,
+        data.labels.numpy(),
+        rows,
+        chosen,
+        storage=storage,
+        rank=rank,
+        share=share,
+        temperature=temperature,
+        num_exemplars=num_exemplars,
+        seed=seed,
+    )
+    shards = recording.shards(data.read, data.labels, rows, max(1, workers))
+    progress = Progress()
+    done = 0
+
+    def on_images(num: int) -> None:
+        nonlocal done
+        done += num
+        progress("recording", done, len(rows), {})
+
+    if workers:
+        from dfkd_ray.fleet import recording as over_ray
+
+        totals = over_ray.fit(plan, teacher, shards, threads, address=address, progress=on_images)
+    else:
+        totals = recording.fit(plan, teacher.network, shards[0], num_threads=threads, progress=on_images)
+    notes = {"dataset": data.name, "limit": limit, "workers": workers}
+    records = recording.finish(plan, totals, teacher, notes)
+    dense = recording.dense_bytes(plan.taps, teacher.info.num_classes)
+    for record in records:
+        size = bundles.save_record(bundle, record)
+        print(
+            f"{record.info.kind}: {size / 1e6:.2f} MB; dense covariances of all layers: {dense / size:.1f} times that"
+        )
+        shrunk = [part.name for part in record.info.parts if any(part.shrinkage)]
+        if shrunk:
+            print(f"  singular covariances, shrunk (by how much: in its header): {', '.join(shrunk)}")
+    print(f"what they hold of the training data: {records[0].info.leaks}")
+
+
 @app.command("info")
 def teacher_info(
     bundle: Annotated[str, typer.Argument(help="bundle folder or bundled teacher")], trust_code: Trust = None
@@ -162,6 +262,7 @@ def teacher_info(
         "parameters": f"{sum(p.numel() for p in network.parameters()):,}",
         "sparsity": f"{pruning.achieved_sparsity(network):.4f}",
         "BatchNorm layers": str(len(batchnorm.layers(network)) or "none: DeepInversion will refuse it"),
+        "records": ", ".join(teacher.record_kinds()) or "none",
         "hash": teacher.hash,
     }
     for name, value in lines.items():

@@ -109,7 +109,17 @@ def wanted(job: Job) -> list[tuple[str, Any, int]]:
 
 def synthesis_unit(teacher: Teacher, config: Any) -> Unit:
     """What decides how long a batch takes, but for its number of steps."""
-    fields = ("method", "precision", "batch_size", "num_threads", "parametrisation", "storage", "channels_last", "fast")
+    fields = (
+        "method",
+        "record",
+        "precision",
+        "batch_size",
+        "num_threads",
+        "parametrisation",
+        "storage",
+        "channels_last",
+        "fast",
+    )
     return ("synthesis", teacher.hash, *(getattr(config, name, None) for name in fields))
 
 

@@ -131,7 +131,8 @@ class Plan:
 
 
 def job_of(config: TrialConfig, teacher: Teacher) -> Job:
-    """The job of a trial."""
+    """The job of a trial. `ValueError` where its teacher lacks an activation record that it asks for."""
+    config = one_trial.pinned(config, teacher)
     return Job(config, teacher, one_trial.trial_id(config, teacher))
 
 
@@ -327,9 +328,9 @@ def checked(
     for config in configs:
         if config.teacher not in teachers:
             continue
-        job = job_of(config, teachers[config.teacher])
-        jobs.setdefault(job.id, job)
         try:
+            job = job_of(config, teachers[config.teacher])
+            jobs.setdefault(job.id, job)
             one_trial.check(config, job.teacher, trust_code)
         except ValueError as error:
             errors[f"{config.teacher}: {error}"] = None
@@ -376,6 +377,6 @@ def at(
         return None
     try:
         config = validate(TrialConfig, data_at(sweep, point, overrides, tiny), "sweep")
+        return job_of(config, teachers[config.teacher]) if config.teacher in teachers else None
     except ValueError:
         return None
-    return job_of(config, teachers[config.teacher]) if config.teacher in teachers else None

@@ -14,10 +14,11 @@ from dfkd_ray import devices
 from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import synthesis_key
-from dfkd_ray.synthesis import deepinversion, noise
+from dfkd_ray.synthesis import deepinversion, noise, records
 
 METHODS: dict[str, Callable[[Teacher, Any, str, torch.device], BatchSource]] = {
     "deepinversion": deepinversion.source,
+    "records": records.source,
     "noise": noise.source,
 }
 

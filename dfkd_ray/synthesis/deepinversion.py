@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from dfkd_ray import batchnorm, devices, losses
 from dfkd_ray.batches import Batch, BatchSource, batch_seed, mix_seed
 from dfkd_ray.bundles import Teacher, freeze
-from dfkd_ray.config import DeepInversionConfig
+from dfkd_ray.config import DeepInversionConfig, RecordsConfig
 from dfkd_ray.images import PixelSpace, decode, encode
 
 ATTEMPTS = 3  # at a batch whose loss turns NaN
@@ -115,7 +115,7 @@ def compose(parts: Sequence[Tensor]) -> Tensor:
     return sum(coarse, start=parts[0])
 
 
-def learning_rate(config: DeepInversionConfig, step: int) -> float:
+def learning_rate(config: DeepInversionConfig | RecordsConfig, step: int) -> float:
     """Adam's learning rate at `step`."""
     if config.schedule == "constant":
         return config.learning_rate

@@ -1,0 +1,59 @@
+"""Recording over Ray: a task per shard, totals merged in the order of the shards.
+
+Only labels, rows and a handle to the images travel with a task; the plan, the teacher and the data set go through the
+object store once. A task that dies with its process is run again by Ray.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from dfkd_ray.fleet import connected
+
+if TYPE_CHECKING:
+    from dfkd_ray.bundles import Teacher
+    from dfkd_ray.recording import Plan, Shard, Totals
+
+
+def fit(
+    plan: "Plan",
+    teacher: "Teacher",
+    shards: "Sequence[Shard]",
+    num_threads: int,
+    *,
+    address: str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> "Totals":
+    """`recording.fit` of every shard by Ray workers, merged. `ValueError` as there."""
+    from dfkd_ray import bundles, recording
+
+    with connected(address):
+        task: Any = ray.remote(fit_shard)
+        task = task.options(num_cpus=min(num_threads, max(1.0, ray.cluster_resources().get("CPU", 1.0))))
+        read, shared = ray.put(shards[0].read), ray.put((plan, bundles.to_arrays(teacher)))
+        running = [task.remote([read], shared, shard.labels, shard.rows, num_threads) for shard in shards]
+        left = dict(zip(running, shards, strict=True))
+        while left:
+            ended, _ = ray.wait(list(left), num_returns=1)
+            shard = left.pop(ended[0])
+            if progress:
+                progress(len(shard.rows))
+        totals = recording.empty(plan)
+        for reference in running:  # in their order, whoever came first: sums in another order differ in the last bits
+            try:
+                totals.merge(ray.get(reference))
+            except ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, ValueError):
+                    raise ValueError(str(error.cause)) from None
+                raise
+        return totals
+
+
+def fit_shard(read: list[Any], shared: tuple[Any, Any], labels: Any, rows: Any, num_threads: int) -> "Totals":
+    """One shard, in a worker."""
+    from dfkd_ray import bundles, recording
+
+    plan, arrays = shared
+    shard = recording.Shard(ray.get(read[0]), labels, rows)
+    return recording.fit(plan, bundles.from_arrays(arrays).network, shard, num_threads)

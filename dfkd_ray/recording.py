@@ -1,0 +1,330 @@
+"""Making activation records: one pass over labelled images, in any number of shards, merged at the end.
+
+`plan` fixes all that does not depend on data (layers, bases, which examples are exemplars); `fit` adds up one shard;
+totals of shards add up to the total of the whole; `finish` makes the records. The images are handed in.
+
+Memory: a dense covariance where a layer has at most `MAX_DENSE` units, a sketch of `rank` columns where it has more;
+spectral kinds hold one covariance per class of at most `rank` coefficients per basis.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import dfkd_ray
+from dfkd_ray import devices
+from dfkd_ray.bundles import Teacher
+from dfkd_ray.images import PixelSpace, decode
+from dfkd_ray.records import format, gaussian, spectral, taps
+from dfkd_ray.records.format import SPECTRAL, BasisInfo, PartInfo, Record, RecordInfo
+from dfkd_ray.records.moments import Moments, Sketch
+from dfkd_ray.records.taps import Tap
+
+MAX_DENSE = 1200  # units: the hidden layers of the paper's HintonNet; a covariance of 11.5 MB per class in float64
+CHUNK = 256  # examples in one forward pass
+LEAKS = {
+    "gaussian": "means and covariances over the training examples of each class; no single example",
+    "exemplars": "compressed activations of single training examples, from which each can be partly reconstructed",
+}
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Some of the examples: `read(rows)` gives their images, uint8 (n, channels, height, width)."""
+
+    read: Callable[[Tensor], Tensor]
+    labels: Tensor
+    rows: np.ndarray
+
+    def batches(self) -> Iterator[tuple[np.ndarray, Tensor, np.ndarray]]:
+        """Images, labels and rows, `CHUNK` at a time."""
+        for start in range(0, len(self.rows), CHUNK):
+            rows = self.rows[start : start + CHUNK]
+            chosen = torch.from_numpy(rows)
+            yield self.read(chosen).numpy(), self.labels[chosen], rows
+
+
+def shards(read: Callable[[Tensor], Tensor], labels: Tensor, rows: np.ndarray, num: int) -> list[Shard]:
+    """The examples in `num` parts of nearly equal size; none is empty."""
+    return [Shard(read, labels, part) for part in np.array_split(rows, min(num, len(rows)))]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is recorded, and how; the same for every shard."""
+
+    kinds: tuple[str, ...]
+    storage: str
+    taps: tuple[Tap, ...]
+    bases: Mapping[str, tuple[Tensor, ...]]  # by spectral kind; float32 numbers that float16 can hold
+    num_classes: int
+    space: PixelSpace
+    temperature: float
+    rank: int
+    share: float
+    exemplars: frozenset[int]  # rows whose coefficients are kept
+    seed: int
+
+
+@dataclass
+class Totals:
+    """What a shard adds up to: statistics by kind and part, and exemplars' coefficients by kind."""
+
+    statistics: dict[str, Moments | Sketch] = field(default_factory=dict)
+    exemplars: dict[str, list[tuple[int, int, Tensor]]] = field(default_factory=dict)  # row, label, coefficients
+
+    def merge(self, other: "Totals") -> None:
+        """Add another shard's."""
+        for name, statistics in other.statistics.items():
+            self.statistics[name].merge(statistics)  # type: ignore[arg-type]
+        for name, kept in other.exemplars.items():
+            self.exemplars.setdefault(name, []).extend(kept)
+
+
+def plan(
+    teacher: Teacher,
+    labels: np.ndarray,
+    rows: np.ndarray,
+    kinds: Sequence[str],
+    *,
+    storage: str = "gaussian",
+    rank: int = 256,
+    share: float = 0.1,
+    temperature: float = 8.0,
+    num_exemplars: int = 100,
+    seed: int = 0,
+) -> Plan:
+    """All that can be said before an image is read. `labels` (n,) are those of all examples, `rows` those to record."""
+    if storage == "exemplars" and not set(kinds) <= set(SPECTRAL):
+        raise ValueError("exemplars are stored as spectral coefficients; choose kinds spectral and spectral_pairs")
+    missing = sorted(set(range(teacher.info.num_classes)) - set(np.unique(labels[rows]).tolist()))
+    if missing:
+        raise ValueError(f"activation records: no example of class {missing[0]}; every class needs at least one")
+    found = taps.find(teacher.network, teacher.info.image_shape)
+    bases = {
+        kind: tuple(b.half().float() for b in make_bases(kind, teacher.network, found, rank, seed))
+        for kind in kinds
+        if kind in SPECTRAL
+    }
+    chosen: list[int] = []
+    if storage == "exemplars":
+        order = np.random.default_rng(seed).permutation(rows)
+        for label in range(teacher.info.num_classes):
+            chosen += order[labels[order] == label][:num_exemplars].tolist()
+    return Plan(
+        tuple(kinds),
+        storage,
+        tuple(found),
+        bases,
+        teacher.info.num_classes,
+        teacher.info.space,
+        temperature,
+        rank,
+        share,
+        frozenset(chosen),
+        seed,
+    )
+
+
+def make_bases(kind: str, network: nn.Module, found: Sequence[Tap], rank: int, seed: int) -> list[Tensor]:
+    """Orthonormal bases of the signals of a spectral kind, float32 (units, columns)."""
+    modules = dict(network.named_modules())
+    operators = [spectral.Operator(modules[tap.name], tap.in_shape, tap.out_shape) for tap in found]
+    if kind == "spectral":
+        basis, _ = spectral.graph_basis(operators, [tap.out_shape for tap in found], 4 * rank, seed)
+        return [basis.float()]
+    bases = []
+    for index, operator in enumerate(operators):
+        left, _, right = spectral.pair_basis(operator, rank, seed)
+        bases += [left.float()] if index == 0 else [right.float(), left.float()]
+    return bases
+
+
+def empty(plan: Plan) -> Totals:
+    """Nothing recorded yet."""
+    totals = Totals()
+
+    def statistics(units: int, seed: int) -> Moments | Sketch:
+        if units <= MAX_DENSE:
+            return Moments.empty(plan.num_classes, units)
+        return Sketch.empty(plan.num_classes, units, min(plan.rank, units), seed)
+
+    for kind in plan.kinds:
+        if kind in SPECTRAL:
+            columns = sum(basis.shape[1] for basis in plan.bases[kind])
+            totals.statistics[kind] = Moments.empty(plan.num_classes, columns)
+            continue
+        for index, tap in enumerate(plan.taps if kind == "all" else plan.taps[-1:]):
+            totals.statistics[f"{kind}/{tap.name}"] = statistics(tap.num_units, plan.seed + index)
+    return totals
+
+
+@torch.no_grad()
+def fit(
+    plan: Plan,
+    network: nn.Module,
+    shard: "Shard",
+    num_threads: int = 1,
+    progress: Progress | None = None,
+) -> Totals:
+    """Add up a shard's images. `ValueError` where an activation is not finite."""
+    totals, device = empty(plan), next(network.parameters()).device
+    bases = {kind: [basis.to(device) for basis in own] for kind, own in plan.bases.items()}
+    with devices.numerics("float32", device, num_threads), taps.recorded(network, plan.taps) as values:
+        for images, classes, rows in shard.batches():
+            network(decode(images, plan.space, device))
+            outputs = taps.scaled_outputs(values, plan.temperature)
+            for tap, output in zip(plan.taps, outputs, strict=True):
+                if not output.isfinite().all():
+                    raise ValueError(
+                        f"activation records: layer {tap.name} gives values that are not finite on one of the examples "
+                        f"{int(rows[0])} to {int(rows[-1])}; the teacher or the data is broken"
+                    )
+            for kind in plan.kinds:
+                add(plan, totals, kind, values, outputs, bases, classes, rows)
+            if progress:
+                progress(len(classes))
+    return totals
+
+
+def add(
+    plan: Plan,
+    totals: Totals,
+    kind: str,
+    values: taps.Values,
+    outputs: Sequence[Tensor],
+    bases: Mapping[str, Sequence[Tensor]],
+    labels: Tensor,
+    rows: np.ndarray,
+) -> None:
+    """Add one forward pass to one kind."""
+    if kind not in SPECTRAL:
+        for tap, output in list(zip(plan.taps, outputs, strict=True))[0 if kind == "all" else -1 :]:
+            totals.statistics[f"{kind}/{tap.name}"].update(output.cpu(), labels)
+        return
+    found = coefficients(taps.basis_signals(kind, values, plan.temperature), bases[kind]).cpu()
+    totals.statistics[kind].update(found, labels)
+    for position, row in enumerate(rows.tolist()):
+        if row in plan.exemplars:
+            kept = totals.exemplars.setdefault(kind, [])
+            kept.append((row, int(labels[position]), found[position].clone()))
+
+
+def coefficients(signals: Sequence[Tensor], bases: Sequence[Tensor]) -> Tensor:
+    """The graph Fourier transforms of signals, side by side: (examples, columns of all bases)."""
+    return torch.cat([signal @ basis for signal, basis in zip(signals, bases, strict=True)], dim=1)
+
+
+def finish(plan: Plan, totals: Totals, teacher: Teacher, notes: Mapping[str, Any] | None = None) -> list[Record]:
+    """The records of all kinds."""
+    notes = {"package_version": dfkd_ray.__version__, "seed": plan.seed, "rank": plan.rank} | dict(notes or {})
+    records = []
+    for kind in plan.kinds:
+        make = finish_spectral if kind in SPECTRAL else finish_layers
+        records.append(make(plan, totals, kind, teacher.hash, notes))
+    return records
+
+
+def header(plan: Plan, kind: str, teacher_hash: str, counts: Tensor, notes: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that all records have."""
+    return {
+        "kind": kind,
+        "storage": plan.storage,
+        "teacher_hash": teacher_hash,
+        "num_classes": plan.num_classes,
+        "num_examples": tuple(int(count) for count in counts),
+        "temperature": plan.temperature,
+        "layers": format.layer_infos(plan.taps),
+        "leaks": LEAKS[plan.storage],
+        "notes": dict(notes),
+    }
+
+
+def finish_layers(plan: Plan, totals: Totals, kind: str, teacher_hash: str, notes: Mapping[str, Any]) -> Record:
+    """A record with a Gaussian per layer and class."""
+    parts, tensors, counts = [], {}, torch.zeros(0)
+    for tap in plan.taps if kind == "all" else plan.taps[-1:]:
+        statistics = totals.statistics[f"{kind}/{tap.name}"]
+        counts = statistics.counts
+        part, own = gaussian_part(tap.name, statistics)
+        parts.append(part)
+        tensors |= own
+    info = RecordInfo(**header(plan, kind, teacher_hash, counts, notes), parts=tuple(parts))
+    return Record(info, tensors)
+
+
+def gaussian_part(name: str, statistics: Moments | Sketch) -> tuple[PartInfo, dict[str, Tensor]]:
+    """Means and factors of one part; a singular covariance is shrunk, and the header says by how much."""
+    shrinkage: list[float] = []
+    if isinstance(statistics, Moments):
+        factors = []
+        for covariance in statistics.covariance():
+            factor, amount = gaussian.cholesky(covariance)
+            factors.append(factor)
+            shrinkage.append(amount)
+        factor = torch.stack(factors)
+    else:
+        factor = statistics.factor()
+    kind = "dense" if isinstance(statistics, Moments) else "low_rank"
+    part = PartInfo(name=name, units=factor.shape[1], statistics=kind, rank=factor.shape[2], shrinkage=tuple(shrinkage))
+    return part, {f"{name}.mean": statistics.means.float(), f"{name}.factor": factor.float()}
+
+
+def finish_spectral(plan: Plan, totals: Totals, kind: str, teacher_hash: str, notes: Mapping[str, Any]) -> Record:
+    """A record of the strongest coefficients: their joint Gaussian per class, or those of exemplars."""
+    statistics, bases = totals.statistics[kind], plan.bases[kind]
+    assert isinstance(statistics, Moments)
+    num_units = sum(basis.shape[0] for basis in bases)
+    num_kept = min(max(1, round(plan.share * num_units)), statistics.means.shape[1])
+    common = header(plan, kind, teacher_hash, statistics.counts, notes) | {"share": plan.share}
+    names = taps.signal_names(kind, plan.taps)
+    if plan.storage == "exemplars":
+        kept = sorted(totals.exemplars[kind])
+        rows = torch.stack([found for _, _, found in kept])
+        indices = rows.abs().topk(num_kept, dim=1).indices.sort(dim=1).values
+        tensors = {
+            "labels": torch.tensor([label for _, label, _ in kept]),
+            "indices": indices.int(),
+            "values": rows.gather(1, indices).half(),
+        }
+        parts = ()
+    else:
+        covariance, means = statistics.covariance(), statistics.means
+        weights = statistics.counts.double() / statistics.counts.sum()
+        energy = (weights[:, None] * (means.square() + covariance.diagonal(dim1=1, dim2=2))).sum(dim=0)
+        indices = spectral.strongest(energy, num_kept)
+        bases = split_columns(bases, indices)
+        chosen = Moments(statistics.counts, means[:, indices], statistics.comoments[:, indices][:, :, indices])
+        part, tensors = gaussian_part("coefficients", chosen)
+        parts = (part,)
+    tensors |= {f"basis.{i}": basis.half() for i, basis in enumerate(bases)}
+    infos = tuple(
+        BasisInfo(signal=name, units=basis.shape[0], columns=basis.shape[1])
+        for name, basis in zip(names, bases, strict=True)
+    )
+    return Record(RecordInfo(**common, parts=parts, bases=infos), tensors)
+
+
+def split_columns(bases: Sequence[Tensor], indices: Tensor) -> tuple[Tensor, ...]:
+    """Of bases side by side, the columns with these (sorted) numbers."""
+    kept, start = [], 0
+    for basis in bases:
+        own = indices[(indices >= start) & (indices < start + basis.shape[1])] - start
+        kept.append(basis[:, own])
+        start += basis.shape[1]
+    return tuple(kept)
+
+
+def size_bytes(record: Record) -> int:
+    """Bytes of the record's file."""
+    return len(format.encode(record))
+
+
+def dense_bytes(found: Sequence[Tap], num_classes: int) -> int:
+    """What float32 means and full covariances of all layers, per class, would take: beside which records are small."""
+    return sum(4 * num_classes * (tap.num_units + tap.num_units**2) for tap in found)

@@ -1,0 +1,134 @@
+"""Where activations are recorded: the linear and convolution layers of a network, in the order in which they run.
+
+A layer's *values* are its outputs, before any nonlinearity; its *activation* is ReLU(values), for the last layer the
+values themselves (logits). Logits are divided by the temperature, as in the paper (L / T, T = 8).
+Source: Lopes, Fenu and Starner 2017, arXiv 1710.07535, section 3.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+LAYERS = (nn.Linear, nn.Conv2d)
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One layer: its module path, and the shapes of one example's input and output."""
+
+    name: str
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+
+    @property
+    def num_inputs(self) -> int:
+        """Units of the input."""
+        return math.prod(self.in_shape)
+
+    @property
+    def num_units(self) -> int:
+        """Units of the output."""
+        return math.prod(self.out_shape)
+
+
+@dataclass
+class Values:
+    """One forward pass: each layer's input and output, flattened to (examples, units)."""
+
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+
+def find(network: nn.Module, image_shape: Sequence[int]) -> list[Tap]:
+    """The linear and convolution layers in the order of a forward pass.
+
+    `ValueError` for a network without one, one that runs a layer twice, or whose last layer does not give the logits.
+    """
+    order: list[Tap] = []
+
+    def hook(name: str):
+        def seen(_module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
+            order.append(Tap(name, tuple(given[0].shape[1:]), tuple(out.shape[1:])))
+
+        return seen
+
+    hooks = [m.register_forward_hook(hook(name)) for name, m in network.named_modules() if isinstance(m, LAYERS)]
+    try:
+        with torch.no_grad():
+            device = next(network.parameters()).device
+            logits = network(torch.zeros(1, *image_shape, device=device))
+    finally:
+        for handle in hooks:
+            handle.remove()
+    names = [tap.name for tap in order]
+    if not order:
+        raise ValueError("activation records: the network has no linear or convolution layer")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise ValueError(
+            f"activation records: layer {twice} runs more than once in a forward pass; its values are not one set"
+        )
+    if order[-1].out_shape != tuple(logits.shape[1:]):
+        raise ValueError(f"activation records: the last layer that runs, {names[-1]}, does not give the logits")
+    return order
+
+
+@contextmanager
+def recorded(network: nn.Module, taps: Sequence[Tap]) -> Iterator[Values]:
+    """While open, each forward pass replaces the contents of the values; they are differentiable."""
+    values = Values([], [])
+    first = taps[0].name
+
+    def hook(name: str):
+        def seen(_module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
+            if name == first:
+                values.inputs.clear()
+                values.outputs.clear()
+            values.inputs.append(given[0].float().flatten(1))
+            values.outputs.append(out.float().flatten(1))
+
+        return seen
+
+    modules = dict(network.named_modules())
+    hooks = [modules[tap.name].register_forward_hook(hook(tap.name)) for tap in taps]
+    try:
+        yield values
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def scaled_outputs(values: Values, temperature: float) -> list[Tensor]:
+    """Each layer's output, the last one's (the logits) divided by the temperature."""
+    return [*values.outputs[:-1], values.outputs[-1] / temperature]
+
+
+def signals(values: Values, temperature: float) -> list[Tensor]:
+    """Each layer's activation: ReLU of its output, and logits / temperature for the last."""
+    outputs = scaled_outputs(values, temperature)
+    return [*(output.relu() for output in outputs[:-1]), outputs[-1]]
+
+
+def basis_signals(kind: str, values: Values, temperature: float) -> list[Tensor]:
+    """The signals that the bases of a kind belong to, each (examples, units): see `format`."""
+    activations = signals(values, temperature)
+    if kind == "spectral":
+        return [torch.cat(activations, dim=1)]
+    pairs = activations[:1]
+    for given, activation in zip(values.inputs[1:], activations[1:], strict=True):
+        pairs += [given, activation]
+    return pairs
+
+
+def signal_names(kind: str, found: Sequence[Tap]) -> list[str]:
+    """Names of those signals."""
+    if kind == "spectral":
+        return ["network"]
+    names = [f"{found[0].name}.activation"]
+    for tap in found[1:]:
+        names += [f"{tap.name}.input", f"{tap.name}.activation"]
+    return names

@@ -1,0 +1,276 @@
+"""Images from activation records: noise is optimised until the teacher's activations match samples of the record.
+
+Each image has a class, in turn; a target is drawn from the record (`gaussian`: a sample of that class, `exemplars`:
+one example's coefficients), then `record` is minimised over the pixels, plus extras that the paper does not have.
+
+* `top`, `all`: sum over layers of mean_units (ReLU(target) - ReLU(values))², values being outputs, logits / T.
+* `spectral`, `spectral_pairs`: (1 / units) sum over signals of ||target - coefficients||², and with `residual` also the
+  energy outside the kept coefficients, which makes it the paper's ||s_bar - s(x)||² for an orthonormal basis.
+
+Source: Lopes, Fenu and Starner 2017, arXiv 1710.07535, sections 3 and 4. Defaults are the paper's (Adam, lr 0.07, 1,000
+steps, start N(0.15, 0.1), nothing else), but for the batch: images do not touch each other, so its size is for speed.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfkd_ray import batchnorm, devices, losses
+from dfkd_ray.batches import Batch, BatchSource, batch_seed, mix_seed
+from dfkd_ray.bundles import Teacher, freeze
+from dfkd_ray.config import RecordsConfig
+from dfkd_ray.images import PixelSpace, decode, encode
+from dfkd_ray.records import gaussian, taps
+from dfkd_ray.records.format import SPECTRAL, Record
+from dfkd_ray.synthesis.deepinversion import compose, learning_rate, with_attempts
+
+CHECK_EVERY = 25  # steps between looks at the loss: each look is a host synchronisation on a GPU
+log = logging.getLogger(__name__)
+
+
+def source(teacher: Teacher, config: RecordsConfig, key: str, device: torch.device) -> BatchSource:
+    """Batches of reconstructed images. `ValueError` without that record, or without BatchNorm for `bn_weight`.
+
+    The teacher's own network is not touched: the source works on a copy, on `device`.
+    """
+    devices.check_precision(config.precision, device)
+    record = teacher.record(config.record)
+    network = devices.place(freeze(deepcopy(teacher.network)), device, channels_last=config.channels_last)
+    if config.bn_weight:
+        batchnorm.require_layers(network)
+    found = taps.find(network, teacher.info.image_shape)
+    space, num_classes = teacher.info.space, teacher.info.num_classes
+    bases = [basis.to(device) for basis in record.bases]
+
+    def batch(index: int) -> Batch:
+        start = time.perf_counter()
+        with devices.numerics(config.precision, device, config.num_threads):
+            labels = (torch.arange(config.batch_size) + index * config.batch_size) % num_classes
+
+            def attempt(number: int) -> tuple[Tensor, int]:
+                seed = batch_seed(key, index)
+                generator = torch.Generator().manual_seed(mix_seed(seed, number) if number else seed)
+                slower = config.model_copy(update={"learning_rate": config.learning_rate / 2**number})
+                targets = [target.to(device) for target in draw(record, labels, generator)]
+                parts = initial_parts(config, teacher.info.image_shape, generator, device)
+                with frozen_dropout(network, config.dropout, mix_seed(seed, 0xD0)):
+                    return reconstruct(network, found, record, bases, slower, space, parts, targets, labels.to(device))
+
+            (images, steps), num_attempts = with_attempts(attempt, f"batch {index} of {key[:12]}")
+            stored = encode(images, space, config.storage)
+            generator = torch.Generator().manual_seed(batch_seed(key, index))
+            targets = [target.to(device) for target in draw(record, labels, generator)]
+            as_stored = decode(stored, space, device)
+            terms = measure(network, found, record, bases, config, as_stored, targets, labels.to(device), num_classes)
+        terms |= {"num_steps": steps, "num_attempts": num_attempts, "wall_s": time.perf_counter() - start}
+        return Batch(index, stored, labels.numpy(), key, terms)
+
+    return batch
+
+
+def draw(record: Record, labels: Tensor, generator: torch.Generator) -> list[Tensor]:
+    """A target per image and part: (images, units) each; for spectral records one part, (images, coefficients)."""
+    info, tensors = record.info, record.tensors
+    if info.storage == "exemplars":
+        return [exemplar_coefficients(record, labels, generator)]
+    targets = []
+    for part in info.parts:
+        means, factors = tensors[f"{part.name}.mean"], tensors[f"{part.name}.factor"]
+        target = torch.empty(len(labels), part.units)
+        for label in labels.unique().tolist():
+            chosen = labels == label
+            target[chosen] = gaussian.sample(means[label], factors[label], int(chosen.sum()), generator)
+        targets.append(target)
+    return targets
+
+
+def exemplar_coefficients(record: Record, labels: Tensor, generator: torch.Generator) -> Tensor:
+    """The kept coefficients of a random exemplar of each label, zero elsewhere."""
+    tensors = record.tensors
+    columns = sum(basis.columns for basis in record.info.bases)
+    target = torch.zeros(len(labels), columns)
+    for position, label in enumerate(labels.tolist()):
+        own = (tensors["labels"] == label).nonzero().flatten()
+        chosen = own[torch.randint(len(own), (), generator=generator)]
+        target[position, tensors["indices"][chosen].long()] = tensors["values"][chosen].float()
+    return target
+
+
+def initial_parts(
+    config: RecordsConfig, image_shape: Sequence[int], generator: torch.Generator, device: torch.device
+) -> list[Tensor]:
+    """Where images start, in pixel units: N(init_mean, init_std), with the prior also zeros at halved resolutions."""
+    c, h, w = image_shape
+    parts = [config.init_mean + config.init_std * torch.randn(config.batch_size, c, h, w, generator=generator)]
+    if config.parametrisation == "pyramid":
+        for level in range(1, 1 + max(0, int(math.log2(min(h, w) / 4)))):
+            parts.append(torch.zeros(config.batch_size, c, -(-h // 2**level), -(-w // 2**level)))
+    return [part.to(device) for part in parts]
+
+
+@contextmanager
+def frozen_dropout(network: nn.Module, dropout: str, seed: int) -> Iterator[None]:
+    """With "frozen": while open, every dropout layer keeps one mask for the whole batch: the paper's variant."""
+    layers = [m for m in network.modules() if isinstance(m, nn.Dropout | nn.Dropout1d | nn.Dropout2d)]
+    if dropout == "off" or not layers:
+        if dropout == "frozen":
+            raise ValueError("synthesis.dropout=frozen: the teacher has no dropout layer; leave it out")
+        yield
+        return
+    generator = torch.Generator().manual_seed(seed)
+    masks: dict[nn.Module, Tensor] = {}
+
+    def forward(layer: Any, x: Tensor) -> Tensor:
+        if layer not in masks:
+            # One filter for all images of the batch: the mask of units, not of examples.
+            kept = torch.rand(1, *x.shape[1:], generator=generator) >= layer.p
+            masks[layer] = (kept / (1 - layer.p)).to(x.device)
+        return x * masks[layer].to(x.dtype)
+
+    for layer in layers:
+        layer.forward = MethodType(forward, layer)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def record_term(
+    record: Record,
+    bases: Sequence[Tensor],
+    values: taps.Values,
+    targets: Sequence[Tensor],
+    residual: bool,
+) -> Tensor:
+    """The mean over images of the record's loss; see the head of this module."""
+    kind, temperature = record.info.kind, record.info.temperature
+    if kind not in SPECTRAL:
+        outputs = taps.scaled_outputs(values, temperature)
+        outputs = outputs if kind == "all" else outputs[-1:]
+        terms = [
+            (target.relu() - output.relu()).square().mean() for target, output in zip(targets, outputs, strict=True)
+        ]
+        return torch.stack(terms).sum()
+    signals = taps.basis_signals(kind, values, temperature)
+    found = torch.cat([signal @ basis for signal, basis in zip(signals, bases, strict=True)], dim=1)
+    total = (targets[0] - found).square().sum()
+    if residual:
+        energy = torch.stack([signal.square().sum() for signal in signals]).sum()
+        total = total + energy - found.square().sum()
+    num_units = sum(signal.shape[1] for signal in signals)
+    return total / (len(targets[0]) * num_units)
+
+
+def reconstruct(
+    network: nn.Module,
+    found: Sequence[taps.Tap],
+    record: Record,
+    bases: Sequence[Tensor],
+    config: RecordsConfig,
+    space: PixelSpace,
+    parts: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    labels: Tensor,
+) -> tuple[Tensor, int]:
+    """Optimise the parts of images; returns the images (normalised) and the steps taken.
+
+    `FloatingPointError` when the loss is no longer finite.
+    """
+    mean, std = space.per_channel(labels.device)
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    variables = [part.clone().requires_grad_(True) for part in parts]
+    optimiser = torch.optim.Adam(variables, lr=config.learning_rate)
+    bn = batchnorm.recorded(network) if config.bn_weight else nullcontext(None)
+
+    def pixels() -> Tensor:
+        composed = compose(variables)
+        return composed.clamp(space.low, space.high) if config.clamp else composed
+
+    with bn as statistics, taps.recorded(network, found) as values:
+        for step in range(config.num_steps):
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(config, step)
+            if statistics is not None:
+                statistics.clear()
+            images = (pixels() - mean) / std
+            with devices.autocast(config.precision, images.device):
+                logits = network(images.contiguous(memory_format=layout)).float()
+            own = terms(config, record, bases, values, targets, images, logits, labels, statistics)
+            loss = total(config, own)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            if (step + 1) % CHECK_EVERY and step + 1 < config.num_steps:
+                continue
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise FloatingPointError(f"synthesis: the loss is {value} at step {step + 1}; lower learning_rate")
+    return ((pixels() - mean) / std).detach(), config.num_steps
+
+
+def terms(
+    config: RecordsConfig,
+    record: Record,
+    bases: Sequence[Tensor],
+    values: taps.Values,
+    targets: Sequence[Tensor],
+    images: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    statistics: batchnorm.Statistics | None,
+) -> dict[str, Tensor]:
+    """Every unweighted term by its name; those without a weight are left out where they cost something."""
+    found = {"record": record_term(record, bases, values, targets, config.residual)}
+    found |= {"label": F.cross_entropy(logits, labels), "tv": losses.total_variation(images)}
+    if statistics is not None:
+        found["bn"] = torch.stack(
+            [
+                losses.batchnorm_distance(mean, variance, layer.running_mean, layer.running_var)  # type: ignore[arg-type]
+                for mean, variance, layer in zip(statistics.means, statistics.variances, statistics.layers, strict=True)
+            ]
+        ).sum()
+    return found
+
+
+def total(config: RecordsConfig, terms: dict[str, Tensor]) -> Tensor:
+    """The weighted sum of the terms."""
+    weights = {name: getattr(config, f"{name}_weight") for name in terms}
+    return torch.stack([weights[name] * term for name, term in terms.items() if weights[name]]).sum()
+
+
+@torch.no_grad()
+def measure(
+    network: nn.Module,
+    found: Sequence[taps.Tap],
+    record: Record,
+    bases: Sequence[Tensor],
+    config: RecordsConfig,
+    images: Tensor,
+    targets: Sequence[Tensor],
+    labels: Tensor,
+    num_classes: int,
+) -> dict[str, Any]:
+    """The terms of the images as stored: plus teacher confidence, accuracy and class histogram."""
+    if config.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    bn = batchnorm.recorded(network) if config.bn_weight else nullcontext(None)
+    with bn as statistics, taps.recorded(network, found) as values:
+        with devices.autocast(config.precision, images.device):
+            logits = network(images).float()
+        own = terms(config, record, bases, values, targets, images, logits, labels, statistics)
+    predicted = logits.argmax(dim=1)
+    return {name: float(term) for name, term in own.items()} | {
+        "confidence": float(logits.softmax(dim=1).amax(dim=1).mean()),
+        "label_agreement": float((predicted == labels).float().mean()),
+        "class_histogram": torch.bincount(predicted, minlength=num_classes).tolist(),
+    }
