@@ -20,7 +20,7 @@ import torch
 
 from dfkd_ray import devices, fleet, results, sweep, trial
 from dfkd_ray.bundles import Teacher
-from dfkd_ray.config import TrialConfig, with_overrides
+from dfkd_ray.config import DeepInversionConfig, TrialConfig, with_overrides
 from dfkd_ray.fleet.simulated import Simulated, simulated_batch, simulated_spec
 from dfkd_ray.sweep import SweepConfig
 
@@ -41,6 +41,7 @@ GRID: dict[str, list[Any]] = {
 def scaled(teacher: str, scale: float) -> dict[str, Any]:
     """A trial config with the default step counts scaled down together."""
     default = TrialConfig(teacher=teacher)
+    assert isinstance(default.reference.synthesis, DeepInversionConfig)
     steps = {
         "teacher": teacher,
         "device": "cpu",

@@ -166,6 +166,15 @@ SynthesisConfig = Annotated[
 ]
 
 
+# The held-out set is data-free whatever the trial's own images are.
+ReferenceSynthesisConfig = Annotated[
+    Annotated[DeepInversionConfig, Tag("deepinversion")]
+    | Annotated[RecordsConfig, Tag("records")]
+    | Annotated[NoiseConfig, Tag("noise")],
+    Discriminator(_method),
+]
+
+
 SYNTHESIS_CONFIGS: dict[str, type[BaseModel]] = {
     "deepinversion": DeepInversionConfig,
     "records": RecordsConfig,
@@ -274,7 +283,7 @@ class ReferenceConfig(BaseModel):
     model_config = STRICT
 
     num_images: int = Field(default=256, ge=2)
-    synthesis: DeepInversionConfig = DeepInversionConfig()
+    synthesis: ReferenceSynthesisConfig = DeepInversionConfig()
 
 
 class TrialConfig(BaseModel):
@@ -354,7 +363,8 @@ def describe(model: type[BaseModel], error: Mapping[str, Any], where: str) -> st
     if error["type"] == "missing":
         return f"{where}: {name}: missing, a value is needed"
     if error["type"] == "union_tag_invalid":
-        return f"{where}: {name}.method: unknown method {_method(given)!r}; expected {', '.join(SYNTHESIS_CONFIGS)}"
+        expected = error["ctx"]["expected_tags"].replace("'", "")
+        return f"{where}: {name}.method: unknown method {_method(given)!r}; expected {expected}"
     message = error["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(given, Mapping | BaseModel) else f" (given: {given!r})"
     return f"{where}: {name}: {message[0].lower() + message[1:]}{shown}"

@@ -7,7 +7,7 @@ read. torchvision reads CIFAR's own pickles only after their MD5 sums match the 
 import gzip
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +54,18 @@ def open_dataset(
     image_shape: Sequence[int] | None = None,
     download: bool = False,
     attribute: str = "Smiling",
+    equal_classes: bool = True,
 ) -> LabelledImages:
     """Open a data set by name, or a folder with `train/<class>/…` and `test/<class>/…` by its path.
 
     `image_shape` (channels, height, width) is what images become: grey is repeated or made from colour, 28x28 digits
-    are padded to 32x32, other sizes resized. `attribute` is CelebA's one attribute. `ValueError` for an unknown or
-    missing set says where it looked and what to run.
+    are padded to 32x32 (not where 28x28 is asked for), other sizes resized. `attribute` is CelebA's one attribute, and
+    `equal_classes` keeps as many images with it as without. `ValueError` for an unknown or missing set says where it
+    looked and what to run.
     """
     if name in OPENERS:
-        return OPENERS[name](name, root, train, image_shape, download, attribute)
+        found = OPENERS[name](name, root, train, image_shape, download, attribute)
+        return balanced(found) if name == "celeba" and equal_classes else found
     folder = Path(name)
     if folder.is_dir():
         return open_folder(folder / ("train" if train else "test"), image_shape)
@@ -170,6 +173,29 @@ def open_celeba(
         return decode_images(found, indices, (c, h, w))
 
     return LabelledImages(name, read, labels.long(), (f"not {attribute}", attribute), (c, h, w))
+
+
+def balanced(data: LabelledImages, seed: int = 0) -> LabelledImages:
+    """As many images of each class as the rarest has: a seeded choice, in the set's own order.
+
+    The seed is the data set's, not the training's: networks of all seeds are trained and tested on the same images.
+    `ValueError` where a class has no image.
+    """
+    counts = torch.bincount(data.labels, minlength=len(data.class_names))
+    size = int(counts.min())
+    if size == 0:
+        raise ValueError(
+            f"{data.name}: no image of class {data.class_names[int(counts.argmin())]!r} among {len(data)}, so the "
+            "classes cannot be made equal; take all images with --all-images"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.nonzero(data.labels == label).flatten() for label in range(len(counts))]
+    kept = torch.cat([some[torch.randperm(len(some), generator=generator)[:size]] for some in rows]).sort().values
+
+    def read(indices: Sequence[int] | Tensor) -> Tensor:
+        return data.read(kept[torch.as_tensor(indices)])
+
+    return replace(data, read=read, labels=data.labels[kept])
 
 
 def open_folder(folder: Path, image_shape: Sequence[int] | None) -> LabelledImages:

@@ -123,9 +123,11 @@ def distil(
     if found:
         masks = {name: weight.detach() != 0 for name, weight in pruning.prunable(student).items() if name in masks}
     precision = config.precision
+    gpus = [device] if device.type == "cuda" else []
     last_pruning = last_pruning_step(pruning_config, config.num_steps)
     with (
         devices.numerics(precision, device, config.num_threads, config.fast),
+        torch.random.fork_rng(devices=gpus),
         last_linear_inputs(student, config.feature_weight > 0) as student_features,
         last_linear_inputs(teacher, config.feature_weight > 0) as teacher_features,
     ):
@@ -142,6 +144,7 @@ def distil(
             rows = rows_of(config, len(pool.labels), step)
             images, weight, partner = augmented(pool, rows, config, space, device, generator)
             set_mode(student, config.bn_mode)
+            torch.manual_seed(mix_seed(config.seed, 3, step))  # dropout draws from the global generator
             student_features.clear()
             teacher_features.clear()
             with devices.autocast(precision, device):

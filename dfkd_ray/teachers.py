@@ -84,6 +84,7 @@ def train(
             for step in range(steps_per_epoch):
                 rows = train_indices[order[step * config.batch_size : (step + 1) * config.batch_size]]
                 generator = torch.Generator().manual_seed(mix_seed(config.seed, epoch, step))
+                torch.manual_seed(mix_seed(config.seed, epoch, step, 1))  # dropout draws from the global generator
                 images = decode(data.read(rows), space, device)
                 images = shift_images(images, config.shift, space.bounds(device)[0], generator)
                 if config.flip:

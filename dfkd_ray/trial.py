@@ -1,4 +1,4 @@
-"""One whole trial on one machine, without Ray: prune, re-estimate BatchNorm, distil, evaluate → a row.
+"""One whole trial on one machine, without Ray: prune, re-estimate BatchNorm (if any), distil, evaluate → a row.
 
 Real data enters only as arguments: test batches (for reporting) and, when a config asks for `real` images, a source of
 them. Neither is opened here.
@@ -159,9 +159,20 @@ def check(config: TrialConfig, teacher: Teacher, trust_code: Sequence[str]) -> N
     device = devices.resolve(config.device)
     for settings in (config.synthesis, config.reference.synthesis, config.distillation):
         devices.check_precision(getattr(settings, "precision", "float32"), device, getattr(settings, "fast", False))
-    batchnorm.require_layers(teacher.network)  # for the reference set, whatever the trial's own method
+    for name, settings in (("synthesis", config.synthesis), ("reference.synthesis", config.reference.synthesis)):
+        if settings.method == "deepinversion":
+            try:
+                batchnorm.require_layers(teacher.network)
+            except ValueError as error:
+                raise ValueError(f"{name}.method=deepinversion: {error}; or set {name}.method=records (where the teacher has some) or noise") from None
+    student = teacher.network
     if config.student.architecture is not None:
-        starting_student(config, teacher, torch.device("cpu"), trust_code)
+        student = starting_student(config, teacher, torch.device("cpu"), trust_code)
+    if config.distillation.bn_mode != "trained" and not batchnorm.layers(student):
+        raise ValueError(
+            f"distillation.bn_mode={config.distillation.bn_mode} acts on BatchNorm, and the student has none; "
+            "set distillation.bn_mode=trained"
+        )
 
 
 def steps(
@@ -217,8 +228,11 @@ def steps(
         row["num_test_images"] = None if test is None else sum(len(batch.labels) for batch in test)
         rung("teacher", network)
         rung("pruned", student)
-        reestimate(student, config, pool, teacher, device)
-        rung("bn_reestimated", student)
+        if batchnorm.layers(student):
+            reestimate(student, config, pool, teacher, device)
+            rung("bn_reestimated", student)
+        else:  # no such rung: a copy of `pruned` would tell of a step that there was not
+            row |= {"bn_reestimated_accuracy": None, "bn_reestimated_agreement": None}
 
         # Frozen BatchNorm keeps the teacher's statistics; the cubic schedule starts dense, on masks of its own.
         if config.pruning.schedule == "cubic":

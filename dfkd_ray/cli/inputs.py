@@ -55,15 +55,18 @@ def as_batches(data: "LabelledImages") -> "list[Batch]":
     return batches
 
 
-def training_split(
-    teacher: "Teacher", name: str, root: Path, download: bool, attribute: str = "Smiling"
-) -> "tuple[LabelledImages, Any, Any]":
+def data_options(teacher: "Teacher", name: str) -> dict[str, Any]:
+    """What else says which images and labels of a data set are meant: what the teacher was trained with."""
+    return teacher.info.notes.get("data", {}) if name == teacher.info.dataset else {}
+
+
+def training_split(teacher: "Teacher", name: str, root: Path, download: bool) -> "tuple[LabelledImages, Any, Any]":
     """A training set with the rows the teacher was trained on and the rows held out of it."""
     from dfkd_ray import data, teachers
 
     notes = teacher.info.notes.get("training", {})
-    shape = teacher.info.image_shape
-    found = data.open_dataset(name, root, train=True, image_shape=shape, download=download, attribute=attribute)
+    shape, options = teacher.info.image_shape, data_options(teacher, name)
+    found = data.open_dataset(name, root, train=True, image_shape=shape, download=download, **options)
     own = name == teacher.info.dataset
     num_validation, seed = (notes.get("num_validation", 0), notes.get("seed", 0)) if own else (0, 0)
     return found, *teachers.split(len(found), num_validation, seed)
@@ -92,7 +95,8 @@ def open_test(teacher: "Teacher", name: str, root: Path, download: bool = False)
         if len(held_out) == 0:
             raise ValueError(f"--test-data validation: {teacher.name} was trained without holding images out")
         return as_batches(subset(found, held_out))
-    found = data.open_dataset(name, root, train=False, image_shape=teacher.info.image_shape, download=download)
+    shape, options = teacher.info.image_shape, data_options(teacher, name)
+    found = data.open_dataset(name, root, train=False, image_shape=shape, download=download, **options)
     if len(found.class_names) != teacher.info.num_classes:
         raise ValueError(
             f"--test-data {name}: {len(found.class_names)} classes, the teacher has {teacher.info.num_classes}"

@@ -55,7 +55,8 @@ def print_ladder(row: Mapping[str, Any], out: Path) -> None:
         accuracy = row.get(f"{name}_accuracy")
         shown = "-" if accuracy is None else f"{100 * accuracy:.2f}"
         lost = "-" if accuracy is None or teacher is None else f"{100 * (teacher - accuracy):.2f}"
-        table.add_row(name.replace("bn_reestimated", "BN re-estimated"), shown, lost, f"{100 * agreement:.2f}")
+        agreed = "-" if agreement is None else f"{100 * agreement:.2f}"
+        table.add_row(name.replace("bn_reestimated", "BN re-estimated"), shown, lost, agreed)
     console = Console()
     console.print(table)
     if row["real_data"]:

@@ -33,7 +33,10 @@ def teacher_train(
     validation: Annotated[int, typer.Option(help="training images to hold out")] = 0,
     data_root: DataRoot = Path("data"),
     download: Download = False,
-    attribute: Annotated[str, typer.Option(help="celeba: the attribute to predict")] = "Smiling",
+    attribute: Annotated[str | None, typer.Option(help="celeba: the attribute to predict; default Smiling")] = None,
+    all_images: Annotated[
+        bool, typer.Option("--all-images", help="celeba: all, not equal numbers with and without the attribute")
+    ] = False,
     set_: Set = None,
 ) -> None:
     """Train a teacher on real images; interrupted, the same command goes on from the last epoch."""
@@ -47,24 +50,26 @@ def teacher_train(
     }
     data = configs.with_overrides(fields, configs.parse_overrides(set_ or []))
     settings = configs.validate(configs.TeacherTrainingConfig, data)
+    if dataset != "celeba" and (attribute is not None or all_images):
+        raise ValueError(f"--attribute and --all-images are options of celeba; leave them out for {dataset}")
     from dfkd_ray import bundles, devices, evaluation, teachers
     from dfkd_ray import data as datasets
 
     shape = None
     root = data_root
+    options = {"attribute": attribute or "Smiling", "equal_classes": not all_images} if dataset == "celeba" else {}
     if settings.image_size:
-        probe = datasets.open_dataset(dataset, root, train=True, download=download, attribute=attribute)
+        probe = datasets.open_dataset(dataset, root, train=True, download=download, **options)
         shape = (probe.image_shape[0], settings.image_size, settings.image_size)
-    train_set = datasets.open_dataset(
-        dataset, root, train=True, image_shape=shape, download=download, attribute=attribute
-    )
+    train_set = datasets.open_dataset(dataset, root, train=True, image_shape=shape, download=download, **options)
     shape = train_set.image_shape
-    test_set = datasets.open_dataset(dataset, root, train=False, image_shape=shape, attribute=attribute)
+    test_set = datasets.open_dataset(dataset, root, train=False, image_shape=shape, **options)
     checkpoint = out.with_name(f".{out.name}-training")
     info, network = teachers.train(settings, train_set, checkpoint=checkpoint, progress=Progress())
     device = devices.resolve(settings.device)
     accuracy = evaluation.accuracy(network.to(device), as_batches(test_set), info.space, device, settings.precision)
-    info = info.model_copy(update={"test_accuracy": accuracy, "class_names": train_set.class_names})
+    notes = {**info.notes, "data": options} if options else info.notes  # for who opens this data set for this teacher
+    info = info.model_copy(update={"test_accuracy": accuracy, "class_names": train_set.class_names, "notes": notes})
     bundles.save(out, info, network.cpu().state_dict())
     shutil.rmtree(checkpoint, ignore_errors=True)
     print(f"{out}: test accuracy {accuracy:.4f} on {len(test_set)} images ({dataset}, seed {seed}, last epoch)")
@@ -166,7 +171,6 @@ def teacher_record(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of this process, or of each worker")] = 2,
     address: Address = None,
     seed: Annotated[int, typer.Option(help="of sketches, bases and the choice of exemplars")] = 0,
-    attribute: Annotated[str, typer.Option(help="celeba: the attribute that was predicted")] = "Smiling",
     data_root: DataRoot = Path("data"),
     download: Download = False,
     trust_code: Trust = None,
@@ -195,7 +199,7 @@ def teacher_record(
     from dfkd_ray.cli.inputs import training_split
 
     teacher = load_teacher(bundle, trust_code)
-    data, rows, _ = training_split(teacher, dataset, data_root, download, attribute)
+    data, rows, _ = training_split(teacher, dataset, data_root, download)
     rows = rows[:limit].numpy()
     if len(data.class_names) != teacher.info.num_classes:
         raise ValueError(

@@ -14,11 +14,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from dfkd_ray.models import cifar_resnet, torchvision_families, wide_resnet
+from dfkd_ray.models import cifar_resnet, torchvision_families, wide_resnet, without_batchnorm
 
 FAMILIES: dict[str, Callable[..., nn.Module]] = {
     **torchvision_families.FAMILIES,
     **cifar_resnet.FAMILIES,
+    **without_batchnorm.FAMILIES,
 }
 WRN_NAME = re.compile(r"wrn_(\d+)_(\d+)")
 

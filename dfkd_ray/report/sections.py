@@ -87,6 +87,7 @@ def answer(material: Material) -> Section:
     fields = [name for name in material.own_fields if name != "pruning.sparsity"]
     real = bool(material.answers["real_data"].any())
     bound = "bound_lost" in material.answers and bool(material.answers["bound_lost"].notna().any())
+    batchnorm = bool(material.answers["lost_bn_reestimated"].notna().any())
     columns: dict[str, Callable[[dict[str, Any]], Any]] = {
         "network": lambda row: row["network"],
         "sparsity": lambda row: sparsity(row["level"]),
@@ -105,7 +106,12 @@ def answer(material: Material) -> Section:
     }
     absent = {
         name
-        for name, there in {"real images": bound, "images": real, "best configuration": fields}.items()
+        for name, there in {
+            "real images": bound,
+            "BN only": batchnorm,
+            "images": real,
+            "best configuration": fields,
+        }.items()
         if not there
     }
     shown = {name: cell for name, cell in columns.items() if name not in absent}
@@ -115,7 +121,8 @@ def answer(material: Material) -> Section:
     html = page.table(list(shown), cells, numbers=set(shown) - texts, long=["best configuration"], key="lost")
     note = "Points below the teacher, mean ± std over seeds: lost, after recovery; "
     note += "real images, the same with real images (the upper bound); " if bound else ""
-    note += "BN only, after BatchNorm re-estimation without training; pruned, with nothing done. "
+    note += "BN only, after BatchNorm re-estimation without training; " if batchnorm else ""
+    note += "pruned, with nothing done. "
     note += "Best student: its folder under students/."
     return Section(name, title, html + page.paragraph(note + more(len(material.answers), len(rows), "row"), "note"))
 

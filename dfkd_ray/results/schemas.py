@@ -43,7 +43,11 @@ METRICS: Columns = {
     "real_data": (pa.bool_(), True, "true where the images distilled on are real: an upper bound, not data-free"),
     "teacher_accuracy": (pa.float64(), True, "test accuracy in [0, 1]; null without test data"),
     "pruned_accuracy": (pa.float64(), True, "after one-shot pruning"),
-    "bn_reestimated_accuracy": (pa.float64(), True, "after BatchNorm re-estimation, no training"),
+    "bn_reestimated_accuracy": (
+        pa.float64(),
+        True,
+        "after BatchNorm re-estimation, no training; null without BatchNorm",
+    ),
     "recovered_accuracy": (pa.float64(), True, "of the student selected on the reference set"),
     "pruned_agreement": (pa.float64(), True, "share of equal argmax with the teacher on the reference set"),
     "bn_reestimated_agreement": (pa.float64(), True, "the same after BatchNorm re-estimation"),

@@ -19,6 +19,7 @@ from dfkd_ray.config import (
     STRICT,
     SYNTHESIS_CONFIGS,
     DeepInversionConfig,
+    ReferenceConfig,
     TrialConfig,
     field_paths,
     flat,
@@ -235,10 +236,13 @@ def data_at(sweep: SweepConfig, point: Point, overrides: Mapping[str, Any], tiny
 
 def applies(name: str, data: Mapping[str, Any]) -> bool:
     """Whether an override is meant for this combination: another synthesis method's fields are not."""
-    parent, _, leaf = name.partition(".")
-    if parent != "synthesis":
+    parent, _, leaf = name.rpartition(".")
+    if parent not in ("synthesis", "reference.synthesis"):
         return True
-    own = SYNTHESIS_CONFIGS[dict(data.get("synthesis", {})).get("method", "deepinversion")].model_fields
+    given: Any = data
+    for part in parent.split("."):
+        given = dict(given.get(part) or {})
+    own = SYNTHESIS_CONFIGS[given.get("method", "deepinversion")].model_fields
     return leaf in own or not any(leaf in other.model_fields for other in SYNTHESIS_CONFIGS.values())
 
 
@@ -263,10 +267,14 @@ def matching(sweep: SweepConfig, data: Mapping[str, Any]) -> list[int]:
 
 def filled(data: Mapping[str, Any]) -> dict[str, Any]:
     """A trial's plain data over the defaults of all fields, unvalidated: what is excluded may be wrong otherwise."""
-    given = data.get("synthesis")
-    method = given.get("method") if isinstance(given, Mapping) else None
-    synthesis = SYNTHESIS_CONFIGS.get(str(method), DeepInversionConfig)()
-    defaults = TrialConfig.model_construct(synthesis=synthesis).model_dump(mode="json")
+
+    def defaults_of(section: Any) -> Any:
+        given = section.get("synthesis") if isinstance(section, Mapping) else None
+        method = given.get("method") if isinstance(given, Mapping) else None
+        return SYNTHESIS_CONFIGS.get(str(method), DeepInversionConfig)()
+
+    reference = ReferenceConfig.model_construct(synthesis=defaults_of(data.get("reference")))
+    defaults = TrialConfig.model_construct(synthesis=defaults_of(data), reference=reference).model_dump(mode="json")
 
     def over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
         both = {k: v for k, v in above.items() if isinstance(v, Mapping) and isinstance(below.get(k), Mapping)}
