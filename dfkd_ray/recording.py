@@ -22,6 +22,7 @@ from dfkd_ray.images import PixelSpace, decode
 from dfkd_ray.records import format, gaussian, spectral, taps
 from dfkd_ray.records.format import SPECTRAL, BasisInfo, PartInfo, Record, RecordInfo
 from dfkd_ray.records.moments import Moments, Sketch
+from dfkd_ray.records.operators import layer_operator
 from dfkd_ray.records.taps import Tap
 
 MAX_DENSE = 1200  # units: the hidden layers of the paper's HintonNet; a covariance of 11.5 MB per class in float64
@@ -134,9 +135,9 @@ def plan(
 def make_bases(kind: str, network: nn.Module, found: Sequence[Tap], rank: int, seed: int) -> list[Tensor]:
     """Orthonormal bases of the signals of a spectral kind, float32 (units, columns)."""
     modules = dict(network.named_modules())
-    operators = [spectral.Operator(modules[tap.name], tap.in_shape, tap.out_shape) for tap in found]
+    operators = [layer_operator(modules[tap.name], tap.in_shape) for tap in found]
     if kind == "spectral":
-        basis, _ = spectral.graph_basis(operators, [tap.out_shape for tap in found], 4 * rank, seed)
+        basis, _ = spectral.graph_basis(operators[1:], [tap.out_shape for tap in found], 4 * rank, seed)
         return [basis.float()]
     bases = []
     for index, operator in enumerate(operators):

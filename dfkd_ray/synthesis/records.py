@@ -206,7 +206,8 @@ def reconstruct(
             with devices.autocast(config.precision, images.device):
                 logits = network(images.contiguous(memory_format=layout)).float()
             own = terms(config, record, bases, values, targets, images, logits, labels, statistics)
-            loss = total(config, own)
+            # Summed over images, not averaged: Adam's epsilon would show with gradients that shrink with the batch.
+            loss = len(labels) * total(config, own)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
