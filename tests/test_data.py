@@ -93,6 +93,15 @@ def test_more_labels_than_images_are_refused(tmp_path):
         data.open_dataset("mnist", tmp_path, train=False)
 
 
+def test_digits_of_28_pixels_are_left_as_they_are_where_28_is_asked_for(tmp_path):
+    pixels, _ = write_digits(tmp_path)
+    found = data.open_dataset("mnist", tmp_path, train=False, image_shape=(1, 28, 28))
+    assert found.image_shape == (1, 28, 28)
+    np.testing.assert_array_equal(found.read(range(5))[:, 0], pixels)
+    bundled = data.bundled_test_set("fashion_mnist", (1, 28, 28))
+    assert bundled is not None and bundled.read([0]).shape == (1, 1, 28, 28)
+
+
 def test_digits_are_padded_with_black(tmp_path):
     write_digits(tmp_path)
     images = data.open_dataset("mnist", tmp_path, train=False).read(range(5))
@@ -246,13 +255,53 @@ def write_celeba(root):
 def test_celeba_is_one_attribute_of_decoded_portraits(tmp_path, monkeypatch):
     whole_files(monkeypatch)
     write_celeba(tmp_path)
-    found = data.open_dataset("celeba", tmp_path, train=True, image_shape=(3, 24, 20))
+    found = data.open_dataset("celeba", tmp_path, train=True, image_shape=(3, 24, 20), equal_classes=False)
     assert found.labels.tolist() == [1, 0, 0] and found.class_names == ("not Smiling", "Smiling")
     images = found.read([2, 0])
     assert images.shape == (2, 3, 24, 20) and images.dtype == torch.uint8
     assert abs(int(images[0, 0, 5, 5]) - 80) < 4 and abs(int(images[1, 2, 5, 5]) - 255) < 4
     male = data.open_dataset("celeba", tmp_path, train=False, attribute="Male")
     assert male.labels.tolist() == [1, 0] and male.read([0]).shape == (1, 3, 224, 224)
+
+
+def test_celeba_has_equal_classes_of_the_same_images_each_time(tmp_path, monkeypatch):
+    whole_files(monkeypatch)
+    write_celeba(tmp_path)
+    every = data.open_dataset("celeba", tmp_path, train=True, image_shape=(3, 24, 20), equal_classes=False)
+    chosen = [data.open_dataset("celeba", tmp_path, train=True, image_shape=(3, 24, 20)) for _ in range(2)]
+    assert chosen[0].labels.tolist() == chosen[1].labels.tolist() == [1, 0]
+    images = chosen[0].read(range(2))
+    assert torch.equal(images, chosen[1].read([0, 1])) and torch.equal(images[0], every.read([0])[0])
+    assert any(torch.equal(images[1], image) for image in every.read([1, 2]))
+    assert torch.equal(chosen[0].read(torch.tensor([1])), images[1:])
+
+
+def labelled(labels, num_classes=2):
+    labels = torch.tensor(labels)
+    images = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1)
+    names = tuple(f"class {index}" for index in range(num_classes))
+    return data.LabelledImages("made", lambda rows: images[rows], labels, names, (1, 1, 1))
+
+
+def test_balancing_keeps_as_many_of_each_class_as_the_rarest_has_in_order_with_their_own_labels():
+    labels = [0] * 30 + [1] * 9 + [0] * 20 + [2] * 15
+    found = data.balanced(labelled(labels, 3))
+    kept = found.read(range(len(found))).flatten()
+    assert torch.bincount(found.labels).tolist() == [9, 9, 9] and kept.tolist() == sorted(kept.tolist())
+    assert found.labels.tolist() == [labels[row] for row in kept]
+    assert kept[found.labels == 1].tolist() == list(range(30, 39))
+
+
+def test_the_choice_of_balancing_follows_its_seed_and_is_spread_over_the_set():
+    whole = labelled([0] * 200 + [1] * 20)
+    rows = [data.balanced(whole, seed).read(range(40)).flatten().tolist() for seed in (0, 0, 1)]
+    assert rows[0] == rows[1] != rows[2]
+    assert rows[0][0] < 60 and rows[0][19] > 140
+
+
+def test_a_class_without_an_image_cannot_be_balanced():
+    with pytest.raises(ValueError, match=r"no image of class 'class 1' among 3, .* --all-images"):
+        data.balanced(labelled([0, 0, 0]))
 
 
 @pytest.mark.parametrize("attribute", ["Smilling", ""])

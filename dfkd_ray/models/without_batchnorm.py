@@ -9,14 +9,15 @@ Source: Lopes et al. 2017, arXiv 1710.07535 (which networks, and that the small 
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 
-def dropout(p: float | int, name: str) -> nn.Dropout:
-    """A dropout layer; `ValueError` for a probability outside [0, 1)."""
+def dropout(p: Any, name: str) -> nn.Dropout:
+    """A dropout layer; `ValueError` for what a user gave that is no probability in [0, 1)."""
     if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p < 1:
         raise ValueError(f"{name} is {p!r}, expected a probability in [0, 1)")
     return nn.Dropout(p)
@@ -34,7 +35,7 @@ def initialise(network: nn.Module) -> None:
 class HintonNet(nn.Module):
     """Two hidden layers of `width` units on the flattened image. Source: Hinton et al. 2015, arXiv 1503.02531, 3."""
 
-    def __init__(self, width: int, num_inputs: int, num_classes: int, input_dropout: float, hidden_dropout: float):
+    def __init__(self, width: int, num_inputs: int, num_classes: int, input_dropout: Any, hidden_dropout: Any):
         super().__init__()
         self.input_dropout = dropout(input_dropout, "input_dropout")
         self.fc1 = nn.Linear(num_inputs, width)
@@ -86,7 +87,7 @@ class AlexNet(nn.Module):
     Source: Krizhevsky 2014, arXiv 1404.5997: one column, 64-192-384-256-256 filters, then 4,096, 4,096, `num_classes`.
     """
 
-    def __init__(self, filters: Sequence[int], in_channels: int, num_classes: int, p: float):
+    def __init__(self, filters: Sequence[int], in_channels: int, num_classes: int, p: Any):
         super().__init__()
         a, b, c, d, e = filters
         self.features = nn.Sequential(
@@ -122,7 +123,7 @@ class AlexNet(nn.Module):
 
 
 def hinton(
-    width: int, *, num_classes: int, image_shape: Sequence[int], input_dropout: float, hidden_dropout: float
+    width: int, *, num_classes: int, image_shape: Sequence[int], input_dropout: Any, hidden_dropout: Any
 ) -> nn.Module:
     """HintonNet on images of any shape: the paper's 784 inputs are an image_shape of 1x28x28."""
     channels, height, pixels = image_shape
@@ -134,9 +135,7 @@ def lenet5(filters: tuple[int, int], *, num_classes: int, image_shape: Sequence[
     return LeNet5(filters, image_shape, num_classes)
 
 
-def alexnet(
-    filters: Sequence[int], *, num_classes: int, image_shape: Sequence[int], dropout: float | int = 0.5
-) -> nn.Module:
+def alexnet(filters: Sequence[int], *, num_classes: int, image_shape: Sequence[int], dropout: Any = 0.5) -> nn.Module:
     """AlexNet, made for 224x224; images from 63x63 pixels on."""
     return AlexNet(filters, image_shape[0], num_classes, dropout)
 
