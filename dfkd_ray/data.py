@@ -8,6 +8,7 @@ import gzip
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,22 @@ def in_memory(
         image_shape = (images.shape[1], size, size)
     images = fit_images(images, image_shape)
     c, h, w = image_shape
-    return LabelledImages(name, lambda indices: images[indices], labels.long(), tuple(class_names), (c, h, w))
+    return LabelledImages(name, partial(rows_of, images), labels.long(), tuple(class_names), (c, h, w))
+
+
+# Readers are functions with arguments bound to them, and no closures: they travel to other processes.
+
+
+def rows_of(images: Tensor, indices: Sequence[int] | Tensor) -> Tensor:
+    """Some images of those in memory."""
+    return images[indices]
+
+
+def rows_through(
+    read: Callable[[Sequence[int] | Tensor], Tensor], kept: Tensor, indices: Sequence[int] | Tensor
+) -> Tensor:
+    """Some images of those kept of a data set."""
+    return read(kept[torch.as_tensor(indices)])
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -169,9 +185,7 @@ def open_celeba(
     labels = found.attr[:, names.index(attribute)]
     c, h, w = image_shape or (3, 224, 224)
 
-    def read(indices: Sequence[int] | Tensor) -> Tensor:
-        return decode_images(found, indices, (c, h, w))
-
+    read = partial(decode_images, found, image_shape=(c, h, w))
     return LabelledImages(name, read, labels.long(), (f"not {attribute}", attribute), (c, h, w))
 
 
@@ -192,10 +206,7 @@ def balanced(data: LabelledImages, seed: int = 0) -> LabelledImages:
     rows = [torch.nonzero(data.labels == label).flatten() for label in range(len(counts))]
     kept = torch.cat([some[torch.randperm(len(some), generator=generator)[:size]] for some in rows]).sort().values
 
-    def read(indices: Sequence[int] | Tensor) -> Tensor:
-        return data.read(kept[torch.as_tensor(indices)])
-
-    return replace(data, read=read, labels=data.labels[kept])
+    return replace(data, read=partial(rows_through, data.read, kept), labels=data.labels[kept])
 
 
 def open_folder(folder: Path, image_shape: Sequence[int] | None) -> LabelledImages:
@@ -209,9 +220,7 @@ def open_folder(folder: Path, image_shape: Sequence[int] | None) -> LabelledImag
         image_shape = (3, height, width)
     c, h, w = image_shape
 
-    def read(indices: Sequence[int] | Tensor) -> Tensor:
-        return decode_images(found, indices, (c, h, w))
-
+    read = partial(decode_images, found, image_shape=(c, h, w))
     return LabelledImages(folder.parent.name, read, torch.tensor(found.targets), tuple(found.classes), (c, h, w))
 
 

@@ -164,7 +164,9 @@ def check(config: TrialConfig, teacher: Teacher, trust_code: Sequence[str]) -> N
             try:
                 batchnorm.require_layers(teacher.network)
             except ValueError as error:
-                raise ValueError(f"{name}.method=deepinversion: {error}; or set {name}.method=records (where the teacher has some) or noise") from None
+                raise ValueError(
+                    f"{name}.method=deepinversion: {error}; or set {name}.method=records (where the teacher has some) or noise"
+                ) from None
     student = teacher.network
     if config.student.architecture is not None:
         student = starting_student(config, teacher, torch.device("cpu"), trust_code)

@@ -80,9 +80,7 @@ def graph_basis(
     return oriented(basis[:, :rank]).to(halves.dtype), values[:rank].to(halves.dtype)
 
 
-def residual(
-    operator: Operator, u: Float[Tensor, "m r"], s: Float[Tensor, " r"], v: Float[Tensor, "n r"]
-) -> float:
+def residual(operator: Operator, u: Float[Tensor, "m r"], s: Float[Tensor, " r"], v: Float[Tensor, "n r"]) -> float:
     """The larger of max_i ||A v_i - s_i u_i|| and max_i ||A^T u_i - s_i v_i||, relative to s_1: 0 for exact triplets."""
     largest = 0.0
     for columns in torch.arange(len(s)).split(BLOCK):
