@@ -282,7 +282,7 @@ def finish_spectral(plan: Plan, totals: Totals, kind: str, teacher_hash: str, no
     assert isinstance(statistics, Moments)
     num_units = sum(basis.shape[0] for basis in bases)
     num_kept = min(max(1, round(plan.share * num_units)), statistics.means.shape[1])
-    common = header(plan, kind, teacher_hash, statistics.counts, notes) | {"share": plan.share}
+    common = header(plan, kind, teacher_hash, statistics.counts, notes)
     names = taps.signal_names(kind, plan.taps)
     if plan.storage == "exemplars":
         kept = sorted(totals.exemplars[kind])
@@ -308,7 +308,7 @@ def finish_spectral(plan: Plan, totals: Totals, kind: str, teacher_hash: str, no
         BasisInfo(signal=name, units=basis.shape[0], columns=basis.shape[1])
         for name, basis in zip(names, bases, strict=True)
     )
-    return Record(RecordInfo(**common, parts=parts, bases=infos), tensors)
+    return Record(RecordInfo(**common, share=plan.share, parts=parts, bases=infos), tensors)
 
 
 def split_columns(bases: Sequence[Tensor], indices: Tensor) -> tuple[Tensor, ...]:

@@ -165,7 +165,7 @@ def check(config: TrialConfig, teacher: Teacher, trust_code: Sequence[str]) -> N
                 batchnorm.require_layers(teacher.network)
             except ValueError as error:
                 raise ValueError(
-                    f"{name}.method=deepinversion: {error}; or set {name}.method=records (where the teacher has some) or noise"
+                    f"{name}.method=deepinversion: {error}; or {name}.method=records, where it has some, or noise"
                 ) from None
     student = teacher.network
     if config.student.architecture is not None:

@@ -96,7 +96,7 @@ def test_a_layers_part_holds_the_mean_and_covariance_of_its_outputs(teacher):
             torch.testing.assert_close(record.tensors[f"{name}.mean"][label].double(), own.mean(0), atol=1e-5, rtol=0)
             torch.testing.assert_close(factor @ factor.T, own.T.cov(), atol=1e-6, rtol=1e-3)
     assert [part.name for part in teacher.record("all").info.parts] == [
-        l.name for l in teacher.record("all").info.layers
+        x.name for x in teacher.record("all").info.layers
     ]
     assert teacher.record("all").info.parts[0].statistics == "low_rank", "6x28x28 units have no dense covariance"
 
@@ -143,7 +143,7 @@ def test_activations_that_are_not_finite_are_refused_with_their_layer(tmp_path):
     with torch.no_grad():
         layer = [m for m in made.network.modules() if isinstance(m, torch.nn.Conv2d)][1]
         layer.bias[0] = float("nan")
-    with pytest.raises(ValueError, match="gives values that are not finite on one of the examples 0 to 89"):
+    with pytest.raises(ValueError, match=r"gives values that are not finite on one of the examples 0 to 89"):
         fitted(made, *examples())
 
 
@@ -182,7 +182,7 @@ def test_a_record_of_another_teacher_is_refused(teacher, tmp_path):
     other = make_teacher(tmp_path / "other", seed=1)
     (tmp_path / "other" / "records").mkdir()
     path.rename(tmp_path / "other" / "records" / "top.safetensors")
-    with pytest.raises(ValueError, match="recorded on teacher .* use the record that was released with it"):
+    with pytest.raises(ValueError, match=r"recorded on teacher .* use the record that was released with it"):
         other.record("top")
 
 
@@ -381,7 +381,7 @@ def test_a_trial_is_named_by_its_record_and_another_record_is_another_trial(teac
     wrong = trial.pinned(config, teacher)
     with pytest.raises(ValueError, match="it is another one"):
         trial.pinned(wrong, bundles.load(str(folder)))
-    with pytest.raises(ValueError, match="no all record in its bundle .*dfkd-ray teacher record"):
+    with pytest.raises(ValueError, match=r"no all record in its bundle .*dfkd-ray teacher record"):
         trial.pinned(config.model_copy(update={"synthesis": config_of("all")}), bundles.load(str(folder)))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.exceptions import RayTaskError
 
 from dfkd_ray.fleet import connected
 
@@ -43,7 +44,7 @@ def fit(
         for reference in running:  # in their order, whoever came first: sums in another order differ in the last bits
             try:
                 totals.merge(ray.get(reference))
-            except ray.exceptions.RayTaskError as error:
+            except RayTaskError as error:
                 if isinstance(error.cause, ValueError):
                     raise ValueError(str(error.cause)) from None
                 raise
