@@ -91,3 +91,33 @@ def bench_results(
     from dfkd_ray import bench_results
 
     bench_results.run(rows, min(rows, writers))
+
+
+@app.command("records")
+def bench_records(
+    teacher: Annotated[
+        str | None, typer.Argument(help="bundle folder or bundled teacher; default: untrained, see --architecture")
+    ] = None,
+    architecture: Annotated[str, typer.Option(help="of an untrained teacher")] = "lenet5",
+    image_shape: Annotated[str, typer.Option(help="of an untrained teacher, CHANNELSxHEIGHTxWIDTH")] = "1x32x32",
+    num_classes: Annotated[int, typer.Option(help="of an untrained teacher")] = 10,
+    kinds: Annotated[str, typer.Option(help="with commas")] = "top,all,spectral,spectral_pairs",
+    images: Annotated[int, typer.Option(min=1, help="images to record")] = 5000,
+    batch_size: Annotated[int, typer.Option(min=2)] = 256,
+    steps: Annotated[int, typer.Option(min=1, help="steps per timed run")] = 10,
+    repeats: Annotated[int, typer.Option(help="alternating runs; the median counts; 0: only record")] = 5,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    trust_code: Trust = None,
+) -> None:
+    """Activation records: seconds, bytes and memory of making them; reconstruction beside DeepInversion."""
+    from dfkd_ray import bench_records as bench
+    from dfkd_ray.cli.inputs import parse_shape
+
+    chosen = kinds.split(",")
+    if teacher:
+        loaded = load_teacher(teacher, trust_code)
+    else:
+        loaded = bench.untrained(architecture, parse_shape(image_shape), num_classes)
+    bench.fit(loaded, chosen, images, threads)
+    if repeats:
+        bench.reconstruction(loaded, chosen, batch_size, steps, repeats, threads)
