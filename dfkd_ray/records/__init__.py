@@ -28,6 +28,7 @@ __all__ = [
     "nystroem",
     "oriented",
     "pair_basis",
+    "resampler",
     "residual",
     "sample",
     "signal_of",
