@@ -1,1 +1,1 @@
-"""Activation records: what is released with a network in place of its training data."""
+"""Activation records: what a teacher's activations on its training data were, released in place of the data."""

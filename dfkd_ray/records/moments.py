@@ -163,7 +163,7 @@ def _check(values: Tensor, labels: Tensor, num_classes: int, num_units: int) -> 
             f"activations have shape {tuple(values.shape)}, expected ({len(labels)}, {num_units}): one row for each "
             "label, one column for each unit of the record"
         )
-    if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < num_classes):
+    if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < num_classes):
         raise ValueError(
             f"labels run from {int(labels.min())} to {int(labels.max())}, expected 0 to {num_classes - 1}: "
             f"the record has {num_classes} classes"

@@ -96,7 +96,8 @@ def _convolution(layer: nn.Conv2d, in_shape: tuple[int, ...], dtype: torch.dtype
 
     def adjoint(y: Tensor) -> Tensor:
         # Exactly the gradient that autograd would take: right for any stride, padding, dilation and groups.
-        x = conv2d_input((len(y), *padded), weight, y, stride, padding, dilation, groups)
+        size = (len(y), *padded)
+        x = conv2d_input(size, weight, y, stride, padding, dilation, groups)  # type: ignore[arg-type]  # takes pairs too
         return x[:, :, :height, :width]
 
     out_shape = tuple(forward(torch.zeros(1, *in_shape, dtype=dtype)).shape[1:])
