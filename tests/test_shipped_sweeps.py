@@ -4,13 +4,18 @@ import json
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import typer.main
 
-from dfkd_ray import bundles, cli, config, results, storage, sweep, trial
+from dfkd_ray import bundles, cli, config, recording, results, storage, sweep, trial
+from dfkd_ray.batches import Batch
 from dfkd_ray.cli.inputs import load_teacher
+from dfkd_ray.records import format
 from dfkd_ray.storage import Folder
 
 SWEEPS = {path.stem: path for path in sorted((Path(__file__).parent.parent / "sweeps").glob("*.yaml"))}
@@ -21,12 +26,14 @@ def settings_of(name: str) -> sweep.SweepConfig:
     return config.validate(sweep.SweepConfig, config.read_yaml(SWEEPS[name]), name)
 
 
-def training_commands(name: str) -> list[list[str]]:
-    """The words of each `dfkd-ray teacher train` in the head of a sweep file, as bash makes them of its loops."""
+def teacher_commands(name: str, command: str) -> list[list[str]]:
+    """The words of each `dfkd-ray teacher <command>` in the head of a sweep file, as bash makes them of its loops."""
     head = [line[4:] for line in SWEEPS[name].read_text().splitlines() if line.startswith("#   ")]
     script = "dfkd-ray() { printf '%q ' \"$@\"; echo; }\n" + "\n".join(head)
     done = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True)
-    return [shlex.split(line) for line in done.stdout.splitlines()]
+    found = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert all(words[0] == "teacher" and words[1] in ("train", "record") for words in found)
+    return [words for words in found if words[1] == command]
 
 
 def option(words: list[str], name: str, default: str) -> str:
@@ -40,19 +47,33 @@ def teachers_folder(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory):
-    """A folder with untrained, narrow bundles in place of all that the sweep files have trained."""
+    """A folder with untrained, narrow bundles in place of all that the sweep files have trained and recorded."""
     root = tmp_path_factory.mktemp("untrained")
     for name in SWEEPS:
-        for _, _, architecture, *words in training_commands(name):
+        for _, _, architecture, *words in teacher_commands(name, "train"):
             arguments = json.loads(option(words, "--arguments", "{}"))
-            if not architecture.startswith("wrn_"):  # which have no other width than the one they are named for
+            if not architecture.startswith(("wrn_", "lenet", "hinton")):  # which have the width that they are named for
                 arguments["width_multiplier"] = 0.125
             shape = "3x32x32" if option(words, "--dataset", "") == "cifar10" else "1x32x32"
+            shape = "1x28x28" if "image_size=28" in words else shape
             init = typer.main.get_command(cli.app)
             out = str(root / option(words, "--out", ""))
             words = ["teacher", "init", architecture, "--arguments", json.dumps(arguments), "--image-shape", shape]
             init.main([*words, "--out", out], standalone_mode=False)
+        for _, _, bundle, *_ in teacher_commands(name, "record"):
+            recorded_on_noise(str(root / bundle))
     return root
+
+
+def recorded_on_noise(bundle: str) -> None:
+    """All records of a bundle, small ones."""
+    teacher = bundles.load(bundle)
+    labels, rows = torch.arange(20) % teacher.info.num_classes, np.arange(20)
+    plan = recording.plan(teacher, labels.numpy(), rows, format.KINDS, rank=4)
+    images = torch.randint(0, 256, (20, *teacher.info.image_shape), dtype=torch.uint8)
+    (shard,) = recording.shards(lambda chosen: images[chosen], labels, rows, 1)
+    for record in recording.finish(plan, recording.fit(plan, teacher.network, shard), teacher):
+        bundles.save_record(bundle, record)
 
 
 @by_name
@@ -66,13 +87,12 @@ def test_a_file_is_valid_and_its_command_names_it(name):
 def test_the_head_of_a_file_trains_every_teacher_that_is_not_bundled(name):
     named = {trial.teacher for trial in sweep.expand(settings_of(name), {})}
     missing = {teacher for teacher in named if not (bundles.BUNDLED / teacher / "teacher.json").is_file()}
-    commands = training_commands(name)
+    commands = teacher_commands(name, "train")
     made = {str(Path(option(words, "--out", "")).relative_to(teachers_folder(name))) for words in commands}
     assert made == missing
-    group = typer.main.get_command(cli.app).commands["teacher"].commands["train"]
-    for words in commands:
-        assert words[:2] == ["teacher", "train"]
-        group.make_context("train", words[2:])  # an unknown option, or a value of the wrong type, raises
+    group = typer.main.get_command(cli.app).commands["teacher"].commands
+    for words in [*commands, *teacher_commands(name, "record")]:
+        group[words[1]].make_context(words[1], words[2:])  # an unknown option, or a value of the wrong type, raises
 
 
 @pytest.mark.parametrize("name", sorted(set(SWEEPS) - {"recovery_bound", "quickstart"}))  # real images; below
@@ -82,7 +102,11 @@ def test_every_trial_of_a_files_tiny_size_finishes(name, untrained, tmp_path):
 
     jobs = sweep.plan(sweep.expand(settings_of(name), {}, tiny=True), open_teacher)
     for job in jobs:  # as Ray's workers would, without the start of Ray for every file
-        sweep.run_job(job, trial.made_here(tmp_path / "cache"), None, None, tmp_path / "out", ())
+        info = job.teacher.info
+        pixels = np.random.default_rng(0).integers(0, 256, (8, *info.image_shape), dtype=np.uint8)
+        real = Batch(0, pixels, np.arange(8) % info.num_classes, "handed in")
+        injected = (lambda index: replace(real, index=index)) if job.config.synthesis.method == "real" else None  # noqa: B023
+        sweep.run_job(job, trial.made_here(tmp_path / "cache"), None, injected, tmp_path / "out", ())
     check_results(storage.folder(tmp_path / "out"), len(jobs))
 
 

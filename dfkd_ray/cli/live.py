@@ -133,8 +133,15 @@ def name_of(values: Mapping[str, Any], differing: Sequence[str]) -> str:
     """What to call a trial with these fields (dotted), of which some differ between the trials."""
     named = ("teacher", "synthesis.method", "pruning.sparsity")
     parts = [Path(str(values["teacher"])).name, values["synthesis.method"], f"sparsity {short(values[named[2]])}"]
-    fields = [field for field in differing if field in values and field not in named]
-    return " ".join([*parts, *(f"{field.rpartition('.')[2]} {short(values[field])}" for field in fields)])
+    fields = [field for field in differing if field in values and field not in named and not follows(field)]
+    # Two fields of one name and value, as the seeds of synthesis and distillation, are said once.
+    told = dict.fromkeys(f"{field.rpartition('.')[2]} {short(values[field])}" for field in fields)
+    return " ".join([*parts, *told])
+
+
+def follows(field: str) -> bool:
+    """Whether a field follows from others, and tells a reader nothing."""
+    return field.endswith(".record_sha256")
 
 
 def short(value: Any) -> str:

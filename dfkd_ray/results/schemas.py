@@ -24,7 +24,7 @@ SCHEMA = b"dfkd_ray.schema"
 RENAMED: dict[str, list[Mapping[str, str]]] = {
     "trials": [{}],  # 2: written_at_s
     "epochs": [],
-    "synthesis": [{}],  # 2: written_at_s
+    "synthesis": [{}, {}],  # 2: written_at_s; 3: record
 }
 # What makes two rows one: of such rows readers keep the one written last.
 KEYS = {"trials": ["trial_id"], "epochs": ["trial_id", "step"], "synthesis": ["synthesis_key", "batch_index"]}
@@ -109,6 +109,7 @@ SYNTHESIS: Columns = {
     "images_sha256": (pa.string(), True, "of its images as stored"),
     "label": (pa.float64(), True, "unweighted label loss of the stored images"),
     "bn": (pa.float64(), True, "unweighted BatchNorm statistics term"),
+    "record": (pa.float64(), True, "unweighted term of the activation record"),
     "tv": (pa.float64(), True, "unweighted total variation"),
     "l2": (pa.float64(), True, "mean squared normalised pixel"),
     "confidence": (pa.float64(), True, "teacher's mean top probability"),

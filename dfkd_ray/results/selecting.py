@@ -97,11 +97,16 @@ def num_values(frame: Any, name: str) -> int:
 
 
 def varied_fields(trials: pd.DataFrame) -> list[str]:
-    """The config fields that differ between these trials, and the synthesis method; what other methods lack is none."""
-    own = trials.loc[trials["synthesis.method"] == "deepinversion"]
-    own = own if len(own) else trials
+    """The config fields that differ between trials of one synthesis method, and the method; what others lack is none.
+
+    The hash of an activation record is left out: it follows from teacher and kind.
+    """
+    groups = [group for _, group in trials.groupby("synthesis.method", dropna=False)]
     fields = [name for name in trials.columns if "." in name and not name.startswith("reference.")]
-    return [name for name in fields if name == "synthesis.method" or num_values(own, name) > 1]
+    fields = [name for name in fields if not name.endswith(".record_sha256")]
+    return [
+        name for name in fields if name == "synthesis.method" or any(num_values(group, name) > 1 for group in groups)
+    ]
 
 
 def fold_seeds(trials: pd.DataFrame) -> pd.DataFrame:
