@@ -88,7 +88,7 @@ def print_syntheses(made: "Sequence[Synthesis]") -> None:
         config = synthesis.config.model_dump(mode="json")
         differing = [name for name in config if len({str(getattr(other, name)) for other in like}) > 1]
         what = "reference set" if synthesis.domain == "reference" else synthesis.config.method
-        told = "".join(f", {name} {config[name]}" for name in differing)
+        told = "".join(f", {name} {config[name]}" for name in differing if name != "record_sha256")
         print(
             f"  {synthesis.key[:12]}  {Path(synthesis.teacher.name).name}, {what}{told}: "
             f"{synthesis.num_batches} x {synthesis.config.batch_size} images for {synthesis.num_users} trials"
