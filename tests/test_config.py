@@ -134,7 +134,7 @@ def test_a_misused_cubic_field_hides_no_other_error_of_its_section():
         ("distillation.flip", "perhaps"),
         ("distillation.clip_norm", "none"),
         ("reference.num_images", 1),
-        ("reference.synthesis.method", "noise"),
+        ("reference.synthesis.method", "real"),
         ("student.arguments", [1]),
         ("device", "tpu"),
         ("teacher", 3),
