@@ -6,7 +6,8 @@ singular triplets u, s, v of W. A chain of layers is bipartite too (layers 1, 3,
 bases are one truncated SVD.
 
 Large operators are never built: a randomised block Krylov method with full reorthogonalisation multiplies blocks of
-vectors. Convolutions have singular values in dense clusters, where a subspace iteration converges slowly.
+vectors. Convolutions have singular values in dense clusters: rank 256 of AlexNet's first two stays at a residual of
+3e-2 s_1 in 1,024 dimensions (random weights), where single vectors hardly matter but the subspace they span does.
 """
 
 from collections.abc import Callable
