@@ -33,7 +33,7 @@ def synthesize(
     ] = "folder",
     config: Annotated[Path | None, typer.Option(help="YAML file with a synthesis config")] = None,
     set_: Set = None,
-    method: Annotated[str | None, typer.Option(help="deepinversion or noise")] = None,
+    method: Annotated[str | None, typer.Option(help="deepinversion, records or noise")] = None,
     seed: Annotated[int | None, typer.Option(help="of the images")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     synthesizers: Synthesizers = "auto",
@@ -57,10 +57,11 @@ def synthesize(
     num_synthesizers = None if synthesizers == "auto" else number_of(synthesizers)
 
     from dfkd_ray import cache as caches
-    from dfkd_ray import export, storage
+    from dfkd_ray import export, storage, trial
 
     loaded = load_teacher(teacher, trust_code)
     check(loaded, settings, device)
+    settings = trial.pinned_synthesis(settings, loaded)
     cache_root = storage.folder(cache or caches.default_folder()).uri
     todo = export_of(loaded, settings, out, format_, num_images)
     missing = export.prepare(todo)
@@ -95,7 +96,7 @@ def settings_of(file: Path | None, method: str | None, seed: int | None, assignm
     data = configs.with_overrides(data, few | overrides)
     chosen = data.get("method", "deepinversion")
     if chosen not in METHODS:
-        raise ValueError(f"method {chosen!r}: expected {' or '.join(METHODS)}")
+        raise ValueError(f"method {chosen!r}: expected one of {', '.join(METHODS)}")
     return configs.parse_synthesis(data)
 
 
