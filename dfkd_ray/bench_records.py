@@ -83,7 +83,7 @@ def reconstruction(
 
     def side(kind: str) -> Callable[[], None]:
         record = teacher.record(kind)
-        targets = records.draw(record, labels, generator)
+        targets = records.targets_of(record, record.bases, records.draw(record, labels, generator), residual=True)
         config = settings.model_copy(update={"record": kind})
 
         def run() -> None:

@@ -274,7 +274,8 @@ def test_images_of_a_batch_do_not_touch_each_other(teacher):
     config = config_of("spectral_pairs", num_steps=20)
     labels = torch.arange(8) % 3
     generator = torch.Generator().manual_seed(0)
-    targets = synthesis.records.draw(record, labels, generator)
+    drawn = synthesis.records.draw(record, labels, generator)
+    targets = synthesis.records.targets_of(record, record.bases, drawn, residual=True)
     parts = synthesis.records.initial_parts(config.model_copy(update={"batch_size": 8}), (1, 32, 32), generator, CPU)
 
     def run(num):
@@ -293,20 +294,21 @@ def test_images_of_a_batch_do_not_touch_each_other(teacher):
     assert float((run(8)[:4] - run(4)).abs().quantile(0.99)) < 1e-3  # but for rounding at the corners of ReLU
 
 
-def test_the_residual_makes_it_the_distance_between_signals(teacher):
+def test_a_spectral_loss_is_the_distance_of_coefficients_and_with_the_residual_that_of_signals(teacher):
     record, found = teacher.record("spectral_pairs"), taps.find(teacher.network, (1, 32, 32))
-    targets = synthesis.records.draw(record, torch.tensor([0, 1, 2]), torch.Generator().manual_seed(0))
+    drawn = synthesis.records.draw(record, torch.tensor([0, 1, 2]), torch.Generator().manual_seed(0))
     with torch.no_grad(), taps.recorded(teacher.network, found) as values:
         teacher.network(torch.randn(3, 1, 32, 32, generator=torch.Generator().manual_seed(1)))
-        loss = synthesis.records.record_term(record, record.bases, values, targets, residual=True)
         signals = taps.basis_signals("spectral_pairs", values, record.info.temperature)
-        split = targets[0].split([basis.shape[1] for basis in record.bases], dim=1)
-        wanted = sum(
-            (target @ basis.T - signal).square().sum()
-            for target, basis, signal in zip(split, record.bases, signals, strict=True)
-        )
-        num_units = sum(signal.shape[1] for signal in signals)
-    torch.testing.assert_close(loss, wanted / (3 * num_units), rtol=2e-2, atol=0)  # bases are rounded to float16
+        targets = synthesis.records.targets_of(record, record.bases, drawn, residual=True)
+        with_residual = synthesis.records.record_term(record, record.bases, values, targets, residual=True)
+        without = synthesis.records.record_term(record, record.bases, values, drawn, residual=False)
+    own = recording.coefficients(signals, record.bases)
+    num_units = sum(signal.shape[1] for signal in signals)
+    kept = (drawn[0] - own).square().sum() / (3 * num_units)
+    outside = (sum(signal.square().sum() for signal in signals) - own.square().sum()) / (3 * num_units)
+    torch.testing.assert_close(without, kept)
+    torch.testing.assert_close(with_residual, kept + outside, rtol=1e-2, atol=0)  # bases are rounded to float16
 
 
 def test_a_layers_target_is_a_sample_and_not_the_covariance_times_noise(teacher):

@@ -38,7 +38,9 @@ def recover(
     teacher: Annotated[str, typer.Argument(help="bundle folder or bundled teacher")],
     out: Out,
     sparsity: Annotated[float | None, typer.Option(help="share of weights to remove")] = None,
-    method: Annotated[str | None, typer.Option(help="deepinversion, records, noise, or real (with --real-data)")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="deepinversion, records, noise, or real (with --real-data)")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="of synthesis and distillation")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with a trial config")] = None,
     set_: Set = None,

@@ -4,8 +4,9 @@ Each image has a class, in turn; a target is drawn from the record (`gaussian`: 
 one example's coefficients), then `record` is minimised over the pixels, plus extras that the paper does not have.
 
 * `top`, `all`: sum over layers of mean_units (ReLU(target) - ReLU(values))², values being outputs, logits / T.
-* `spectral`, `spectral_pairs`: (1 / units) sum over signals of ||target - coefficients||², and with `residual` also the
-  energy outside the kept coefficients, which makes it the paper's ||s_bar - s(x)||² for an orthonormal basis.
+* `spectral`, `spectral_pairs`: (1 / units) sum over signals of ||s_bar - s(x)||², s_bar being the signal that has the
+  target's coefficients and no others: it does not change, so no step goes through the bases. With `residual=false`
+  only the kept coefficients are compared.
 
 Source: Lopes, Fenu and Starner 2017, arXiv 1710.07535, sections 3 and 4. Defaults are the paper's (Adam, lr 0.07, 1,000
 steps, start N(0.15, 0.1), nothing else), but for the batch: images do not touch each other, so its size is for speed.
@@ -56,11 +57,15 @@ def source(teacher: Teacher, config: RecordsConfig, key: str, device: torch.devi
         with devices.numerics(config.precision, device, config.num_threads):
             labels = (torch.arange(config.batch_size) + index * config.batch_size) % num_classes
 
+            def drawn(generator: torch.Generator) -> list[Tensor]:
+                targets = [target.to(device) for target in draw(record, labels, generator)]
+                return targets_of(record, bases, targets, config.residual)
+
             def attempt(number: int) -> tuple[Tensor, int]:
                 seed = batch_seed(key, index)
                 generator = torch.Generator().manual_seed(mix_seed(seed, number) if number else seed)
                 slower = config.model_copy(update={"learning_rate": config.learning_rate / 2**number})
-                targets = [target.to(device) for target in draw(record, labels, generator)]
+                targets = drawn(generator)
                 parts = initial_parts(config, teacher.info.image_shape, generator, device)
                 with frozen_dropout(network, config.dropout, mix_seed(seed, 0xD0)):
                     return reconstruct(network, found, record, bases, slower, space, parts, targets, labels.to(device))
@@ -68,7 +73,7 @@ def source(teacher: Teacher, config: RecordsConfig, key: str, device: torch.devi
             (images, steps), num_attempts = with_attempts(attempt, f"batch {index} of {key[:12]}")
             stored = encode(images, space, config.storage)
             generator = torch.Generator().manual_seed(batch_seed(key, index))
-            targets = [target.to(device) for target in draw(record, labels, generator)]
+            targets = drawn(generator)
             as_stored = decode(stored, space, device)
             terms = measure(network, found, record, bases, config, as_stored, targets, labels.to(device), num_classes)
         terms |= {"num_steps": steps, "num_attempts": num_attempts, "wall_s": time.perf_counter() - start}
@@ -91,6 +96,14 @@ def draw(record: Record, labels: Tensor, generator: torch.Generator) -> list[Ten
             target[chosen] = gaussian.sample(means[label], factors[label], int(chosen.sum()), generator)
         targets.append(target)
     return targets
+
+
+def targets_of(record: Record, bases: Sequence[Tensor], drawn: Sequence[Tensor], residual: bool) -> list[Tensor]:
+    """What is compared at every step: the draws, or of spectral ones the signals that they are the coefficients of."""
+    if record.info.kind not in SPECTRAL or not residual:
+        return list(drawn)
+    parts = drawn[0].split([basis.shape[1] for basis in bases], dim=1)
+    return [part @ basis.T for part, basis in zip(parts, bases, strict=True)]
 
 
 def exemplar_coefficients(record: Record, labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -162,11 +175,11 @@ def record_term(
         ]
         return torch.stack(terms).sum()
     signals = taps.basis_signals(kind, values, temperature)
-    found = torch.cat([signal @ basis for signal, basis in zip(signals, bases, strict=True)], dim=1)
-    total = (targets[0] - found).square().sum()
-    if residual:
-        energy = torch.stack([signal.square().sum() for signal in signals]).sum()
-        total = total + energy - found.square().sum()
+    if not residual:
+        found = torch.cat([signal @ basis for signal, basis in zip(signals, bases, strict=True)], dim=1)
+        total = (targets[0] - found).square().sum()
+    else:
+        total = torch.stack([(t - s).square().sum() for t, s in zip(targets, signals, strict=True)]).sum()
     num_units = sum(signal.shape[1] for signal in signals)
     return total / (len(targets[0]) * num_units)
 
