@@ -3,7 +3,7 @@
 `plan` fixes all that does not depend on data (layers, bases, which examples are exemplars); `fit` adds up one shard;
 totals of shards add up to the total of the whole; `finish` makes the records. The images are handed in.
 
-Memory: a dense covariance where a layer has at most `MAX_DENSE` units, a sketch of `rank` columns where it has more;
+Memory: a dense covariance where a layer has at most `MAX_DENSE` units, a sketch of at most `rank` columns where it has more;
 spectral kinds hold one covariance per class of at most `rank` coefficients per basis.
 """
 
@@ -21,11 +21,12 @@ from dfkd_ray.bundles import Teacher
 from dfkd_ray.images import PixelSpace, decode
 from dfkd_ray.records import format, gaussian, spectral, taps
 from dfkd_ray.records.format import SPECTRAL, BasisInfo, PartInfo, Record, RecordInfo
-from dfkd_ray.records.moments import Moments, Sketch
+from dfkd_ray.records.moments import OVERSAMPLING, Moments, Sketch
 from dfkd_ray.records.operators import layer_operator
 from dfkd_ray.records.taps import Tap
 
 MAX_DENSE = 1200  # units: the hidden layers of the paper's HintonNet; a covariance of 11.5 MB per class in float64
+SKETCH_BYTES = 2**29  # of one layer's sketch: AlexNet's first convolution has 193,600 units, and rank 105 there
 CHUNK = 256  # examples in one forward pass
 LEAKS = {
     "gaussian": "means and covariances over the training examples of each class; no single example",
@@ -153,7 +154,8 @@ def empty(plan: Plan) -> Totals:
     def statistics(units: int, seed: int) -> Moments | Sketch:
         if units <= MAX_DENSE:
             return Moments.empty(plan.num_classes, units)
-        return Sketch.empty(plan.num_classes, units, min(plan.rank, units), seed)
+        fits = SKETCH_BYTES // (8 * (plan.num_classes + 1) * units) - OVERSAMPLING
+        return Sketch.empty(plan.num_classes, units, max(1, min(plan.rank, units, fits)), seed)
 
     for kind in plan.kinds:
         if kind in SPECTRAL:
