@@ -3,8 +3,8 @@
 `plan` fixes all that does not depend on data (layers, bases, which examples are exemplars); `fit` adds up one shard;
 totals of shards add up to the total of the whole; `finish` makes the records. The images are handed in.
 
-Memory: a dense covariance where a layer has at most `MAX_DENSE` units, a sketch of at most `rank` columns where it has more;
-spectral kinds hold one covariance per class of at most `rank` coefficients per basis.
+Memory: a dense covariance where a layer has at most `MAX_DENSE` units, a sketch of at most `rank` columns where it has
+more; spectral kinds hold one covariance per class of at most `rank` coefficients per basis.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
