@@ -107,7 +107,8 @@ try:
             status = running.status()
             lost = status["made"] + status["found"] - 60
             print("made", status["made"], "lost", lost, "up", status["synthesizers_up"], "deaths", status["deaths"])
-            assert 0 <= lost <= 4 and status["synthesizers_up"] >= 2, status
+            # Below 0 where the coordinator was on the lost node: the one after it counts anew.
+            assert lost <= 4 and status["synthesizers_up"] >= 2, status
             for _ in range(2):  # four machines now: one more than the fleet began with
                 cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=100_000_000)
             end = time.monotonic() + 120

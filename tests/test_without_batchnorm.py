@@ -13,7 +13,15 @@ from torch import nn
 from dfkd_ray import batchnorm, bundles, models, report, results, trial
 from dfkd_ray.batches import Batch
 from dfkd_ray.cli import show
-from dfkd_ray.config import TeacherTrainingConfig, TrialConfig, validate, with_overrides
+from dfkd_ray.config import (
+    DeepInversionConfig,
+    NoiseConfig,
+    RecordsConfig,
+    TeacherTrainingConfig,
+    TrialConfig,
+    validate,
+    with_overrides,
+)
 from dfkd_ray.data import LabelledImages
 from dfkd_ray.models import without_batchnorm
 from dfkd_ray.sweep import estimate, files
@@ -246,7 +254,7 @@ def test_deepinversion_without_batchnorm_is_refused_by_its_field(teacher, teache
         ValueError, match=rf"^{name}.method=deepinversion: the teacher has no BatchNorm layer"
     ) as caught:
         trial.run(config_of(teacher_folder, **{f"{name}.method": "deepinversion"}), teacher)
-    assert f"set {name}.method=noise" in str(caught.value)
+    assert f"{name}.method=records, where it has some, or noise" in str(caught.value)
 
 
 @pytest.mark.parametrize("mode", ["frozen", "reestimated"])
@@ -374,7 +382,7 @@ def test_the_reference_set_is_of_any_data_free_method_and_never_real():
     assert validate(TrialConfig, {"teacher": "t"}).reference.synthesis.method == "deepinversion"
     with pytest.raises(ValueError) as caught:
         validate(TrialConfig, {"teacher": "t", "reference": {"synthesis": {"method": "real"}}})
-    says = "config: reference.synthesis.method: unknown method 'real'; expected deepinversion, noise"
+    says = "config: reference.synthesis.method: unknown method 'real'; expected deepinversion, records, noise"
     assert str(caught.value) == says
     with pytest.raises(ValueError, match=r"reference\.synthesis\.num_steps: unknown field"):
         validate(TrialConfig, {"teacher": "t", "reference": {"synthesis": {"method": "noise", "num_steps": 3}}})
@@ -389,7 +397,9 @@ def test_the_default_references_key_and_columns_are_those_of_before():
         "reference.synthesis.seed",
         "reference.synthesis.batch_size",
     ]
-    assert len(names) == len(set(names)) == 1 + len(type(TrialConfig(teacher="t").reference.synthesis).model_fields)
+    fields = {*DeepInversionConfig.model_fields, *RecordsConfig.model_fields, *NoiseConfig.model_fields}
+    assert set(names) == {"reference.num_images", *(f"reference.synthesis.{field}" for field in fields)}
+    assert len(names) == len(set(names))
     assert json.loads(str(results.schema("trials").metadata[b"dfkd_ray.schema"].rpartition(b"/")[2].decode())) == 2
 
 
