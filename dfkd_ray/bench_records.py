@@ -83,13 +83,11 @@ def reconstruction(
 
     def side(kind: str) -> Callable[[], None]:
         record = teacher.record(kind)
-        targets = records.targets_of(record, record.bases, records.draw(record, labels, generator), residual=True)
+        targets = records.targets_of(record, records.draw(record, labels, generator), residual=True)
         config = settings.model_copy(update={"record": kind})
 
         def run() -> None:
-            records.reconstruct(
-                network, found, record, record.bases, config, teacher.info.space, parts, targets, labels
-            )
+            records.reconstruct(network, found, record, config, teacher.info.space, parts, targets, labels)
 
         return run
 

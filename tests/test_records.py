@@ -275,7 +275,7 @@ def test_images_of_a_batch_do_not_touch_each_other(teacher):
     labels = torch.arange(8) % 3
     generator = torch.Generator().manual_seed(0)
     drawn = synthesis.records.draw(record, labels, generator)
-    targets = synthesis.records.targets_of(record, record.bases, drawn, residual=True)
+    targets = synthesis.records.targets_of(record, drawn, residual=True)
     parts = synthesis.records.initial_parts(config.model_copy(update={"batch_size": 8}), (1, 32, 32), generator, CPU)
 
     def run(num):
@@ -283,7 +283,6 @@ def test_images_of_a_batch_do_not_touch_each_other(teacher):
             teacher.network,
             found,
             record,
-            record.bases,
             config,
             teacher.info.space,
             [part[:num] for part in parts],
@@ -300,9 +299,9 @@ def test_a_spectral_loss_is_the_distance_of_coefficients_and_with_the_residual_t
     with torch.no_grad(), taps.recorded(teacher.network, found) as values:
         teacher.network(torch.randn(3, 1, 32, 32, generator=torch.Generator().manual_seed(1)))
         signals = taps.basis_signals("spectral_pairs", values, record.info.temperature)
-        targets = synthesis.records.targets_of(record, record.bases, drawn, residual=True)
-        with_residual = synthesis.records.record_term(record, record.bases, values, targets, residual=True)
-        without = synthesis.records.record_term(record, record.bases, values, drawn, residual=False)
+        targets = synthesis.records.targets_of(record, drawn, residual=True)
+        with_residual = synthesis.records.record_term(record, values, targets, residual=True)
+        without = synthesis.records.record_term(record, values, drawn, residual=False)
     own = recording.coefficients(signals, record.bases)
     num_units = sum(signal.shape[1] for signal in signals)
     kept = (drawn[0] - own).square().sum() / (3 * num_units)

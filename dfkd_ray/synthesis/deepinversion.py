@@ -16,7 +16,6 @@ The best image is not tracked: the last iterate of a cosine schedule is what is 
 import logging
 import math
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
@@ -26,13 +25,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfkd_ray import batchnorm, devices, losses
-from dfkd_ray.batches import Batch, BatchSource, batch_seed, mix_seed
+from dfkd_ray.batches import BatchSource
 from dfkd_ray.bundles import Teacher, freeze
-from dfkd_ray.config import DeepInversionConfig, RecordsConfig
-from dfkd_ray.images import PixelSpace, decode, encode
+from dfkd_ray.config import DeepInversionConfig
+from dfkd_ray.images import PixelSpace
+from dfkd_ray.synthesis.optimising import (
+    batches,
+    bn_term,
+    compose,
+    looked_at,
+    measured,
+    pyramid_sizes,
+    set_learning_rate,
+    total,
+)
 
-ATTEMPTS = 3  # at a batch whose loss turns NaN
-CHECK_EVERY = 25  # steps between looks at the loss: each look is a host synchronisation on a GPU
 log = logging.getLogger(__name__)
 
 
@@ -47,41 +54,13 @@ def source(teacher: Teacher, config: DeepInversionConfig, key: str, device: torc
     run = compiled(network) if config.compile else network
     space, num_classes = teacher.info.space, teacher.info.num_classes
 
-    def batch(index: int) -> Batch:
-        start = time.perf_counter()
-        with devices.numerics(config.precision, device, config.num_threads, config.fast):
-            labels = (torch.arange(config.batch_size) + index * config.batch_size) % num_classes
+    def make(slower: DeepInversionConfig, labels: Tensor, generator: torch.Generator, _seed: int) -> Any:
+        there = labels.to(device)
+        parts = initial_parts(slower, teacher.info.image_shape, generator, device)
+        images, steps = invert(network, run, slower, space, parts, there, generator)
+        return images, steps, lambda stored: measure(network, config, stored, there, num_classes)
 
-            def attempt(number: int) -> tuple[Tensor, int]:
-                seed = batch_seed(key, index)
-                generator = torch.Generator().manual_seed(mix_seed(seed, number) if number else seed)
-                slower = config.model_copy(update={"learning_rate": config.learning_rate / 2**number})
-                start_parts = initial_parts(config, teacher.info.image_shape, generator, device)
-                return invert(network, run, slower, space, start_parts, labels.to(device), generator)
-
-            (images, steps), num_attempts = with_attempts(attempt, f"batch {index} of {key[:12]}")
-            stored = encode(images, space, config.storage)
-            terms = measure(network, config, decode(stored, space, device), labels.to(device), num_classes)
-        terms |= {"num_steps": steps, "num_attempts": num_attempts, "wall_s": time.perf_counter() - start}
-        return Batch(index, stored, labels.numpy(), key, terms)
-
-    return batch
-
-
-def with_attempts(attempt: Callable[[int], tuple[Tensor, int]], what: str) -> tuple[tuple[Tensor, int], int]:
-    """What the first attempt gives whose loss stays finite, and its number (from 1).
-
-    The second and third start from other noise at half the learning rate each: still a function of (teacher, config,
-    i), so a batch that turns NaN is the same batch wherever and whenever it is made.
-    """
-    for number in range(ATTEMPTS):
-        try:
-            return attempt(number), number + 1
-        except FloatingPointError as error:
-            if number == ATTEMPTS - 1:
-                raise FloatingPointError(f"{error} (attempt {ATTEMPTS} of {ATTEMPTS})") from None
-            log.warning("%s: %s; starting it again from other noise at half the learning rate", what, error)
-    raise AssertionError
+    return batches(teacher, config, key, device, make)
 
 
 def compiled(network: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -97,29 +76,16 @@ def initial_parts(
 ) -> list[Tensor]:
     """Gaussian noise to start from: N(0, 1) pixels, or one part per resolution, the finest first.
 
-    The pyramid halves the resolution while at least 4 pixels are left; finer parts start smaller, as in images.
+    Finer parts start smaller, as in images.
     """
     c, h, w = image_shape
+    if config.parametrisation == "pixel":
+        return [torch.randn(config.batch_size, c, h, w, generator=generator).to(device)]
     parts = []
-    for level in range(1 + max(0, int(math.log2(min(h, w) / 4))) if config.parametrisation == "pyramid" else 1):
-        size = (config.batch_size, c, -(-h // 2**level), -(-w // 2**level))
-        amplitude = min(0.2 * (level + 1), 0.6) if config.parametrisation == "pyramid" else 1.0
-        parts.append((amplitude * torch.randn(size, generator=generator)).to(device))
+    for level, size in enumerate(pyramid_sizes(h, w)):
+        amplitude = min(0.2 * (level + 1), 0.6)
+        parts.append((amplitude * torch.randn(config.batch_size, c, *size, generator=generator)).to(device))
     return parts
-
-
-def compose(parts: Sequence[Tensor]) -> Tensor:
-    """The sum of the parts, each upsampled to the finest one's size."""
-    size = parts[0].shape[2:]
-    coarse = [F.interpolate(part, size=size, mode="bilinear", align_corners=False) for part in parts[1:]]
-    return sum(coarse, start=parts[0])
-
-
-def learning_rate(config: DeepInversionConfig | RecordsConfig, step: int) -> float:
-    """Adam's learning rate at `step`."""
-    if config.schedule == "constant":
-        return config.learning_rate
-    return config.learning_rate * (1 + math.cos(math.pi * step / config.num_steps)) / 2
 
 
 def invert(
@@ -142,8 +108,7 @@ def invert(
     best, checks_since_best, steps = math.inf, 0, 0
     with batchnorm.recorded(network) as statistics:
         for step in range(config.num_steps):
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(config, step)
+            set_learning_rate(optimiser, config, step)
             statistics.clear()
             images = torch.clamp(compose(variables), low, high)
             with devices.autocast(config.precision, images.device):
@@ -156,11 +121,9 @@ def invert(
                 with torch.no_grad():
                     variables[0].copy_(torch.clamp(variables[0], low, high))
             steps = step + 1
-            if steps % CHECK_EVERY and steps < config.num_steps:
+            value = looked_at(loss, steps, config.num_steps)
+            if value is None:
                 continue
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise FloatingPointError(f"synthesis: the loss is {value} at step {steps}; lower learning_rate")
             best, checks_since_best = (value, 0) if value < best * 0.999 else (best, checks_since_best + 1)
             if config.plateau_patience and checks_since_best >= config.plateau_patience:
                 break
@@ -181,26 +144,9 @@ def terms(
     config: DeepInversionConfig, images: Tensor, logits: Tensor, labels: Tensor, statistics: batchnorm.Statistics
 ) -> dict[str, Tensor]:
     """Every unweighted term by its name."""
-    bn = torch.zeros((), device=images.device)
-    for position, layer in enumerate(statistics.layers):
-        assert layer.running_mean is not None and layer.running_var is not None
-        distance = losses.batchnorm_distance(
-            statistics.means[position], statistics.variances[position], layer.running_mean, layer.running_var
-        )
-        bn = bn + (config.bn_first_multiplier * distance if position == 0 else distance)
+    bn = bn_term(statistics, images.device, config.bn_first_multiplier)
     label = F.cross_entropy(logits, labels) if config.label_loss == "cross_entropy" else losses.output_entropy(logits)
     return {"label": label, "bn": bn, "tv": losses.total_variation(images), "l2": losses.mean_square(images)}
-
-
-def total(config: DeepInversionConfig, terms: dict[str, Tensor]) -> Tensor:
-    """The weighted sum of the terms."""
-    weights = {
-        "label": config.label_weight,
-        "bn": config.bn_weight,
-        "tv": config.tv_weight,
-        "l2": config.l2_weight,
-    }
-    return torch.stack([weights[name] * term for name, term in terms.items() if weights[name]]).sum()
 
 
 @torch.no_grad()
@@ -212,10 +158,5 @@ def measure(
         images = images.contiguous(memory_format=torch.channels_last)
     with batchnorm.recorded(network) as statistics, devices.autocast(config.precision, images.device):
         logits = network(images).float()
-        measured = {name: float(term) for name, term in terms(config, images, logits, labels, statistics).items()}
-    predicted = logits.argmax(dim=1)
-    return measured | {
-        "confidence": float(logits.softmax(dim=1).amax(dim=1).mean()),
-        "label_agreement": float((predicted == labels).float().mean()),
-        "class_histogram": torch.bincount(predicted, minlength=num_classes).tolist(),
-    }
+        own = terms(config, images, logits, labels, statistics)
+    return measured(own, logits, labels, num_classes)

@@ -12,12 +12,10 @@ Source: Lopes, Fenu and Starner 2017, arXiv 1710.07535, sections 3 and 4. Defaul
 steps, start N(0.15, 0.1), nothing else), but for the batch: images do not touch each other, so its size is for speed.
 """
 
-import logging
-import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -26,16 +24,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfkd_ray import batchnorm, devices, losses
-from dfkd_ray.batches import Batch, BatchSource, batch_seed, mix_seed
+from dfkd_ray.batches import BatchSource, mix_seed
 from dfkd_ray.bundles import Teacher, freeze
 from dfkd_ray.config import RecordsConfig
-from dfkd_ray.images import PixelSpace, decode, encode
-from dfkd_ray.records import gaussian, taps
+from dfkd_ray.images import PixelSpace
+from dfkd_ray.records import gaussian, spectral, taps
 from dfkd_ray.records.format import SPECTRAL, Record
-from dfkd_ray.synthesis.deepinversion import compose, learning_rate, with_attempts
-
-CHECK_EVERY = 25  # steps between looks at the loss: each look is a host synchronisation on a GPU
-log = logging.getLogger(__name__)
+from dfkd_ray.synthesis.optimising import (
+    batches,
+    bn_term,
+    compose,
+    looked_at,
+    measured,
+    pyramid_sizes,
+    set_learning_rate,
+    total,
+)
 
 
 def source(teacher: Teacher, config: RecordsConfig, key: str, device: torch.device) -> BatchSource:
@@ -45,41 +49,27 @@ def source(teacher: Teacher, config: RecordsConfig, key: str, device: torch.devi
     """
     devices.check_precision(config.precision, device)
     record = teacher.record(config.record)
+    record = replace(record, bases=tuple(basis.to(device) for basis in record.bases))
     network = devices.place(freeze(deepcopy(teacher.network)), device, channels_last=config.channels_last)
     if config.bn_weight:
         batchnorm.require_layers(network)
     found = taps.find(network, teacher.info.image_shape)
     space, num_classes = teacher.info.space, teacher.info.num_classes
-    bases = [basis.to(device) for basis in record.bases]
 
-    def batch(index: int) -> Batch:
-        start = time.perf_counter()
-        with devices.numerics(config.precision, device, config.num_threads):
-            labels = (torch.arange(config.batch_size) + index * config.batch_size) % num_classes
+    def make(slower: RecordsConfig, labels: Tensor, generator: torch.Generator, seed: int) -> Any:
+        drawn = [target.to(device) for target in draw(record, labels, generator)]
+        targets = targets_of(record, drawn, config.residual)
+        parts = initial_parts(slower, teacher.info.image_shape, generator, device)
+        there = labels.to(device)
+        with frozen_dropout(network, config.dropout, mix_seed(seed, 0xD0)):
+            images, steps = reconstruct(network, found, record, slower, space, parts, targets, there)
+        return (
+            images,
+            steps,
+            lambda stored: measure(network, found, record, config, stored, targets, there, num_classes),
+        )
 
-            def drawn(generator: torch.Generator) -> list[Tensor]:
-                targets = [target.to(device) for target in draw(record, labels, generator)]
-                return targets_of(record, bases, targets, config.residual)
-
-            def attempt(number: int) -> tuple[Tensor, int]:
-                seed = batch_seed(key, index)
-                generator = torch.Generator().manual_seed(mix_seed(seed, number) if number else seed)
-                slower = config.model_copy(update={"learning_rate": config.learning_rate / 2**number})
-                targets = drawn(generator)
-                parts = initial_parts(config, teacher.info.image_shape, generator, device)
-                with frozen_dropout(network, config.dropout, mix_seed(seed, 0xD0)):
-                    return reconstruct(network, found, record, bases, slower, space, parts, targets, labels.to(device))
-
-            (images, steps), num_attempts = with_attempts(attempt, f"batch {index} of {key[:12]}")
-            stored = encode(images, space, config.storage)
-            generator = torch.Generator().manual_seed(batch_seed(key, index))
-            targets = drawn(generator)
-            as_stored = decode(stored, space, device)
-            terms = measure(network, found, record, bases, config, as_stored, targets, labels.to(device), num_classes)
-        terms |= {"num_steps": steps, "num_attempts": num_attempts, "wall_s": time.perf_counter() - start}
-        return Batch(index, stored, labels.numpy(), key, terms)
-
-    return batch
+    return batches(teacher, config, key, device, make)
 
 
 def draw(record: Record, labels: Tensor, generator: torch.Generator) -> list[Tensor]:
@@ -98,12 +88,12 @@ def draw(record: Record, labels: Tensor, generator: torch.Generator) -> list[Ten
     return targets
 
 
-def targets_of(record: Record, bases: Sequence[Tensor], drawn: Sequence[Tensor], residual: bool) -> list[Tensor]:
+def targets_of(record: Record, drawn: Sequence[Tensor], residual: bool) -> list[Tensor]:
     """What is compared at every step: the draws, or of spectral ones the signals that they are the coefficients of."""
     if record.info.kind not in SPECTRAL or not residual:
         return list(drawn)
-    parts = drawn[0].split([basis.shape[1] for basis in bases], dim=1)
-    return [part @ basis.T for part, basis in zip(parts, bases, strict=True)]
+    parts = drawn[0].split([basis.shape[1] for basis in record.bases], dim=1)
+    return [spectral.signal_of(part, basis) for part, basis in zip(parts, record.bases, strict=True)]
 
 
 def exemplar_coefficients(record: Record, labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -125,8 +115,7 @@ def initial_parts(
     c, h, w = image_shape
     parts = [config.init_mean + config.init_std * torch.randn(config.batch_size, c, h, w, generator=generator)]
     if config.parametrisation == "pyramid":
-        for level in range(1, 1 + max(0, int(math.log2(min(h, w) / 4)))):
-            parts.append(torch.zeros(config.batch_size, c, -(-h // 2**level), -(-w // 2**level)))
+        parts += [torch.zeros(config.batch_size, c, *size) for size in pyramid_sizes(h, w)[1:]]
     return [part.to(device) for part in parts]
 
 
@@ -158,13 +147,7 @@ def frozen_dropout(network: nn.Module, dropout: str, seed: int) -> Iterator[None
             del layer.forward
 
 
-def record_term(
-    record: Record,
-    bases: Sequence[Tensor],
-    values: taps.Values,
-    targets: Sequence[Tensor],
-    residual: bool,
-) -> Tensor:
+def record_term(record: Record, values: taps.Values, targets: Sequence[Tensor], residual: bool) -> Tensor:
     """The mean over images of the record's loss; see the head of this module."""
     kind, temperature = record.info.kind, record.info.temperature
     if kind not in SPECTRAL:
@@ -176,19 +159,18 @@ def record_term(
         return torch.stack(terms).sum()
     signals = taps.basis_signals(kind, values, temperature)
     if not residual:
-        found = torch.cat([signal @ basis for signal, basis in zip(signals, bases, strict=True)], dim=1)
-        total = (targets[0] - found).square().sum()
+        found = [spectral.coefficients(signal, basis) for signal, basis in zip(signals, record.bases, strict=True)]
+        distance = (targets[0] - torch.cat(found, dim=1)).square().sum()
     else:
-        total = torch.stack([(t - s).square().sum() for t, s in zip(targets, signals, strict=True)]).sum()
+        distance = torch.stack([(t - s).square().sum() for t, s in zip(targets, signals, strict=True)]).sum()
     num_units = sum(signal.shape[1] for signal in signals)
-    return total / (len(targets[0]) * num_units)
+    return distance / (len(targets[0]) * num_units)
 
 
 def reconstruct(
     network: nn.Module,
     found: Sequence[taps.Tap],
     record: Record,
-    bases: Sequence[Tensor],
     config: RecordsConfig,
     space: PixelSpace,
     parts: Sequence[Tensor],
@@ -211,31 +193,25 @@ def reconstruct(
 
     with bn as statistics, taps.recorded(network, found) as values:
         for step in range(config.num_steps):
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(config, step)
+            set_learning_rate(optimiser, config, step)
             if statistics is not None:
                 statistics.clear()
             images = (pixels() - mean) / std
             with devices.autocast(config.precision, images.device):
                 logits = network(images.contiguous(memory_format=layout)).float()
-            own = terms(config, record, bases, values, targets, images, logits, labels, statistics)
+            own = terms(config, record, values, targets, images, logits, labels, statistics)
             # Summed over images, not averaged: Adam's epsilon would show with gradients that shrink with the batch.
             loss = len(labels) * total(config, own)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
-            if (step + 1) % CHECK_EVERY and step + 1 < config.num_steps:
-                continue
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise FloatingPointError(f"synthesis: the loss is {value} at step {step + 1}; lower learning_rate")
+            looked_at(loss, step + 1, config.num_steps)
     return ((pixels() - mean) / std).detach(), config.num_steps
 
 
 def terms(
     config: RecordsConfig,
     record: Record,
-    bases: Sequence[Tensor],
     values: taps.Values,
     targets: Sequence[Tensor],
     images: Tensor,
@@ -244,22 +220,11 @@ def terms(
     statistics: batchnorm.Statistics | None,
 ) -> dict[str, Tensor]:
     """Every unweighted term by its name; those without a weight are left out where they cost something."""
-    found = {"record": record_term(record, bases, values, targets, config.residual)}
+    found = {"record": record_term(record, values, targets, config.residual)}
     found |= {"label": F.cross_entropy(logits, labels), "tv": losses.total_variation(images)}
     if statistics is not None:
-        found["bn"] = torch.stack(
-            [
-                losses.batchnorm_distance(mean, variance, layer.running_mean, layer.running_var)  # type: ignore[arg-type]
-                for mean, variance, layer in zip(statistics.means, statistics.variances, statistics.layers, strict=True)
-            ]
-        ).sum()
+        found["bn"] = bn_term(statistics, images.device)
     return found
-
-
-def total(config: RecordsConfig, terms: dict[str, Tensor]) -> Tensor:
-    """The weighted sum of the terms."""
-    weights = {name: getattr(config, f"{name}_weight") for name in terms}
-    return torch.stack([weights[name] * term for name, term in terms.items() if weights[name]]).sum()
 
 
 @torch.no_grad()
@@ -267,7 +232,6 @@ def measure(
     network: nn.Module,
     found: Sequence[taps.Tap],
     record: Record,
-    bases: Sequence[Tensor],
     config: RecordsConfig,
     images: Tensor,
     targets: Sequence[Tensor],
@@ -281,10 +245,5 @@ def measure(
     with bn as statistics, taps.recorded(network, found) as values:
         with devices.autocast(config.precision, images.device):
             logits = network(images).float()
-        own = terms(config, record, bases, values, targets, images, logits, labels, statistics)
-    predicted = logits.argmax(dim=1)
-    return {name: float(term) for name, term in own.items()} | {
-        "confidence": float(logits.softmax(dim=1).amax(dim=1).mean()),
-        "label_agreement": float((predicted == labels).float().mean()),
-        "class_histogram": torch.bincount(predicted, minlength=num_classes).tolist(),
-    }
+        own = terms(config, record, values, targets, images, logits, labels, statistics)
+    return measured(own, logits, labels, num_classes)
