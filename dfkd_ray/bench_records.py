@@ -57,6 +57,7 @@ def fit(teacher: Teacher, kinds: Sequence[str], num_images: int, num_threads: in
         (shard,) = recording.shards(lambda chosen: noise(chosen, shape), labels, rows, 1)  # noqa: B023 - used at once
         totals = recording.fit(plan, teacher.network, shard, num_threads)
         (record,) = recording.finish(plan, totals, teacher)
+        del totals
         size = recording.size_bytes(record)
         wall_s, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         dense = recording.dense_bytes(plan.taps, teacher.info.num_classes)

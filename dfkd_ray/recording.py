@@ -27,7 +27,8 @@ from dfkd_ray.records.taps import Tap
 
 MAX_DENSE = 1200  # units: the hidden layers of the paper's HintonNet; a covariance of 11.5 MB per class in float64
 SKETCH_BYTES = 2**29  # of one layer's sketch: AlexNet's first convolution has 193,600 units, and rank 105 there
-CHUNK = 256  # examples in one forward pass
+CHUNK = 256  # examples in one forward pass, at most
+CHUNK_BYTES = 2**27  # of all its activations: AlexNet's at 224 take 2 MB an example
 LEAKS = {
     "gaussian": "means and covariances over the training examples of each class; no single example",
     "exemplars": "compressed activations of single training examples, from which each can be partly reconstructed",
@@ -43,10 +44,10 @@ class Shard:
     labels: Tensor
     rows: np.ndarray
 
-    def batches(self) -> Iterator[tuple[np.ndarray, Tensor, np.ndarray]]:
-        """Images, labels and rows, `CHUNK` at a time."""
-        for start in range(0, len(self.rows), CHUNK):
-            rows = self.rows[start : start + CHUNK]
+    def batches(self, size: int) -> Iterator[tuple[np.ndarray, Tensor, np.ndarray]]:
+        """Images, labels and rows, `size` at a time."""
+        for start in range(0, len(self.rows), size):
+            rows = self.rows[start : start + size]
             chosen = torch.from_numpy(rows)
             yield self.read(chosen).numpy(), self.labels[chosen], rows
 
@@ -71,6 +72,15 @@ class Plan:
     share: float
     exemplars: frozenset[int]  # rows whose coefficients are kept
     seed: int
+
+    def taps_of(self, kind: str) -> tuple[Tap, ...]:
+        """The layers that `top` or `all` records."""
+        return self.taps if kind == "all" else self.taps[-1:]
+
+    @property
+    def chunk(self) -> int:
+        """Examples in one forward pass."""
+        return max(1, min(CHUNK, CHUNK_BYTES // (4 * sum(tap.num_units for tap in self.taps))))
 
 
 @dataclass
@@ -162,7 +172,7 @@ def empty(plan: Plan) -> Totals:
             columns = sum(basis.shape[1] for basis in plan.bases[kind])
             totals.statistics[kind] = Moments.empty(plan.num_classes, columns)
             continue
-        for index, tap in enumerate(plan.taps if kind == "all" else plan.taps[-1:]):
+        for index, tap in enumerate(plan.taps_of(kind)):
             totals.statistics[f"{kind}/{tap.name}"] = statistics(tap.num_units, plan.seed + index)
     return totals
 
@@ -179,7 +189,7 @@ def fit(
     totals, device = empty(plan), next(network.parameters()).device
     bases = {kind: [basis.to(device) for basis in own] for kind, own in plan.bases.items()}
     with devices.numerics("float32", device, num_threads), taps.recorded(network, plan.taps) as values:
-        for images, classes, rows in shard.batches():
+        for images, classes, rows in shard.batches(plan.chunk):
             network(decode(images, plan.space, device))
             outputs = taps.scaled_outputs(values, plan.temperature)
             for tap, output in zip(plan.taps, outputs, strict=True):
@@ -207,7 +217,8 @@ def add(
 ) -> None:
     """Add one forward pass to one kind."""
     if kind not in SPECTRAL:
-        for tap, output in list(zip(plan.taps, outputs, strict=True))[0 if kind == "all" else -1 :]:
+        own = plan.taps_of(kind)
+        for tap, output in zip(own, outputs[-len(own) :], strict=True):
             totals.statistics[f"{kind}/{tap.name}"].update(output.cpu(), labels)
         return
     found = coefficients(taps.basis_signals(kind, values, plan.temperature), bases[kind]).cpu()
@@ -220,7 +231,7 @@ def add(
 
 def coefficients(signals: Sequence[Tensor], bases: Sequence[Tensor]) -> Tensor:
     """The graph Fourier transforms of signals, side by side: (examples, columns of all bases)."""
-    return torch.cat([signal @ basis for signal, basis in zip(signals, bases, strict=True)], dim=1)
+    return torch.cat([spectral.coefficients(s, basis) for s, basis in zip(signals, bases, strict=True)], dim=1)
 
 
 def finish(plan: Plan, totals: Totals, teacher: Teacher, notes: Mapping[str, Any] | None = None) -> list[Record]:
@@ -250,13 +261,12 @@ def header(plan: Plan, kind: str, teacher_hash: str, counts: Tensor, notes: Mapp
 
 def finish_layers(plan: Plan, totals: Totals, kind: str, teacher_hash: str, notes: Mapping[str, Any]) -> Record:
     """A record with a Gaussian per layer and class."""
-    parts, tensors, counts = [], {}, torch.zeros(0)
-    for tap in plan.taps if kind == "all" else plan.taps[-1:]:
-        statistics = totals.statistics[f"{kind}/{tap.name}"]
-        counts = statistics.counts
-        part, own = gaussian_part(tap.name, statistics)
+    parts, tensors = [], {}
+    for tap in plan.taps_of(kind):
+        part, own = gaussian_part(tap.name, totals.statistics[f"{kind}/{tap.name}"])
         parts.append(part)
         tensors |= own
+    counts = totals.statistics[f"{kind}/{plan.taps[-1].name}"].counts  # the same in every layer
     info = RecordInfo(**header(plan, kind, teacher_hash, counts, notes), parts=tuple(parts))
     return Record(info, tensors)
 

@@ -234,6 +234,7 @@ def teacher_record(
         totals = recording.fit(plan, teacher.network, shards[0], num_threads=threads, progress=on_images)
     notes = {"dataset": data.name, "limit": limit, "workers": workers}
     records = recording.finish(plan, totals, teacher, notes)
+    del totals  # of large layers it takes more memory than the records, which are copied when they are written
     dense = recording.dense_bytes(plan.taps, teacher.info.num_classes)
     for record in records:
         size = bundles.save_record(bundle, record)
