@@ -8,6 +8,7 @@ Importing this imports no torch: the coordinator's process starts sooner and sta
 
 import logging
 import os
+import secrets
 import signal
 import socket
 import threading
@@ -41,6 +42,8 @@ QUIET = {
     # Synthesizers and trials share cores: threads that spin while they wait would take them from each other.
     "OMP_WAIT_POLICY": "passive",
 }
+# Of the sessions that this process starts: whoever does not know it can neither run code in them nor read from them.
+TOKEN = secrets.token_hex(32)
 START_S = 120.0
 CONNECT_S = 5.0
 
@@ -81,6 +84,7 @@ def connected(address: str | None = None, **options: Any) -> Iterator[None]:
     """A Ray session, quiet and left at the end: the one there is, that of a cluster (`HOST:PORT`, or `auto` for one on
     this machine; None reads RAY_ADDRESS), or one of our own, shut down at the end.
 
+    One of our own has no dashboard, and a token that nobody else knows, unless RAY_AUTH_MODE says what it is to be.
     `OSError`, in one line, for a cluster that does not answer.
     """
     for name, value in QUIET.items():
@@ -93,6 +97,8 @@ def connected(address: str | None = None, **options: Any) -> Iterator[None]:
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         if address == "local":
+            if "RAY_AUTH_MODE" not in os.environ:  # then a local session has a token, this one
+                os.environ["RAY_AUTH_TOKEN"] = TOKEN
             options = {"include_dashboard": False, **options}
             ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **options)
         else:

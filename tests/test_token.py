@@ -1,0 +1,103 @@
+"""Who may talk to a sweep's Ray session: nobody without its token."""
+
+import json
+import os
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+# In a process of its own: what a session is started with stays with its process.
+SESSION = """
+import json, os, sys
+import grpc, psutil
+import ray
+from dfkd_ray import fleet
+
+# A call that each of Ray's services knows; others answer UNIMPLEMENTED, whoever asks.
+KNOWN = ["NodeInfoGcsService/GetAllNodeInfo", "NodeManagerService/GetNodeStats", "ObjectManagerService/Pull",
+         "CoreWorkerService/GetCoreWorkerStats", "ReporterService/GetTraceback"]
+
+def answers(port, token):
+    channel = grpc.insecure_channel(f"127.0.0.1:{port}")
+    said = []
+    for name in KNOWN:
+        call = channel.unary_unary(f"/ray.rpc.{name}", request_serializer=bytes, response_deserializer=bytes)
+        try:
+            call(b"", timeout=10, metadata=[("authorization", f"Bearer {token}")] if token else None)
+            said.append("OK")
+        except grpc.RpcError as error:
+            said.append(error.code().name)
+    channel.close()
+    return said
+
+with fleet.connected(num_cpus=1, object_store_memory=80_000_000):
+    class Actor:
+        def there(self):
+            return True
+
+    actor = ray.remote(Actor).remote()
+    assert ray.get(actor.there.remote())
+    this = psutil.Process()
+    found = []
+    for process in [this, *this.children(recursive=True)]:
+        for connection in process.net_connections(kind="tcp"):
+            if connection.status == psutil.CONN_LISTEN:
+                found.append((process.name(), connection.laddr.ip, connection.laddr.port))
+    token = os.environ["RAY_AUTH_TOKEN"]
+    told = [{"name": name, "ip": ip, "port": port, "without": answers(port, ""), "wrong": answers(port, "0" * 64),
+             "with": answers(port, token)} for name, ip, port in found]
+    print(json.dumps({"address": ray.get_runtime_context().gcs_address, "listeners": told}), flush=True)
+    sys.stdin.readline()
+"""
+CLIENT = "import ray; ray.init({address!r}, logging_level='ERROR', log_to_driver=False); print('in')"
+
+
+def environment(home: Path) -> dict[str, str]:
+    """Of somebody else on this machine: neither our variables nor our home."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"HOME": str(home)}
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory):
+    """A default local session, and what listens in it."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SESSION],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(tmp_path_factory.mktemp("owner")),
+    )
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        yield json.loads(process.stdout.readline())
+    finally:
+        process.stdin.close()
+        process.wait(timeout=60)
+
+
+def test_every_listener_of_a_local_session_refuses_who_has_no_token(session):
+    names = [listener["name"] for listener in session["listeners"]]
+    for listener in session["listeners"]:
+        if "OK" in listener["with"]:  # speaks gRPC, and to its owner
+            assert set(listener["without"]) | set(listener["wrong"]) <= {"UNAUTHENTICATED", "UNIMPLEMENTED"}, listener
+            continue
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"http://{listener['ip']}:{listener['port']}/", timeout=10)
+    assert {"gcs_server", "raylet"} <= set(names), names
+    assert not any("dashboard" in name.lower() and "agent" not in name.lower() for name in names), names
+
+
+@pytest.mark.parametrize("mode", [{}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}])
+def test_a_client_without_the_token_gets_no_session(session, mode, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", CLIENT.format(address=session["address"])],
+        capture_output=True,
+        text=True,
+        env=environment(tmp_path) | mode,
+        timeout=120,
+    )
+    assert done.returncode != 0 and "in" not in done.stdout.split()
