@@ -1,0 +1,155 @@
+"""What a cluster is started from: cluster.yaml, and the README's files for hosts of one's own and for Kubernetes."""
+
+import copy
+import re
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+from readme import REPOSITORY, block
+
+from dfkd_ray import sweep
+from dfkd_ray.cli import app
+
+CLUSTER = (REPOSITORY / "cluster.yaml").read_text(encoding="utf-8")
+# The fields of KubeRay's RayJob that the README's file may use; source: KubeRay's API reference, ray.io/v1.
+STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
+POD = {
+    "type": "object",
+    "required": ["spec"],
+    "properties": {
+        "spec": {
+            "type": "object",
+            "required": ["containers"],
+            "additionalProperties": False,
+            "properties": {
+                "serviceAccountName": {"type": "string"},
+                "containers": {
+                    "type": "array",
+                    "minItems": 1,
+                    "items": {
+                        "type": "object",
+                        "required": ["name", "image"],
+                        "additionalProperties": False,
+                        "properties": {
+                            "name": {"type": "string"},
+                            "image": {"type": "string"},
+                            "resources": {
+                                "type": "object",
+                                "additionalProperties": False,
+                                "properties": {"limits": STRINGS, "requests": STRINGS},
+                            },
+                            "volumeMounts": {"type": "array", "items": STRINGS},
+                        },
+                    },
+                },
+                "volumes": {"type": "array", "items": {"type": "object", "required": ["name"]}},
+            },
+        }
+    },
+}
+
+
+def fields(required: list[str], **properties: dict) -> dict:
+    """An object with these fields and no others."""
+    return {"type": "object", "required": required, "additionalProperties": False, "properties": properties}
+
+
+RAYJOB = fields(
+    ["apiVersion", "kind", "metadata", "spec"],
+    apiVersion={"const": "ray.io/v1"},
+    kind={"const": "RayJob"},
+    metadata=fields(["name"], name={"type": "string", "pattern": "^[a-z0-9-]{1,47}$"}),
+    spec=fields(
+        ["entrypoint", "rayClusterSpec"],
+        entrypoint={"type": "string"},
+        shutdownAfterJobFinishes={"type": "boolean"},
+        ttlSecondsAfterFinished={"type": "integer"},
+        rayClusterSpec=fields(
+            ["rayVersion", "headGroupSpec"],
+            rayVersion={"type": "string"},
+            enableInTreeAutoscaling={"type": "boolean"},
+            autoscalerOptions=fields([], idleTimeoutSeconds={"type": "integer"}),
+            authOptions=fields(["mode"], mode={"enum": ["disabled", "token"]}),
+            headGroupSpec=fields(["rayStartParams", "template"], rayStartParams=STRINGS, template=POD),
+            workerGroupSpecs={
+                "type": "array",
+                "items": fields(
+                    ["groupName", "rayStartParams", "template"],
+                    groupName={"type": "string"},
+                    replicas={"type": "integer"},
+                    minReplicas={"type": "integer"},
+                    maxReplicas={"type": "integer"},
+                    rayStartParams=STRINGS,
+                    template=POD,
+                ),
+            },
+        ),
+    ),
+)
+
+
+def validated(text: str) -> dict:
+    """A cluster file as Ray's own launcher fills it in, after the launcher's own validation."""
+    from ray.autoscaler._private.util import prepare_config, validate_config  # the launcher has no public way in
+
+    config = prepare_config(yaml.safe_load(text))
+    validate_config(config)
+    return config
+
+
+def test_ray_up_refuses_nothing_in_cluster_yaml():
+    config = validated(CLUSTER)
+    head, gpu = config["available_node_types"][config["head_node_type"]], config["available_node_types"]["gpu"]
+    assert head["resources"] == {"CPU": 0} and gpu["min_workers"] == 0
+    assert gpu["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert "spot" in CLUSTER and sum("MarketType" in line for line in CLUSTER.splitlines()) == 1, "spot is one line"
+
+
+def test_ray_up_refuses_nothing_in_the_readmes_file_for_hosts_of_ones_own():
+    config = validated(block("hosts.yaml"))
+    assert [kind["max_workers"] for kind in config["available_node_types"].values()] == [2]
+
+
+def test_ray_up_refuses_a_misspelt_field():
+    with pytest.raises(Exception, match="idle_timeout"):
+        validated(CLUSTER.replace("idle_timeout_minutes", "idle_timeout"))
+
+
+@pytest.mark.parametrize("text", [CLUSTER, block("hosts.yaml")], ids=["cluster.yaml", "hosts"])
+def test_nodes_get_token_and_wheel_and_nothing_else_listens_to_the_world(text):
+    config = yaml.safe_load(text)
+    assert config["file_mounts"] == {"~/dist": "dist", "~/.ray/auth_token": "~/.ray/auth_token"}
+    commands = "\n".join(config["setup_commands"] + config["head_start_ray_commands"])
+    assert "RAY_AUTH_MODE=token" in commands and "--dashboard-host=127.0.0.1" in commands
+    assert "--constraint ~/dist/versions.txt" in commands, "every node has the laptop's versions of Ray and torch"
+    assert not re.search(r"(?i)(secret|access_key|password|BEGIN [A-Z ]*KEY|AKIA[0-9A-Z]{16})", str(config))
+
+
+def test_the_rayjob_has_only_fields_that_kuberay_knows_and_begins_without_gpus():
+    job = yaml.safe_load(block("rayjob.yaml"))
+    jsonschema.validate(job, RAYJOB)
+    cluster = job["spec"]["rayClusterSpec"]
+    (group,) = cluster["workerGroupSpecs"]
+    assert group["minReplicas"] <= group["replicas"] == 0 < group["maxReplicas"]
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0" and cluster["authOptions"]["mode"] == "token"
+    broken = copy.deepcopy(job)
+    broken["spec"]["rayClusterSpec"]["autoscaling"] = True
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(broken, RAYJOB)
+
+
+def test_what_the_readme_submits_are_commands_and_sweeps_that_exist():
+    import typer.main
+
+    submitted = [block("rayjob.yaml"), block("cluster commands")]
+    known = typer.main.get_command(app).commands["sweep"]  # type: ignore[attr-defined]
+    options = {name for parameter in known.params for name in parameter.opts}
+    for text in submitted:
+        words = re.search(r"dfkd-ray sweep (.*)", text)[1].split()  # type: ignore[index]
+        assert {word for word in words if word.startswith("--")} <= options
+        assert sweep.parse(yaml.safe_load((REPOSITORY / "sweeps" / Path(words[0]).name).read_text()), words[0])
