@@ -69,15 +69,17 @@ class Outcome:
 def pinned(config: TrialConfig, teacher: Teacher) -> TrialConfig:
     """The config with the hash of each activation record that it uses: what a trial is named by and images come from.
 
+    Its teacher is open by now, and what is left of a teacher's URI is its public name: from here the config goes into
+    rows, files and other processes. A trial's id does not hold it.
     `ValueError` where the teacher has no such record, or another than a hash that is there already.
     """
-    update: dict[str, Any] = {}
+    update: dict[str, Any] = {"teacher": storage.public_name(config.teacher)}
     for name, settings in (("synthesis", config.synthesis), ("reference", config.reference.synthesis)):
         if settings.method != "records":
             continue
         found = pinned_synthesis(settings, teacher)
         update[name] = found if name == "synthesis" else config.reference.model_copy(update={"synthesis": found})
-    return config.model_copy(update=update) if update else config
+    return config.model_copy(update=update)
 
 
 def pinned_synthesis(settings: Any, teacher: Teacher) -> Any:

@@ -22,6 +22,7 @@ from dfkd_ray.cli.options import (
     Out,
     Set,
     Synthesizers,
+    TeacherName,
     TestData,
     Trust,
     number_of,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def recover(
-    teacher: Annotated[str, typer.Argument(help="bundle folder or bundled teacher")],
+    teacher: TeacherName,
     out: Out,
     sparsity: Annotated[float | None, typer.Option(help="share of weights to remove")] = None,
     method: Annotated[
@@ -106,7 +107,7 @@ def sweep(
     ] = None,
     set_: Set = None,
     teachers: Annotated[
-        Path | None, typer.Option(help="folder in which the file's teachers are looked for first, by name")
+        str | None, typer.Option(help="folder or URI in which the file's teachers are looked for first, by name")
     ] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="the file's small size, for a look in seconds")] = False,
     test_data: TestData = "auto",
@@ -159,7 +160,8 @@ def sweep(
     with sweeps.explained(place, "results folder"):
         rows = sweeps.rows_in(place)
         if not dry_run:
-            place.write("sweep.yaml", yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False).encode())
+            text = yaml.safe_dump(storage.secretless(settings.model_dump(mode="json")), sort_keys=False)
+            place.write("sweep.yaml", text.encode())
     known = plan.jobs_in(rows)
     own = {job.id for job in known}
     finished = [row for row in rows if row["trial_id"] in own and row["status"] in tables.FINAL]

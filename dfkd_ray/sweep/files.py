@@ -26,6 +26,7 @@ from dfkd_ray.config import (
     validate,
     with_overrides,
 )
+from dfkd_ray.storage import public_name, without_secrets
 from dfkd_ray.sweep.search import Point, SearchConfig, StopConfig, can_match, options, probes, random_points, shown
 from dfkd_ray.sweep.tuning import Suggestions
 
@@ -205,7 +206,7 @@ def expanded(
         errors.update(dict.fromkeys(stop_errors(sweep.stop, tried)))
     if not overrides:  # what was set by hand may leave an entry without a match
         for index in sorted(unmatched):
-            errors[f"exclude: {shown(sweep.exclude[index])} matches no combination"] = None
+            errors[f"exclude: {without_secrets(shown(sweep.exclude[index]))} matches no combination"] = None
     if sweep.search is None:
         errors.update(dict.fromkeys(stop_errors(sweep.stop, list(configs.values()))))
         if not configs and not errors:
@@ -341,7 +342,7 @@ def checked(
             jobs.setdefault(job.id, job)
             one_trial.check(config, job.teacher, trust_code)
         except ValueError as error:
-            errors[f"{config.teacher}: {error}"] = None
+            errors[f"{public_name(config.teacher)}: {error}"] = None
     return list(jobs.values()), list(errors)
 
 

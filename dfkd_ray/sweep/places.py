@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from dfkd_ray.storage import Folder
+from dfkd_ray.storage import Folder, in_one_line
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -63,12 +63,6 @@ def explained(folder: Folder, what: str) -> Iterator[None]:
         raise OSError(
             f"the {what} {folder} cannot be used: {in_one_line(error)}; mend that or choose another place"
         ) from error
-
-
-def in_one_line(error: BaseException) -> str:
-    """What an error of the disk or the network says."""
-    strerror = getattr(error, "strerror", None)
-    return " ".join(str(strerror or error or type(error).__name__).split())[:300]
 
 
 def is_disk_error(error: BaseException) -> bool:

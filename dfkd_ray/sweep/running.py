@@ -209,7 +209,7 @@ def in_worker(
         )
     except OSError as error:
         log.exception("trial %s", trial_id)
-        why = f"{error.filename or shared.place}: {places.in_one_line(error)}"
+        why = f"{error.filename or storage.folder(shared.place)}: {storage.in_one_line(error)}"
         return tuning.result(None, num_steps) | {"stopped": why}
     return tuning.result(row, num_steps) | {"row": json.dumps(row), "seconds": dict(seconds)}
 
@@ -538,7 +538,7 @@ class Ledger:
         try:
             places.persistently(lambda: keep(job, outcome, self.place, self.seconds))
         except OSError as error:
-            self.trouble = self.trouble or f"{self.place}: {places.in_one_line(error)}"
+            self.trouble = self.trouble or f"{self.place}: {storage.in_one_line(error)}"
             return
         self.tell(outcome.row)
 
