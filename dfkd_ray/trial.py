@@ -9,13 +9,11 @@ import json
 import logging
 import re
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,19 @@ import torch
 from torch import nn
 
 import dfkd_ray
-from dfkd_ray import batchnorm, bundles, cache, devices, distillation, evaluation, models, pruning, storage, synthesis
+from dfkd_ray import (
+    batchnorm,
+    bundles,
+    cache,
+    commit,
+    devices,
+    distillation,
+    evaluation,
+    models,
+    pruning,
+    storage,
+    synthesis,
+)
 from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import TrialConfig, columns_of, stable_hash
@@ -488,23 +498,9 @@ def provenance(config: TrialConfig, teacher: Teacher) -> dict[str, Any]:
         "teacher_architecture": teacher.info.architecture,
         "real_data": config.synthesis.method == "real",
         "package_version": dfkd_ray.__version__,
-        "commit": commit(),
+        "commit": commit.of_package(),
         "torch_version": torch.__version__,
         "ray_version": getattr(sys.modules.get("ray"), "__version__", None),
         "numerics": devices.numerics_class(devices.resolve(config.device)),
         "host": socket.gethostname(),
     }
-
-
-def commit() -> str | None:
-    """The commit of the checkout this package runs from, `+` where it has changes; None outside a checkout."""
-    folder = Path(__file__).resolve().parent
-    if not (folder.parent / ".git").exists():
-        return None
-    try:
-        git: Callable[..., str] = lambda *words: subprocess.run(  # noqa: E731
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", str(folder)) else "")
-    except (OSError, subprocess.SubprocessError):
-        return None

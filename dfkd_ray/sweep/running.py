@@ -321,7 +321,7 @@ def run(
         with seconds.spent("TensorBoard"):
             tensorboard.write_sweep(place, [job.config for job in plan.known_jobs])
         stack.enter_context(fleet.connected(address))
-        places.seen_from_every_node(place)
+        places.try_on_every_node(place, None if cache_root is None else storage.folder(cache_root))
         settings, placement = preflight(known, cache_root, synthesizers, gpus_per_synthesizer, gpus_per_trial)
         settings = replace(settings, batch_timeout_s=batch_timeout_s)
         running = board = None
