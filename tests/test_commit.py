@@ -69,8 +69,13 @@ def test_an_installed_wheel_tells_its_commit_and_a_checkout_asks_git(source, tmp
 
 
 def test_an_editable_install_has_no_file_that_would_grow_old(source):
-    with zipfile.ZipFile(built(WheelBuilder, source, "editable")) as archive:
-        assert not [name for name in archive.namelist() if name.endswith(commit.FILE)]
+    hook = WheelBuilder(str(source)).get_build_hooks(str(source.parent))["custom"]
+    for version, expected in (("editable", []), ("standard", [NAME])):
+        build_data = {"force_include": {}}
+        hook.initialize(version, build_data)
+        assert list(build_data["force_include"].values()) == expected
+    hook.finalize("standard", build_data, "")
+    assert not [path for path in build_data["force_include"] if Path(path).exists()]
 
 
 def test_a_source_archive_builds_and_passes_its_commit_on_to_the_wheel(source, tmp_path):
