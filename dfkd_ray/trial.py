@@ -166,9 +166,12 @@ def reason_of(error: BaseException) -> str:
     return reason[:300]
 
 
-def check(config: TrialConfig, teacher: Teacher, trust_code: Sequence[str]) -> None:
-    """What can be known to go wrong before anything is computed: `ValueError` with the reason."""
-    device = devices.resolve(config.device)
+def check(config: TrialConfig, teacher: Teacher, trust_code: Sequence[str], on_gpu: bool = False) -> None:
+    """What can be known to go wrong before anything is computed: `ValueError` with the reason.
+
+    `on_gpu`: it is to run where there is a GPU, whatever this machine has.
+    """
+    device = torch.device("cuda") if on_gpu and config.device != "cpu" else devices.resolve(config.device)
     for settings in (config.synthesis, config.reference.synthesis, config.distillation):
         devices.check_precision(getattr(settings, "precision", "float32"), device, getattr(settings, "fast", False))
     for name, settings in (("synthesis", config.synthesis), ("reference.synthesis", config.reference.synthesis)):

@@ -329,7 +329,7 @@ def opened(names: Sequence[str], open_teacher: Callable[[str], Teacher]) -> tupl
 
 
 def checked(
-    configs: Sequence[TrialConfig], teachers: Mapping[str, Teacher], trust_code: Sequence[str]
+    configs: Sequence[TrialConfig], teachers: Mapping[str, Teacher], trust_code: Sequence[str], on_gpu: bool = False
 ) -> tuple[list[Job], list[str]]:
     """A job for every distinct trial whose teacher is open, and why some cannot run."""
     jobs: dict[str, Job] = {}
@@ -340,7 +340,7 @@ def checked(
         try:
             job = job_of(config, teachers[config.teacher])
             jobs.setdefault(job.id, job)
-            one_trial.check(config, job.teacher, trust_code)
+            one_trial.check(config, job.teacher, trust_code, on_gpu)
         except ValueError as error:
             errors[f"{public_name(config.teacher)}: {error}"] = None
     return list(jobs.values()), list(errors)
@@ -353,11 +353,13 @@ def prepare(
     *,
     tiny: bool = False,
     trust_code: Sequence[str] = (),
+    on_gpu: bool = False,
 ) -> Plan:
     """Everything that can be checked before a sweep starts, and the sweep ready to run.
 
     Every combination of a grid, every point of a random search, or the ends and choices of an Optuna search is
-    validated, every teacher opened. `ValueError` with all errors at once.
+    validated, every teacher opened. `on_gpu`: for machines with GPUs, though this one may have none. `ValueError` with
+    all errors at once.
     """
     overrides = overrides or {}
     configs, names, errors = expanded(sweep, overrides, tiny)
@@ -372,7 +374,7 @@ def prepare(
             search = Suggestions(sweep.search, lambda point: at(sweep, point, overrides, tiny, teachers), tried)
         except ValueError as error:
             errors.append(str(error))
-    jobs, unfit = checked(configs, teachers, trust_code)
+    jobs, unfit = checked(configs, teachers, trust_code, on_gpu)
     if errors or unopened or unfit:
         raise ValueError("\n".join([*errors, *unopened, *unfit]))
     return Plan([] if search else jobs, search, sweep.stop, sweep.search.max_concurrent if sweep.search else None)
