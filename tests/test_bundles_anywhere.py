@@ -167,7 +167,8 @@ def test_a_denied_read_is_an_environment_error_that_names_the_bundle(memory, tin
 def test_a_trial_whose_teacher_is_a_uri_is_the_same_trial_and_tells_no_secret(bucket, tiny_teacher):
     uri = copied(tiny_teacher, bucket("teachers/secretive"))
     outcomes = [
-        trial.run(validate(TrialConfig, {**BASE, "teacher": name}), bundles.load(name)) for name in (uri, tiny_teacher)
+        trial.run(validate(TrialConfig, {**BASE, "teacher": name}), bundles.load(name))
+        for name in (uri, str(tiny_teacher))
     ]
     there, here = outcomes
     assert there.row["teacher"] == "s3://bucket/teachers/secretive"
