@@ -47,7 +47,7 @@ def dry_run(
     from dfkd_ray.sweep import figures
 
     jobs = [job for job in plan.likely_jobs(len(done)) if job.id not in done]
-    machine = machine_of(gpus, any(job.config.device != "cpu" for job in jobs), stored)
+    machine = machine_of(gpus, not jobs or any(job.config.device != "cpu" for job in jobs), stored)
     on_gpu = machine.kind == "GPU" and torch.cuda.is_available()
     here = devices.numerics_class(torch.device("cuda" if on_gpu else "cpu"))
     numerics = stored.numerics if stored else here

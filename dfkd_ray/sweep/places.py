@@ -142,7 +142,7 @@ def try_on_every_node(place: Folder, cache: Folder | None) -> None:
         for node in alive:
             on_it = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             look: Any = ray.remote(trouble_here)
-            reference = look.options(num_cpus=0, max_retries=0, scheduling_strategy=on_it).remote(place, name, cache)
+            reference = look.options(num_cpus=0, scheduling_strategy=on_it).remote(place, name, cache)
             asked.append((node["NodeManagerHostname"], reference))
         for host, reference in asked:
             try:
