@@ -3,6 +3,7 @@
 `teacher.json` (schema version, architecture and arguments, class count, image shape, mean / std / pixel range, test
 accuracy if known, SHA-256 of the weights) and `weights.safetensors`. A pruned student is a bundle too: its pruned
 weights lie on disk as non-zero values plus one bit per weight, so the file shrinks with the sparsity.
+The folder lies on a disk or under any URI that `storage` opens; only the files that are asked for are read.
 An architecture given by import path is imported only when the user has named that module.
 """
 
@@ -29,11 +30,13 @@ from dfkd_ray.config import STRICT, stable_hash, validate
 from dfkd_ray.images import PixelSpace
 from dfkd_ray.records import format, taps
 from dfkd_ray.records.format import Record
-from dfkd_ray.storage import Where
+from dfkd_ray.storage import Folder, Where
 
 SCHEMA = "dfkd_ray.bundle/1"
 BUNDLED = Path(__file__).parent / "bundled"
 MASK, VALUES = "::mask", "::values"
+DESCRIPTION, WEIGHTS, RECORDS = "teacher.json", "weights.safetensors", "records"
+ENDING = ".safetensors"
 
 
 class BundleInfo(BaseModel):
@@ -90,25 +93,33 @@ class Teacher:
     info: BundleInfo
     hash: str
     name: str
-    folder: Path | None = None
+    folder: Folder | None = None
     records: dict[str, Record] = field(default_factory=dict, compare=False)
 
     def record_kinds(self) -> list[str]:
         """Kinds of the records in its bundle, and of those read."""
-        found = [] if self.folder is None else (self.folder / "records").glob("*.safetensors")
-        return sorted({*self.records, *(path.stem for path in found)})
+        found: list[str] = []
+        if self.folder is not None:
+            with told(self.folder):
+                found = (self.folder / RECORDS).names()
+        return sorted({*self.records, *(name.removesuffix(ENDING) for name in found if name.endswith(ENDING))})
 
     def record(self, kind: str) -> Record:
         """A record by its kind. `ValueError` where there is none, or one that is damaged or of another teacher."""
         if kind not in self.records:
-            path = None if self.folder is None else self.folder / "records" / f"{kind}.safetensors"
-            if path is None or not path.is_file():
+            data, where = None, ""
+            if self.folder is not None:
+                place, name = self.folder / RECORDS, f"{kind}{ENDING}"
+                where = str(place / name)
+                with told(self.folder):
+                    data = place.read(name)
+            if data is None:
                 raise ValueError(
                     f"{self.name}: no {kind} record in its bundle (expected records/{kind}.safetensors); where the "
                     f"training data is, make one with `dfkd-ray teacher record {self.name} --kinds {kind} --dataset …`"
                 )
             layers = format.layer_infos(taps.find(self.network, self.info.image_shape))
-            self.records[kind] = format.read(path, self.hash, layers)
+            self.records[kind] = format.decode(data, where, self.hash, layers)
         return self.records[kind]
 
 
@@ -118,23 +129,61 @@ def teacher_hash(info: BundleInfo) -> str:
     return stable_hash(info.model_dump(mode="json", include=set(fields)))
 
 
-def locate(name: str) -> Path:
-    """The folder of a bundle: a path, or the name of a bundled teacher. `ValueError` lists the bundled ones."""
-    for folder in (Path(name), BUNDLED / name):
-        if (folder / "teacher.json").is_file():
+@contextmanager
+def told(where: Where) -> Iterator[None]:
+    """An `OSError` of a store says in one line which bundle it is of; one of the disk names its file already."""
+    try:
+        yield
+    except OSError as error:
+        if "://" not in str(where):
+            raise
+        raise OSError(
+            f"teacher {storage.without_secrets(str(where))} cannot be read or written: {storage.in_one_line(error)}; "
+            "check the address, and that this machine may use it"
+        ) from error
+
+
+def is_bundle(folder: Folder) -> bool:
+    """Whether a bundle lies there. `OSError`, in one line, for a place that does not answer or let us in."""
+    with told(folder):
+        return (folder.path / DESCRIPTION).is_file() if folder.is_local else folder.read(DESCRIPTION) is not None
+
+
+def locate(name: Where) -> Folder:
+    """The folder of a bundle: a path, a URI, or the name of a bundled teacher.
+
+    `ValueError` says what was expected and lists the bundled ones; `OSError` for a URI that cannot be read.
+    """
+    shown = storage.without_secrets(str(name))
+    if isinstance(name, Folder) or "://" in str(name):
+        with told(name):
+            folder = storage.folder(name)
+        if is_bundle(folder):
             return folder
+        raise ValueError(
+            f"teacher {shown!r}: no bundle there; expected {DESCRIPTION} and {WEIGHTS} in it, and for activation "
+            f"records {RECORDS}/<kind>{ENDING} (make a bundle with `dfkd-ray teacher import`, and copy its files)"
+        )
+    for path in (Path(name), BUNDLED / name):
+        if (path / DESCRIPTION).is_file():
+            return storage.folder(path)
     shipped = sorted(path.parent.name for path in BUNDLED.glob("*/teacher.json"))
     raise ValueError(
-        f"teacher {name!r}: no folder with a teacher.json there; expected a bundle folder (make one with "
+        f"teacher {shown!r}: no folder with a teacher.json there; expected a bundle folder or its URI (make one with "
         f"`dfkd-ray teacher import`) or a bundled teacher ({', '.join(shipped) or 'none'})"
     )
 
 
-def read_info(folder: Path) -> BundleInfo:
+def read_info(where: Where) -> BundleInfo:
     """Read and check `teacher.json`."""
-    path = folder / "teacher.json"
+    folder = storage.folder(where)
+    path = folder / DESCRIPTION
+    with told(folder):
+        text = folder.read(DESCRIPTION)
+    if text is None:
+        raise ValueError(f"{path}: no such file")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(text.decode("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(data, dict) or data.get("schema_version") != SCHEMA:
@@ -143,11 +192,11 @@ def read_info(folder: Path) -> BundleInfo:
     return validate(BundleInfo, data, str(path))
 
 
-def load(name: str, trust_code: Sequence[str] | str = ()) -> Teacher:
-    """Load a bundle onto the CPU.
+def load(name: Where, trust_code: Sequence[str] | str = ()) -> Teacher:
+    """Load a bundle onto the CPU: from a folder, from a URI, or a bundled one by its name.
 
     `ValueError` where weights are missing, truncated, of another hash or another shape, or where the architecture is
-    an import path whose module is not in `trust_code`.
+    an import path whose module is not in `trust_code`. `OSError` where a URI cannot be read.
     """
     folder = locate(name)
     info = read_info(folder)
@@ -157,20 +206,33 @@ def load(name: str, trust_code: Sequence[str] | str = ()) -> Teacher:
             f"{folder}: its architecture is code, {info.architecture!r}; if you trust that module, "
             f"add --trust-code {module_name}"
         )
-    weights = folder / "weights.safetensors"
-    if not weights.is_file():
-        raise ValueError(f"{folder}: weights.safetensors is missing")
-    digest = sha256(weights)
-    if digest != info.weights_sha256:
-        raise ValueError(
-            f"{weights}: SHA-256 is {digest[:12]}…, teacher.json says {info.weights_sha256[:12]}…; "
-            "the file is truncated or not the one of this bundle"
-        )
+    state = read_weights(folder, info)
     network = models.build(
         info.architecture, info.arguments, num_classes=info.num_classes, image_shape=info.image_shape
     )
-    load_state(network, from_stored(read_safetensors(weights), str(weights)), str(weights))
-    return Teacher(freeze(network), info, teacher_hash(info), Path(folder).name, folder)
+    load_state(network, state, str(folder / WEIGHTS))
+    return Teacher(freeze(network), info, teacher_hash(info), folder.name, folder)
+
+
+def read_weights(folder: Folder, info: BundleInfo) -> dict[str, Tensor]:
+    """The state in a bundle's weights file, whose SHA-256 is compared before anything in it is looked at."""
+    where = str(folder / WEIGHTS)
+    file: Path | bytes | None
+    if folder.is_local:  # mapped into memory, not copied
+        file = folder.path / WEIGHTS
+        file = file if file.is_file() else None
+    else:
+        with told(folder):
+            file = folder.read(WEIGHTS)
+    if file is None:
+        raise ValueError(f"{folder}: {WEIGHTS} is missing")
+    digest = sha256(file)
+    if digest != info.weights_sha256:
+        raise ValueError(
+            f"{where}: SHA-256 is {digest[:12]}…, teacher.json says {info.weights_sha256[:12]}…; "
+            "the file is truncated or not the one of this bundle"
+        )
+    return from_stored(read_safetensors(file, where), where)
 
 
 def to_arrays(teacher: Teacher) -> dict[str, Any]:
@@ -197,18 +259,20 @@ def freeze(network: nn.Module) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256(file: Path | bytes) -> str:
+    """SHA-256 of a file or of its content, hex."""
+    if isinstance(file, bytes):
+        return hashlib.sha256(file).hexdigest()
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; `ValueError` where it is damaged."""
+def read_safetensors(file: Path | bytes, where: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or of its content; `ValueError`, naming `where`, for a damaged one."""
     try:
-        return safetensors.torch.load_file(path)
+        return safetensors.torch.load(file) if isinstance(file, bytes) else safetensors.torch.load_file(file)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+        raise ValueError(f"{where or file}: not a whole safetensors file: {error}") from None
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -317,23 +381,24 @@ def save(where: Where, info: BundleInfo, state: Mapping[str, Tensor], pruned: Se
     if not folder.is_local:
         with tempfile.TemporaryDirectory(prefix="dfkd_ray-bundle-") as scratch:
             info = save(Path(scratch) / "bundle", info, state, pruned)
-            for name in ("weights.safetensors", "teacher.json"):
+            for name in (WEIGHTS, DESCRIPTION):
                 folder.write(name, (Path(scratch) / "bundle" / name).read_bytes())
         return info
     with whole_folder(folder.path) as partial:
-        write_safetensors(partial / "weights.safetensors", to_stored(state, pruned))
-        info = info.model_copy(update={"weights_sha256": sha256(partial / "weights.safetensors")})
-        (partial / "teacher.json").write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        write_safetensors(partial / WEIGHTS, to_stored(state, pruned))
+        info = info.model_copy(update={"weights_sha256": sha256(partial / WEIGHTS)})
+        (partial / DESCRIPTION).write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
         for path in partial.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     return info
 
 
-def save_record(name: str, record: Record) -> int:
+def save_record(name: Where, record: Record) -> int:
     """Write a record into a bundle, whole, over one of its kind; returns its size in bytes."""
-    data = format.encode(record)
-    storage.write_local(locate(name) / "records", f"{record.info.kind}.safetensors", [data])
+    data, folder = format.encode(record), locate(name)
+    with told(folder):
+        (folder / RECORDS).write(f"{record.info.kind}{ENDING}", data)
     return len(data)
 
 

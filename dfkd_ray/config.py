@@ -291,7 +291,7 @@ class TrialConfig(BaseModel):
 
     model_config = STRICT
 
-    teacher: str = Field(description="bundle folder, or the name of a bundled teacher")
+    teacher: str = Field(description="bundle folder or URI, or the name of a bundled teacher")
     pruning: PruningConfig = PruningConfig()
     student: StudentConfig = StudentConfig()
     synthesis: SynthesisConfig = DeepInversionConfig()

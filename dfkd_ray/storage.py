@@ -11,16 +11,21 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from pyarrow import fs
 
 # What a write that was killed leaves behind on a disk ends like this.
 PART = ".part"
-SECRET = re.compile(r"(://)[^/@?]*:[^/@?]*(?=@)|([?&][^=&]*(?:secret|token|key)[^=&]*=)[^&]*", re.IGNORECASE)
+# A password may hold a slash that should have been escaped: all up to the last @ of the word goes.
+SECRET = re.compile(
+    r"(://)[^/@?:\s]*:[^@\s]*(?=@)|([?&][^=&\s]*(?:secret|token|key|sig|passw|credential)[^=&\s]*=)[^&\s]*",
+    re.IGNORECASE,
+)
 EXPECTED = "expected a folder, or a URI that pyarrow or fsspec can open, as in s3://bucket/folder"
 
 
@@ -203,6 +208,30 @@ def split_query(uri: str) -> tuple[str, str, str]:
 def without_secrets(uri: str) -> str:
     """For messages: passwords, keys and tokens in a URI become `***`."""
     return SECRET.sub(lambda match: f"{match[1] or match[2]}***", uri)
+
+
+def secretless(data: Any) -> Any:
+    """A copy of plain nested data, with every URI in it as `without_secrets` shows it."""
+    if isinstance(data, Mapping):
+        return {key: secretless(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [secretless(value) for value in data]
+    return without_secrets(data) if isinstance(data, str) and "://" in data else data
+
+
+def public_name(where: str) -> str:
+    """What tables call a place: a URI without the user, password and query that open it; a path as it is."""
+    scheme, mark, rest = split_query(where)[0].partition("://")
+    if not mark:
+        return where
+    host, slash, path = rest.partition("/")
+    return without_secrets(f"{scheme}://{host.rpartition('@')[2]}{slash}{path}")
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an error of the disk or the network says, without secrets."""
+    strerror = getattr(error, "strerror", None)
+    return without_secrets(" ".join(str(strerror or error or type(error).__name__).split()))[:300]
 
 
 def write_local(parent: Path, name: str, data: Sequence[bytes | memoryview]) -> None:

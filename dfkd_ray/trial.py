@@ -9,13 +9,11 @@ import json
 import logging
 import re
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,19 @@ import torch
 from torch import nn
 
 import dfkd_ray
-from dfkd_ray import batchnorm, bundles, cache, devices, distillation, evaluation, models, pruning, storage, synthesis
+from dfkd_ray import (
+    batchnorm,
+    bundles,
+    cache,
+    commit,
+    devices,
+    distillation,
+    evaluation,
+    models,
+    pruning,
+    storage,
+    synthesis,
+)
 from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import TrialConfig, columns_of, stable_hash
@@ -69,15 +79,17 @@ class Outcome:
 def pinned(config: TrialConfig, teacher: Teacher) -> TrialConfig:
     """The config with the hash of each activation record that it uses: what a trial is named by and images come from.
 
+    Its teacher is open by now, and what is left of a teacher's URI is its public name: from here the config goes into
+    rows, files and other processes. A trial's id does not hold it.
     `ValueError` where the teacher has no such record, or another than a hash that is there already.
     """
-    update: dict[str, Any] = {}
+    update: dict[str, Any] = {"teacher": storage.public_name(config.teacher)}
     for name, settings in (("synthesis", config.synthesis), ("reference", config.reference.synthesis)):
         if settings.method != "records":
             continue
         found = pinned_synthesis(settings, teacher)
         update[name] = found if name == "synthesis" else config.reference.model_copy(update={"synthesis": found})
-    return config.model_copy(update=update) if update else config
+    return config.model_copy(update=update)
 
 
 def pinned_synthesis(settings: Any, teacher: Teacher) -> Any:
@@ -154,9 +166,12 @@ def reason_of(error: BaseException) -> str:
     return reason[:300]
 
 
-def check(config: TrialConfig, teacher: Teacher, trust_code: Sequence[str]) -> None:
-    """What can be known to go wrong before anything is computed: `ValueError` with the reason."""
-    device = devices.resolve(config.device)
+def check(config: TrialConfig, teacher: Teacher, trust_code: Sequence[str], on_gpu: bool = False) -> None:
+    """What can be known to go wrong before anything is computed: `ValueError` with the reason.
+
+    `on_gpu`: it is to run where there is a GPU, whatever this machine has.
+    """
+    device = torch.device("cuda") if on_gpu and config.device != "cpu" else devices.resolve(config.device)
     for settings in (config.synthesis, config.reference.synthesis, config.distillation):
         devices.check_precision(getattr(settings, "precision", "float32"), device, getattr(settings, "fast", False))
     for name, settings in (("synthesis", config.synthesis), ("reference.synthesis", config.reference.synthesis)):
@@ -486,23 +501,9 @@ def provenance(config: TrialConfig, teacher: Teacher) -> dict[str, Any]:
         "teacher_architecture": teacher.info.architecture,
         "real_data": config.synthesis.method == "real",
         "package_version": dfkd_ray.__version__,
-        "commit": commit(),
+        "commit": commit.of_package(),
         "torch_version": torch.__version__,
         "ray_version": getattr(sys.modules.get("ray"), "__version__", None),
         "numerics": devices.numerics_class(devices.resolve(config.device)),
         "host": socket.gethostname(),
     }
-
-
-def commit() -> str | None:
-    """The commit of the checkout this package runs from, `+` where it has changes; None outside a checkout."""
-    folder = Path(__file__).resolve().parent
-    if not (folder.parent / ".git").exists():
-        return None
-    try:
-        git: Callable[..., str] = lambda *words: subprocess.run(  # noqa: E731
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", str(folder)) else "")
-    except (OSError, subprocess.SubprocessError):
-        return None

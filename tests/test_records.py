@@ -161,7 +161,7 @@ def copied(teacher, tmp_path, kind):
     folder = tmp_path / "copy"
     (folder / "records").mkdir(parents=True)
     for name in ("teacher.json", "weights.safetensors", f"records/{kind}.safetensors"):
-        (folder / name).write_bytes((teacher.folder / name).read_bytes())
+        (folder / name).write_bytes((teacher.folder.path / name).read_bytes())
     return folder / "records" / f"{kind}.safetensors", folder
 
 

@@ -14,7 +14,7 @@ import ray
 import torch
 import yaml
 
-from dfkd_ray import bundles, config, distillation, models, results, storage, sweep, trial
+from dfkd_ray import bundles, config, distillation, fleet, models, results, storage, sweep, trial
 from dfkd_ray.cli.live import descendants
 from dfkd_ray.sweep import places, running
 
@@ -284,6 +284,66 @@ def test_a_place_that_cannot_be_written_is_told_in_one_line(tmp_path, monkeypatc
     monkeypatch.setattr(places, "ANSWER_S", 0.1)
     with pytest.raises(OSError, match="no answer within"):
         places.probe(storage.folder(tmp_path), "cache")
+
+
+def test_what_a_node_cannot_do_is_said_with_what_to_do(tmp_path, monkeypatch):
+    place, cache = storage.folder(tmp_path / "r"), storage.folder(tmp_path / "c")
+    place.write("seen", b"seen")
+    assert places.trouble_here(place, "seen", cache) is None and places.trouble_here(place, "seen", None) is None
+    assert (list(place.sizes()), list(cache.sizes())) == (["seen"], []), "a probe leaves nothing behind"
+    assert "does not see" in (places.trouble_here(place, "other", cache) or "")
+    real = storage.Folder.write
+    for denied, what, option in ((place, "results folder", "--results"), (cache, "cache", "--cache")):
+
+        def write(folder, name, *data, denied=denied):
+            if folder == denied:
+                raise PermissionError(13, "AWS Error ACCESS_DENIED s3://me:hush@b")
+            real(folder, name, *data)
+
+        monkeypatch.setattr(storage.Folder, "write", write)
+        told = places.trouble_here(place, "seen", cache) or ""
+        assert told.startswith(f"the {what} {denied} cannot be written: AWS Error ACCESS_DENIED") and "hush" not in told
+        assert told.endswith(f"choose another {option}") and "credentials" in told
+    monkeypatch.setattr(storage.Folder, "read", lambda *_: (_ for _ in ()).throw(PermissionError(13, "denied")))
+    assert "cannot be read: denied; give this node" in (places.trouble_here(place, "seen", cache) or "")
+
+
+TWO_NODES = """
+import os, sys
+from ray.cluster_utils import Cluster
+from dfkd_ray import fleet, storage
+from dfkd_ray.sweep import places
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100_000_000})
+try:
+    with fleet.connected(cluster.address):
+        place, cache = storage.folder(sys.argv[1]), storage.folder(sys.argv[2])
+        places.try_on_every_node(place, cache)
+        os.environ["AWS_ENDPOINT_URL"] = "http://127.0.0.1:1"  # the store is out of this node's reach
+        cluster.add_node(num_cpus=1, object_store_memory=100_000_000)
+        cluster.wait_for_nodes()
+        places.try_on_every_node(storage.folder(sys.argv[3]), None)
+        try:
+            places.try_on_every_node(storage.folder(sys.argv[3]), cache)
+        except OSError as error:
+            print(error)
+        print("left", place.sizes(), cache.sizes())
+finally:
+    cluster.shutdown()
+"""
+
+
+def test_a_node_that_cannot_write_is_found_before_the_first_trial(bucket, tmp_path):
+    endpoint = bucket("").rpartition("=")[2]
+    uri = "s3://test:test@bucket/{}?scheme=http&region=us-east-1"
+    (tmp_path / "nodes.py").write_text(TWO_NODES)
+    words = [sys.executable, str(tmp_path / "nodes.py"), uri.format("r"), uri.format("c"), str(tmp_path / "shared")]
+    env = {**os.environ, **fleet.QUIET, "AWS_ENDPOINT_URL": f"http://{endpoint}"}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=280, check=False, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    told, left = done.stdout.splitlines()[-2:]
+    assert told.startswith("node ") and ": the cache s3://***@bucket/c?" in told and "choose another --cache" in told
+    assert left == "left {} {}", "what was tried is removed"
 
 
 def test_a_bucket_that_is_not_there_is_one_line_before_anything_starts(bucket, run_cli, sweep_file, tmp_path):

@@ -54,9 +54,11 @@ def main() -> None:
 
 
 def fail(message: str, code: int) -> None:
-    """Print the lines of an error and leave."""
+    """Print the lines of an error and leave; no URI that was given with a password shows it."""
+    from dfkd_ray.storage import without_secrets
+
     for line in message.splitlines():
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {without_secrets(line)}", file=sys.stderr)
     sys.exit(code)
 
 

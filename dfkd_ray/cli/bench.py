@@ -7,7 +7,7 @@ import typer
 
 from dfkd_ray import config as configs
 from dfkd_ray.cli.inputs import load_teacher, open_test
-from dfkd_ray.cli.options import DataRoot, Set, TestData, Trust
+from dfkd_ray.cli.options import DataRoot, Set, TeacherName, TestData, Trust
 from dfkd_ray.cli.show import Progress
 
 app = typer.Typer(no_args_is_help=True, help="Speed as ratios against a plain reference, measured in one run.")
@@ -40,7 +40,7 @@ def bench_inversion(
 
 @app.command("recovery")
 def bench_recovery(
-    teacher: Annotated[str, typer.Argument(help="bundle folder or bundled teacher")],
+    teacher: TeacherName,
     sparsity: Annotated[list[float] | None, typer.Option(help="repeatable")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with our trial config; default: the fast one")] = None,
     seed: Annotated[int, typer.Option()] = 0,

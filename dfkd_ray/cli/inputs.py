@@ -135,17 +135,24 @@ def allow_import_from_here() -> None:
         sys.path.insert(0, "")
 
 
-def load_teacher(name: str, trust_code: Sequence[str] | None, below: Path | None = None) -> "Teacher":
-    """A bundle by folder or name; where a folder `below` is given, one of that name in it comes first."""
-    from dfkd_ray import bundles
+def load_teacher(name: str, trust_code: Sequence[str] | None, below: str | None = None) -> "Teacher":
+    """A bundle by folder, URI or name; where a folder or URI `below` is given, one of that name in it comes first."""
+    from dfkd_ray import bundles, storage
 
     allow_import_from_here()
     trusted = tuple(trust_code or ())
-    if below is None:
+    if below is None or "://" in name:
         return bundles.load(name, trusted)
-    if (below / name / "teacher.json").is_file():
-        return bundles.load(str(below / name), trusted)
+    with bundles.told(below):
+        inner = found = storage.folder(below)
+    if inner.is_local:
+        inner = storage.folder(inner.path / name)
+    elif not name.startswith("/") and ".." not in name.split("/"):
+        for part in name.split("/"):
+            inner = inner / part if part not in ("", ".") else inner
+    if inner != found and bundles.is_bundle(inner):
+        return bundles.load(inner, trusted)
     try:
         return bundles.load(name, trusted)
     except ValueError as error:
-        raise ValueError(f"{error}; nor is there one in --teachers {below}") from None
+        raise ValueError(f"{error}; nor is there one in --teachers {storage.without_secrets(below)}") from None

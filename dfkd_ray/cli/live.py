@@ -326,7 +326,10 @@ def command_line(arguments: Sequence[str], original: Sequence[str]) -> str:
 
 
 def print_interrupted(num_finished: int, num_trials: int, place: Any) -> None:
-    """What is there, and the command that goes on; on standard error."""
+    """What is there, and the command that goes on, but for passwords in it; on standard error."""
+    from dfkd_ray.storage import without_secrets
+
+    given = command_line(*([without_secrets(word) for word in words] for words in (sys.argv, sys.orig_argv)))
     left = num_trials - num_finished
     print(f"stopped: {num_finished} of {num_trials} trials finished, {left} to go; results: {place}", file=sys.stderr)
-    print(f"go on with: {command_line(sys.argv, sys.orig_argv)}", file=sys.stderr, flush=True)
+    print(f"go on with: {given}", file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+TeacherName = Annotated[str, typer.Argument(help="bundle folder, its URI (s3://, gs://, …), or bundled teacher")]
 DataRoot = Annotated[Path, typer.Option(help="folder with data sets", envvar="DFKD_RAY_DATA")]
 Download = Annotated[bool, typer.Option(help="fetch a missing data set")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="FIELD=VALUE over the config, repeatable")]

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from dfkd_ray.sweep import Plan
-    from dfkd_ray.sweep.estimate import Calibration, Estimate, Machine, Synthesis
+    from dfkd_ray.sweep.estimate import Estimate, Machine, Synthesis
+    from dfkd_ray.sweep.figures import Figures
 
 
 def schema() -> None:
@@ -31,16 +32,25 @@ def dry_run(
     num_test_images: "Mapping[str, int]",
     gpus: int | None,
     trust_code: "Sequence[str]",
+    path: Path | None = None,
+    stored: "Figures | None" = None,
 ) -> None:
-    """Print how many trials and syntheses a sweep has, and what they will cost. Nothing is started."""
+    """Print how many trials and syntheses a sweep has, and what they will cost. Nothing is started.
+
+    `stored` are the figures in the file at `path`; what they lack is timed, where this machine is of their kind, and
+    written there.
+    """
     import torch
 
-    from dfkd_ray import cache, devices
+    from dfkd_ray import __version__, cache, devices
     from dfkd_ray.sweep import estimate as estimates
+    from dfkd_ray.sweep import figures
 
     jobs = [job for job in plan.likely_jobs(len(done)) if job.id not in done]
-    machine = machine_of(gpus, any(job.config.device != "cpu" for job in jobs))
-    numerics = devices.numerics_class(torch.device("cuda" if machine.kind == "GPU" else "cpu"))
+    machine = machine_of(gpus, not jobs or any(job.config.device != "cpu" for job in jobs), stored)
+    on_gpu = machine.kind == "GPU" and torch.cuda.is_available()
+    here = devices.numerics_class(torch.device("cuda" if on_gpu else "cpu"))
+    numerics = stored.numerics if stored else here
 
     def num_cached(key: str) -> int:
         return len(cache.indices(cache.folder_of(cache_root, key, numerics)))
@@ -50,18 +60,38 @@ def dry_run(
     print_syntheses(made)
     if not jobs:
         return
-    print(f"timing a few steps of each kind on this machine, about {estimates.CAP_S:.0f} s …", flush=True)
-    calibration = estimates.calibrate(jobs, trust_code)
-    estimate = estimates.estimate(jobs, calibration.costs, machine, num_test_images, num_cached)
-    print_estimate(estimate, calibration, machine, numerics)
+    names = estimates.units(jobs)
+    costs = stored.costs if stored else {}
+    missing = [unit for unit in names if unit not in costs]
+    num_scaled = sum(t.scaled and estimates.unit_text(t.unit) in names for t in stored.timings) if stored else 0
+    if len(missing) < len(names) and stored:
+        version = "" if stored.package_version == __version__ else f" (this is {__version__})"
+        by = f"by dfkd_ray {stored.package_version}{version}"
+        how = [f"{len(names) - len(missing)} figures of {path}, timed on {numerics} {by}"]
+    else:
+        how = []
+    if missing:
+        if path and stored and here != numerics:
+            raise figures.lack(path, stored, missing, names, here)
+        print(f"timing a few steps of each kind on this machine, about {estimates.CAP_S:.0f} s …", flush=True)
+        timed = estimates.calibrate(jobs, trust_code, known=costs, cpu_only=machine.kind == "CPU core")
+        costs |= timed.costs
+        num_scaled += len(timed.scaled)
+        how.append(f"{len(timed.costs)} timings in {timed.wall_s:.0f} s on {here}, on a machine as busy as it is now")
+        if path:
+            figures.write(path, figures.extended(stored, timed, names, machine.kind, here))
+            print(f"timings written to {path}")
+    if num_scaled:
+        how.append(f"{num_scaled} of them on fewer images, and scaled")
+    print_estimate(estimates.estimate(jobs, costs, machine, num_test_images, num_cached), how, machine)
     if plan.search:
         print("Optuna chooses its points as it goes: random points of the same space stand for them here")
     if plan.stop:
         print("early stopping is not counted: what it saves is not known beforehand")
 
 
-def machine_of(gpus: int | None, may_use_gpu: bool) -> "Machine":
-    """What the sweep would run on: `gpus` GPUs, those of this machine, or its cores."""
+def machine_of(gpus: int | None, may_use_gpu: bool, stored: "Figures | None" = None) -> "Machine":
+    """What the sweep would run on: `gpus` GPUs, those of this machine, or its cores; of the kind of stored figures."""
     import os
 
     import torch
@@ -69,12 +99,24 @@ def machine_of(gpus: int | None, may_use_gpu: bool) -> "Machine":
     from dfkd_ray.sweep.estimate import Machine
 
     here = torch.cuda.device_count() if may_use_gpu else 0
+    if stored and stored.kind == "GPU":
+        if not may_use_gpu:
+            raise ValueError(f"--figures are of a GPU ({stored.device}), and all trials have device=cpu")
+        if gpus == 0 or not (gpus or here):
+            raise ValueError(f"--figures are of a GPU ({stored.device}): say how many to plan for, as in --gpus 8")
+        return Machine(gpus or here, "GPU")
+    if stored and gpus:
+        raise ValueError(
+            f"--gpus {gpus}: these --figures are of CPU cores ({stored.device}), which say nothing about a GPU; "
+            "name another file, or leave --gpus out"
+        )
     if gpus and not here:
         raise ValueError(
             f"--gpus {gpus}: this machine has no GPU that the sweep would use, and a CPU's seconds say nothing about "
-            "one; run the dry run on a machine with such a GPU, or leave --gpus out"
+            "one; give --figures FILE.json that the same dry run has written on a machine with such a GPU, or leave "
+            "--gpus out"
         )
-    if here and gpus != 0:
+    if here and gpus != 0 and not stored:
         return Machine(gpus or here, "GPU")
     return Machine(len(os.sched_getaffinity(0)), "CPU core")
 
@@ -100,8 +142,10 @@ def kind_of(synthesis: "Synthesis") -> tuple[str, str]:
     return synthesis.domain, synthesis.config.method
 
 
-def print_estimate(estimate: "Estimate", calibration: "Calibration", machine: "Machine", numerics: str) -> None:
-    """Time, hours, and how they were got."""
+def print_estimate(estimate: "Estimate", how: "Sequence[str]", machine: "Machine") -> None:
+    """Time, hours, what bounds them, and how they were got."""
+    from dfkd_ray.sweep.estimate import START_S
+
     spread = f"{machine.num} {machine.kind}{'s' if machine.num != 1 else ''}"
     share = 100 * estimate.synthesis_s / max(estimate.synthesis_s + estimate.trials_s, 1e-9)
     print(
@@ -109,8 +153,17 @@ def print_estimate(estimate: "Estimate", calibration: "Calibration", machine: "M
         f"({share:.0f} % synthesis, {100 - share:.0f} % trials); {estimate.unshared_units_h:.3g} if every trial made "
         "its own images"
     )
-    scaled = f"; {calibration.num_scaled} of them on fewer images, and scaled" if calibration.num_scaled else ""
+    waits, longest = duration(estimate.waits_s), duration(estimate.longest_s)
+    bounds = {
+        "work": f"all the work, spread over {spread}",
+        "images": f"one trial's wait of {waits} for the last batch that it needs, and then its own {longest}",
+        "trial": f"the longest trial: {longest}, after {waits} until the last batch that it needs",
+    }
     print(
-        f"how: {len(calibration.costs)} timings in {calibration.wall_s:.0f} s on {numerics}{scaled}; one worker at a "
-        "time, on a machine as busy as it is now; workers that slow each other down, and torch.compile, are not in it"
+        f"bound by: {bounds[estimate.bound]} (and {START_S:.0f} s to start); no number of {machine.kind}s makes it "
+        f"shorter than {duration(estimate.floor_s)}"
+    )
+    print(
+        f"how: {'; '.join(how)}; one worker at a time: workers that slow each other down, and torch.compile, are not "
+        "in it"
     )

@@ -22,6 +22,7 @@ from dfkd_ray.cli.options import (
     Out,
     Set,
     Synthesizers,
+    TeacherName,
     TestData,
     Trust,
     number_of,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def recover(
-    teacher: Annotated[str, typer.Argument(help="bundle folder or bundled teacher")],
+    teacher: TeacherName,
     out: Out,
     sparsity: Annotated[float | None, typer.Option(help="share of weights to remove")] = None,
     method: Annotated[
@@ -106,7 +107,7 @@ def sweep(
     ] = None,
     set_: Set = None,
     teachers: Annotated[
-        Path | None, typer.Option(help="folder in which the file's teachers are looked for first, by name")
+        str | None, typer.Option(help="folder or URI in which the file's teachers are looked for first, by name")
     ] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="the file's small size, for a look in seconds")] = False,
     test_data: TestData = "auto",
@@ -128,6 +129,12 @@ def sweep(
     gpus: Annotated[
         int | None, typer.Option(min=0, help="with --dry-run: GPUs to plan for; default: those here")
     ] = None,
+    figures: Annotated[
+        Path | None,
+        typer.Option(
+            help="with --dry-run: a JSON file of what work costs on some machine; used where it exists, else written"
+        ),
+    ] = None,
 ) -> None:
     """Run a grid or a search of trials with Ray Tune, here or on a cluster; finished trials are not run again.
 
@@ -136,13 +143,17 @@ def sweep(
     """
     if gpus is not None and not dry_run:
         raise ValueError("--gpus goes with --dry-run; a sweep uses the GPUs that there are")
+    if figures is not None and not dry_run:
+        raise ValueError("--figures goes with --dry-run; a sweep takes as long as it takes")
     data = configs.read_yaml(file)
     overrides = configs.parse_overrides(set_ or [])
     from dfkd_ray import cache as caches
     from dfkd_ray import results as tables
     from dfkd_ray import storage
     from dfkd_ray import sweep as sweeps
+    from dfkd_ray.sweep import figures as stored_figures
 
+    stored = None if figures is None else stored_figures.read(figures)
     settings = sweeps.parse(data, str(file))
     plan = sweeps.prepare(
         settings,
@@ -150,6 +161,7 @@ def sweep(
         overrides,
         tiny=tiny,
         trust_code=tuple(trust_code or ()),
+        on_gpu=stored is not None and stored.kind == "GPU",
     )
     uses_real = any(job.config.synthesis.method == "real" for job in plan.jobs)
     if uses_real != (real_data is not None):
@@ -159,7 +171,8 @@ def sweep(
     with sweeps.explained(place, "results folder"):
         rows = sweeps.rows_in(place)
         if not dry_run:
-            place.write("sweep.yaml", yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False).encode())
+            text = yaml.safe_dump(storage.secretless(settings.model_dump(mode="json")), sort_keys=False)
+            place.write("sweep.yaml", text.encode())
     known = plan.jobs_in(rows)
     own = {job.id for job in known}
     finished = [row for row in rows if row["trial_id"] in own and row["status"] in tables.FINAL]
@@ -168,7 +181,7 @@ def sweep(
         tests = {job.teacher.hash: job.teacher for job in plan.known_jobs}
         batches = {name: open_test(teacher, test_data, data_root, download) for name, teacher in tests.items()}
         sizes = {name: sum(len(batch.labels) for batch in test or ()) for name, test in batches.items()}
-        print_dry_run(file, plan, done, root, sizes, gpus, tuple(trust_code or ()))
+        print_dry_run(file, plan, done, root, sizes, gpus, tuple(trust_code or ()), figures, stored)
         return
     print(f"{file}: {plan.num_trials} trials, {len(finished)} already finished; results in {place}", flush=True)
     start = time.monotonic()

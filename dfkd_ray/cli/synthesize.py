@@ -11,7 +11,7 @@ import typer
 
 from dfkd_ray import config as configs
 from dfkd_ray.cli.inputs import load_teacher
-from dfkd_ray.cli.options import BatchTimeout, Cache, Out, Set, Synthesizers, Trust, number_of
+from dfkd_ray.cli.options import BatchTimeout, Cache, Out, Set, Synthesizers, TeacherName, Trust, number_of
 from dfkd_ray.cli.show import Progress, print_fleet
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ DEVICES = ("auto", "cpu", "cuda")
 
 
 def synthesize(
-    teacher: Annotated[str, typer.Argument(help="bundle folder or bundled teacher")],
+    teacher: TeacherName,
     out: Out,
     num_images: Annotated[int, typer.Option(min=1, help="how many, exactly: the last batch is cut")] = 10_000,
     format_: Annotated[

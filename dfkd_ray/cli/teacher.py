@@ -16,7 +16,7 @@ from dfkd_ray.cli.inputs import (
     parse_json,
     parse_shape,
 )
-from dfkd_ray.cli.options import Address, DataRoot, Download, Out, Set, Trust
+from dfkd_ray.cli.options import Address, DataRoot, Download, Out, Set, TeacherName, Trust
 from dfkd_ray.cli.show import Progress
 
 app = typer.Typer(no_args_is_help=True, help="Teacher bundles: train, import, init (untrained), record, info.")
@@ -149,7 +149,7 @@ def teacher_init(
 
 @app.command("record")
 def teacher_record(
-    bundle: Annotated[str, typer.Argument(help="bundle folder; its records/ is written")],
+    bundle: Annotated[str, typer.Argument(help="bundle folder, or its URI; its records/ is written")],
     dataset: Annotated[str, typer.Option(help="the training data: a data set's name, or a folder with train/<class>/")],
     kinds: Annotated[
         list[str] | None,
@@ -249,7 +249,8 @@ def teacher_record(
 
 @app.command("info")
 def teacher_info(
-    bundle: Annotated[str, typer.Argument(help="bundle folder or bundled teacher")], trust_code: Trust = None
+    bundle: TeacherName,
+    trust_code: Trust = None,
 ) -> None:
     """Load a bundle, check it, and print what it is."""
     from dfkd_ray import batchnorm, pruning

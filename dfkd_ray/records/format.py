@@ -17,7 +17,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import safetensors
@@ -113,25 +112,28 @@ def encode(record: Record) -> bytes:
     return safetensors.torch.save(tensors, metadata=metadata)
 
 
-def read(path: Path, teacher_hash: str, layers: tuple[LayerInfo, ...]) -> Record:
-    """A record of this very teacher. `ValueError` for one that is damaged, of another teacher or of wrong shapes."""
+def decode(data: bytes, where: str, teacher_hash: str, layers: tuple[LayerInfo, ...]) -> Record:
+    """The inverse of `encode`, for a record of this very teacher; `where` says in errors which file it is.
+
+    `ValueError` for one that is damaged, of another teacher or of wrong shapes.
+    """
     try:
-        data = path.read_bytes()
         tensors = safetensors.torch.load(data)
-        with safetensors.safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get(METADATA, "null"))
+        # The library tells of metadata only where it opens the file itself. Its header: size, then JSON.
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
+        header = json.loads(metadata.get(METADATA, "null"))
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a whole record: {error}; record the teacher again") from None
+        raise ValueError(f"{where}: not a whole record: {error}; record the teacher again") from None
     if not isinstance(header, dict) or header.get("schema_version") != SCHEMA:
         found = header.get("schema_version") if isinstance(header, dict) else None
-        raise ValueError(f"{path}: schema_version is {found!r}, this version reads {SCHEMA!r}")
-    info = validate(RecordInfo, header, str(path))
+        raise ValueError(f"{where}: schema_version is {found!r}, this version reads {SCHEMA!r}")
+    info = validate(RecordInfo, header, where)
     if info.teacher_hash != teacher_hash:
         raise ValueError(
-            f"{path}: recorded on teacher {info.teacher_hash[:12]}…, this one is {teacher_hash[:12]}…; "
+            f"{where}: recorded on teacher {info.teacher_hash[:12]}…, this one is {teacher_hash[:12]}…; "
             "use the record that was released with it"
         )
-    return checked(Record(info, tensors, hashlib.sha256(data).hexdigest()), str(path), layers)
+    return checked(Record(info, tensors, hashlib.sha256(data).hexdigest()), where, layers)
 
 
 def checked(record: Record, where: str, layers: tuple[LayerInfo, ...]) -> Record:

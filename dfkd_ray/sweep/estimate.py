@@ -3,11 +3,12 @@
 `syntheses` and `estimate` are pure; `calibrate` times a few steps of each kind of work. Ray is not started.
 """
 
+import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ START_S = 15.0  # Ray, the fleet and the first trial's process; measured on two 
 CAP_S = 20.0
 SMALL = 8  # images of a first timing, which says whether the configured batch size can be afforded
 MOST_STEPS = 8
-Unit = tuple[Any, ...]
+Unit = str  # canonical JSON of what decides how long a piece of work takes: `unit_text`
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,15 @@ class Machine:
     """What the work is spread over: `num` GPUs, or CPU cores."""
 
     num: int
-    kind: str  # "GPU" or "CPU core"
+    kind: Literal["GPU", "CPU core"]
 
     def share(self, num_threads: int) -> float:
         """How much of the machine's units one piece of work takes."""
         return 1.0 if self.kind == "GPU" else float(min(num_threads, self.num))
+
+    def workers(self, num_threads: int) -> int:
+        """How many such pieces run at once."""
+        return max(1, int(self.num / self.share(num_threads)))
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Calibration:
 
     costs: Mapping[Unit, Cost]
     wall_s: float
-    num_scaled: int  # units too slow for the configured batch size: timed on fewer images, and scaled
+    scaled: frozenset[Unit]  # units too slow for the configured batch size: timed on fewer images, and scaled
 
 
 @dataclass(frozen=True)
@@ -78,9 +83,24 @@ class Estimate:
 
     synthesis_s: float
     trials_s: float
-    wall_s: float
     units_h: float
     unshared_units_h: float  # were every trial to make its own images
+    spread_s: float  # all the work, spread evenly over the machine
+    waits_s: float  # of the trial that ends last on a machine of its own: until the last batch that it needs,
+    longest_s: float  # and from there to its end
+    floor_s: float  # that trial's end on a machine without bounds
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds from start to end."""
+        return START_S + max(self.spread_s, self.waits_s + self.longest_s) if self.floor_s else 0.0
+
+    @property
+    def bound(self) -> Literal["work", "images", "trial"]:
+        """What decides `wall_s`: all the work; or one trial, the greater part of it its wait for images, or itself."""
+        if self.spread_s >= self.waits_s + self.longest_s:
+            return "work"
+        return "images" if self.waits_s > self.longest_s else "trial"
 
 
 def syntheses(jobs: Iterable[Job], num_cached: Callable[[str], int] = lambda _key: 0) -> list[Synthesis]:
@@ -107,6 +127,21 @@ def wanted(job: Job) -> list[tuple[str, Any, int]]:
     return needs
 
 
+def unit_text(unit: Mapping[str, Any]) -> Unit:
+    """The same text for the same unit, in every process and in files."""
+    return json.dumps(unit, sort_keys=True)
+
+
+def units(jobs: Iterable[Job]) -> dict[Unit, str]:
+    """Every distinct unit of work in these trials, with its teacher's name."""
+    found: dict[Unit, str] = {}
+    for job in jobs:
+        for _, config, _ in wanted(job):
+            found.setdefault(synthesis_unit(job.teacher, config), job.teacher.name)
+        found.setdefault(trial_unit(job), job.teacher.name)
+    return found
+
+
 def synthesis_unit(teacher: Teacher, config: Any) -> Unit:
     """What decides how long a batch takes, but for its number of steps."""
     fields = (
@@ -120,15 +155,18 @@ def synthesis_unit(teacher: Teacher, config: Any) -> Unit:
         "channels_last",
         "fast",
     )
-    return ("synthesis", teacher.hash, *(getattr(config, name, None) for name in fields))
+    given = {name: getattr(config, name, None) for name in fields}
+    return unit_text({"work": "synthesis", "teacher_hash": teacher.hash, **given})
 
 
 def trial_unit(job: Job) -> Unit:
     """What decides how long a distillation step takes: teacher, student, precision, batch size and threads."""
     config, kd = job.config, job.config.distillation
-    student = (config.student.architecture, str(sorted(config.student.arguments.items())))
-    given = (kd.precision, kd.batch_size, kd.num_threads, kd.fast, kd.feature_weight > 0, config.device)
-    return ("trial", job.teacher.hash, *student, *given)
+    given = {name: getattr(kd, name) for name in ("precision", "batch_size", "num_threads", "fast")}
+    given |= {"features": kd.feature_weight > 0, "device": config.device}
+    return unit_text(
+        {"work": "trial", "teacher_hash": job.teacher.hash, **config.student.model_dump(mode="json"), **given}
+    )
 
 
 def num_steps(config: Any) -> int:
@@ -154,8 +192,9 @@ def estimate(
 ) -> Estimate:
     """Time and GPU- or core-hours of these trials, every distinct synthesis made once.
 
-    `num_test_images` is by the teacher's hash. The work is taken to spread evenly over the machine, but no faster than
-    its longest trial on its own.
+    `num_test_images` is by the teacher's hash. The work is taken to spread evenly over the machine, but no trial ends
+    before the batches of its reference set and then of its own images are made, over all of the machine, and then
+    itself has run.
     """
     tests = num_test_images or {}
     synthesis_s = trials_s = units_s = 0.0
@@ -164,11 +203,14 @@ def estimate(
         cost = costs[synthesis_unit(teacher, config)]
         return cost.fixed_s + num_steps(config) * cost.step_s
 
+    cached: dict[str, int] = {}
     for made in syntheses(jobs, num_cached):
         seconds = made.num_to_make * batch_s(made.teacher, made.config)
         synthesis_s += seconds
         units_s += seconds * machine.share(getattr(made.config, "num_threads", 1))
-    unshared_s, longest_s = 0.0, 0.0
+        cached[made.key] = made.num_cached
+    unshared_s = floor_s = 0.0
+    longest = (0.0, 0.0, 0.0)  # wait and trial, wait, trial
     for job in jobs:
         cost, kd = costs[trial_unit(job)], job.config.distillation
         num_images = num_forward(job, tests.get(job.teacher.hash, 0))
@@ -176,34 +218,57 @@ def estimate(
         trials_s += seconds
         units_s += seconds * machine.share(kd.num_threads)
         unshared_s += seconds * machine.share(kd.num_threads)
-        for _, config, images in wanted(job):
-            own_s = -(-images // config.batch_size) * batch_s(job.teacher, config)
-            unshared_s += own_s * machine.share(getattr(config, "num_threads", 1))
-        longest_s = max(longest_s, seconds)
-    wall_s = START_S + max(units_s / machine.num, longest_s) if jobs else 0.0
-    return Estimate(synthesis_s, trials_s, wall_s, units_s / 3600, unshared_s / 3600)
+        waits_s = least_s = 0.0
+        for domain, config, images in wanted(job):
+            one_s, num_batches = batch_s(job.teacher, config), -(-images // config.batch_size)
+            threads = getattr(config, "num_threads", 1)
+            unshared_s += num_batches * one_s * machine.share(threads)
+            left = max(0, num_batches - cached[synthesis_key(job.teacher.hash, config, domain)])
+            waits_s += -(-left // machine.workers(threads)) * one_s
+            least_s += one_s if left else 0.0
+        longest = max(longest, (waits_s + seconds, waits_s, seconds))
+        floor_s = max(floor_s, least_s + seconds)
+    return Estimate(
+        synthesis_s=synthesis_s,
+        trials_s=trials_s,
+        units_h=units_s / 3600,
+        unshared_units_h=unshared_s / 3600,
+        spread_s=units_s / machine.num,
+        waits_s=longest[1],
+        longest_s=longest[2],
+        floor_s=START_S + floor_s if jobs else 0.0,
+    )
 
 
-def calibrate(jobs: Sequence[Job], trust_code: Sequence[str] = (), cap_s: float = CAP_S) -> Calibration:
+def calibrate(
+    jobs: Sequence[Job],
+    trust_code: Sequence[str] = (),
+    cap_s: float = CAP_S,
+    *,
+    known: Container[Unit] = (),
+    cpu_only: bool = False,
+) -> Calibration:
     """Time every distinct unit of work in these trials on this machine, in about `cap_s` seconds altogether.
 
-    Work that would take longer at the configured batch size is timed on fewer images, and scaled.
+    Work that would take longer at the configured batch size is timed on fewer images, and scaled. Units that are
+    `known` are left out; `cpu_only` times on the CPU what a GPU here would do.
     """
     start = time.perf_counter()
     timed: dict[Unit, Callable[[float], tuple[Cost, bool]]] = {}
     for job in jobs:
-        device = devices.resolve(job.config.device)
+        device = torch.device("cpu") if cpu_only else devices.resolve(job.config.device)
         for _, config, _ in wanted(job):
             unit = synthesis_unit(job.teacher, config)
             timed.setdefault(unit, lambda s, t=job.teacher, c=config, d=device: synthesis_cost(t, c, d, s))
         timed.setdefault(trial_unit(job), lambda s, j=job, d=device: trial_cost(j, d, trust_code, s))
+    timed = {unit: measure for unit, measure in timed.items() if unit not in known}
     costs: dict[Unit, Cost] = {}
-    num_scaled = 0
+    scaled: set[Unit] = set()
     for position, (unit, measure) in enumerate(timed.items()):
         left = max(0.0, cap_s - (time.perf_counter() - start))
-        costs[unit], scaled = measure(left / (len(timed) - position))
-        num_scaled += scaled
-    return Calibration(costs, time.perf_counter() - start, num_scaled)
+        costs[unit], was_scaled = measure(left / (len(timed) - position))
+        scaled |= {unit} if was_scaled else set()
+    return Calibration(costs, time.perf_counter() - start, frozenset(scaled))
 
 
 def synthesis_cost(teacher: Teacher, config: Any, device: torch.device, share_s: float) -> tuple[Cost, bool]:

@@ -26,6 +26,7 @@ from dfkd_ray.config import (
     validate,
     with_overrides,
 )
+from dfkd_ray.storage import public_name, without_secrets
 from dfkd_ray.sweep.search import Point, SearchConfig, StopConfig, can_match, options, probes, random_points, shown
 from dfkd_ray.sweep.tuning import Suggestions
 
@@ -205,7 +206,7 @@ def expanded(
         errors.update(dict.fromkeys(stop_errors(sweep.stop, tried)))
     if not overrides:  # what was set by hand may leave an entry without a match
         for index in sorted(unmatched):
-            errors[f"exclude: {shown(sweep.exclude[index])} matches no combination"] = None
+            errors[f"exclude: {without_secrets(shown(sweep.exclude[index]))} matches no combination"] = None
     if sweep.search is None:
         errors.update(dict.fromkeys(stop_errors(sweep.stop, list(configs.values()))))
         if not configs and not errors:
@@ -328,7 +329,7 @@ def opened(names: Sequence[str], open_teacher: Callable[[str], Teacher]) -> tupl
 
 
 def checked(
-    configs: Sequence[TrialConfig], teachers: Mapping[str, Teacher], trust_code: Sequence[str]
+    configs: Sequence[TrialConfig], teachers: Mapping[str, Teacher], trust_code: Sequence[str], on_gpu: bool = False
 ) -> tuple[list[Job], list[str]]:
     """A job for every distinct trial whose teacher is open, and why some cannot run."""
     jobs: dict[str, Job] = {}
@@ -339,9 +340,9 @@ def checked(
         try:
             job = job_of(config, teachers[config.teacher])
             jobs.setdefault(job.id, job)
-            one_trial.check(config, job.teacher, trust_code)
+            one_trial.check(config, job.teacher, trust_code, on_gpu)
         except ValueError as error:
-            errors[f"{config.teacher}: {error}"] = None
+            errors[f"{public_name(config.teacher)}: {error}"] = None
     return list(jobs.values()), list(errors)
 
 
@@ -352,11 +353,13 @@ def prepare(
     *,
     tiny: bool = False,
     trust_code: Sequence[str] = (),
+    on_gpu: bool = False,
 ) -> Plan:
     """Everything that can be checked before a sweep starts, and the sweep ready to run.
 
     Every combination of a grid, every point of a random search, or the ends and choices of an Optuna search is
-    validated, every teacher opened. `ValueError` with all errors at once.
+    validated, every teacher opened. `on_gpu`: for machines with GPUs, though this one may have none. `ValueError` with
+    all errors at once.
     """
     overrides = overrides or {}
     configs, names, errors = expanded(sweep, overrides, tiny)
@@ -371,7 +374,7 @@ def prepare(
             search = Suggestions(sweep.search, lambda point: at(sweep, point, overrides, tiny, teachers), tried)
         except ValueError as error:
             errors.append(str(error))
-    jobs, unfit = checked(configs, teachers, trust_code)
+    jobs, unfit = checked(configs, teachers, trust_code, on_gpu)
     if errors or unopened or unfit:
         raise ValueError("\n".join([*errors, *unopened, *unfit]))
     return Plan([] if search else jobs, search, sweep.stop, sweep.search.max_concurrent if sweep.search else None)

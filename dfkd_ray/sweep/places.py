@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from dfkd_ray.storage import Folder
+from dfkd_ray.storage import Folder, in_one_line
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 PAUSES_S = (0.5, 2.0, 5.0)  # before the second, third and fourth try
 PROBE_BYTES = 1 << 20
+NODE_PROBE_BYTES = 1 << 12  # many nodes may write at once
 ANSWER_S = 60.0  # a store that takes a megabyte takes it within this time
 # What the disk says when it is the disk's fault, and not one trial's.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE}
@@ -30,7 +31,14 @@ class Stopped(OSError):
 
 def probe(folder: Folder, what: str) -> None:
     """Write, read back and remove a megabyte. `OSError` in one line where that does not work, or takes too long."""
-    data, name = secrets.token_bytes(PROBE_BYTES), f".probe-{secrets.token_hex(4)}"
+    problem = write_problem(folder, PROBE_BYTES)
+    if problem:
+        raise OSError(f"the {what} {folder} cannot be written: {problem}; mend that or choose another place")
+
+
+def write_problem(folder: Folder, num_bytes: int) -> str | None:
+    """Why so many bytes cannot be written, read back and removed; None where they can."""
+    data, name = secrets.token_bytes(num_bytes), f".probe-{secrets.token_hex(4)}"
     problems: list[str] = []
 
     def attempt() -> None:
@@ -50,8 +58,7 @@ def probe(folder: Folder, what: str) -> None:
     thread.join(ANSWER_S)
     if thread.is_alive():
         problems.append(f"no answer within {ANSWER_S:.0f} s")
-    if problems:
-        raise OSError(f"the {what} {folder} cannot be written: {problems[0]}; mend that or choose another place")
+    return problems[0] if problems else None
 
 
 @contextmanager
@@ -63,12 +70,6 @@ def explained(folder: Folder, what: str) -> Iterator[None]:
         raise OSError(
             f"the {what} {folder} cannot be used: {in_one_line(error)}; mend that or choose another place"
         ) from error
-
-
-def in_one_line(error: BaseException) -> str:
-    """What an error of the disk or the network says."""
-    strerror = getattr(error, "strerror", None)
-    return " ".join(str(strerror or error or type(error).__name__).split())[:300]
 
 
 def is_disk_error(error: BaseException) -> bool:
@@ -120,39 +121,52 @@ def tidy(folder: Folder, finished: Iterable[str]) -> None:
         shutil.rmtree(folder.path / "checkpoints" / trial_id, ignore_errors=True)
 
 
-def seen_from_every_node(folder: Folder) -> None:
-    """Where there are several machines: `OSError` names one that does not see what this one writes in `folder`."""
+def try_on_every_node(place: Folder, cache: Folder | None) -> None:
+    """`OSError` names a machine of the cluster that cannot use the results folder or the cache as this one can.
+
+    Machines may have other credentials, mounts and disks than the driver's. One task per node, all at once: it looks
+    for what this one wrote in `place`, and tries both places by itself. A machine alone with its own disk has been
+    tried; one with a URI has not: the workers of a cluster that is up do not have the driver's environment.
+    """
     import ray
     from ray.exceptions import GetTimeoutError, RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     alive = [node for node in ray.nodes() if node["Alive"]]
-    if len(alive) < 2:
+    if len(alive) < 2 and place.is_local and (cache is None or cache.is_local):
         return
     name = f".seen-{secrets.token_hex(4)}"
-    folder.write(name, name.encode())
+    place.write(name, name.encode())
     try:
         asked: list[tuple[str, Any]] = []
         for node in alive:
             on_it = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            look: Any = ray.remote(sees)
-            reference = look.options(num_cpus=0, scheduling_strategy=on_it).remote(folder, name)
+            look: Any = ray.remote(trouble_here)
+            reference = look.options(num_cpus=0, scheduling_strategy=on_it).remote(place, name, cache)
             asked.append((node["NodeManagerHostname"], reference))
         for host, reference in asked:
             try:
-                seen = ray.get(reference, timeout=ANSWER_S)
+                trouble = ray.get(reference, timeout=3 * ANSWER_S)
             except GetTimeoutError:
                 continue  # busy: what it cannot do its first trial will say
             except RayError as error:
                 raise OSError(f"node {host} cannot run trials: {in_one_line(error.__cause__ or error)}") from None
-            if not seen:
-                raise OSError(
-                    f"node {host} does not see {folder}; choose --results in a folder that all machines share, or a URI"
-                )
+            if trouble:
+                raise OSError(f"node {host}: {trouble}")
     finally:
-        folder.remove(name)
+        place.remove(name)
 
 
-def sees(folder: Folder, name: str) -> bool:
-    """Whether this machine sees a file."""
-    return folder.read(name) is not None
+def trouble_here(place: Folder, name: str, cache: Folder | None) -> str | None:
+    """What this machine cannot do with the two places, and what to do about it; None where all is well."""
+    access = "give this node the access that the sweep's own has (credentials, mounts), or choose another"
+    try:
+        if place.read(name) is None:
+            return f"it does not see {place}; choose --results in a folder that all machines share, or a URI"
+    except OSError as error:
+        return f"the results folder {place} cannot be read: {in_one_line(error)}; {access} --results"
+    for folder, what, option in ((place, "results folder", "--results"), (cache, "cache", "--cache")):
+        problem = None if folder is None else write_problem(folder, NODE_PROBE_BYTES)
+        if problem:
+            return f"the {what} {folder} cannot be written: {problem}; {access} {option}"
+    return None

@@ -209,7 +209,7 @@ def in_worker(
         )
     except OSError as error:
         log.exception("trial %s", trial_id)
-        why = f"{error.filename or shared.place}: {places.in_one_line(error)}"
+        why = f"{error.filename or storage.folder(shared.place)}: {storage.in_one_line(error)}"
         return tuning.result(None, num_steps) | {"stopped": why}
     return tuning.result(row, num_steps) | {"row": json.dumps(row), "seconds": dict(seconds)}
 
@@ -321,7 +321,7 @@ def run(
         with seconds.spent("TensorBoard"):
             tensorboard.write_sweep(place, [job.config for job in plan.known_jobs])
         stack.enter_context(fleet.connected(address))
-        places.seen_from_every_node(place)
+        places.try_on_every_node(place, None if cache_root is None else storage.folder(cache_root))
         settings, placement = preflight(known, cache_root, synthesizers, gpus_per_synthesizer, gpus_per_trial)
         settings = replace(settings, batch_timeout_s=batch_timeout_s)
         running = board = None
@@ -538,7 +538,7 @@ class Ledger:
         try:
             places.persistently(lambda: keep(job, outcome, self.place, self.seconds))
         except OSError as error:
-            self.trouble = self.trouble or f"{self.place}: {places.in_one_line(error)}"
+            self.trouble = self.trouble or f"{self.place}: {storage.in_one_line(error)}"
             return
         self.tell(outcome.row)
 
