@@ -11,6 +11,8 @@ import pytest
 import ray
 
 from dfkd_ray import cache, fleet
+from dfkd_ray.fleet.coordinator import Coordinator, Worker
+from dfkd_ray.fleet.schedule import Key, Schedule
 from dfkd_ray.fleet.simulated import NUMERICS, Simulated, simulated_batch, simulated_spec
 from dfkd_ray.fleet.stream import Stream, error_of
 
@@ -103,6 +105,38 @@ def test_no_more_than_a_window_is_made_ahead_of_a_reader_that_stops(tmp_path):
         time.sleep(0.5)
         assert running.status()["made"] == made <= 3 + 2 + 5 + 2
         assert running.status()["queue_depth"] == 0
+
+
+def test_free_slots_are_given_out_without_a_look_at_the_whole_fleet(monkeypatch):
+    class Counting(Schedule):
+        asked = 0
+
+        def next_to_make(self):
+            self.asked += 1
+            return super().next_to_make()
+
+    given, coordinator = [], object.__new__(Coordinator)  # its decisions alone: no actor
+    coordinator.settings, coordinator.schedule = settings_of(slots=2), Counting(10**6)
+    coordinator.free, coordinator.to_read, coordinator.num_reading = [], [], 0
+    monkeypatch.setattr(coordinator, "spawn", lambda job: None, raising=False)
+    monkeypatch.setattr(coordinator, "make_batch", lambda worker, _key, index: given.append((worker.number, index)))
+    workers = [Worker(number, f"synthesizer {number}", None, up=number != 1) for number in range(1000)]
+    for worker in reversed(workers):
+        coordinator.offer(worker)
+        coordinator.offer(worker)
+    coordinator.pump()
+    assert (coordinator.schedule.asked, given) == (1, []), "nothing to make: one look, however many are idle"
+    coordinator.schedule.keys["key"] = Key()
+    coordinator.schedule.look_ahead("key", 0, 5, 5)
+    coordinator.pump()
+    assert given == [(0, 0), (0, 1), (2, 2), (2, 3), (3, 4)], "the first of the fleet first, none that is down"
+    workers[0].busy, workers[1].up = 1, True
+    coordinator.offer(workers[0])
+    coordinator.offer(workers[1])
+    coordinator.schedule.look_ahead("key", 5, 9, 4)
+    coordinator.pump()
+    assert given[5:] == [(0, 5), (1, 6), (1, 7), (3, 8)]
+    assert len(coordinator.free) == 997 and all(worker.busy <= 2 for worker in workers)
 
 
 def test_two_keys_share_the_fleet_fairly(tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from dfkd_ray.fleet.schedule import Key, Schedule
+from dfkd_ray.fleet.schedule import PAGE, Key, Schedule
 
 SIZE = 10  # bytes of a simulated batch
 SEEDS = range(30)
@@ -258,6 +258,12 @@ class Simulation:
             waited = Counter(index for reader in self.readers if reader.key == key for index in reader.asked)
             assert state.waiting == waited and state.num_waiting == waited.total()
             assert state.listed_wanted <= set(state.wanted) and state.listed_ahead <= set(state.ahead)
+            for name in ("wanted", "ahead"):
+                assert state.queued[name] == (key in [other for _, _, other in schedule.queues[name]])
+                assert state.queued[name] or not getattr(state, name), "listed, and never to be served"
+            for index in range(world.length):
+                if any(page[index] for page in state.seen.values()):
+                    assert index in state.listed_ahead | state.in_flight or schedule.available(key, index)
 
 
 WORLDS = {
@@ -622,6 +628,79 @@ def test_a_key_with_more_readers_of_the_same_batches_gets_more_slots():
             schedule.ask("many", index)
     shares = Counter(key for key, _ in drained(schedule, 8))
     assert shares["many"] > shares["few"]
+
+
+# ---- what a decision costs: calls, not seconds -----------------------------------------------------------------------
+
+
+class Counting(Schedule):
+    """Counts how often it looks at an index and at a key."""
+
+    def __init__(self, budget_bytes: int):
+        super().__init__(budget_bytes)
+        self.looks = Counter()
+
+    def available(self, key: str, index: int) -> bool:
+        self.looks["index"] += 1
+        return super().available(key, index)
+
+    def _tidy(self, key: str, state: Key, name: str) -> bool:
+        self.looks["key"] += 1
+        return super()._tidy(key, state, name)
+
+
+def steps_of_a_reader(num_synthesizers: int, num_other_keys: int, num_steps: int = 50) -> Counter:
+    """What it takes to read on by one batch, so many times, in a fleet that is ahead of its reader."""
+    schedule = Counting(10**9)
+    for key in ["read", *(f"other{number}" for number in range(num_other_keys))]:
+        schedule.keys[key] = Key()
+        schedule.ask(key, 0)
+        schedule.stop_asking(key, 0)
+    window = 2 * num_synthesizers
+    schedule.look_ahead("read", 0, 10**6, window)
+    drained(schedule, 2 * window)
+    for index in range(window):
+        hold(schedule, "read", index)
+    schedule.looks.clear()
+    for index in range(num_steps):
+        assert schedule.hand_out("read", index)
+        schedule.look_ahead("read", index, 10**6, window)
+        while job := schedule.next_to_make():
+            hold(schedule, *job)
+    assert len(schedule.held) == window + num_steps - 1
+    return schedule.looks
+
+
+def test_reading_on_by_a_batch_costs_the_same_in_a_fleet_of_any_size():
+    small, large = steps_of_a_reader(4, 0), steps_of_a_reader(4000, 0)
+    assert small == large and small["index"] <= 50 * 4
+
+
+def test_reading_on_by_a_batch_costs_the_same_beside_any_number_of_keys_that_want_nothing():
+    assert steps_of_a_reader(4, 0) == steps_of_a_reader(4, 1000)
+
+
+def test_a_window_across_pages_is_listed_whole_and_once():
+    schedule = schedule_of("a")
+    schedule.look_ahead("a", PAGE - 2, 10**6, 4)
+    schedule.look_ahead("a", PAGE - 3, 10**6, PAGE + 4)
+    assert drained(schedule, 10**5) == [("a", index) for index in range(PAGE - 3, 2 * PAGE + 1)]
+
+
+@pytest.mark.parametrize("how", ["dropped", "lost", "not made"])
+def test_a_batch_seen_by_a_window_and_then_lost_is_listed_again(how):
+    schedule = schedule_of("a", budget=SIZE)
+    schedule.look_ahead("a", 0, 1, 4)
+    assert schedule.next_to_make() == ("a", 0)
+    if how == "not made":
+        schedule.not_there("a", 0)
+    else:
+        hold(schedule, "a", 0, cached=False)
+        schedule.look_ahead("a", 0, 1, 4)
+        assert schedule.next_to_make() is None
+        hold(schedule, "a", 1) if how == "dropped" else schedule.forget("a", 0)
+    schedule.look_ahead("a", 0, 1, 4)
+    assert schedule.next_to_make() == ("a", 0)
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------

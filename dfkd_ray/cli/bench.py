@@ -82,6 +82,25 @@ def bench_fleet(
     bench_fleet.run(part or [], load_teacher(teacher, trust_code), teacher, scale, pairs)
 
 
+@app.command("scaling")
+def bench_scaling(
+    size: Annotated[
+        list[int] | None, typer.Option(min=1, help="synthesizers, repeatable; default: 8, 64, 256 and 1000")
+    ] = None,
+    simulated_s: Annotated[float, typer.Option(min=0.01, help="seconds that a simulated batch takes")] = 4.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="measured, for each of two loads per size")] = 8.0,
+    batch_s: Annotated[float, typer.Option(min=0.01, help="model: seconds that a real batch takes")] = 30.0,
+    readers: Annotated[int, typer.Option(min=1, help="model: trials that read each batch")] = 12,
+    network_gbit: Annotated[float, typer.Option(min=0.01, help="model: Gbit/s of a node, each way")] = 10.0,
+    store_gb: Annotated[float, typer.Option(min=0.01, help="model: GB of the smallest node's object store")] = 60.0,
+) -> None:
+    """How large a fleet one coordinator carries: simulated synthesizers, and what limits real ones first."""
+    from dfkd_ray import bench_scaling as bench
+
+    assumed = bench.Assumed(batch_s, readers, network_gbit * 1e9 / 8, store_gb * 1e9)
+    bench.run(size or [8, 64, 256, 1000], assumed, simulated_s, seconds)
+
+
 @app.command("results")
 def bench_results(
     rows: Annotated[int, typer.Option(min=1)] = 10_000,

@@ -46,6 +46,7 @@ QUIET = {
 TOKEN = secrets.token_hex(32)
 START_S = 120.0
 CONNECT_S = 5.0
+BUDGET_SHARE = 0.3  # of the smallest node's object store, for references to batches
 
 
 @dataclass
@@ -168,7 +169,7 @@ def started(settings: Settings, teachers: "Sequence[Teacher]" = (), start_s: flo
         remove_placement_group(group)
 
 
-def budget_bytes(share: float = 0.3) -> int:
+def budget_bytes(share: float = BUDGET_SHARE) -> int:
     """What references may keep in memory: a share of the smallest node's object store."""
     stores = [node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"]]
     return int(share * min(stores))

@@ -7,8 +7,11 @@ and finds in the cache what was made before.
 """
 
 import asyncio
+import heapq
 import logging
+import resource
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,9 +59,11 @@ class Settings:
 class Worker:
     """One synthesizer actor and what it is doing."""
 
+    number: int
     name: str
     actor: Any
     up: bool = False
+    offered: bool = False  # among those that may have a free slot
     busy: int = 0
     opened: set[str] = field(default_factory=set)
     busy_s: float = 0.0
@@ -80,6 +85,7 @@ class Coordinator:
         self.timeouts: dict[tuple[str, int], int] = {}
         self.making: dict[tuple[str, int], tuple[str, float]] = {}
         self.workers: list[Worker] = []
+        self.free: list[tuple[int, int, Worker]] = []  # heap by number: who may have a free slot
         self.restarted = ray.get_runtime_context().was_current_actor_reconstructed
         self.numerics: str | None = None
         self.disk_errors: dict[tuple[str, int], int] = {}
@@ -200,10 +206,11 @@ class Coordinator:
     def status(self) -> dict[str, Any]:
         """Counts since this coordinator started, and who is doing what."""
         now = time.monotonic()
-        idle = {}
+        idle, running = {}, defaultdict(float)
+        for name, begun in self.making.values():
+            running[name] += now - begun
         for worker in self.workers:
-            running = [begun for name, begun in self.making.values() if name == worker.name]
-            busy = worker.busy_s + sum(now - begun for begun in running)
+            busy = worker.busy_s + running[worker.name]
             span = (now - worker.since) * self.settings.slots
             idle[worker.name] = 1.0 - min(1.0, busy / span) if worker.since and span else None
         return {
@@ -219,6 +226,9 @@ class Coordinator:
             "numerics": self.numerics,
             "trouble": {worker.name: worker.trouble for worker in self.workers if not worker.up},
             "seconds": now - self.start,
+            # Of this process, all threads: one near a core is the fleet's limit.
+            "cpu_s": time.process_time(),
+            "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
 
     def actors(self) -> list[Any]:
@@ -257,7 +267,7 @@ class Coordinator:
 
     def add_worker(self, number: int, *, in_group: bool) -> None:
         """Start one more synthesizer."""
-        worker = Worker(f"synthesizer {number}", self.start_actor(number if in_group else None))
+        worker = Worker(number, f"synthesizer {number}", self.start_actor(number if in_group else None))
         self.workers.append(worker)
         self.spawn(self.bring_up(worker, number, in_group))
 
@@ -309,21 +319,32 @@ class Coordinator:
         worker.opened.clear()
         worker.up, worker.trouble = True, ""
         worker.since = worker.since or time.monotonic()
+        self.offer(worker)
         self.last_alive = time.monotonic()
         self.pump()
 
     def pump(self) -> None:
         """Give every free slot a batch to make, and every free reader a shard."""
-        for worker in self.workers:
-            while worker.up and worker.busy < self.settings.slots:
-                job = self.schedule.next_to_make()
-                if job is None:
-                    break
-                worker.busy += 1
-                self.spawn(self.make_batch(worker, *job))
+        while self.free:
+            worker = self.free[0][-1]
+            if not worker.up or worker.busy >= self.settings.slots:
+                heapq.heappop(self.free)
+                worker.offered = False
+                continue
+            job = self.schedule.next_to_make()
+            if job is None:
+                break
+            worker.busy += 1
+            self.spawn(self.make_batch(worker, *job))
         while self.to_read and self.num_reading < MAX_READS:
             self.num_reading += 1
             self.spawn(self.read_batch(*self.to_read.pop(0)))
+
+    def offer(self, worker: Worker) -> None:
+        """A slot of this synthesizer may be free from now on."""
+        if not worker.offered:
+            worker.offered = True
+            heapq.heappush(self.free, (worker.number, id(worker), worker))
 
     async def make_batch(self, worker: Worker, key: str, index: int) -> None:
         """Have one batch made; whatever happens, the slot is free or down afterwards, and the batch accounted for."""
@@ -356,6 +377,7 @@ class Coordinator:
             self.making.pop((key, index), None)
             worker.busy_s += time.monotonic() - begun
             worker.busy -= 1
+            self.offer(worker)
             if worker.up:
                 self.last_alive = time.monotonic()
         self.tell(key, index)

@@ -8,9 +8,12 @@ the least recently read go first: those batches live in the cache.
 """
 
 import heapq
+import itertools
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
+
+PAGE = 4096  # indices
 
 
 @dataclass
@@ -25,10 +28,12 @@ class Key:
     listed_wanted: set[int] = field(default_factory=set)
     ahead: list[int] = field(default_factory=list)
     listed_ahead: set[int] = field(default_factory=set)
+    # A byte per index, in pages: 1 where some window has seen it and it is listed ahead, in flight or available since.
+    seen: dict[int, bytearray] = field(default_factory=dict)
     num_waiting: int = 0
-    # By heap: slots given, each divided by the demand at the time; and whether there was something to make last time.
+    # By heap: slots given, each divided by the demand at the time; and whether the key is among those to be served.
     service: dict[str, float] = field(default_factory=lambda: {"wanted": 0.0, "ahead": 0.0})
-    was_ready: dict[str, bool] = field(default_factory=lambda: {"wanted": False, "ahead": False})
+    queued: dict[str, bool] = field(default_factory=lambda: {"wanted": False, "ahead": False})
     errors: dict[int, str] = field(default_factory=dict)
     fresh: set[int] = field(default_factory=set)  # made here, and no reader has had them yet
 
@@ -42,6 +47,9 @@ class Schedule:
         self.held: OrderedDict[tuple[str, int], tuple[Any, int]] = OrderedDict()
         self.held_bytes = 0
         self.service = {"wanted": 0.0, "ahead": 0.0}  # of the key last served: where one that wanted nothing joins
+        # Heaps of (service, order of joining, key): every key with something on its own heap, which may be stale.
+        self.queues: dict[str, list[tuple[float, int, str]]] = {"wanted": [], "ahead": []}
+        self.joined = itertools.count()
 
     def ask(self, key: str, index: int) -> None:
         """A reader waits for a batch from now on."""
@@ -49,14 +57,19 @@ class Schedule:
         state.waiting[index] = state.waiting.get(index, 0) + 1
         state.num_waiting += 1
         if index not in state.in_flight:
-            self._list(state, "wanted", index)
+            self._list(key, "wanted", index)
 
-    def _list(self, state: Key, name: str, index: int) -> None:
-        """Put an index on one of a key's heaps, once."""
+    def _list(self, key: str, name: str, index: int) -> None:
+        """Put an index on one of a key's heaps, once, and the key among those to be served."""
+        state = self.keys[key]
         listed = getattr(state, f"listed_{name}")
         if index not in listed:
             listed.add(index)
             heapq.heappush(getattr(state, name), index)
+        if not state.queued[name]:  # it had nothing to make, and saves up no claim from that time
+            state.queued[name] = True
+            state.service[name] = max(state.service[name], self.service[name])
+            heapq.heappush(self.queues[name], (state.service[name], next(self.joined), key))
 
     def stop_asking(self, key: str, index: int) -> None:
         """That reader has it, or has gone."""
@@ -68,10 +81,25 @@ class Schedule:
 
     def look_ahead(self, key: str, position: int, until: int, window: int) -> None:
         """A reader at `position` will go on to `until` (exclusive): up to `window` batches may be made for it."""
-        state = self.keys[key]
-        for index in range(position, min(until, position + window)):
-            if index not in state.in_flight and not self.available(key, index):
-                self._list(state, "ahead", index)
+        state, end = self.keys[key], min(until, position + window)
+        # A window of a large fleet is long, and a reader moves it by a few indices at a time: only those are new.
+        while position < end:
+            number, begin = divmod(position, PAGE)
+            seen = state.seen.setdefault(number, bytearray(PAGE))
+            offset = seen.find(0, begin, end - number * PAGE)
+            while offset >= 0:
+                seen[offset] = 1
+                index = number * PAGE + offset
+                if index not in state.in_flight and not self.available(key, index):
+                    self._list(key, "ahead", index)
+                offset = seen.find(0, offset + 1, end - number * PAGE)
+            position = (number + 1) * PAGE
+
+    def _lose(self, key: str, index: int) -> None:
+        """A batch that was there or on its way is neither: the next window that sees it lists it again."""
+        number, offset = divmod(index, PAGE)
+        if number in self.keys[key].seen:
+            self.keys[key].seen[number][offset] = 0
 
     def available(self, key: str, index: int) -> bool:
         """Whether a batch exists already, in memory or in the cache, or has failed for good."""
@@ -80,28 +108,23 @@ class Schedule:
 
     def next_to_make(self) -> tuple[str, int] | None:
         """The batch that the next free slot is for, now in flight; None when there is nothing to make."""
-        for name in ("wanted", "ahead"):
-            ready = [key for key, state in self.keys.items() if self._ready(key, state, name)]
-            if not ready:
-                continue
-            best = min(ready, key=lambda key: self.keys[key].service[name])
-            state = self.keys[best]
-            index = heapq.heappop(getattr(state, name))
-            state.listed_wanted.discard(index)
-            state.listed_ahead.discard(index)
-            state.in_flight.add(index)
-            self.service[name] = max(self.service[name], state.service[name])
-            state.service[name] += 1.0 / max(1, state.num_waiting) if name == "wanted" else 1.0
-            return best, index
+        for name, queue in self.queues.items():
+            while queue:
+                best = queue[0][2]
+                state = self.keys[best]
+                if not self._tidy(best, state, name):
+                    heapq.heappop(queue)
+                    state.queued[name] = False
+                    continue
+                index = heapq.heappop(getattr(state, name))
+                state.listed_wanted.discard(index)
+                state.listed_ahead.discard(index)
+                state.in_flight.add(index)
+                self.service[name] = max(self.service[name], state.service[name])
+                state.service[name] += 1.0 / max(1, state.num_waiting) if name == "wanted" else 1.0
+                heapq.heapreplace(queue, (state.service[name], next(self.joined), best))
+                return best, index
         return None
-
-    def _ready(self, key: str, state: Key, name: str) -> bool:
-        """Whether a key has something to make; one that had nothing saves up no claim from that time."""
-        ready = self._tidy(key, state, name)
-        if ready and not state.was_ready[name]:
-            state.service[name] = max(state.service[name], self.service[name])
-        state.was_ready[name] = ready
-        return ready
 
     def _tidy(self, key: str, state: Key, name: str) -> bool:
         """Drop indices at the head of a heap that need no making any more; whether something is left."""
@@ -137,8 +160,10 @@ class Schedule:
         self.held[key, index] = (reference, size_bytes)
         self.held_bytes += size_bytes
         while self.held_bytes > self.budget_bytes and len(self.held) > 1:
-            _, (_, size) = self.held.popitem(last=False)
+            (other, dropped), (_, size) = self.held.popitem(last=False)
             self.held_bytes -= size
+            if dropped not in self.keys[other].cached:
+                self._lose(other, dropped)
 
     def reference(self, key: str, index: int) -> Any | None:
         """The reference of a batch in memory, now the most recently read."""
@@ -163,14 +188,17 @@ class Schedule:
         found = self.held.pop((key, index), None)
         if found:
             self.held_bytes -= found[1]
+            if index not in self.keys[key].cached:
+                self._lose(key, index)
 
     def not_there(self, key: str, index: int) -> None:
         """A batch in flight did not come (its maker died, its shard was damaged): make it again if it is wanted."""
         state = self.keys[key]
         state.in_flight.discard(index)
         state.cached.discard(index)
+        self._lose(key, index)
         if index in state.waiting:
-            self._list(state, "wanted", index)
+            self._list(key, "wanted", index)
 
     def fail(self, key: str, index: int, reason: str) -> None:
         """A batch cannot be made: everybody who asks is told why."""
