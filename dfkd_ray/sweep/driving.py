@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from dfkd_ray import devices
 from dfkd_ray.config import TrialConfig
 from dfkd_ray.sweep import tuning
 from dfkd_ray.sweep.files import Job, Plan
@@ -24,6 +25,8 @@ def drive(
     may_stop = asha is not None
 
     def trial(point: Mapping[str, Any]) -> None:
+        if not placement.trial_gpus:
+            devices.hide_gpus()  # what has reserved none must not take a synthesizer's
         if "config" in point:  # of a search
             config = TrialConfig.model_validate_json(point["config"])
             trial_id, teacher_hash = point["id"], point["teacher_hash"]

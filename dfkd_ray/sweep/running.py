@@ -21,6 +21,7 @@ from dfkd_ray.sweep import places, tuning
 from dfkd_ray.sweep.driving import drive
 from dfkd_ray.sweep.files import Job, Plan
 from dfkd_ray.sweep.ledger import Ledger, OnRow, compact
+from dfkd_ray.sweep.machines import FIRST_MACHINE_S, Asked, preflight
 from dfkd_ray.sweep.resuming import check_one_meaning, looks_in, rows_in
 from dfkd_ray.sweep.working import Board, Seconds, Shared
 
@@ -34,10 +35,11 @@ def run(
     cache_root: str | None,
     *,
     address: str | None = None,
-    synthesizers: int | None = None,
+    synthesizers: Asked = None,
     gpus_per_synthesizer: float | None = None,
     gpus_per_trial: float | None = None,
     batch_timeout_s: float = 3600.0,
+    first_machine_s: float = FIRST_MACHINE_S,
     test_of: Callable[[Teacher], Sequence[Batch] | None] = lambda _teacher: None,
     real_of: Callable[[Teacher, RealConfig], BatchSource] | None = None,
     on_row: OnRow | None = None,
@@ -56,7 +58,9 @@ def run(
     that was stopped early has a row that says so, and is not run again. `place`, a folder or URI, takes all results.
     `cache_root` is one too; None keeps batches in memory only. `address` is of a running Ray cluster (`HOST:PORT` or
     `auto`); None starts Ray on this machine. `synthesizers` None takes as many as the machines have room for and grows
-    with them; 0 shares nothing: every trial makes its own images. `test_of` gives a teacher's test batches or None,
+    with them; a pair is the fewest and the most, between which an autoscaler may launch machines and take them back
+    (where there are none yet, the first is waited for up to `first_machine_s`); 0 shares nothing: every trial makes its
+    own images. `test_of` gives a teacher's test batches or None,
     `real_of` the real images for trials with `synthesis.method=real`; without it such trials are refused. `on_up` is
     called when the fleet is up, `on_row` when a trial has ended, `on_new` when Optuna has come up with one, `on_status`
     every `look_s` seconds with how the fleet is, and `on_stages` with where the running trials are. `stop` is asked
@@ -100,8 +104,10 @@ def run(
         with seconds.spent("TensorBoard"):
             tensorboard.write_sweep(place, [job.config for job in plan.known_jobs])
         stack.enter_context(fleet.connected(address))
+        settings, placement = preflight(
+            known, cache_root, synthesizers, gpus_per_synthesizer, gpus_per_trial, first_machine_s
+        )
         places.seen_from_every_node(place)
-        settings, placement = preflight(known, cache_root, synthesizers, gpus_per_synthesizer, gpus_per_trial)
         settings = replace(settings, batch_timeout_s=batch_timeout_s)
         running = board = None
         if synthesizers != 0:
@@ -148,42 +154,6 @@ def real_sources(
                 sources[key] = real_of(job.teacher, settings)
             wanted[job.id] = sources[key]
     return wanted
-
-
-def preflight(
-    todo: Sequence[Job],
-    cache_root: str | None,
-    synthesizers: int | None,
-    gpus_per_synthesizer: float | None,
-    gpus_per_trial: float | None,
-) -> tuple[Any, Any]:
-    """Settings of the fleet and the placement of fleet and trials together; `ValueError` where nothing fits."""
-    from dfkd_ray import fleet
-
-    machines = fleet.nodes()
-    use_gpu = any(node.gpus for node in machines) and any(job.config.device != "cpu" for job in todo)
-    threads = max(getattr(job.config.synthesis, "num_threads", 1) for job in todo)
-    placement = fleet.plan(
-        machines,
-        synthesizers=synthesizers or None,
-        synthesizer_threads=threads,
-        trial_threads=max(job.config.distillation.num_threads for job in todo),
-        use_gpu=use_gpu,
-        gpus_per_synthesizer=gpus_per_synthesizer,
-        gpus_per_trial=gpus_per_trial,
-    )
-    settings = fleet.Settings(
-        num_synthesizers=placement.num_synthesizers,
-        cpus=placement.synthesizer_cpus,
-        gpus=placement.synthesizer_gpus,
-        cache_root=cache_root,
-        device="auto" if use_gpu else "cpu",
-        grow=synthesizers is None,
-        threads=threads,
-        trial_gpus=placement.trial_gpus,
-        budget_bytes=fleet.budget_bytes(),
-    )
-    return settings, placement
 
 
 def put(value: Any) -> list[Any]:
