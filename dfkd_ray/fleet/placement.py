@@ -93,14 +93,20 @@ def plan(
     return Placement(count, synthesizer_cpus, gpu_s, num_trials, rounded(trial_cpus), gpu_t)
 
 
-def added_cpus(nodes: Sequence[Node], placement: Placement, threads: int) -> float:
-    """CPUs that a synthesizer of a range reserves where it is added to a plan: few beside a GPU, else its threads.
+def added_cpus(nodes: Sequence[Node], threads: int, gpu_s: float) -> float:
+    """CPUs that a synthesizer of a range reserves where it is added to a plan: its threads, or few beside a GPU.
 
-    At most what a trial may have of the largest machine: it fits beside the fleet's share there.
+    Beside a GPU: on a machine full of trials there is room for as many as its GPUs have shares for. Without: at most
+    what trials may have of the largest machine.
     """
-    if placement.synthesizer_gpus:
-        return placement.synthesizer_cpus
-    return rounded(min(float(threads), (1 - SYNTHESIZERS_SHARE) * max(node.cpus for node in nodes)))
+    if not gpu_s:
+        return rounded(min(float(threads), (1 - SYNTHESIZERS_SHARE) * max(node.cpus for node in nodes)))
+    kept = [
+        SYNTHESIZERS_SHARE * node.cpus / max(1, slots([1.0] * int(node.gpus), gpu_s))
+        for node in homes(nodes, gpu_s)
+        if node.cpus
+    ]
+    return max(rounded(min(kept)), RESOLUTION)
 
 
 def gpu_share(name: str, given: float | None) -> float:

@@ -65,7 +65,7 @@ def preflight(
         threads=threads,
         trial_gpus=placement.trial_gpus,
         most=most,
-        added_cpus=0.0 if most is None else fleet.added_cpus(machines, placement, threads),
+        added_cpus=0.0 if most is None else fleet.added_cpus(machines, threads, placement.synthesizer_gpus),
         budget_bytes=fleet.budget_bytes(),
     )
     return settings, placement
