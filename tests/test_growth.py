@@ -15,7 +15,7 @@ CASES = [
         (1, 4), (4, 5, 64), (0, 1, 4, 7, 64), (0, 1, 3, 60), (0, 1, 3), (0, 1, 1000), (False, True)
     )
     for free in (0, up)
-    for idle in {0, min(free, added)}
+    for idle in {0, min(free, added - pending)}
     if pending <= added and added <= most - fewest and up <= fewest + added - pending and not (demand and quiet)
 ]
 

@@ -376,6 +376,17 @@ def test_on_a_machine_that_joins_and_is_full_of_trials_added_synthesizers_still_
     assert packed([new], num_added, fixed(cpus), fixed(plan.synthesizer_gpus))
 
 
+@pytest.mark.parametrize("fewest", [1, 2, 7])
+@pytest.mark.parametrize("shares", SHARES[1:])
+def test_on_the_machines_asked_for_first_a_fleet_and_a_trial_fit_and_on_one_fewer_not_surely(fewest, shares):
+    asked = placement.first_machines(fewest, 4, *shares)
+    nodes = [node(4, bundle["GPU"]) for bundle in asked]
+    assert planned(nodes, gpu=True, synthesizers=fewest, shares=shares, trial_threads=4).num_trials >= 1
+    if len(nodes) > 1:
+        with pytest.raises(ValueError, match="leave no room"):
+            planned(nodes[1:], gpu=True, synthesizers=fewest, shares=shares, trial_threads=4)
+
+
 def test_without_gpus_an_added_synthesizer_reserves_its_threads_so_that_full_machines_have_no_room_for_it():
     nodes = [node(1), node(8)]
     assert placement.added_cpus(nodes, 4, 0.0) == 4.0

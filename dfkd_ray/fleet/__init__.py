@@ -22,7 +22,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dfkd_ray.fleet.coordinator import MAX_TIMEOUTS, Coordinator, Settings
-from dfkd_ray.fleet.placement import Node, Placement, added_cpus, gpu_share, plan
+from dfkd_ray.fleet.placement import Node, Placement, added_cpus, first_machines, plan
 
 if TYPE_CHECKING:
     from dfkd_ray.bundles import Teacher
@@ -36,7 +36,7 @@ __all__ = [
     "added_cpus",
     "budget_bytes",
     "connected",
-    "gpu_share",
+    "first_machines",
     "nodes",
     "plan",
     "requested",

@@ -109,6 +109,24 @@ def added_cpus(nodes: Sequence[Node], threads: int, gpu_s: float) -> float:
     return max(rounded(min(kept)), RESOLUTION)
 
 
+def first_machines(
+    fewest: int, threads: int, gpus_per_synthesizer: float | None, gpus_per_trial: float | None
+) -> list[dict[str, float]]:
+    """What to ask an autoscaler for where there is no machine to plan by: what surely takes a fleet and one trial.
+
+    Whole GPUs where shares of them were given, else one machine with the threads as CPUs.
+    """
+    if not (gpus_per_synthesizer or gpus_per_trial):
+        return [{"CPU": float(threads)}]
+    gpu_s = gpu_share("--gpus-per-synthesizer", gpus_per_synthesizer)
+    gpu_t = gpu_share("--gpus-per-trial", gpus_per_trial)
+    each = max(1.0, gpu_s, gpu_t)
+    num = 1
+    while not trials_beside([Node(float(threads), each)] * num, fewest, threads, gpu_s, gpu_t):
+        num += 1  # at most one for each of the fleet, and one for the trial
+    return [{"GPU": each}] * num
+
+
 def gpu_share(name: str, given: float | None) -> float:
     """What is reserved of a GPU: half, or what was asked for."""
     if given is None:

@@ -38,7 +38,7 @@ def preflight(
     threads = max(getattr(job.config.synthesis, "num_threads", 1) for job in todo)
     trial_threads = max(job.config.distillation.num_threads for job in todo)
     if most is not None and not any(node.cpus for node in fleet.nodes()):
-        asked = first_machines(fewest or 1, max(threads, trial_threads), gpus_per_synthesizer, gpus_per_trial)
+        asked = fleet.first_machines(fewest or 1, max(threads, trial_threads), gpus_per_synthesizer, gpus_per_trial)
         wait_for_machines(asked, first_machine_s)
     machines = fleet.nodes()
     use_gpu = any(node.gpus for node in machines) and any(job.config.device != "cpu" for job in todo)
@@ -69,21 +69,6 @@ def preflight(
         budget_bytes=fleet.budget_bytes(),
     )
     return settings, placement
-
-
-def first_machines(
-    fewest: int, threads: int, gpus_per_synthesizer: float | None, gpus_per_trial: float | None
-) -> list[dict[str, float]]:
-    """What has to fit on the first machines: GPUs of the fewest synthesizers and of one trial, where shares of GPUs
-    were asked for; else the threads of one of them as CPUs.
-    """
-    from dfkd_ray import fleet
-
-    if not (gpus_per_synthesizer or gpus_per_trial):
-        return [{"CPU": float(threads)}]
-    shares = [fleet.gpu_share("--gpus-per-synthesizer", gpus_per_synthesizer)] * fewest
-    shares += [fleet.gpu_share("--gpus-per-trial", gpus_per_trial)]
-    return [{"GPU": share} for share in shares if share]
 
 
 def wait_for_machines(asked: list[dict[str, float]], limit_s: float) -> None:
