@@ -34,7 +34,12 @@ def config_of(address: str, worker: dict[str, float], most: int, idle_s: float) 
     return {
         "cluster_name": "fake",
         "max_workers": most,
-        "provider": {"type": "fake_multinode", "gcs_address": address},
+        "provider": {
+            "type": "fake_multinode",
+            "gcs_address": address,
+            "disable_node_updaters": True,  # nothing is installed over ssh
+            "disable_launch_config_check": True,
+        },
         "available_node_types": types,
         "head_node_type": HEAD,
         "upscaling_speed": 1.0,
