@@ -19,6 +19,11 @@ def resolve(device: str) -> torch.device:
     return torch.device(device)
 
 
+def hide_gpus() -> None:
+    """From here on this process has no CUDA device: "auto" is the CPU. To be called before anything looks for one."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def place(network: nn.Module, device: torch.device, *, channels_last: bool = True) -> nn.Module:
     """Move a network to a device, its convolution weights with channels last (or contiguous)."""
     layout = torch.channels_last if channels_last else torch.contiguous_format

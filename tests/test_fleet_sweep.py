@@ -65,7 +65,7 @@ def test_a_grid_on_one_cpu_ends_with_or_without_sharing(tiny_teacher, tmp_path):
 
 
 CLUSTER = """
-import dataclasses, sys, time
+import sys, time
 from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
@@ -84,15 +84,11 @@ try:
         assert placement.num_synthesizers == 3 and placement.num_trials >= 2, placement
         settings = fleet.Settings(num_synthesizers=3, cpus=placement.synthesizer_cpus, gpus=placement.synthesizer_gpus,
                                   cache_root=sys.argv[1], make=Simulated, grow=True, trial_gpus=0.5)
-        class Placed(Simulated):
-            async def hello(self):
-                return {**await super().hello(), "host": ray.get_runtime_context().get_node_id()}
-
-        with fleet.started(dataclasses.replace(settings, make=Placed)) as running:
+        with fleet.started(settings) as running:
             while (running.status() or {}).get("synthesizers_up", 0) < 3:
                 time.sleep(0.2)
             actors = ray.get(running.coordinator.actors.remote())
-            assert len({hello["host"] for hello in ray.get([actor.hello.remote() for actor in actors])}) == 3
+            assert len({hello["node"] for hello in ray.get([actor.hello.remote() for actor in actors])}) == 3
             spec = simulated_spec("cluster", (4, 1, 8, 8), (0.1, 0.2))
             seen = []
             for batch, _ in running.stream(timeout_s=100.0).batches(spec, range(60)):
@@ -100,15 +96,15 @@ try:
                 assert (batch.images == wanted.images).all()
                 seen.append(batch.index)
                 if batch.index == 15:
-                    here = ray.get_runtime_context().get_node_id()  # the driver's, and the coordinator's
-                    victim = next(node for node in nodes if node.node_id != here)
+                    where = lambda self: ray.get_runtime_context().get_node_id()
+                    held = {where(None), ray.get(running.coordinator.__ray_call__.remote(where))}
+                    victim = next(node for node in nodes if node.node_id not in held)  # nor driver nor coordinator
                     cluster.remove_node(victim, allow_graceful=False)
             assert seen == list(range(60))
             status = running.status()
             lost = status["made"] + status["found"] - 60
             print("made", status["made"], "lost", lost, "up", status["synthesizers_up"], "deaths", status["deaths"])
-            # Below 0 where the coordinator was on the lost node: the one after it counts anew.
-            assert lost <= 4 and status["synthesizers_up"] >= 2, status
+            assert 0 <= lost <= 4 and status["synthesizers_up"] >= 2, status
             for _ in range(2):  # four machines now: one more than the fleet began with
                 cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=100_000_000)
             end = time.monotonic() + 120
@@ -140,6 +136,10 @@ def test_a_refusal_of_placement_is_wrong_input(tiny_teacher, tmp_path, run_cli):
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(data))
     words = ["sweep", str(tmp_path / "s.yaml"), "--results", str(tmp_path / "r"), "--cache", str(tmp_path / "c")]
     done = run_cli(*words, "--synthesizers", "many")
-    assert done.code == 2 and done.err == "error: --synthesizers 'many': expected auto, or a number\n"
+    assert (
+        done.code == 2 and done.err == "error: --synthesizers 'many': expected auto, a number, or a range like 1-64\n"
+    )
+    done = run_cli(*words, "--synthesizers", "4-2")
+    assert done.code == 2 and "--synthesizers 4-2: expected MIN-MAX" in done.err
     done = run_cli(*words, "--synthesizers", "100000")
     assert done.code == 2 and "--synthesizers 100000: that many do not fit" in done.err

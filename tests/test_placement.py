@@ -332,6 +332,72 @@ def test_a_share_of_no_gpu_leaves_the_gpus_to_the_others():
     assert (plan.synthesizer_gpus, plan.num_trials) == (0, 2) and room(nodes, plan) == 2
 
 
+# ---- profiles -------------------------------------------------------------------------------------------------------
+
+MIXED = [node(0), node(64, 8), node(64, 8), node(32)]  # a head that computes nothing, two with GPUs, one without
+# Shares of (synthesizer, trial), and the trials of 4 threads that surely run beside 4 synthesizers.
+PROFILES = {
+    "one GPU per trial": ((None, 1.0), 12),
+    "several trials per GPU": ((0.25, 0.25), 32),
+    "trials on CPUs beside synthesis on GPUs": ((1.0, 0.0), 40),
+}
+
+
+@pytest.mark.parametrize("name", PROFILES)
+@pytest.mark.parametrize("place", WAYS)
+def test_each_profile_runs_as_many_trials_as_planned_on_a_mixed_cluster(name, place):
+    shares, num_trials = PROFILES[name]
+    plan = planned(MIXED, gpu=True, synthesizers=4, shares=shares, trial_threads=4)
+    assert plan.num_trials == num_trials
+    head, *with_gpus, without = trials_of(MIXED, plan, place) or []
+    assert head == 0 and sum(with_gpus) + without >= num_trials
+    assert (without > 0) == (plan.trial_gpus == 0), "what needs no GPU uses the cores of machines without, too"
+
+
+def test_synthesizers_on_gpus_leave_machines_without_alone_and_spread_over_the_others():
+    machines = [Free(fixed(one.cpus), [UNIT] * int(one.gpus)) for one in MIXED]
+    plan = planned(MIXED, gpu=True, synthesizers=4)
+    assert spread(machines, 4, fixed(plan.synthesizer_cpus), fixed(plan.synthesizer_gpus))
+    assert [sum(UNIT - part for part in free.gpus) for free in machines] == [0, UNIT, UNIT, 0]
+
+
+# ---- what is added to a plan ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shares", [(0.25, 0.25), (0.5, 0.5), (0.5, 0.0), (1.0, 0.0)])
+def test_on_a_machine_that_joins_and_is_full_of_trials_added_synthesizers_still_fit(shares):
+    nodes = [node(64, 8)]
+    plan = planned(nodes, gpu=True, synthesizers=1, shares=shares)
+    cpus = placement.added_cpus(nodes, 1, plan.synthesizer_gpus)
+    new = Free(fixed(64), [UNIT] * 8)
+    num_added = int(8 * (1 - shares[1]) / shares[0])
+    while take(new, fixed(plan.trial_cpus), fixed(plan.trial_gpus)) and sum(new.gpus) > 8 * UNIT * (1 - shares[1]):
+        pass
+    assert packed([new], num_added, fixed(cpus), fixed(plan.synthesizer_gpus))
+
+
+@pytest.mark.parametrize("fewest", [1, 2, 7])
+@pytest.mark.parametrize("shares", SHARES[1:])
+def test_on_the_machines_asked_for_first_a_fleet_and_a_trial_fit_and_on_one_fewer_not_surely(fewest, shares):
+    asked = placement.first_machines(fewest, 4, *shares)
+    nodes = [node(4, bundle["GPU"]) for bundle in asked]
+    assert planned(nodes, gpu=True, synthesizers=fewest, shares=shares, trial_threads=4).num_trials >= 1
+    if len(nodes) > 1:
+        with pytest.raises(ValueError, match="leave no room"):
+            planned(nodes[1:], gpu=True, synthesizers=fewest, shares=shares, trial_threads=4)
+
+
+def test_without_gpus_an_added_synthesizer_reserves_its_threads_so_that_full_machines_have_no_room_for_it():
+    nodes = [node(1), node(8)]
+    assert placement.added_cpus(nodes, 4, 0.0) == 4.0
+    assert placement.added_cpus(nodes, 64, 0.0) == pytest.approx(7.6), "it fits on the largest beside the fleet's share"
+    plan = planned(nodes, synthesizers=1, trial_threads=1)
+    machines = [Free(fixed(one.cpus)) for one in nodes]
+    assert spread(machines, 1, fixed(plan.synthesizer_cpus), 0)
+    assert packed(machines, plan.num_trials, fixed(plan.trial_cpus), 0)
+    assert not packed(machines, 1, fixed(placement.added_cpus(nodes, 1, 0.0)), 0)
+
+
 # ---- how many synthesizers there are when nobody says ---------------------------------------------------------------
 
 

@@ -16,7 +16,8 @@ import yaml
 
 from dfkd_ray import bundles, config, distillation, fleet, models, results, storage, sweep, trial
 from dfkd_ray.cli.live import descendants
-from dfkd_ray.sweep import places, running
+from dfkd_ray.sweep import ledger as ledgers
+from dfkd_ray.sweep import places, working
 
 ABOUT = {"source": "a test", "command": "none", "cost": "seconds", "expected": "rows"}
 BASE = {
@@ -173,18 +174,18 @@ def test_a_disk_that_stays_full_stops_the_trial_and_spares_the_finished_rows(
     assert results.read(tmp_path, "trials")["trial_id"].tolist() == [first.id]
 
 
-def shared_with(folder: Path, teacher: bundles.Teacher, **more) -> running.Shared:
+def shared_with(folder: Path, teacher: bundles.Teacher, **more) -> working.Shared:
     teachers = {teacher.hash: [more.pop("arrays", bundles.to_arrays(teacher))]}
-    return running.Shared(str(folder), None, (), None, more.pop("board", None), teachers, {teacher.hash: [None]}, {})
+    return working.Shared(str(folder), None, (), None, more.pop("board", None), teachers, {teacher.hash: [None]}, {})
 
 
 def test_in_its_process_a_trial_tells_its_row_and_stages_or_why_not(tiny_teacher, tmp_path, monkeypatch, no_pauses):
     monkeypatch.setattr(ray, "get", lambda value: value)
-    monkeypatch.setattr(running, "OPENED", {})
+    monkeypatch.setattr(working, "OPENED", {})
     job = jobs_of(tiny_teacher)[0]
     broken = bundles.to_arrays(job.teacher)
     broken["state"] = dict(list(broken["state"].items())[1:])
-    told = running.in_worker(job.id, job.config, job.teacher.hash, shared_with(tmp_path, job.teacher, arrays=broken))
+    told = working.in_worker(job.id, job.config, job.teacher.hash, shared_with(tmp_path, job.teacher, arrays=broken))
     judged = {"step": 0, "agreement": 0.0, "failed": 1}  # as bad as can be
     assert set(told) == {"reason", *judged} and told["reason"].startswith("ValueError: ") and "/" not in told["reason"]
 
@@ -197,7 +198,7 @@ def test_in_its_process_a_trial_tells_its_row_and_stages_or_why_not(tiny_teacher
             self.heard.append(told)
 
     board = Remote()
-    told = running.in_worker(job.id, job.config, job.teacher.hash, shared_with(tmp_path, job.teacher, board=board))
+    told = working.in_worker(job.id, job.config, job.teacher.hash, shared_with(tmp_path, job.teacher, board=board))
     assert json.loads(told["row"])["status"] == "finished" and set(told["seconds"]) == {
         "results",
         "TensorBoard",
@@ -205,7 +206,7 @@ def test_in_its_process_a_trial_tells_its_row_and_stages_or_why_not(tiny_teacher
     }
     assert {stage for _, stage, _, _ in board.heard} >= {"reference set", "synthesising", "distilling"}
     monkeypatch.setattr(results, "write", failing(results.write, 10**6, table="trials"))
-    told = running.in_worker(job.id, job.config, job.teacher.hash, shared_with(tmp_path, job.teacher))
+    told = working.in_worker(job.id, job.config, job.teacher.hash, shared_with(tmp_path, job.teacher))
     assert told == {"stopped": "/somewhere/full: No space left on device", **judged}
 
 
@@ -215,7 +216,7 @@ def test_in_its_process_a_trial_tells_its_row_and_stages_or_why_not(tiny_teacher
 def test_the_ledger_counts_every_trial_once_and_writes_rows_for_those_that_cannot(tiny_teacher, tmp_path):
     jobs = jobs_of(tiny_teacher, **{"pruning.sparsity": [0.5, 0.6, 0.7, 0.8]})
     heard: list[tuple] = []
-    ledger = running.Ledger(
+    ledger = ledgers.Ledger(
         jobs,
         storage.folder(tmp_path),
         lambda row, *n: heard.append((row["trial_id"], row["status"], *n)),
@@ -240,7 +241,7 @@ def test_the_ledger_counts_every_trial_once_and_writes_rows_for_those_that_canno
 
 def test_the_ledger_keeps_the_first_trouble_of_the_disk(tiny_teacher, tmp_path, monkeypatch, no_pauses):
     jobs = jobs_of(tiny_teacher, **{"pruning.sparsity": [0.5, 0.6]})
-    ledger = running.Ledger(jobs, storage.folder(tmp_path), None, sweep.Seconds())
+    ledger = ledgers.Ledger(jobs, storage.folder(tmp_path), None, sweep.Seconds())
     monkeypatch.setattr(results, "write", failing(results.write, 10**6, table="trials"))
     ledger.died(jobs[0])
     ledger.ended(jobs[1], {"stopped": "other"})

@@ -28,6 +28,13 @@ Address = Annotated[
 Synthesizers = Annotated[
     str, typer.Option(help="auto (as many as there are GPUs, or cores; grows with the cluster), or a number")
 ]
+SweepSynthesizers = Annotated[
+    str,
+    typer.Option(
+        help="auto (as many as there are GPUs, or cores; grows with the cluster), a number, or MIN-MAX: more while "
+        "images are waited for, fewer when idle, on machines that an autoscaler launches and takes back"
+    ),
+]
 GpusPerSynthesizer = Annotated[float | None, typer.Option(help="a fraction, or whole GPUs; default 0.5")]
 BatchTimeout = Annotated[
     float, typer.Option(min=1.0, help="seconds after which a batch that is being made is given to another synthesizer")
@@ -39,3 +46,18 @@ def number_of(text: str) -> int:
     if not text.isdigit():
         raise ValueError(f"--synthesizers {text!r}: expected auto, or a number")
     return int(text)
+
+
+def range_of(text: str) -> int | tuple[int, int] | None:
+    """`--synthesizers` of a sweep: None for auto, a number, or the fewest and the most."""
+    if text == "auto":
+        return None
+    numbers = text.split("-")
+    if not all(number.isdecimal() for number in numbers) or len(numbers) > 2:
+        raise ValueError(f"--synthesizers {text!r}: expected auto, a number, or a range like 1-64")
+    if len(numbers) == 1:
+        return int(text)
+    fewest, most = map(int, numbers)
+    if not 1 <= fewest <= most:
+        raise ValueError(f"--synthesizers {text}: expected MIN-MAX with a MIN of at least 1 that is not above MAX")
+    return fewest, most

@@ -21,11 +21,11 @@ from dfkd_ray.cli.options import (
     GpusPerSynthesizer,
     Out,
     Set,
-    Synthesizers,
+    SweepSynthesizers,
     TeacherName,
     TestData,
     Trust,
-    number_of,
+    range_of,
 )
 from dfkd_ray.cli.plan import dry_run as print_dry_run
 from dfkd_ray.cli.show import Progress, print_failures, print_ladder, print_trials
@@ -118,7 +118,7 @@ def sweep(
     download: Download = False,
     cache: Cache = None,
     address: Address = None,
-    synthesizers: Synthesizers = "auto",
+    synthesizers: SweepSynthesizers = "auto",
     gpus_per_synthesizer: GpusPerSynthesizer = None,
     gpus_per_trial: Annotated[float | None, typer.Option(help="a fraction, or whole GPUs; default 0.5")] = None,
     batch_timeout: BatchTimeout = 3600.0,
@@ -145,6 +145,7 @@ def sweep(
         raise ValueError("--gpus goes with --dry-run; a sweep uses the GPUs that there are")
     if figures is not None and not dry_run:
         raise ValueError("--figures goes with --dry-run; a sweep takes as long as it takes")
+    asked = range_of(synthesizers)
     data = configs.read_yaml(file)
     overrides = configs.parse_overrides(set_ or [])
     from dfkd_ray import cache as caches
@@ -201,7 +202,7 @@ def sweep(
                     place,
                     root,
                     address=address,
-                    synthesizers=None if synthesizers == "auto" else number_of(synthesizers),
+                    synthesizers=asked,
                     gpus_per_synthesizer=gpus_per_synthesizer,
                     gpus_per_trial=gpus_per_trial,
                     batch_timeout_s=batch_timeout,

@@ -23,13 +23,26 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dfkd_ray.fleet.coordinator import MAX_TIMEOUTS, Coordinator, Settings
-from dfkd_ray.fleet.placement import Node, Placement, plan
+from dfkd_ray.fleet.placement import Node, Placement, added_cpus, first_machines, plan
 
 if TYPE_CHECKING:
     from dfkd_ray.bundles import Teacher
     from dfkd_ray.fleet.stream import Stream
 
-__all__ = ["Fleet", "Node", "Placement", "Settings", "budget_bytes", "connected", "nodes", "plan", "started"]
+__all__ = [
+    "Fleet",
+    "Node",
+    "Placement",
+    "Settings",
+    "added_cpus",
+    "budget_bytes",
+    "connected",
+    "first_machines",
+    "nodes",
+    "plan",
+    "requested",
+    "started",
+]
 
 # Ray prints boxes, hints and warnings about things that this package decides; read before Ray starts its processes.
 QUIET = {
@@ -131,6 +144,21 @@ def nodes() -> list[Node]:
     """The machines that are alive now."""
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive]
+
+
+@contextmanager
+def requested(bundles: list[dict[str, float]]) -> Iterator[None]:
+    """While open, an autoscaler is asked for machines on which all of `bundles` fit at a time.
+
+    A cluster keeps one such request: this replaces one of somebody else's.
+    """
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=bundles)
+    try:
+        yield
+    finally:
+        request_resources(bundles=[])
 
 
 @contextmanager

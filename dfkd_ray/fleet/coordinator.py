@@ -22,6 +22,7 @@ from ray.util import metrics
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from dfkd_ray import cache
+from dfkd_ray.fleet import growth
 from dfkd_ray.fleet.placement import Node, automatic
 from dfkd_ray.fleet.schedule import Key, Schedule
 from dfkd_ray.fleet.synthesizer import NotOpened, Spec, Synthesizer, note, read_shard
@@ -32,6 +33,7 @@ MAX_TIMEOUTS = 3  # the same for synthesizers that hang over it
 MAX_DISK_ERRORS = 3  # the same for errors of the disk or the store, some of which pass
 HOLD_S = 10.0
 TICK_S = 2.0
+QUIET_S = 10.0  # without demand, before synthesizers that are still pending are withdrawn
 log = logging.getLogger(__name__)
 
 
@@ -47,6 +49,9 @@ class Settings:
     grow: bool = False  # add synthesizers when nodes join
     threads: int = 1  # of one synthesizer: what `grow` divides cores by
     trial_gpus: float = 0.0
+    most: int | None = None  # of a range: add synthesizers up to so many while batches are waited for
+    added_cpus: float = 0.0  # what each of those reserves, beside `gpus`
+    idle_s: float = 60.0  # after which they are removed again
     window: int = 4  # batches ahead of a reader; at least two per slot
     budget_bytes: int = 256 << 20  # of references kept; what is beyond lives in the cache
     batch_timeout_s: float = 3600.0  # a batch that takes longer is taken from its synthesizer
@@ -63,13 +68,18 @@ class Worker:
     name: str
     actor: Any
     up: bool = False
-    offered: bool = False  # among those that may have a free slot
+    offered: set[str] = field(default_factory=set)  # the heaps of free slots that it is in
     busy: int = 0
     opened: set[str] = field(default_factory=set)
     busy_s: float = 0.0
     since: float = 0.0
     num_batches: int = 0
     trouble: str = "starting"
+    node: str = ""
+    free_since: float = 0.0
+    in_group: bool = True  # in the fleet's reservation; others were added later
+    left_out: bool = False  # it computes otherwise than the fleet
+    removed: bool = False
 
 
 class Coordinator:
@@ -85,7 +95,12 @@ class Coordinator:
         self.timeouts: dict[tuple[str, int], int] = {}
         self.making: dict[tuple[str, int], tuple[str, float]] = {}
         self.workers: list[Worker] = []
-        self.free: list[tuple[int, int, Worker]] = []  # heap by number: who may have a free slot
+        self.free: dict[
+            str, list[tuple[int, int, Worker]]
+        ] = {}  # heaps by node and "" for all: who may have a free slot
+        self.num_started = 0
+        self.readers: dict[tuple[str, int], str] = {}  # batch → node of the last reader that waits for it
+        self.last_wanted = time.monotonic()
         self.restarted = ray.get_runtime_context().was_current_actor_reconstructed
         self.numerics: str | None = None
         self.disk_errors: dict[tuple[str, int], int] = {}
@@ -105,8 +120,8 @@ class Coordinator:
             "idle": metrics.Gauge("dfkd_ray_idle_share", "idle share of a synthesizer since it is up", tag_keys=tags),
             "rate": metrics.Gauge("dfkd_ray_images_per_s", "synthetic images made per second"),
         }
-        for number in range(settings.num_synthesizers):
-            self.add_worker(number, in_group=settings.placement_group is not None)
+        for _ in range(settings.num_synthesizers):
+            self.add_worker(in_group=True)
         self.spawn(self.tick())
 
     # ---- what readers call -------------------------------------------------------------------------------------
@@ -169,8 +184,10 @@ class Coordinator:
                 self.schedule.look_ahead(key, index, index + 1, 1)
         if asked:
             futures = []
+            self.schedule.wait(key, until)
             for index in asked:
                 self.schedule.ask(key, index)
+                self.readers[key, index] = node
                 if self.schedule.wants_reading(key, index):
                     self.to_read.append((key, index, node))
                 future = asyncio.get_running_loop().create_future()
@@ -178,6 +195,7 @@ class Coordinator:
                 futures.append(future)
             self.pump()
             await asyncio.wait(futures, timeout=hold_s, return_when=asyncio.FIRST_COMPLETED)
+            self.schedule.stop_waiting(key, until)
             for index, future in zip(asked, futures, strict=True):
                 self.schedule.stop_asking(key, index)
                 if not future.done():
@@ -186,6 +204,7 @@ class Coordinator:
                     waiting.remove(future)
                     if not waiting:
                         del self.arrived[key, index]
+                        self.readers.pop((key, index), None)
             reply = self.collect(key, indices)
         else:
             self.pump()
@@ -265,21 +284,35 @@ class Coordinator:
         task.add_done_callback(self.background.discard)
         return task
 
-    def add_worker(self, number: int, *, in_group: bool) -> None:
-        """Start one more synthesizer."""
-        worker = Worker(number, f"synthesizer {number}", self.start_actor(number if in_group else None))
+    def add_worker(self, *, in_group: bool) -> None:
+        """Start one more synthesizer: one of the fleet's reservation, or one beyond it."""
+        number = self.num_started
+        self.num_started += 1
+        actor = self.start_actor(number if in_group else None)
+        worker = Worker(number, f"synthesizer {number}", actor, in_group=in_group)
         self.workers.append(worker)
-        self.spawn(self.bring_up(worker, number, in_group))
+        self.spawn(self.bring_up(worker))
+
+    def remove_worker(self, worker: Worker) -> None:
+        """End a synthesizer that makes nothing; what it reserved is free, or asked for no more."""
+        worker.removed, worker.up = True, False
+        self.workers.remove(worker)
+        ray.kill(worker.actor)
 
     def start_actor(self, bundle: int | None) -> Any:
         """A synthesizer actor, inside its own reservation where there is one: a restart never has to compete for it."""
         settings = self.settings
         strategy: Any = "SPREAD"
-        if bundle is not None:
+        cpus = settings.cpus
+        if bundle is not None and settings.placement_group is not None:
             strategy = PlacementGroupSchedulingStrategy(settings.placement_group, bundle)
+        elif bundle is None and settings.most is not None:
+            cpus = settings.added_cpus
+            strategy = "SPREAD" if settings.gpus else "DEFAULT"  # the reasons are in placement.py
+        elif settings.placement_group is not None:
+            cpus = 0  # one that joins later must not take what a trial needs to start: it is beyond the plan
         options = {
-            # One that joins later must not take what a trial needs to start: what it takes is beyond the plan.
-            "num_cpus": 0 if bundle is None and settings.placement_group is not None else settings.cpus,
+            "num_cpus": cpus,
             "num_gpus": settings.gpus,
             "max_restarts": -1,
             "max_task_retries": 0,
@@ -290,7 +323,7 @@ class Coordinator:
         actor: Any = ray.remote(settings.make)
         return actor.options(**options).remote(settings.cache_root, settings.device, fetch_first)
 
-    async def bring_up(self, worker: Worker, number: int, in_group: bool) -> None:
+    async def bring_up(self, worker: Worker) -> None:
         """Wait until an actor answers, starting another in its place where it is dead for good."""
         pause = 0.2
         while True:
@@ -304,8 +337,12 @@ class Coordinator:
             worker.trouble = reason
             await asyncio.sleep(pause)
             pause = min(2 * pause, 5.0)
+            if worker.removed:
+                return
             if pause > 1.0:  # Ray restarts it within a second or two, or not at all
-                worker.actor = self.start_actor(number if in_group else None)
+                worker.actor = self.start_actor(worker.number if worker.in_group else None)
+        if worker.removed:
+            return
         if self.numerics is None and not self.restarted:
             self.numerics = hello["numerics"]
             self.numerics_known.set()
@@ -314,26 +351,23 @@ class Coordinator:
             # Its images would differ in the last bits: which slot makes a batch must not matter.
             worker.trouble = f"left out: it computes as {hello['numerics']}, the fleet as {self.numerics}"
             log.warning("%s on %s %s", worker.name, hello["host"], worker.trouble)
+            worker.left_out = True
             ray.kill(worker.actor)
             return
         worker.opened.clear()
-        worker.up, worker.trouble = True, ""
+        worker.up, worker.trouble, worker.node = True, "", hello["node"]
         worker.since = worker.since or time.monotonic()
+        worker.free_since = self.last_alive = time.monotonic()
         self.offer(worker)
-        self.last_alive = time.monotonic()
         self.pump()
 
     def pump(self) -> None:
-        """Give every free slot a batch to make, and every free reader a shard."""
-        while self.free:
-            worker = self.free[0][-1]
-            if not worker.up or worker.busy >= self.settings.slots:
-                heapq.heappop(self.free)
-                worker.offered = False
-                continue
-            job = self.schedule.next_to_make()
-            if job is None:
-                break
+        """Give every free slot a batch to make, and every free reader a shard.
+
+        A batch goes to the node of a reader that waits for it, where somebody is free there: no transfer for that one.
+        """
+        while (first := self.first_free("")) and (job := self.schedule.next_to_make()):
+            worker = self.first_free(self.readers.get(job, "")) or first
             worker.busy += 1
             self.spawn(self.make_batch(worker, *job))
         while self.to_read and self.num_reading < MAX_READS:
@@ -341,10 +375,22 @@ class Coordinator:
             self.spawn(self.read_batch(*self.to_read.pop(0)))
 
     def offer(self, worker: Worker) -> None:
-        """A slot of this synthesizer may be free from now on."""
-        if not worker.offered:
-            worker.offered = True
-            heapq.heappush(self.free, (worker.number, id(worker), worker))
+        """It may have a free slot."""
+        for where in ("", worker.node):
+            if where not in worker.offered:
+                worker.offered.add(where)
+                heapq.heappush(self.free.setdefault(where, []), (worker.number, id(worker), worker))
+
+    def first_free(self, where: str) -> Worker | None:
+        """The first synthesizer on a node, or ("") anywhere, that has a free slot."""
+        heap = self.free.get(where, [])
+        while heap:
+            worker = heap[0][-1]
+            if worker.up and worker.busy < self.settings.slots and where in ("", worker.node):
+                return worker
+            heapq.heappop(heap)
+            worker.offered.discard(where)
+        return None
 
     async def make_batch(self, worker: Worker, key: str, index: int) -> None:
         """Have one batch made; whatever happens, the slot is free or down afterwards, and the batch accounted for."""
@@ -377,6 +423,7 @@ class Coordinator:
             self.making.pop((key, index), None)
             worker.busy_s += time.monotonic() - begun
             worker.busy -= 1
+            worker.free_since = time.monotonic()
             self.offer(worker)
             if worker.up:
                 self.last_alive = time.monotonic()
@@ -406,9 +453,7 @@ class Coordinator:
             self.schedule.not_there(key, index)
         if worker.up:
             worker.up, worker.trouble = False, reason
-            number = self.workers.index(worker)
-            in_group = self.settings.placement_group is not None and number < self.settings.num_synthesizers
-            self.spawn(self.bring_up(worker, number, in_group))
+            self.spawn(self.bring_up(worker))
 
     async def read_batch(self, key: str, index: int, node: str) -> None:
         """Bring a shard from the cache into the object store of the node that wants it."""
@@ -433,6 +478,7 @@ class Coordinator:
     def tell(self, key: str, index: int) -> None:
         """Wake who waits for this batch, if it is there or has failed; and see to the next."""
         if self.schedule.reference(key, index) is not None or index in self.schedule.keys[key].errors:
+            self.readers.pop((key, index), None)
             for future in self.arrived.pop((key, index), ()):
                 if not future.done():
                     future.set_result(None)
@@ -448,7 +494,9 @@ class Coordinator:
             for name, share in status["idle"].items():
                 if share is not None:
                     self.gauges["idle"].set(share, tags={"synthesizer": name})
-            if self.settings.grow:
+            if self.settings.most is not None:
+                self.resize()
+            elif self.settings.grow:
                 await self.grow()
 
     async def grow(self) -> None:
@@ -458,8 +506,34 @@ class Coordinator:
         nodes = [node for node in nodes if node.cpus]
         settings = self.settings
         target = automatic(nodes, settings.threads, settings.gpus, settings.trial_gpus)
-        for number in range(len(self.workers), target):
-            self.add_worker(number, in_group=False)
+        for _ in range(len(self.workers), target):
+            self.add_worker(in_group=False)
+
+    def resize(self) -> None:
+        """Add synthesizers of a range where batches are waited for, remove those that have nothing to do."""
+        settings, now, demand = self.settings, time.monotonic(), self.schedule.demand
+        assert settings.most is not None
+        if demand:
+            self.last_wanted = now
+        added = [worker for worker in self.workers if not worker.in_group]
+        waiting = [worker for worker in added if not worker.up]
+        idle = [one for one in added if one.up and not one.busy and now - one.free_since >= settings.idle_s]
+        counts = growth.Counts(
+            fewest=settings.num_synthesizers,
+            most=settings.most,
+            up=self.num_up,
+            free=sum(worker.up and worker.busy < settings.slots for worker in self.workers),
+            added=len(added),
+            pending=sum(not worker.left_out for worker in waiting),
+            idle=len(idle),
+            demand=demand,
+            quiet=now - self.last_wanted >= min(QUIET_S, settings.idle_s),
+        )
+        step = growth.change(counts)
+        for worker in [*idle[: step.remove], *(waiting if step.withdraw else ())]:
+            self.remove_worker(worker)
+        for _ in range(step.add):
+            self.add_worker(in_group=False)
 
 
 def fetch_first(teacher: list[Any]) -> Any:

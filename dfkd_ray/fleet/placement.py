@@ -5,6 +5,19 @@ trials the rest, so both fit wherever Ray puts them: neither side can take what 
 no deadlock, on one core as on thousands. The cores themselves go to whoever has work: a trial that waits for images
 leaves its core to their making, and idle synthesizers cost nothing. Of each GPU a synthesizer and a trial reserve half,
 unless told otherwise, for the same reason.
+
+Of a range of synthesizers (MIN-MAX) the first MIN are planned like this. Those added later must be seen by an
+autoscaler, so they reserve in earnest: their share of a GPU, or their threads as CPUs where they have none. What is
+full of trials has no room for them: then they are pending, which is what makes an autoscaler launch a machine, and
+trials that are pending too may have it as well. No deadlock comes of it: the MIN keep their reservation, running trials
+theirs, and what is added goes when it is idle.
+
+Where Ray puts them. Only machines with GPUs have room for a share of one. The reservation of the fleet is spread: one
+synthesizer on each machine as far as they go, then each where most is free, so machines with free GPUs come first.
+Added ones with a GPU are spread over machines with room, in turn. Added ones without prefer machines without GPUs and
+fill one after the other up to a half, as Ray does by default: so the rest stays idle and can be taken back. A sweep
+on CPUs alone uses the cores of all machines, those with GPUs too; it reserves none of their GPUs. The coordinator and
+the driver's board reserve nothing, and are on the driver's machine.
 """
 
 import math
@@ -53,7 +66,10 @@ def plan(
     total_cpus, total_gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes) if use_gpu else 0.0
     have = f"{len(nodes)} node(s) with {total_cpus:g} CPUs and {total_gpus:g} GPUs"
     if not nodes:
-        raise ValueError(f"placement: no CPU is free; there are {have}")
+        raise ValueError(
+            f"placement: no CPU is free; there are {have}; where machines are launched on demand, give a range of "
+            "synthesizers, as in --synthesizers 1-8"
+        )
     gpu_s = gpu_share("--gpus-per-synthesizer", gpus_per_synthesizer) if use_gpu else 0.0
     gpu_t = gpu_share("--gpus-per-trial", gpus_per_trial) if use_gpu else 0.0
     if synthesizers is not None and synthesizers < 1:
@@ -75,6 +91,40 @@ def plan(
     by_cores = zip(machines, trials_by_cores(machines, trial_threads), strict=True)
     trial_cpus = min((1 - SYNTHESIZERS_SHARE) * node.cpus / num for node, num in by_cores if num)
     return Placement(count, synthesizer_cpus, gpu_s, num_trials, rounded(trial_cpus), gpu_t)
+
+
+def added_cpus(nodes: Sequence[Node], threads: int, gpu_s: float) -> float:
+    """CPUs that a synthesizer of a range reserves where it is added to a plan: its threads, or few beside a GPU.
+
+    Beside a GPU: on a machine full of trials there is room for as many as its GPUs have shares for. Without: at most
+    what trials may have of the largest machine.
+    """
+    if not gpu_s:
+        return rounded(min(float(threads), (1 - SYNTHESIZERS_SHARE) * max(node.cpus for node in nodes)))
+    kept = [
+        SYNTHESIZERS_SHARE * node.cpus / max(1, slots([1.0] * int(node.gpus), gpu_s))
+        for node in homes(nodes, gpu_s)
+        if node.cpus
+    ]
+    return max(rounded(min(kept)), RESOLUTION)
+
+
+def first_machines(
+    fewest: int, threads: int, gpus_per_synthesizer: float | None, gpus_per_trial: float | None
+) -> list[dict[str, float]]:
+    """What to ask an autoscaler for where there is no machine to plan by: what surely takes a fleet and one trial.
+
+    Whole GPUs where shares of them were given, else one machine with the threads as CPUs.
+    """
+    if not (gpus_per_synthesizer or gpus_per_trial):
+        return [{"CPU": float(threads)}]
+    gpu_s = gpu_share("--gpus-per-synthesizer", gpus_per_synthesizer)
+    gpu_t = gpu_share("--gpus-per-trial", gpus_per_trial)
+    each = max(1.0, gpu_s, gpu_t)
+    num = 1
+    while not trials_beside([Node(float(threads), each)] * num, fewest, threads, gpu_s, gpu_t):
+        num += 1  # at most one for each of the fleet, and one for the trial
+    return [{"GPU": each}] * num
 
 
 def gpu_share(name: str, given: float | None) -> float:

@@ -9,7 +9,7 @@ the least recently read go first: those batches live in the cache.
 
 import heapq
 import itertools
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,7 @@ class Key:
     queued: dict[str, bool] = field(default_factory=lambda: {"wanted": False, "ahead": False})
     errors: dict[int, str] = field(default_factory=dict)
     fresh: set[int] = field(default_factory=set)  # made here, and no reader has had them yet
+    ends: Counter[int] = field(default_factory=Counter)  # of waiting readers: how far they will go (exclusive)
 
 
 class Schedule:
@@ -78,6 +79,17 @@ class Schedule:
         state.num_waiting -= 1
         if state.waiting[index] == 0:
             del state.waiting[index]
+
+    def wait(self, key: str, until: int) -> None:
+        """A reader waits, and will go on to `until` (exclusive)."""
+        self.keys[key].ends[until] += 1
+
+    def stop_waiting(self, key: str, until: int) -> None:
+        """It has something, or has gone."""
+        ends = self.keys[key].ends
+        ends[until] -= 1
+        if not ends[until]:
+            del ends[until]
 
     def look_ahead(self, key: str, position: int, until: int, window: int) -> None:
         """A reader at `position` will go on to `until` (exclusive): up to `window` batches may be made for it."""
@@ -209,3 +221,18 @@ class Schedule:
     def queue_depth(self) -> int:
         """Batches that readers wait for and nobody is making."""
         return sum(len(set(state.waiting) - state.in_flight) for state in self.keys.values())
+
+    @property
+    def demand(self) -> int:
+        """Batches that waiting readers will want and that nobody has made or is making, however far ahead they are.
+
+        More than any window: it says how many synthesizers could be of use. Indices that a reader leaves out count too.
+        """
+        total = 0
+        for key, state in self.keys.items():
+            if state.waiting and state.ends:
+                begin, end = min(state.waiting), max(state.ends)
+                there = state.cached | state.in_flight | state.errors.keys()
+                there |= {index for held_key, index in self.held if held_key == key}
+                total += max(0, end - begin - sum(begin <= index < end for index in there))
+        return total

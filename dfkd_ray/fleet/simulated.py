@@ -1,9 +1,7 @@
 """A synthesizer that makes known numbers in a known time: to measure and test the fleet without a network."""
 
 import asyncio
-import os
 import random
-import socket
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +11,7 @@ import numpy as np
 from dfkd_ray import cache
 from dfkd_ray.batches import Batch
 from dfkd_ray.config import stable_hash
-from dfkd_ray.fleet.synthesizer import NotOpened, Spec, told
+from dfkd_ray.fleet.synthesizer import NotOpened, Spec, told, whereabouts
 
 NUMERICS = "simulated"
 
@@ -42,7 +40,7 @@ class Simulated:
 
     async def hello(self) -> dict[str, Any]:
         """As `Synthesizer.hello`."""
-        return {"numerics": NUMERICS, "host": socket.gethostname(), "pid": os.getpid()}
+        return {"numerics": NUMERICS, **whereabouts()}
 
     async def open(self, spec: Spec) -> None:
         """As `Synthesizer.open`."""

@@ -53,7 +53,7 @@ class Synthesizer:
 
     def hello(self) -> dict[str, Any]:
         """Who this is; answers when it is ready for work."""
-        return {"numerics": self.numerics, "host": socket.gethostname(), "pid": os.getpid()}
+        return {"numerics": self.numerics, **whereabouts()}
 
     def open(self, spec: Spec) -> None:
         """Say what a key stands for; nothing is loaded before its first batch."""
@@ -94,6 +94,14 @@ class Synthesizer:
             self.sources[spec.key] = make
         self.sources.move_to_end(spec.key)
         return self.sources[spec.key]
+
+
+def whereabouts() -> dict[str, Any]:
+    """Host, process, and Ray's id of the node (empty outside Ray)."""
+    import ray
+
+    node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "node": node}
 
 
 def note(folder: Folder, spec: Spec, numerics: str) -> None:

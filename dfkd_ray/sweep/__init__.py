@@ -39,10 +39,13 @@ True
 """
 
 from dfkd_ray.sweep.files import About, Job, Plan, SweepConfig, expand, parse, plan, prepare
+from dfkd_ray.sweep.machines import preflight
 from dfkd_ray.sweep.places import Stopped, explained
-from dfkd_ray.sweep.running import LOOK_S, Seconds, preflight, rows_in, run, run_job
+from dfkd_ray.sweep.resuming import rows_in
+from dfkd_ray.sweep.running import LOOK_S, run
 from dfkd_ray.sweep.schema import json_schema
 from dfkd_ray.sweep.search import AshaConfig, SearchConfig, StopConfig
+from dfkd_ray.sweep.working import Seconds, run_job
 
 __all__ = [
     "LOOK_S",

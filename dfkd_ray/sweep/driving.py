@@ -1,0 +1,130 @@
+"""The trials of a sweep through Ray Tune: where it begins them, it says so to the ledger, and so where they end."""
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dfkd_ray import devices
+from dfkd_ray.config import TrialConfig
+from dfkd_ray.sweep import tuning
+from dfkd_ray.sweep.files import Job, Plan
+from dfkd_ray.sweep.ledger import RETRIES, Ledger
+from dfkd_ray.sweep.search import StopConfig
+from dfkd_ray.sweep.working import Shared, in_worker
+
+
+def drive(
+    plan: Plan, asha: Any | None, shared: Shared, placement: Any, ledger: Ledger, stop: Callable[[], bool]
+) -> None:
+    """The trials through Ray Tune; what they hold of fleet and board are handles. `asha` stops some early."""
+    from ray import tune
+
+    points = [(job.id, job.config, job.teacher.hash) for job in ledger.todo]
+    may_stop = asha is not None
+
+    def trial(point: Mapping[str, Any]) -> None:
+        if not placement.trial_gpus:
+            devices.hide_gpus()  # what has reserved none must not take a synthesizer's
+        if "config" in point:  # of a search
+            config = TrialConfig.model_validate_json(point["config"])
+            trial_id, teacher_hash = point["id"], point["teacher_hash"]
+        else:
+            trial_id, config, teacher_hash = points[point["job"]]
+        tune.report(in_worker(trial_id, config, teacher_hash, shared, tune.report if may_stop else None))
+
+    resources = {"cpu": placement.trial_cpus, "gpu": placement.trial_gpus}
+    # Whoever runs the sweep decides what Ctrl-C means; what trials die of is in their rows, not on the screen.
+    for name, value in {"TUNE_DISABLE_SIGINT_HANDLER": "1", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0"}.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    if plan.search:
+        space, asking = {}, {"search_alg": tuning.searcher(plan.search, ledger.add), "num_samples": ledger.total}
+    else:
+        space, asking = {"job": tune.grid_search(list(range(len(points))))}, {}
+    with tempfile.TemporaryDirectory(prefix="dfkd_ray-tune-") as scratch:
+        tuner = tune.Tuner(
+            tune.with_resources(trial, resources),
+            param_space=space,
+            tune_config=tune.TuneConfig(
+                scheduler=asha,
+                max_concurrent_trials=plan.max_concurrent,
+                reuse_actors=True,
+                trial_dirname_creator=lambda t: f"trial_{t.trial_id}",
+                **asking,
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=scratch,
+                verbose=0,
+                callbacks=[_telling(ledger, asha, plan.stop)],
+                stop=_stopper(lambda: stop() or ledger.trouble is not None),
+                failure_config=tune.FailureConfig(max_failures=RETRIES),
+            ),
+        )
+        tuner.fit()
+
+
+def _telling(ledger: Ledger, asha: Any | None = None, stop: StopConfig | None = None) -> Any:
+    """A Tune callback that keeps the ledger; `asha` knows whom it has stopped."""
+    from ray import tune
+
+    class Tells(tune.Callback):
+        """Trials by what becomes of them."""
+
+        def __init__(self, ledger: Ledger):
+            self.ledger = ledger
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {}  # Tune pickles its callbacks, for a way to resume that is not used
+
+        def job(self, trial: Any) -> Job:
+            """Which job a Tune trial runs."""
+            return self.ledger.todo[trial.config["job"]]
+
+        def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+            """It has a process."""
+            self.ledger.started(self.job(trial))
+
+        def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+            """It will have another process."""
+            self.ledger.again(self.job(trial))
+
+        def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+            """It has reported, or was stopped."""
+            told = trial.last_result or {}
+            if asha and stop and trial.trial_id in asha.cut:
+                self.ledger.cut(self.job(trial), told, stop)
+            else:
+                self.ledger.ended(self.job(trial), told)
+
+        def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+            """It has failed as often as it may."""
+            self.ledger.died(self.job(trial))
+
+    return Tells(ledger)
+
+
+def _stopper(stop: Callable[[], bool]) -> Any:
+    """A Tune stopper for the whole sweep."""
+    from ray import tune
+
+    class Stops(tune.Stopper):
+        """Asks at every step."""
+
+        def __init__(self, stop: Callable[[], bool]):
+            self.stop = stop
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {}
+
+        def __call__(self, trial_id: str, result: Mapping[str, Any]) -> bool:
+            """No trial alone."""
+            return False
+
+        def stop_all(self) -> bool:
+            """Whether it is time."""
+            return self.stop()
+
+    return Stops(stop)

@@ -1,0 +1,102 @@
+"""What has become of each trial, as the driver hears of it, and the rows that no trial's process can write."""
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dfkd_ray import results
+from dfkd_ray import trial as one_trial
+from dfkd_ray.storage import Folder, in_one_line
+from dfkd_ray.sweep import places, tuning
+from dfkd_ray.sweep.files import Job
+from dfkd_ray.sweep.search import StopConfig
+from dfkd_ray.sweep.working import Seconds, failed_row, keep
+
+log = logging.getLogger(__name__)
+OnRow = Callable[[Mapping[str, Any], int, int], None]
+COMPACT_EVERY = 200  # trials: more parts than that are slow to read
+RETRIES = 2  # of a trial whose process died
+DIED = f"the trial's process died {RETRIES + 1} times (killed, or out of memory)"
+
+
+class Ledger:
+    """What has become of each trial, as the driver hears of it. A search adds to `todo` until there are `total`."""
+
+    def __init__(
+        self,
+        todo: list[Job],
+        place: Folder,
+        on_row: OnRow | None,
+        seconds: Seconds,
+        total: int | None = None,
+        on_new: Callable[[Job], None] = lambda _job: None,
+    ):
+        self.todo, self.place, self.on_row, self.seconds = todo, place, on_row, seconds
+        self.total, self.on_new = len(todo) if total is None else total, on_new
+        self.running: dict[str, str] = {}
+        self.num_done = 0
+        self.trouble: str | None = None  # what no trial can get past: the sweep stops
+
+    def add(self, job: Job) -> int:
+        """A search has come up with it; returns its index."""
+        self.todo.append(job)
+        self.on_new(job)
+        return len(self.todo) - 1
+
+    def started(self, job: Job) -> None:
+        """Its process is there, or is being started."""
+        self.running[job.id] = "starting"
+
+    def again(self, job: Job) -> None:
+        """Its process has died; another goes on from its checkpoint."""
+        self.running[job.id] = "starting again"
+
+    def died(self, job: Job) -> None:
+        """Its process has died once too often, and so wrote no row."""
+        self.ended(job, {"reason": DIED})
+
+    def ended(self, job: Job, told: Mapping[str, Any]) -> None:
+        """What `in_worker` said; nothing of it where the trial was stopped."""
+        self.running.pop(job.id, None)
+        self.seconds.add(told.get("seconds", {}))
+        if "stopped" in told:
+            self.trouble = self.trouble or str(told["stopped"])
+        elif "reason" in told:
+            self.keep(job, one_trial.Outcome(failed_row(job, told["reason"])))
+        elif "row" in told:
+            self.tell(json.loads(told["row"]))
+
+    def cut(self, job: Job, told: Mapping[str, Any], stop: StopConfig) -> None:
+        """It was stopped early, at the look `told`."""
+        self.running.pop(job.id, None)
+        self.seconds.add(told.get("seconds", {}))
+        row = tuning.stopped_row(job, told, stop)
+        self.keep(job, one_trial.Outcome(row, epochs=tuple(json.loads(told["looks"]))))
+
+    def keep(self, job: Job, outcome: one_trial.Outcome) -> None:
+        """Write what no trial's process has written."""
+        try:
+            places.persistently(lambda: keep(job, outcome, self.place, self.seconds))
+        except OSError as error:
+            self.trouble = self.trouble or f"{self.place}: {in_one_line(error)}"
+            return
+        self.tell(outcome.row)
+
+    def tell(self, row: Mapping[str, Any]) -> None:
+        """Hand a row on."""
+        self.num_done += 1
+        if self.num_done % COMPACT_EVERY == 0:
+            with self.seconds.spent("results"):
+                compact(self.place)
+        if self.on_row:
+            with self.seconds.spent("live view"):
+                self.on_row(row, self.num_done, self.total)
+
+
+def compact(place: Folder) -> None:
+    """Make few files of the parts; where that fails the rows are as safe as before, and the next sweep tries again."""
+    try:
+        results.compact(place)
+    except (OSError, ValueError) as error:
+        log.warning("%s: its tables stay in many small files: %s", place, error)
