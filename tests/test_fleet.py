@@ -117,7 +117,7 @@ def test_free_slots_are_given_out_without_a_look_at_the_whole_fleet(monkeypatch)
 
     given, coordinator = [], object.__new__(Coordinator)  # its decisions alone: no actor
     coordinator.settings, coordinator.schedule = settings_of(slots=2), Counting(10**6)
-    coordinator.free, coordinator.to_read, coordinator.num_reading = [], [], 0
+    coordinator.free, coordinator.readers, coordinator.to_read, coordinator.num_reading = {}, {}, [], 0
     monkeypatch.setattr(coordinator, "spawn", lambda job: None, raising=False)
     monkeypatch.setattr(coordinator, "make_batch", lambda worker, _key, index: given.append((worker.number, index)))
     workers = [Worker(number, f"synthesizer {number}", None, up=number != 1) for number in range(1000)]
@@ -136,7 +136,13 @@ def test_free_slots_are_given_out_without_a_look_at_the_whole_fleet(monkeypatch)
     coordinator.schedule.look_ahead("key", 5, 9, 4)
     coordinator.pump()
     assert given[5:] == [(0, 5), (1, 6), (1, 7), (3, 8)]
-    assert len(coordinator.free) == 997 and all(worker.busy <= 2 for worker in workers)
+    workers[900].node = "there"
+    coordinator.offer(workers[900])
+    coordinator.readers["key", 9] = "there"
+    coordinator.schedule.look_ahead("key", 9, 11, 2)
+    coordinator.pump()
+    assert given[9:] == [(900, 9), (4, 10)], "a batch is made where its reader waits, if somebody is free there"
+    assert len(coordinator.free[""]) == 996 and all(worker.busy <= 2 for worker in workers)
 
 
 def test_two_keys_share_the_fleet_fairly(tmp_path):

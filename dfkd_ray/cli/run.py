@@ -1,5 +1,6 @@
 """`dfkd-ray recover` and `dfkd-ray sweep`."""
 
+import os
 import shutil
 import sys
 import time
@@ -155,6 +156,8 @@ def sweep(
     from dfkd_ray.sweep import figures as stored_figures
 
     stored = None if figures is None else stored_figures.read(figures)
+    # What the machines of a cluster have is not known before it is joined, and says nothing of the driver's.
+    elsewhere = not dry_run and (address or os.environ.get("RAY_ADDRESS", "local")) != "local"
     settings = sweeps.parse(data, str(file))
     plan = sweeps.prepare(
         settings,
@@ -162,7 +165,7 @@ def sweep(
         overrides,
         tiny=tiny,
         trust_code=tuple(trust_code or ()),
-        on_gpu=stored is not None and stored.kind == "GPU",
+        on_gpu=elsewhere or (stored is not None and stored.kind == "GPU"),
     )
     uses_real = any(job.config.synthesis.method == "real" for job in plan.jobs)
     if uses_real != (real_data is not None):
