@@ -141,3 +141,18 @@ def test_only_what_was_added_is_removed_and_only_when_it_is_idle_or_not_up():
     fleet.last_wanted = now - 20
     Coordinator.resize(fleet)  # type: ignore[arg-type]
     assert gone[1:] == ["idle", "pending", "left out"]
+
+
+@pytest.mark.parametrize("cache_root", [None, "/cache"])
+def test_what_a_removed_synthesizer_made_is_let_go_where_the_cache_has_it(monkeypatch, cache_root):
+    monkeypatch.setattr("ray.kill", lambda actor: None)
+    schedule = waiting(0, 0)
+    for index in range(3):
+        schedule.hold("k", index, f"reference {index}", 10, cached=cache_root is not None, fresh=False)
+    worker = Worker("added", None, up=True, in_group=False, made={("k", 0), ("k", 2)})
+    settings = Settings(num_synthesizers=1, cpus=0.1, most=8, cache_root=cache_root)
+    fleet, _ = coordinator_of([worker], schedule=schedule, settings=settings)
+    Coordinator.remove_worker(fleet, worker)  # type: ignore[arg-type]
+    assert worker.removed and not worker.up and fleet.workers == []
+    held = [index for index in range(3) if schedule.reference("k", index) is not None]
+    assert held == ([1] if cache_root else [0, 1, 2]), "without a cache it would have to be made again"
