@@ -1,10 +1,13 @@
 """When a range of synthesizers grows and shrinks: the decision, and the demand that it is made by."""
 
 import itertools
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
+from dfkd_ray.fleet.coordinator import Coordinator, Settings, Worker
 from dfkd_ray.fleet.growth import Change, Counts, change
 from dfkd_ray.fleet.schedule import Key, Schedule
 
@@ -99,3 +102,57 @@ def test_of_several_readers_the_furthest_counts(others):
     for until in others:
         schedule.wait("k", until)
     assert schedule.demand == 30
+
+
+# ---- what the coordinator does of it --------------------------------------------------------------------------------
+
+
+def coordinator_of(workers: list[Worker], **more) -> tuple[SimpleNamespace, list]:
+    """As much of a coordinator as its decisions need; what it has begun to make, by whom."""
+    begun: list = []
+    settings = Settings(num_synthesizers=1, cpus=0.1, most=8, idle_s=60.0)
+    values = {"settings": settings, "workers": workers, "readers": {}, "to_read": [], "num_reading": 0}
+    made = {"spawn": begun.append, "make_batch": lambda worker, _key, index: (worker.name, index)}
+    return SimpleNamespace(**values | made | more), begun
+
+
+def test_a_batch_goes_to_a_free_synthesizer_on_the_node_of_who_waits_for_it():
+    workers = [Worker(f"s{node}", None, up=True, node=node) for node in ("a", "b", "c")]
+    waits = {("k", 0): "c", ("k", 1): "c", ("k", 2): "elsewhere"}
+    fleet, begun = coordinator_of(workers, schedule=waiting(4, 4), readers=waits)
+    Coordinator.pump(fleet)  # type: ignore[arg-type]
+    assert begun == [("sc", 0), ("sa", 1), ("sb", 2)], "and to anybody where nobody is free there: none waits for that"
+
+
+def test_only_what_was_added_is_removed_and_only_when_it_is_idle_or_not_up():
+    now = time.monotonic()
+    first = Worker("first", None, up=True, free_since=now - 1000)
+    idle = Worker("idle", None, up=True, in_group=False, free_since=now - 61)
+    busy = Worker("busy", None, up=True, in_group=False, free_since=now - 1000, busy=1)
+    just = Worker("just idle", None, up=True, in_group=False, free_since=now - 5)
+    pending = Worker("pending", None, in_group=False)
+    left_out = Worker("left out", None, in_group=False, left_out=True)
+    workers, gone = [first, idle, busy, just, pending, left_out], []
+    fleet, _ = coordinator_of(
+        workers, schedule=Schedule(1), num_up=4, last_wanted=now - 5, remove_worker=lambda one: gone.append(one.name)
+    )
+    Coordinator.resize(fleet)  # type: ignore[arg-type]
+    assert gone == ["idle"]
+    fleet.last_wanted = now - 20
+    Coordinator.resize(fleet)  # type: ignore[arg-type]
+    assert gone[1:] == ["idle", "pending", "left out"]
+
+
+@pytest.mark.parametrize("cache_root", [None, "/cache"])
+def test_what_a_removed_synthesizer_made_is_let_go_where_the_cache_has_it(monkeypatch, cache_root):
+    monkeypatch.setattr("ray.kill", lambda actor: None)
+    schedule = waiting(0, 0)
+    for index in range(3):
+        schedule.hold("k", index, f"reference {index}", 10, cached=cache_root is not None, fresh=False)
+    worker = Worker("added", None, up=True, in_group=False, made={("k", 0), ("k", 2)})
+    settings = Settings(num_synthesizers=1, cpus=0.1, most=8, cache_root=cache_root)
+    fleet, _ = coordinator_of([worker], schedule=schedule, settings=settings)
+    Coordinator.remove_worker(fleet, worker)  # type: ignore[arg-type]
+    assert worker.removed and not worker.up and fleet.workers == []
+    held = [index for index in range(3) if schedule.reference("k", index) is not None]
+    assert held == ([1] if cache_root else [0, 1, 2]), "without a cache it would have to be made again"

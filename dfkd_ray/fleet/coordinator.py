@@ -80,6 +80,7 @@ class Worker:
     in_group: bool = True  # in the fleet's reservation; others were added later
     left_out: bool = False  # it computes otherwise than the fleet
     removed: bool = False
+    made: set[tuple[str, int]] = field(default_factory=set)  # by one that was added: what lies on its machine
 
 
 class Coordinator:
@@ -294,9 +295,14 @@ class Coordinator:
         self.spawn(self.bring_up(worker))
 
     def remove_worker(self, worker: Worker) -> None:
-        """End a synthesizer that makes nothing; what it reserved is free, or asked for no more."""
+        """End a synthesizer that makes nothing; what it reserved is free, or asked for no more.
+
+        To Ray a machine is not idle while batches that somebody refers to lie there: those in the cache are let go.
+        """
         worker.removed, worker.up = True, False
         self.workers.remove(worker)
+        for key, index in worker.made if self.settings.cache_root else ():
+            self.schedule.forget(key, index)
         ray.kill(worker.actor)
 
     def start_actor(self, bundle: int | None) -> Any:
@@ -419,6 +425,8 @@ class Coordinator:
                 self.counts["images"] += info["num_images"]
                 self.gauges["images"].inc(info["num_images"])
             worker.num_batches += 1
+            if not worker.in_group:
+                worker.made.add((key, index))
         finally:
             self.making.pop((key, index), None)
             worker.busy_s += time.monotonic() - begun
