@@ -149,7 +149,8 @@ def write_files(laptop: Laptop, workers: list[str]) -> None:
     config["provider"] |= {"head_ip": ADDRESSES["head"], "worker_ips": [ADDRESSES[name] for name in workers]}
     config["auth"] = {"ssh_user": "root", "ssh_private_key": str(laptop.bed.key)}
     # As many trials at a time as two cores can run, wherever the test runs.
-    config["worker_start_ray_commands"][1] += " --num-cpus=1"
+    start = config["worker_start_ray_commands"]
+    start[1] = start[1].replace("ray start ", "ray start --num-cpus=1 ")
     (laptop.folder / "cluster.yaml").write_text(yaml.safe_dump(config, sort_keys=False, width=1000))
     (laptop.folder / "sweeps/grid.yaml").write_text(yaml.safe_dump(SWEEP))
 
