@@ -456,6 +456,11 @@ def config_hash(config: BaseModel) -> str:
     return stable_hash(config.model_dump(mode="json"))
 
 
+def follows(field: str) -> bool:
+    """Whether a (dotted) field follows from others, and so tells a reader nothing: the hash of an activation record."""
+    return field.rpartition(".")[2] == "record_sha256"
+
+
 def synthesis_key(teacher_hash: str, config: BaseModel, domain: str = "train") -> str:
     """Hash of the teacher and every field that changes pixels (design: one key, one sequence of batches).
 

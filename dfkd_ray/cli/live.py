@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfkd_ray.cli.show import fleet_line
-from dfkd_ray.config import TrialConfig, flat
+from dfkd_ray.config import TrialConfig, flat, follows
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -137,11 +137,6 @@ def name_of(values: Mapping[str, Any], differing: Sequence[str]) -> str:
     # Two fields of one name and value, as the seeds of synthesis and distillation, are said once.
     told = dict.fromkeys(f"{field.rpartition('.')[2]} {short(values[field])}" for field in fields)
     return " ".join([*parts, *told])
-
-
-def follows(field: str) -> bool:
-    """Whether a field follows from others, and tells a reader nothing."""
-    return field.endswith(".record_sha256")
 
 
 def short(value: Any) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dfkd_ray.cli.live import duration
+from dfkd_ray.config import follows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -130,7 +131,7 @@ def print_syntheses(made: "Sequence[Synthesis]") -> None:
         config = synthesis.config.model_dump(mode="json")
         differing = [name for name in config if len({str(getattr(other, name)) for other in like}) > 1]
         what = "reference set" if synthesis.domain == "reference" else synthesis.config.method
-        told = "".join(f", {name} {config[name]}" for name in differing if name != "record_sha256")
+        told = "".join(f", {name} {config[name]}" for name in differing if not follows(name))
         print(
             f"  {synthesis.key[:12]}  {Path(synthesis.teacher.name).name}, {what}{told}: "
             f"{synthesis.num_batches} x {synthesis.config.batch_size} images for {synthesis.num_users} trials"

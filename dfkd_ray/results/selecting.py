@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from dfkd_ray.config import follows
 from dfkd_ray.results.schemas import METRICS, SEEDS, WRITTEN_AT, close_to, schema
 
 COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
@@ -99,11 +100,11 @@ def num_values(frame: Any, name: str) -> int:
 def varied_fields(trials: pd.DataFrame) -> list[str]:
     """The config fields that differ between trials of one synthesis method, and the method; what others lack is none.
 
-    The hash of an activation record is left out: it follows from teacher and kind.
+    What follows from other fields is left out.
     """
     groups = [group for _, group in trials.groupby("synthesis.method", dropna=False)]
     fields = [name for name in trials.columns if "." in name and not name.startswith("reference.")]
-    fields = [name for name in fields if not name.endswith(".record_sha256")]
+    fields = [name for name in fields if not follows(name)]
     return [
         name for name in fields if name == "synthesis.method" or any(num_values(group, name) > 1 for group in groups)
     ]
