@@ -98,7 +98,7 @@ def test_the_head_of_a_file_trains_every_teacher_that_is_not_bundled(name):
 @pytest.mark.parametrize("name", sorted(set(SWEEPS) - {"recovery_bound", "quickstart"}))  # real images; below
 def test_every_trial_of_a_files_tiny_size_finishes(name, untrained, tmp_path):
     def open_teacher(teacher: str) -> bundles.Teacher:
-        return load_teacher(teacher, None, untrained / teachers_folder(name))
+        return load_teacher(teacher, None, str(untrained / teachers_folder(name)))
 
     jobs = sweep.plan(sweep.expand(settings_of(name), {}, tiny=True), open_teacher)
     for job in jobs:  # as Ray's workers would, without the start of Ray for every file

@@ -6,6 +6,7 @@ Commands and the cluster file are the README's own; only names are filled in. Th
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -30,7 +31,6 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(bed.missing() is not None, reason=f"no hosts to be made here: {bed.missing()}"),
 ]
-DASHBOARD = "http://localhost:8265"
 ADDRESSES = {"head": "10.77.0.10", "one": "10.77.0.11", "two": "10.77.0.12", "three": "10.77.0.13"}
 SWEEP = {
     "about": {"source": "a test", "command": "none", "cost": "a minute", "expected": "rows"},
@@ -160,19 +160,20 @@ def test_the_readmes_commands_run_a_sweep_through_the_loss_of_a_host_and_go_on_o
 ):
     for name, value in store.items():
         monkeypatch.setenv(name, value)
-    hosts, place = laptop.bed.hosts, "s3://bucket/grid"
+    hosts, place, port = laptop.bed.hosts, "s3://bucket/grid", free_port()
     up, dashboard, submit, logs, read, down = (
-        line.partition(" #")[0].strip(" &").replace("BUCKET", "bucket")
+        line.partition(" #")[0].strip(" &").replace("BUCKET", "bucket").replace("localhost:8265", f"localhost:{port}")
         for line in block("cluster commands").splitlines()
     )
-    submit = submit.replace("grid.yaml", "grid.yaml --test-data none")
+    submit, dashboard = submit.replace("grid.yaml", "grid.yaml --test-data none"), f"{dashboard} --port {port}"
+    url = f"http://localhost:{port}"
     # The same sweep on this machine alone, at the same time.
     alone = laptop.start(
         f"dfkd-ray sweep sweeps/grid.yaml --test-data none --results {tmp_path}/r --cache {tmp_path}/c"
     )
     try:
-        with watched(laptop, up, dashboard, num_workers=2):
-            refused = laptop.run(f"ray job list --address {DASHBOARD}", check=False, env=stranger(tmp_path))
+        with watched(laptop, up, dashboard, url, num_workers=2):
+            refused = laptop.run(f"ray job list --address {url}", check=False, env=stranger(tmp_path))
             assert "authentication token" in refused and "JobDetails" not in refused, refused
             laptop.run(submit)
             wait_for("the first row", lambda: len(rows_of(place)) >= 1)
@@ -193,7 +194,7 @@ def test_the_readmes_commands_run_a_sweep_through_the_loss_of_a_host_and_go_on_o
         # Another cluster, of the hosts that are left, goes on with the same storage; the sweep has grown by one trial.
         SWEEP["grid"]["pruning.sparsity"].append(0.95)
         write_files(laptop, ["one", "three"])
-        with watched(laptop, up, dashboard, num_workers=2):
+        with watched(laptop, up, dashboard, url, num_workers=2):
             again = laptop.run(
                 submit.replace("--no-wait ", "").replace("--submission-id grid", "--submission-id again")
             )
@@ -210,12 +211,12 @@ def test_the_readmes_commands_run_a_sweep_through_the_loss_of_a_host_and_go_on_o
 
 
 @contextmanager
-def watched(laptop: Laptop, up: str, dashboard: str, num_workers: int) -> Iterator[None]:
+def watched(laptop: Laptop, up: str, dashboard: str, url: str, num_workers: int) -> Iterator[None]:
     """A cluster that is up, with all its workers, while the README's `ray dashboard` runs in the background."""
     laptop.run(up)
     process = laptop.start(dashboard)
     try:
-        wait_for("the dashboard", lambda: answers(f"{DASHBOARD}/api/version") in (200, 401))
+        wait_for("the dashboard", lambda: answers(f"{url}/api/version") in (200, 401))
         count = "python -c \"import ray; ray.init('auto'); print('alive', sum(n['Alive'] for n in ray.nodes()))\""
         wait_for(
             f"{num_workers} workers",
@@ -250,6 +251,13 @@ def join(laptop: Laptop, host: bed.Host) -> None:
 def stranger(home: Path) -> dict[str, str]:
     """Environment of somebody without the token."""
     return {"HOME": str(home), "PATH": f"{sys.prefix}/bin:{bed.path_of()}"}
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on; 8265 may be another cluster's."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def answers(url: str) -> int | None:
