@@ -48,7 +48,7 @@ class Cost:
     make_s: float  # per batch made
     hand_s: float  # per batch handed to one trial
 
-    def of(self, num_readers: float) -> float:
+    def of(self, num_readers: int | float) -> float:
         """Per batch that so many trials read."""
         return self.make_s + num_readers * self.hand_s
 
@@ -92,7 +92,7 @@ def cost_of(light: Load, heavy: Load) -> Cost:
     return Cost(max(0.0, (light.cpu_s - light.handed * hand_s) / light.made), hand_s)
 
 
-def carried(assumed: Assumed, cost: Cost, batch_bytes: float) -> dict[str, float]:
+def carried(assumed: Assumed, cost: Cost, batch_bytes: int | float) -> dict[str, float]:
     """Synthesizers that each part carries before it is full."""
     return {
         "coordinator": assumed.batch_s / cost.of(assumed.num_readers),
@@ -106,9 +106,9 @@ def first_limit(limits: Mapping[str, float]) -> str:
     return min(limits, key=lambda part: limits[part])
 
 
-def quantile(values: Sequence[float], share: float) -> float:
+def quantile(values: Sequence[int | float], share: float) -> float:
     """The smallest value that at least this share of all does not exceed."""
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+    return float(sorted(values)[min(len(values) - 1, int(share * len(values)))])
 
 
 class Reader:

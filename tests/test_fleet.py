@@ -120,7 +120,7 @@ def test_free_slots_are_given_out_without_a_look_at_the_whole_fleet(monkeypatch)
     coordinator.free, coordinator.readers, coordinator.to_read, coordinator.num_reading = {}, {}, [], 0
     monkeypatch.setattr(coordinator, "spawn", lambda job: None, raising=False)
     monkeypatch.setattr(coordinator, "make_batch", lambda worker, _key, index: given.append((worker.number, index)))
-    workers = [Worker(number, f"synthesizer {number}", None, up=number != 1) for number in range(1000)]
+    workers = [Worker(f"synthesizer {number}", None, number, up=number != 1) for number in range(1000)]
     for worker in reversed(workers):
         coordinator.offer(worker)
         coordinator.offer(worker)

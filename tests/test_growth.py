@@ -3,6 +3,7 @@
 import itertools
 import time
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -113,7 +114,12 @@ def coordinator_of(workers: list[Worker], **more) -> tuple[SimpleNamespace, list
     settings = Settings(num_synthesizers=1, cpus=0.1, most=8, idle_s=60.0)
     values = {"settings": settings, "workers": workers, "readers": {}, "to_read": [], "num_reading": 0}
     made = {"spawn": begun.append, "make_batch": lambda worker, _key, index: (worker.name, index)}
-    return SimpleNamespace(**values | made | more), begun
+    fleet = SimpleNamespace(**values | made | more, free={})
+    fleet.offer, fleet.first_free = partial(Coordinator.offer, fleet), partial(Coordinator.first_free, fleet)
+    for number, worker in enumerate(workers):
+        worker.number = number
+        fleet.offer(worker)
+    return fleet, begun
 
 
 def test_a_batch_goes_to_a_free_synthesizer_on_the_node_of_who_waits_for_it():

@@ -80,14 +80,22 @@ def session(tmp_path_factory):
 
 
 def test_every_listener_of_a_local_session_refuses_who_has_no_token(session):
-    names = [listener["name"] for listener in session["listeners"]]
+    names, exporters = [listener["name"] for listener in session["listeners"]], []
     for listener in session["listeners"]:
         if "OK" in listener["with"]:  # speaks gRPC, and to its owner
             assert set(listener["without"]) | set(listener["wrong"]) <= {"UNAUTHENTICATED", "UNIMPLEMENTED"}, listener
             continue
-        with pytest.raises(urllib.error.HTTPError, match="401"):
-            urllib.request.urlopen(f"http://{listener['ip']}:{listener['port']}/", timeout=10)
+        host = "127.0.0.1" if listener["ip"] in ("::", "0.0.0.0") else listener["ip"]
+        try:
+            answer = urllib.request.urlopen(f"http://{host}:{listener['port']}/logs", timeout=10).read()
+        except urllib.error.HTTPError as error:
+            assert error.code == 401, listener
+        else:
+            # As the README states: with ray[default] installed, counters for Prometheus, and nothing else.
+            assert answer.startswith(b"# HELP "), listener
+            exporters.append(listener["name"])
     assert {"gcs_server", "raylet"} <= set(names), names
+    assert set(exporters) <= {"ray::DashboardAgent"} and len(exporters) <= 1
     assert not any("dashboard" in name.lower() and "agent" not in name.lower() for name in names), names
 
 

@@ -64,9 +64,9 @@ class Settings:
 class Worker:
     """One synthesizer actor and what it is doing."""
 
-    number: int
     name: str
     actor: Any
+    number: int = 0  # by the order of starting
     up: bool = False
     offered: set[str] = field(default_factory=set)  # the heaps of free slots that it is in
     busy: int = 0
@@ -290,7 +290,7 @@ class Coordinator:
         number = self.num_started
         self.num_started += 1
         actor = self.start_actor(number if in_group else None)
-        worker = Worker(number, f"synthesizer {number}", actor, in_group=in_group)
+        worker = Worker(f"synthesizer {number}", actor, number, in_group=in_group)
         self.workers.append(worker)
         self.spawn(self.bring_up(worker))
 
