@@ -37,6 +37,7 @@ def config_of(address: str, worker: dict[str, float], most: int, idle_s: float) 
         "provider": {
             "type": "fake_multinode",
             "gcs_address": address,
+            "use_node_id_as_ip": True,  # all nodes share this machine's
             "disable_node_updaters": True,  # nothing is installed over ssh
             "disable_launch_config_check": True,
         },
