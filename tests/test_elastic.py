@@ -21,7 +21,7 @@ from run_fleet_sweeps import jobs_of
 @pytest.mark.timeout(900)
 def test_machines_come_with_waiting_images_and_added_synthesizers_go_when_they_are_idle(tiny_teacher, tmp_path):
     script = Path(__file__).with_name("run_elastic.py")
-    with autoscaled(tmp_path, {"CPU": 1}, most=2, idle_s=3.0) as address:
+    with autoscaled(tmp_path, {"CPU": 1}, most=2, idle_s=8.0) as address:
         done = subprocess.run(
             [sys.executable, str(script), address, str(tiny_teacher), str(tmp_path)],
             capture_output=True,
@@ -62,7 +62,8 @@ HEAD, CPUS, GPUS = Node(0.0), Node(8.0), Node(8.0, 2.0)
 
 
 def preflight(jobs, synthesizers, shares=(None, None), limit_s=60.0):
-    return machines.preflight(jobs, None, synthesizers, *shares, limit_s)
+    with machines.first_machine(jobs, synthesizers, *shares, limit_s):
+        return machines.preflight(jobs, None, synthesizers, *shares)
 
 
 def on_device(jobs, device):

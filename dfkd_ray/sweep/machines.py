@@ -7,7 +7,8 @@ plan is made by it. All others come of what is pending: trials of Ray Tune, and 
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from dfkd_ray.sweep.files import Job
@@ -24,22 +25,14 @@ def preflight(
     synthesizers: Asked,
     gpus_per_synthesizer: float | None,
     gpus_per_trial: float | None,
-    first_machine_s: float = FIRST_MACHINE_S,
 ) -> tuple[Any, Any]:
-    """Settings of the fleet and the placement of fleet and trials together; `ValueError` where nothing fits.
-
-    With a range of synthesizers a cluster may have no machine yet: `OSError` where none comes in `first_machine_s`.
-    """
+    """Settings of the fleet and the placement of fleet and trials together; `ValueError` where nothing fits."""
     from dfkd_ray import fleet
 
     fewest, most = synthesizers if isinstance(synthesizers, tuple) else (synthesizers, None)
     if most is not None and not 1 <= (fewest or 0) <= most:
         raise ValueError(f"synthesizers {fewest} to {most}: expected at least 1, and the fewest not above the most")
-    threads = max(getattr(job.config.synthesis, "num_threads", 1) for job in todo)
-    trial_threads = max(job.config.distillation.num_threads for job in todo)
-    if most is not None and not any(node.cpus for node in fleet.nodes()):
-        asked = fleet.first_machines(fewest or 1, max(threads, trial_threads), gpus_per_synthesizer, gpus_per_trial)
-        wait_for_machines(asked, first_machine_s)
+    threads, trial_threads = threads_of(todo)
     machines = fleet.nodes()
     use_gpu = any(node.gpus for node in machines) and any(job.config.device != "cpu" for job in todo)
     placement = fleet.plan(
@@ -71,24 +64,55 @@ def preflight(
     return settings, placement
 
 
+def threads_of(todo: Sequence[Job]) -> tuple[int, int]:
+    """The most threads of any synthesis, and of any trial."""
+    return (
+        max(getattr(job.config.synthesis, "num_threads", 1) for job in todo),
+        max(job.config.distillation.num_threads for job in todo),
+    )
+
+
+@contextmanager
+def first_machine(
+    todo: Sequence[Job],
+    synthesizers: Asked,
+    gpus_per_synthesizer: float | None,
+    gpus_per_trial: float | None,
+    limit_s: float = FIRST_MACHINE_S,
+) -> Iterator[None]:
+    """With a range of synthesizers on a cluster where no machine has CPUs: open once there is one to plan by.
+
+    While open the autoscaler is asked for it, so that it is not taken back before the fleet has its reservation.
+    `OSError` where none comes within `limit_s`.
+    """
+    from dfkd_ray import fleet
+
+    if not isinstance(synthesizers, tuple) or any(node.cpus for node in fleet.nodes()):
+        yield
+        return
+    asked = fleet.first_machines(synthesizers[0], max(threads_of(todo)), gpus_per_synthesizer, gpus_per_trial)
+    with fleet.requested(asked):
+        wait_for_machines(asked, limit_s)
+        yield
+
+
 def wait_for_machines(asked: list[dict[str, float]], limit_s: float) -> None:
-    """Ask the autoscaler for machines and wait until those that are there hold all that was asked for."""
+    """Wait until the machines that are there hold all that the autoscaler was asked for."""
     from dfkd_ray import fleet
 
     needs = {name: sum(bundle.get(name, 0.0) for bundle in asked) for name in ("CPU", "GPU")}
     words = " and ".join(f"{need:g} {name}s" for name, need in needs.items() if need)
     log.warning("no machine has CPUs yet: waiting up to %.0f s for one (%s) from the autoscaler", limit_s, words)
     end = time.monotonic() + limit_s
-    with fleet.requested(asked):
-        while True:
-            machines = [node for node in fleet.nodes() if node.cpus]
-            # Of CPUs one is enough: trials that want more threads than a machine has cores run on it all the same.
-            if machines and sum(node.gpus for node in machines) >= needs["GPU"]:
-                return
-            if time.monotonic() > end:
-                have = f"{len(machines)} with CPUs and {sum(node.gpus for node in machines):g} GPUs came"
-                raise OSError(
-                    f"no machine for this sweep came within {limit_s:.0f} s: {words} were asked for, {have}; "
-                    "`ray status` on the cluster's head says what it launches and why not"
-                )
-            time.sleep(LOOK_S)
+    while True:
+        machines = [node for node in fleet.nodes() if node.cpus]
+        # Of CPUs one is enough: trials that want more threads than a machine has cores run on it all the same.
+        if machines and sum(node.gpus for node in machines) >= needs["GPU"]:
+            return
+        if time.monotonic() > end:
+            have = f"{len(machines)} with CPUs and {sum(node.gpus for node in machines):g} GPUs came"
+            raise OSError(
+                f"no machine for this sweep came within {limit_s:.0f} s: {words} were asked for, {have}; "
+                "`ray status` on the cluster's head says what it launches and why not"
+            )
+        time.sleep(LOOK_S)

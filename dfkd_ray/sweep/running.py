@@ -21,7 +21,7 @@ from dfkd_ray.sweep import places, tuning
 from dfkd_ray.sweep.driving import drive
 from dfkd_ray.sweep.files import Job, Plan
 from dfkd_ray.sweep.ledger import Ledger, OnRow, compact
-from dfkd_ray.sweep.machines import FIRST_MACHINE_S, Asked, preflight
+from dfkd_ray.sweep.machines import FIRST_MACHINE_S, Asked, first_machine, preflight
 from dfkd_ray.sweep.resuming import check_one_meaning, looks_in, rows_in
 from dfkd_ray.sweep.working import Board, Seconds, Shared
 
@@ -104,14 +104,14 @@ def run(
         with seconds.spent("TensorBoard"):
             tensorboard.write_sweep(place, [job.config for job in plan.known_jobs])
         stack.enter_context(fleet.connected(address))
-        settings, placement = preflight(
-            known, cache_root, synthesizers, gpus_per_synthesizer, gpus_per_trial, first_machine_s
-        )
-        places.try_on_every_node(place, None if cache_root is None else storage.folder(cache_root))
-        settings = replace(settings, batch_timeout_s=batch_timeout_s)
+        shares = (gpus_per_synthesizer, gpus_per_trial)
         running = board = None
-        if synthesizers != 0:
-            running = stack.enter_context(fleet.started(settings, list(teachers.values())))
+        with first_machine(known, synthesizers, *shares, first_machine_s):
+            settings, placement = preflight(known, cache_root, synthesizers, *shares)
+            places.try_on_every_node(place, None if cache_root is None else storage.folder(cache_root))
+            settings = replace(settings, batch_timeout_s=batch_timeout_s)
+            if synthesizers != 0:
+                running = stack.enter_context(fleet.started(settings, list(teachers.values())))
         if on_stages:
             board = stack.enter_context(started_board())
         on_up()
