@@ -56,6 +56,8 @@ def main(address: str, teacher: str, folder: Path) -> dict:
             told["shrunk"] = wait_until(lambda: (running.status() or {}).get("synthesizers") == 1)
             told["first stays up"] = (running.status() or {}).get("synthesizers_up")
             ray.kill(held)
+    with fleet.connected(address):  # as anybody: what the driver held is let go where it ends
+        told["all gone"] = wait_until(lambda: machines() == 0)
     return told
 
 
