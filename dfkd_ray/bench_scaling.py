@@ -119,6 +119,7 @@ class Reader:
 
     def ready(self) -> None:
         """Answers when it can begin."""
+        import dfkd_ray.fleet.stream  # noqa: F401  # takes seconds, which the first load would measure
 
     def read(self, running: fleet.Fleet, spec: Spec) -> list[float]:
         """Read in order until told to stop; when each batch came (`time.monotonic`: one clock for all processes)."""
@@ -139,6 +140,15 @@ def told(running: fleet.Fleet) -> dict[str, Any]:
     status = running.status(timeout_s=60.0)
     assert status is not None, "the coordinator does not answer"
     return status | {"now": time.monotonic()}
+
+
+def wait_until(running: fleet.Fleet, count: str, number: int) -> None:
+    """Until a count of the coordinator's status has come so far; `OSError` where it does not."""
+    end = time.monotonic() + PATIENCE_S
+    while (have := told(running)[count]) < number:
+        if time.monotonic() > end:
+            raise OSError(f"{count}: {have} of {number} within {PATIENCE_S:.0f} s: this machine is too busy for this")
+        time.sleep(PROBE_S)
 
 
 def watch(running: fleet.Fleet, spec: Spec, seconds: float, *, probe: bool) -> Load:
@@ -181,8 +191,9 @@ def simulate(readers: Sequence[Any], size: int, simulated_s: float, seconds: flo
     )
     spec = simulated_spec(f"{size} synthesizers", SHAPE, (0.5 * simulated_s, 1.5 * simulated_s))
     with fleet.started(settings) as running:
+        wait_until(running, "synthesizers_up", actors)  # a fleet is up with its first
         reading = [reader.read.remote(running, spec) for reader in readers]
-        time.sleep(1.5 * simulated_s)  # by then each slot has ended a batch, no two at the same time
+        wait_until(running, "made", 2 * size)  # by then slots do not end their batches together any more
         heavy = watch(running, spec, seconds, probe=True)
         ray.get([reader.stop.remote(spec.key) for reader in readers[1:]])
         came: list[list[float]] = ray.get(reading[1:])
