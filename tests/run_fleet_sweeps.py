@@ -1,6 +1,7 @@
 """Sweeps for test_fleet_sweep.py, in a process of their own: `python run_fleet_sweeps.py WHAT TEACHER FOLDER`."""
 
 import json
+import os
 import random
 import sys
 import threading
@@ -8,8 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray
+import run_killed_sweep
+from run_killed_sweep import command_of
 
 from dfkd_ray import bundles, config, fleet, results, sweep
+from dfkd_ray.cli.live import descendants
 
 ABOUT = {"source": "a test", "command": "none", "cost": "seconds", "expected": "rows"}
 BASE = {
@@ -92,5 +96,20 @@ def one_cpu(teacher: str, folder: Path) -> None:
         assert sweep.run(jobs[:2], folder / "unshared", None, synthesizers=0) == 0
 
 
+def between(teacher: str, folder: Path) -> None:
+    """Processes that have ended a trial, and would be given the next one, die (with their machine, it may be)."""
+    killed: list[int] = []
+
+    def kill(row: dict, num_done: int, total: int) -> None:
+        if num_done < total:
+            pids = [pid for pid in descendants(os.getpid()) if command_of(pid).startswith(b"ray::ImplicitFunc")]
+            run_killed_sweep.kill(pids)
+            killed.extend(pids)
+
+    with fleet.connected(num_cpus=1, object_store_memory=100_000_000):
+        failed = sweep.run(jobs_of(teacher)[:3], folder / "between", None, synthesizers=0, on_row=kill)
+    (folder / "told.json").write_text(json.dumps({"failed": failed, "killed": len(killed)}))
+
+
 if __name__ == "__main__":
-    {"same": same, "one_cpu": one_cpu}[sys.argv[1]](sys.argv[2], Path(sys.argv[3]))
+    {"same": same, "one_cpu": one_cpu, "between": between}[sys.argv[1]](sys.argv[2], Path(sys.argv[3]))

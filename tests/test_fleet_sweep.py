@@ -64,6 +64,14 @@ def test_a_grid_on_one_cpu_ends_with_or_without_sharing(tiny_teacher, tmp_path):
     assert rows["fleet_call_s"].isna().all(), "every trial made its own images"
 
 
+def test_a_trial_whose_process_died_before_it_began_is_run_by_another(tiny_teacher, tmp_path):
+    run_sweeps("between", tiny_teacher, tmp_path)
+    told = json.loads((tmp_path / "told.json").read_text())
+    rows = results.read(tmp_path / "between", "trials")
+    assert told["killed"] >= 1, "a process that was to run another trial"
+    assert told["failed"] == 0 and rows["status"].tolist() == ["finished"] * 3, rows["reason"].tolist()
+
+
 CLUSTER = """
 import sys, time
 from pathlib import Path

@@ -21,49 +21,63 @@ def drive(
     """The trials through Ray Tune; what they hold of fleet and board are handles. `asha` stops some early."""
     from ray import tune
 
-    points = [(job.id, job.config, job.teacher.hash) for job in ledger.todo]
-    may_stop = asha is not None
+    may_stop = asha is not None  # the scheduler itself stays here
 
-    def trial(point: Mapping[str, Any]) -> None:
-        if not placement.trial_gpus:
-            devices.hide_gpus()  # what has reserved none must not take a synthesizer's
-        if "config" in point:  # of a search
-            config = TrialConfig.model_validate_json(point["config"])
-            trial_id, teacher_hash = point["id"], point["teacher_hash"]
-        else:
-            trial_id, config, teacher_hash = points[point["job"]]
-        tune.report(in_worker(trial_id, config, teacher_hash, shared, tune.report if may_stop else None))
+    def fit(space: dict[str, Any], **asking: Any) -> None:
+        """One round of Tune; it tells `told` of its trials."""
+        points = [(job.id, job.config, job.teacher.hash) for job in ledger.todo]
 
-    resources = {"cpu": placement.trial_cpus, "gpu": placement.trial_gpus}
+        def trial(point: Mapping[str, Any]) -> None:
+            if not placement.trial_gpus:
+                devices.hide_gpus()  # what has reserved none must not take a synthesizer's
+            if "config" in point:  # of a search
+                config = TrialConfig.model_validate_json(point["config"])
+                trial_id, teacher_hash = point["id"], point["teacher_hash"]
+            else:
+                trial_id, config, teacher_hash = points[point["job"]]
+            tune.report(in_worker(trial_id, config, teacher_hash, shared, tune.report if may_stop else None))
+
+        resources = {"cpu": placement.trial_cpus, "gpu": placement.trial_gpus}
+        with tempfile.TemporaryDirectory(prefix="dfkd_ray-tune-") as scratch:
+            tuner = tune.Tuner(
+                tune.with_resources(trial, resources),
+                param_space=space,
+                tune_config=tune.TuneConfig(
+                    scheduler=asha,
+                    max_concurrent_trials=plan.max_concurrent,
+                    reuse_actors=True,
+                    trial_dirname_creator=lambda t: f"trial_{t.trial_id}",
+                    **asking,
+                ),
+                run_config=tune.RunConfig(
+                    name="tune",
+                    storage_path=scratch,
+                    verbose=0,
+                    callbacks=[told],
+                    stop=_stopper(lambda: stop() or ledger.trouble is not None),
+                    failure_config=tune.FailureConfig(max_failures=RETRIES),
+                ),
+            )
+            tuner.fit()
+
     # Whoever runs the sweep decides what Ctrl-C means; what trials die of is in their rows, not on the screen.
     for name, value in {"TUNE_DISABLE_SIGINT_HANDLER": "1", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0"}.items():
         os.environ.setdefault(name, value)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    told = _telling(ledger, asha, plan.stop)
     if plan.search:
-        space, asking = {}, {"search_alg": tuning.searcher(plan.search, ledger.add), "num_samples": ledger.total}
+        fit({}, search_alg=tuning.searcher(plan.search, ledger.add), num_samples=ledger.total)
     else:
-        space, asking = {"job": tune.grid_search(list(range(len(points))))}, {}
-    with tempfile.TemporaryDirectory(prefix="dfkd_ray-tune-") as scratch:
-        tuner = tune.Tuner(
-            tune.with_resources(trial, resources),
-            param_space=space,
-            tune_config=tune.TuneConfig(
-                scheduler=asha,
-                max_concurrent_trials=plan.max_concurrent,
-                reuse_actors=True,
-                trial_dirname_creator=lambda t: f"trial_{t.trial_id}",
-                **asking,
-            ),
-            run_config=tune.RunConfig(
-                name="tune",
-                storage_path=scratch,
-                verbose=0,
-                callbacks=[_telling(ledger, asha, plan.stop)],
-                stop=_stopper(lambda: stop() or ledger.trouble is not None),
-                failure_config=tune.FailureConfig(max_failures=RETRIES),
-            ),
-        )
-        tuner.fit()
+        fit({"job": tune.grid_search(list(range(len(ledger.todo))))})
+    # Tune gives up at once on a trial whose process died between the trial before and its own beginning, as those of a
+    # lost machine do (a failed reset of a pending trial: ray.tune's `_process_trial_failure`). It has not begun yet.
+    for _ in range(RETRIES):
+        if told.lost and not stop() and ledger.trouble is None:
+            again, told.lost = told.lost, []
+            fit({"job": tune.grid_search(again)})
+    if not stop() and ledger.trouble is None:
+        for index in told.lost:
+            ledger.died(ledger.todo[index])
 
 
 def _telling(ledger: Ledger, asha: Any | None = None, stop: StopConfig | None = None) -> Any:
@@ -75,6 +89,7 @@ def _telling(ledger: Ledger, asha: Any | None = None, stop: StopConfig | None = 
 
         def __init__(self, ledger: Ledger):
             self.ledger = ledger
+            self.lost: list[int] = []  # given up by Tune before they may be: indices of jobs
 
         def __getstate__(self) -> dict[str, Any]:
             return {}  # Tune pickles its callbacks, for a way to resume that is not used
@@ -100,8 +115,12 @@ def _telling(ledger: Ledger, asha: Any | None = None, stop: StopConfig | None = 
                 self.ledger.ended(self.job(trial), told)
 
         def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-            """It has failed as often as it may."""
-            self.ledger.died(self.job(trial))
+            """It has failed as often as it may, or so Tune says."""
+            if trial.num_failures <= RETRIES:
+                self.lost.append(trial.config["job"])
+                self.ledger.again(self.job(trial))
+            else:
+                self.ledger.died(self.job(trial))
 
     return Tells(ledger)
 

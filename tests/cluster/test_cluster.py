@@ -78,6 +78,14 @@ class Laptop:
         assert not check or done.returncode == 0, "\n".join(self.log[-8:])
         return done.stdout
 
+    def wait_for(self, what: str, happened: Callable[[], bool], seconds: float = 300.0) -> None:
+        """Look until something has happened."""
+        start = time.monotonic()
+        while not happened():
+            assert time.monotonic() < start + seconds, f"not within {seconds:.0f} s: {what}"
+            time.sleep(0.5)
+        self.log.append(f"waited for {what} [{time.monotonic() - start:.0f} s]")
+
     def start(self, command: str) -> subprocess.Popen:
         """Run a command in the background."""
         with (self.folder / "background.log").open("ab") as log:
@@ -89,14 +97,6 @@ class Laptop:
                 stderr=log,
                 start_new_session=True,
             )
-
-
-def wait_for(what: str, happened: Callable[[], bool], seconds: float = 300.0) -> None:
-    """Look until something has happened."""
-    end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end, f"not within {seconds:.0f} s: {what}"
-        time.sleep(1.5)
 
 
 def rows_of(place: str) -> pd.DataFrame:
@@ -122,6 +122,8 @@ def store() -> Iterator[dict[str, str]]:
     known = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
     # Ray's workers wait a minute for a head that is gone before they go too: here less.
     known |= {"RAY_gcs_rpc_server_reconnect_timeout_s": "15"}
+    # And the head believes a host that says nothing to be lost after a minute: here after about 20 s.
+    known |= {"RAY_health_check_timeout_ms": "5000", "RAY_health_check_failure_threshold": "3"}
     yield known | {"AWS_ENDPOINT_URL": f"http://{bed.LAPTOP}:{port}"}
     server.stop()
 
@@ -176,7 +178,7 @@ def test_the_readmes_commands_run_a_sweep_through_the_loss_of_a_host_and_go_on_o
             refused = laptop.run(f"ray job list --address {url}", check=False, env=stranger(tmp_path))
             assert "authentication token" in refused and "JobDetails" not in refused, refused
             laptop.run(submit)
-            wait_for("the first row", lambda: len(rows_of(place)) >= 1)
+            laptop.wait_for("the first row", lambda: len(rows_of(place)) >= 1)
             hosts["two"].cut_off()
             fresh = laptop.bed.add("three", ADDRESSES["three"])
             hosts["two"].kill()
@@ -185,7 +187,7 @@ def test_the_readmes_commands_run_a_sweep_through_the_loss_of_a_host_and_go_on_o
         assert alone.wait(timeout=300) == 0, (laptop.folder / "background.log").read_text()
         assert laptop.run(read).count("fashion_mnist_resnet8") == 5
         laptop.run(down)
-        wait_for("Ray to be gone from every host", lambda: not any(map(ray_processes, hosts.values())))
+        laptop.wait_for("Ray to be gone from every host", lambda: not any(map(ray_processes, hosts.values())))
 
         columns = results.deterministic_columns("trials")
         cluster, here = (rows_of(where).set_index("trial_id").sort_index() for where in (place, f"{tmp_path}/r"))
@@ -203,7 +205,7 @@ def test_the_readmes_commands_run_a_sweep_through_the_loss_of_a_host_and_go_on_o
         assert told and all(", 0 batches made, " in line for line in told), "every batch is in the cache"
         assert len(rows_of(place)) == 6
         laptop.run(down)
-        wait_for("Ray to be gone from every host", lambda: not any(map(ray_processes, hosts.values())))
+        laptop.wait_for("Ray to be gone from every host", lambda: not any(map(ray_processes, hosts.values())))
     finally:
         if alone.poll() is None:
             os.killpg(alone.pid, signal.SIGTERM)
@@ -216,9 +218,9 @@ def watched(laptop: Laptop, up: str, dashboard: str, url: str, num_workers: int)
     laptop.run(up)
     process = laptop.start(dashboard)
     try:
-        wait_for("the dashboard", lambda: answers(f"{url}/api/version") in (200, 401))
+        laptop.wait_for("the dashboard", lambda: answers(f"{url}/api/version") in (200, 401))
         count = "python -c \"import ray; ray.init('auto'); print('alive', sum(n['Alive'] for n in ray.nodes()))\""
-        wait_for(
+        laptop.wait_for(
             f"{num_workers} workers",
             lambda: f"alive {num_workers + 1}" in laptop.bed.ssh(laptop.bed.hosts["head"], count, check=False).stdout,
         )
