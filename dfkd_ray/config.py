@@ -27,6 +27,7 @@ STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 Precision = Literal["bfloat16", "tf32", "float32"]
 Storage = Literal["uint8", "float16", "float32"]
+RecordKind = Literal["top", "all", "spectral", "spectral_pairs"]  # of activation records; methods in `dfkd_ray.records`
 Weight = Annotated[float, Field(ge=0)]
 Threads = Annotated[int, Field(ge=1, le=1024, description="CPU threads; gradients differ in the last bits with it")]
 
@@ -92,9 +93,7 @@ class RecordsConfig(BaseModel):
     model_config = STRICT
 
     method: Literal["records"] = "records"
-    record: Literal["top", "all", "spectral", "spectral_pairs"] = Field(
-        default="spectral_pairs", description="which of the teacher's records"
-    )
+    record: RecordKind = Field(default="spectral_pairs", description="which of the teacher's records")
     record_sha256: str | None = Field(
         default=None, description="of the record's file; null: whatever lies in the bundle, filled in before a trial"
     )

@@ -180,9 +180,9 @@ def teacher_record(
     Networks without BatchNorm need such a record to be recovered or distilled without data. Images held out of the
     teacher's training are left out here too.
     """
-    chosen = [kind for given in kinds or ["top,all,spectral,spectral_pairs"] for kind in given.split(",")]
     from dfkd_ray.records import format
 
+    chosen = [kind for given in kinds or format.KINDS for kind in given.split(",")]
     wrong = [kind for kind in chosen if kind not in format.KINDS]
     if wrong:
         raise ValueError(f"--kinds {wrong[0]}: expected {', '.join(format.KINDS)}")

@@ -17,7 +17,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import safetensors
 import safetensors.torch
@@ -25,13 +25,12 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from dfkd_ray.config import STRICT, validate
+from dfkd_ray.config import STRICT, RecordKind, validate
 from dfkd_ray.records.taps import Tap
 
 SCHEMA = "dfkd_ray.record/1"
 METADATA = "dfkd_ray.record"
-Kind = Literal["top", "all", "spectral", "spectral_pairs"]
-KINDS: tuple[Kind, ...] = ("top", "all", "spectral", "spectral_pairs")
+KINDS: tuple[RecordKind, ...] = get_args(RecordKind)
 SPECTRAL = ("spectral", "spectral_pairs")
 STORAGES = ("gaussian", "exemplars")
 
@@ -76,7 +75,7 @@ class RecordInfo(BaseModel):
     model_config = STRICT
 
     schema_version: str = SCHEMA
-    kind: Kind
+    kind: RecordKind
     storage: Literal["gaussian", "exemplars"] = "gaussian"
     teacher_hash: str = Field(description="of the teacher's weights, architecture and pixel space: no other will do")
     num_classes: int = Field(ge=2)
