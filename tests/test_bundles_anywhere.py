@@ -68,6 +68,13 @@ def recorded(tmp_path_factory) -> Path:
     return folder
 
 
+def test_bundles_are_written_into_a_bucket_and_no_password_is_printed(run_cli, bucket):
+    done = run_cli("teacher", "init", "resnet8", "--seed", "3", "--out", bucket("made/untrained"))
+    assert done.code == 0 and "s3://" in done.out and "test:test" not in done.out, done.out + done.err
+    made = bundles.load(bucket("made/untrained"))
+    assert made.info.architecture == "resnet8" and not made.info.trained
+
+
 def test_a_bundle_in_a_bucket_is_the_one_on_the_disk(tiny_teacher, bucket):
     here, there = bundles.load(str(tiny_teacher)), bundles.load(copied(tiny_teacher, bucket("teachers/tiny")))
     assert (there.hash, there.name, there.info) == (here.hash, "tiny", here.info)

@@ -250,6 +250,8 @@ def test_bad_input_unknown_dataset_and_missing_dataset(run_cli, tmp_path, tiny_t
         (["teacher", "init", "resnet8", "--out", "o", "--arguments", "{"], ["--arguments", "JSON"]),
         (["teacher", "init", "resnet8", "--out", "o", "--arguments", '{"stem": "cifar"}'], ["stem"]),
         (["teacher", "init", "wrn_11_1", "--out", "o"], ["6n + 4"]),
+        (["recover", "fashion_mnist_resnet8", "--out", "s3://bucket/o"], ["s3://bucket/o", "folder on this machine"]),
+        (["teacher", "init", "resnet8", "--out", "nowhere://b/o"], ["nowhere://b/o", "pyarrow or fsspec"]),
         (["sweep", "no.yaml"], ["no.yaml"]),
         (["frobnicate"], ["frobnicate"]),
     ],

@@ -19,7 +19,17 @@ TestData = Annotated[
         "or a data set's name or folder"
     ),
 ]
-Out = Annotated[Path, typer.Option(help="folder to write")]
+
+
+def folder_here(text: str) -> Path:
+    """The path of a folder on this machine, where checkpoints can be renamed and images streamed to."""
+    if "://" in text:
+        raise typer.BadParameter(f"{text}: expected a folder on this machine; copy it there afterwards")
+    return Path(text)
+
+
+Out = Annotated[Path, typer.Option(help="folder to write", parser=folder_here, metavar="PATH")]
+BundleOut = Annotated[str, typer.Option("--out", help="folder to write, or its URI (s3://, gs://, …)")]
 Cache = Annotated[str | None, typer.Option(help="folder or URI (s3://, gs://, …) where synthesised batches are kept")]
 Address = Annotated[
     str | None,

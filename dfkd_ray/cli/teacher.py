@@ -16,7 +16,7 @@ from dfkd_ray.cli.inputs import (
     parse_json,
     parse_shape,
 )
-from dfkd_ray.cli.options import Address, DataRoot, Download, Out, Set, TeacherName, Trust
+from dfkd_ray.cli.options import Address, BundleOut, DataRoot, Download, Out, Set, TeacherName, Trust
 from dfkd_ray.cli.show import Progress
 
 app = typer.Typer(no_args_is_help=True, help="Teacher bundles: train, import, init (untrained), record, info.")
@@ -83,7 +83,7 @@ def teacher_import(
     image_shape: Annotated[str, typer.Option(help="CHANNELSxHEIGHTxWIDTH")],
     mean: Annotated[str, typer.Option(help="per channel, in pixel units, with commas")],
     std: Annotated[str, typer.Option(help="per channel, in pixel units, with commas")],
-    out: Out,
+    out: BundleOut,
     arguments: Annotated[str, typer.Option(help="JSON for the architecture")] = "{}",
     pixel_range: Annotated[str, typer.Option(help="lowest and highest pixel")] = "0,1",
     dataset: Annotated[str | None, typer.Option(help="what it was trained on, if known")] = None,
@@ -101,7 +101,7 @@ def teacher_import(
         "dataset": dataset,
         "class_names": tuple(class_names.split(",")) if class_names else (),
     }
-    from dfkd_ray import batchnorm, bundles, models
+    from dfkd_ray import batchnorm, bundles, models, storage
 
     info = configs.validate(bundles.BundleInfo, given, "teacher import")
     state = bundles.read_state_dict(weights)
@@ -109,7 +109,9 @@ def teacher_import(
     network = models.build(architecture, info.arguments, num_classes=num_classes, image_shape=info.image_shape)
     bundles.load_state(network, state, str(weights))
     bundles.save(out, info, network.state_dict())
-    print(f"{out}: {architecture}, {sum(p.numel() for p in network.parameters()):,} parameters")
+    print(
+        f"{storage.without_secrets(out)}: {architecture}, {sum(p.numel() for p in network.parameters()):,} parameters"
+    )
     if not batchnorm.layers(network):
         print("note: it has no BatchNorm layer; DeepInversion will refuse it (it needs activation records)")
 
@@ -117,7 +119,7 @@ def teacher_import(
 @app.command("init")
 def teacher_init(
     architecture: Annotated[str, typer.Argument(help="a network's name")],
-    out: Out,
+    out: BundleOut,
     num_classes: Annotated[int, typer.Option()] = 10,
     image_shape: Annotated[str, typer.Option(help="CHANNELSxHEIGHTxWIDTH")] = "1x32x32",
     arguments: Annotated[str, typer.Option(help="JSON for the architecture")] = "{}",
@@ -137,14 +139,14 @@ def teacher_init(
     }
     import torch
 
-    from dfkd_ray import bundles, models
+    from dfkd_ray import bundles, models, storage
 
     info = configs.validate(bundles.BundleInfo, given, "teacher init")
     allow_import_from_here()
     torch.manual_seed(seed)
     network = models.build(architecture, info.arguments, num_classes=num_classes, image_shape=shape)
     bundles.save(out, info, network.state_dict())
-    print(f"{out}: {architecture}, untrained, seed {seed}")
+    print(f"{storage.without_secrets(out)}: {architecture}, untrained, seed {seed}")
 
 
 @app.command("record")
