@@ -2,6 +2,7 @@
 
 import copy
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -153,3 +154,61 @@ def test_what_the_readme_submits_are_commands_and_sweeps_that_exist():
         words = re.search(r"dfkd-ray sweep (.*)", text)[1].split()  # type: ignore[index]
         assert {word for word in words if word.startswith("--")} <= options
         assert sweep.parse(yaml.safe_load((REPOSITORY / "sweeps" / Path(words[0]).name).read_text()), words[0])
+
+
+AWS = """
+import sys, boto3
+service, operation, *words = sys.argv[1:]
+names = ["".join(part.capitalize() for part in word.strip("-").split("-")) for word in words[::2]]
+getattr(boto3.client(service), operation.replace("-", "_"))(**dict(zip(names, words[1::2], strict=True)))
+"""
+
+
+@pytest.fixture
+def aws(monkeypatch, tmp_path):
+    """Amazon's services, simulated by moto; `aws` on the PATH calls them."""
+    from moto.server import ThreadedMotoServer
+
+    monkeypatch.setenv("MOTO_IAM_LOAD_MANAGED_POLICIES", "true")
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    known = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-west-2"}
+    for name, value in (known | {"HOME": str(tmp_path)}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
+    (tmp_path / ".ssh").mkdir()
+    (tmp_path / "aws.py").write_text(AWS)
+    (tmp_path / "aws").write_text(f'#!/bin/sh\nexec {sys.executable} {tmp_path}/aws.py "$@"\n')
+    (tmp_path / "aws").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    yield
+    server.stop()
+
+
+def test_on_a_simulated_aws_the_launcher_starts_a_head_and_spot_machines_with_the_readmes_profiles(aws):
+    import boto3
+    from ray.autoscaler._private.aws.config import bootstrap_aws
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+
+    made = subprocess.run(
+        ["bash", "-euc", block("aws roles").replace("BUCKET", "bucket")], capture_output=True, text=True
+    )
+    assert made.returncode == 0, made.stderr
+    config = bootstrap_aws(AWSNodeProvider.fillout_available_node_types_resources(validated(CLUSTER)))
+    kinds = config["available_node_types"]
+    assert kinds["gpu"]["resources"]["GPU"] == 1 and kinds["head"]["resources"] == {"CPU": 0}
+    provider = AWSNodeProvider(config["provider"], config["cluster_name"])
+    for kind in ("head", "gpu"):
+        tags = {"ray-node-name": kind, "ray-user-node-type": kind, "ray-node-type": "worker"}
+        provider.create_node(kinds[kind]["node_config"], tags | {"ray-cluster-name": config["cluster_name"]}, 1)
+    reservations = boto3.client("ec2").describe_instances()["Reservations"]
+    machines = {one["InstanceType"]: one for reservation in reservations for one in reservation["Instances"]}
+    head, gpu = machines[kinds["head"]["node_config"]["InstanceType"]], machines["g6.2xlarge"]
+    assert gpu["InstanceLifecycle"] == "spot" and "InstanceLifecycle" not in head
+    assert [one["IamInstanceProfile"]["Arn"].rpartition("/")[2] for one in (head, gpu)] == [
+        "dfkd-ray-head",
+        "dfkd-ray-worker",
+    ]
+    groups = boto3.client("ec2").describe_security_groups(GroupNames=["ray-autoscaler-dfkd-ray"])["SecurityGroups"]
+    world = [rule for rule in groups[0]["IpPermissions"] if rule["IpRanges"]]
+    assert [(rule["FromPort"], rule["ToPort"]) for rule in world] == [(22, 22)], "only ssh listens to the world"
