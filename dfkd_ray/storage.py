@@ -11,11 +11,11 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from pyarrow import fs
 
@@ -27,6 +27,25 @@ SECRET = re.compile(
     re.IGNORECASE,
 )
 EXPECTED = "expected a folder, or a URI that pyarrow or fsspec can open, as in s3://bucket/folder"
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def refusing(method: "Callable[Concatenate[Folder, P], R]") -> "Callable[Concatenate[Folder, P], R]":
+    """What client libraries below fsspec raise of kinds of their own becomes `OSError`, as with pyarrow's clients."""
+
+    @wraps(method)
+    def told(folder: "Folder", *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(folder, *args, **kwargs)
+        except OSError:
+            raise
+        except Exception as error:
+            if folder.is_local:
+                raise
+            raise OSError(f"{folder}: {type(error).__name__}: {in_one_line(error)}") from error
+
+    return told
 
 
 @dataclass(frozen=True, repr=False)
@@ -74,6 +93,7 @@ class Folder:
             return Folder(os.path.join(self.where, name))
         return Folder(self.where, f"{self.below}/{name}" if self.below else name)
 
+    @refusing
     def read(self, name: str) -> bytes | None:
         """The content of a file, or None when it is not there."""
         try:
@@ -85,6 +105,7 @@ class Folder:
         except FileNotFoundError:
             return None
 
+    @refusing
     def write(self, name: str, *data: bytes | memoryview) -> None:
         """Write a file whole, its parts one after the other, over what was there."""
         if self.is_local:
@@ -107,6 +128,7 @@ class Folder:
         """Names of the plain files, sorted, without hidden ones; none when the folder is not there."""
         return [name for name in self.sizes() if not name.startswith(".")]
 
+    @refusing
     def sizes(self) -> dict[str, tuple[int, float | None]]:
         """Bytes and time of change (seconds since 1970, None where none is kept) of every plain file, sorted."""
         if not self.is_local:
@@ -124,6 +146,7 @@ class Folder:
                     found[entry.name] = (status.st_size, status.st_mtime)
         return dict(sorted(found.items()))
 
+    @refusing
     def folders(self) -> list["Folder"]:
         """Folders in it, sorted, without hidden ones and links; none when it is not there."""
         if self.is_local:
@@ -132,6 +155,7 @@ class Folder:
             names = [info.base_name for info in self._listing() if info.type == fs.FileType.Directory]
         return [self / name for name in sorted(names) if not name.startswith(".")]
 
+    @refusing
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
         with contextlib.suppress(FileNotFoundError):
@@ -141,6 +165,7 @@ class Folder:
                 system, path = self._remote(name)
                 system.delete_file(path)
 
+    @refusing
     def remove_all(self) -> None:
         """Remove the folder and everything in it, if it is there."""
         with contextlib.suppress(FileNotFoundError):

@@ -8,7 +8,7 @@ import uuid
 from pathlib import Path
 
 import pytest
-from fsspec.implementations.memory import MemoryFile
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from dfkd_ray import storage
 
@@ -187,6 +187,23 @@ def test_what_a_disk_refuses_is_an_environment_error(tmp_path):
     for act in (lambda: folder.write("a", b"1"), folder.names, lambda: folder.read("a")):
         with pytest.raises(OSError):
             act()
+
+
+def test_errors_of_a_client_library_below_fsspec_are_environment_errors_too(monkeypatch):
+    class HttpError(Exception):
+        """As gcsfs has one: no OSError."""
+
+    def refuse(*_args, **_options):
+        raise HttpError("403: user:secret@host may not\nread this bucket")
+
+    folder = storage.folder(f"fsspec+memory://{uuid.uuid4().hex}")
+    folder.write("a", b"1")
+    for name in ("open", "find", "ls", "info"):
+        monkeypatch.setattr(MemoryFileSystem, name, refuse)
+    for act in (lambda: folder.read("a"), lambda: folder.write("b", b"1"), folder.names):
+        with pytest.raises(OSError, match="HttpError: 403") as caught:
+            act()
+        assert "\n" not in str(caught.value) and isinstance(caught.value.__cause__, HttpError)
 
 
 def test_storage_and_cache_need_no_torch():
