@@ -162,27 +162,31 @@ service, operation, *words = sys.argv[1:]
 names = ["".join(part.capitalize() for part in word.strip("-").split("-")) for word in words[::2]]
 getattr(boto3.client(service), operation.replace("-", "_"))(**dict(zip(names, words[1::2], strict=True)))
 """
+SERVER = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print("http://{}:{}".format(*server.get_host_and_port()), flush=True)
+sys.stdin.read()
+"""
 
 
 @pytest.fixture
 def aws(monkeypatch, tmp_path):
-    """Amazon's services, simulated by moto; `aws` on the PATH calls them."""
-    from moto.server import ThreadedMotoServer
-
-    monkeypatch.setenv("MOTO_IAM_LOAD_MANAGED_POLICIES", "true")
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
+    """Amazon's services, simulated by moto in a process of its own; `aws` on the PATH calls them."""
     known = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-west-2"}
-    for name, value in (known | {"HOME": str(tmp_path)}).items():
+    for name, value in (known | {"HOME": str(tmp_path), "MOTO_IAM_LOAD_MANAGED_POLICIES": "true"}).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
-    (tmp_path / ".ssh").mkdir()
-    (tmp_path / "aws.py").write_text(AWS)
-    (tmp_path / "aws").write_text(f'#!/bin/sh\nexec {sys.executable} {tmp_path}/aws.py "$@"\n')
-    (tmp_path / "aws").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    yield
-    server.stop()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([sys.executable, "-c", SERVER], text=True, **pipes) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.stdout.readline().strip())
+        (tmp_path / ".ssh").mkdir()
+        (tmp_path / "aws.py").write_text(AWS)
+        (tmp_path / "aws").write_text(f'#!/bin/sh\nexec {sys.executable} {tmp_path}/aws.py "$@"\n')
+        (tmp_path / "aws").chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+        yield
 
 
 def test_on_a_simulated_aws_the_launcher_starts_a_head_and_spot_machines_with_the_readmes_profiles(aws):
