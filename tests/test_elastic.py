@@ -105,6 +105,14 @@ def test_where_no_machine_comes_the_request_is_withdrawn_and_the_words_say_what_
     assert asked == [[{"CPU": 1.0}], []]
 
 
+def test_no_machine_is_asked_for_with_a_range_that_is_none(cluster, tiny_teacher):
+    asked = cluster([HEAD])
+    for synthesizers in ((4, 2), (0, 2)):
+        with pytest.raises(ValueError, match="the fewest not above the most"):
+            preflight(jobs_of(str(tiny_teacher)), synthesizers, limit_s=0.0)
+    assert asked == []
+
+
 def test_nothing_is_asked_for_without_a_range_or_where_there_are_machines(cluster, tiny_teacher):
     jobs = jobs_of(str(tiny_teacher))
     asked = cluster([HEAD])

@@ -1,7 +1,7 @@
 """`dfkd-ray bench`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
@@ -120,7 +120,7 @@ def bench_records(
     architecture: Annotated[str, typer.Option(help="of an untrained teacher")] = "lenet5",
     image_shape: Annotated[str, typer.Option(help="of an untrained teacher, CHANNELSxHEIGHTxWIDTH")] = "1x32x32",
     num_classes: Annotated[int, typer.Option(help="of an untrained teacher")] = 10,
-    kinds: Annotated[str, typer.Option(help="with commas")] = "top,all,spectral,spectral_pairs",
+    kinds: Annotated[str, typer.Option(help="with commas")] = ",".join(get_args(configs.RecordKind)),
     images: Annotated[int, typer.Option(min=1, help="images to record")] = 5000,
     batch_size: Annotated[int, typer.Option(min=2)] = 256,
     steps: Annotated[int, typer.Option(min=1, help="steps per timed run")] = 10,

@@ -29,7 +29,7 @@ def folder_here(text: str) -> Path:
 
 
 Out = Annotated[Path, typer.Option(help="folder to write", parser=folder_here, metavar="PATH")]
-BundleOut = Annotated[str, typer.Option("--out", help="folder to write, or its URI (s3://, gs://, …)")]
+BundleOut = Annotated[str, typer.Option(help="folder to write, or its URI (s3://, gs://, …)")]
 Cache = Annotated[str | None, typer.Option(help="folder or URI (s3://, gs://, …) where synthesised batches are kept")]
 Address = Annotated[
     str | None,

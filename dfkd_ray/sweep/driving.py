@@ -23,6 +23,10 @@ def drive(
 
     may_stop = asha is not None  # the scheduler itself stays here
 
+    def over() -> bool:
+        """Whether no trial is to run any more."""
+        return stop() or ledger.trouble is not None
+
     def fit(space: dict[str, Any], **asking: Any) -> None:
         """One round of Tune; it tells `told` of its trials."""
         points = [(job.id, job.config, job.teacher.hash) for job in ledger.todo]
@@ -54,7 +58,7 @@ def drive(
                     storage_path=scratch,
                     verbose=0,
                     callbacks=[told],
-                    stop=_stopper(lambda: stop() or ledger.trouble is not None),
+                    stop=_stopper(over),
                     failure_config=tune.FailureConfig(max_failures=RETRIES),
                 ),
             )
@@ -72,10 +76,10 @@ def drive(
     # Tune gives up at once on a trial whose process died between the trial before and its own beginning, as those of a
     # lost machine do (a failed reset of a pending trial: ray.tune's `_process_trial_failure`). It has not begun yet.
     for _ in range(RETRIES):
-        if told.lost and not stop() and ledger.trouble is None:
+        if told.lost and not over():
             again, told.lost = told.lost, []
             fit({"job": tune.grid_search(again)})
-    if not stop() and ledger.trouble is None:
+    if not over():
         for index in told.lost:
             ledger.died(ledger.todo[index])
 

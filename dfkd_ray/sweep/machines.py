@@ -29,9 +29,7 @@ def preflight(
     """Settings of the fleet and the placement of fleet and trials together; `ValueError` where nothing fits."""
     from dfkd_ray import fleet
 
-    fewest, most = synthesizers if isinstance(synthesizers, tuple) else (synthesizers, None)
-    if most is not None and not 1 <= (fewest or 0) <= most:
-        raise ValueError(f"synthesizers {fewest} to {most}: expected at least 1, and the fewest not above the most")
+    fewest, most = fewest_and_most(synthesizers)
     threads, trial_threads = threads_of(todo)
     machines = fleet.nodes()
     use_gpu = any(node.gpus for node in machines) and any(job.config.device != "cpu" for job in todo)
@@ -64,6 +62,14 @@ def preflight(
     return settings, placement
 
 
+def fewest_and_most(synthesizers: Asked) -> tuple[int | None, int | None]:
+    """The most is None where no range is asked for. `ValueError` for a range that is none."""
+    fewest, most = synthesizers if isinstance(synthesizers, tuple) else (synthesizers, None)
+    if most is not None and not 1 <= (fewest or 0) <= most:
+        raise ValueError(f"synthesizers {fewest} to {most}: expected at least 1, and the fewest not above the most")
+    return fewest, most
+
+
 def threads_of(todo: Sequence[Job]) -> tuple[int, int]:
     """The most threads of any synthesis, and of any trial."""
     return (
@@ -87,10 +93,11 @@ def first_machine(
     """
     from dfkd_ray import fleet
 
-    if not isinstance(synthesizers, tuple) or any(node.cpus for node in fleet.nodes()):
+    fewest, most = fewest_and_most(synthesizers)  # before anybody waits for a machine
+    if most is None or any(node.cpus for node in fleet.nodes()):
         yield
         return
-    asked = fleet.first_machines(synthesizers[0], max(threads_of(todo)), gpus_per_synthesizer, gpus_per_trial)
+    asked = fleet.first_machines(fewest or 1, max(threads_of(todo)), gpus_per_synthesizer, gpus_per_trial)
     with fleet.requested(asked):
         wait_for_machines(asked, limit_s)
         yield

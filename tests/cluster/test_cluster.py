@@ -6,7 +6,6 @@ Commands and the cluster file are the README's own; only names are filled in. Th
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,8 +19,10 @@ import pandas as pd
 import pytest
 import yaml
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 import bed
+from autoscaling import free_ports
 from readme import REPOSITORY, block
 
 from dfkd_ray import results
@@ -162,7 +163,7 @@ def test_the_readmes_commands_run_a_sweep_through_the_loss_of_a_host_and_go_on_o
 ):
     for name, value in store.items():
         monkeypatch.setenv(name, value)
-    hosts, place, port = laptop.bed.hosts, "s3://bucket/grid", free_port()
+    hosts, place, port = laptop.bed.hosts, "s3://bucket/grid", free_ports(1)[0]  # 8265 may be another cluster's
     up, dashboard, submit, logs, read, down = (
         line.partition(" #")[0].strip(" &").replace("BUCKET", "bucket").replace("localhost:8265", f"localhost:{port}")
         for line in block("cluster commands").splitlines()
@@ -253,13 +254,6 @@ def join(laptop: Laptop, host: bed.Host) -> None:
 def stranger(home: Path) -> dict[str, str]:
     """Environment of somebody without the token."""
     return {"HOME": str(home), "PATH": f"{sys.prefix}/bin:{bed.path_of()}"}
-
-
-def free_port() -> int:
-    """A port of this machine that nothing listens on; 8265 may be another cluster's."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def answers(url: str) -> int | None:
