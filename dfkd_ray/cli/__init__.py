@@ -1,17 +1,23 @@
 """The `dfkd-ray` command: opens real data sets and hands them down, shows progress, prints.
 
-torch and ray are imported inside the commands: `--help` stays fast. Errors are one line on stderr, and the exit code
-says whose they are: 1 some trials failed, 2 wrong input, 3 the environment (disk, permission), 130 interrupted.
+torch and ray are imported inside the commands: `--help` stays fast. Errors are short lines on stderr, and the exit code
+says whose they are: 1 some trials failed, 2 wrong input, 3 the environment (disk, permission) or an error that nobody
+expected, 130 interrupted.
 """
 
-import errno
+import logging
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
 
 import typer
-from typer.exceptions import TyperException
 
-from dfkd_ray.cli import bench, cache, plan, report, results, run, synthesize, teacher
+from dfkd_ray.cli import bench, cache, errors, plan, report, results, run, streams, synthesize, teacher
+from dfkd_ray.text import shown
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,43 +38,65 @@ app.add_typer(bench.app, name="bench")
 app.add_typer(cache.app, name="cache")
 
 
+@app.callback()
+def options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="before the command: show the traceback of an error on standard error")
+    ] = False,
+) -> None:
+    """What goes before the command; `outcome` reads it."""
+
+
 def main() -> None:
-    """Run the command line; every expected error becomes one line and an exit code."""
+    """Run the command line; every error becomes short lines and an exit code, and no trouble of the output raises."""
     # Read when Ray is imported: its reports of processes that died would cut through what is shown. Rows tell of them.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
-    try:
-        code = app(standalone_mode=False)
-        if code == 130:  # what typer makes of Ctrl-C, without a word
-            raise KeyboardInterrupt
-        sys.exit(code if isinstance(code, int) else 0)
-    except TyperException as error:
-        fail(error.format_message() if hasattr(error, "format_message") else str(error), 2)  # type: ignore[attr-defined]
-    except ValueError as error:
-        fail(str(error), 2)
-    except OSError as error:
-        fail(environment_error(error), 3)
-    except FloatingPointError as error:
-        fail(str(error), 1)
-    except (KeyboardInterrupt, typer.Abort):
-        fail("interrupted; the same command goes on from what is on disk", 130)
-
-
-def fail(message: str, code: int) -> None:
-    """Print the lines of an error and leave; no URI that was given with a password shows it."""
-    from dfkd_ray.storage import without_secrets
-
-    for line in message.splitlines():
-        print(f"error: {without_secrets(line)}", file=sys.stderr)
+    with streams.forgiving() as out, last_resorts():
+        code = outcome()
+        streams.flush()
+        if out.trouble is not None:
+            told = errors.environment_error(out.trouble)
+            code = errors.fail(f"standard output: {told}", code or 3)
     sys.exit(code)
 
 
-def environment_error(error: OSError) -> str:
-    """One line for a disk, permission or network error."""
-    hint = {
-        errno.ENOSPC: "free some space",
-        errno.EACCES: "check the permissions",
-        errno.EROFS: "choose another folder",
-    }
-    advice = hint.get(error.errno or 0)
-    where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror or error}" + (f"; {advice}, then run the same command again" if advice else "")
+def outcome() -> int:
+    """Run the command that the words of the command line name; returns the exit code."""
+    context = None
+    try:
+        # Not by `app()`: typer has endings of its own for a broken pipe, the end of a file and Ctrl-C.
+        with typer.main.get_command(app).make_context("dfkd-ray", sys.argv[1:]) as context:
+            context.command.invoke(context)
+        return 0
+    except BaseException as error:  # noqa: BLE001 - nothing may leave a traceback on a terminal
+        return errors.told(error, debug=bool(context and context.params.get("debug")))
+
+
+@contextmanager
+def last_resorts() -> Iterator[None]:
+    """While open: SIGHUP is as Ctrl-C, but where it is ignored (nohup); threads that end in an error and messages of
+    loggers leave plain lines."""
+    hook, threading.excepthook = threading.excepthook, errors.in_thread
+    resort = logging.lastResort
+    formatter = resort.formatter if resort else None
+    if resort:
+        resort.setFormatter(Plain())
+    before = None
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        before = signal.signal(signal.SIGHUP, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        threading.excepthook = hook
+        if resort:
+            resort.setFormatter(formatter)
+        if before is not None:
+            signal.signal(signal.SIGHUP, before)
+
+
+class Plain(logging.Formatter):
+    """Messages without what acts on a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message, in one line."""
+        return shown(record.getMessage())

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dfkd_ray.cli.streams import say
+from dfkd_ray.text import shown
+
 if TYPE_CHECKING:
     from dfkd_ray.cache import Entry
     from dfkd_ray.storage import Folder
@@ -30,8 +33,11 @@ def list_entries(cache: Cache = None) -> None:
     found = caches.entries(root)
     if found:
         print_table(found)
+    for entry in found:
+        if entry.problem:
+            print(f"{entry.folder}: cannot be looked into: {entry.problem}")
     num_batches, size = sum(entry.num_batches for entry in found), sum(entry.size_bytes for entry in found)
-    print(f"{root}: {count(len(found), 'key')}, {count(num_batches, 'batch')}, {size_text(size)}")
+    say(f"{root}: {count(len(found), 'key')}, {count(num_batches, 'batch')}, {size_text(size)}")
 
 
 @app.command("verify")
@@ -47,9 +53,9 @@ def verify(
     for finding in caches.verify(root, remove):
         num_damaged += finding.damaged
         num_staying += finding.damaged and not finding.removed
-        print(f"{finding.entry.folder / finding.name}: {finding.problem}{'; removed' if finding.removed else ''}")
+        say(f"{finding.entry.folder / finding.name}: {finding.problem}{'; removed' if finding.removed else ''}")
     num_batches = sum(entry.num_batches for entry in caches.entries(root))
-    print(f"{root}: {count(num_batches, 'batch')} in it, {num_damaged} damaged found, {num_staying} left")
+    say(f"{root}: {count(num_batches, 'batch')} in it, {num_damaged} damaged found, {num_staying} left")
     if num_staying:
         raise typer.Exit(1)
 
@@ -77,9 +83,9 @@ def prune(
     removed = caches.prune(root, keys=key or (), older_than_days=older_than, max_bytes=max_bytes, dry_run=dry_run)
     verb = "would remove" if dry_run else "removed"
     for entry in removed:
-        print(f"{verb} {entry.folder}: {count(entry.num_batches, 'batch')}, {size_text(entry.size_bytes)}")
+        say(f"{verb} {entry.folder}: {count(entry.num_batches, 'batch')}, {size_text(entry.size_bytes)}")
     size = sum(entry.size_bytes for entry in removed)
-    print(f"{root}: {verb} {count(len(removed), 'key')}, {size_text(size)}")
+    say(f"{root}: {verb} {count(len(removed), 'key')}, {size_text(size)}")
 
 
 def open_root(where: str | None) -> "Folder":
@@ -93,14 +99,14 @@ def print_table(found: "list[Entry]") -> None:
     """One line per key."""
     from rich import box
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for heading in ("key", "teacher", "method/domain", "batches", "size", "numerics", "last used"):
         table.add_column(heading, justify="right" if heading in ("batches", "size") else "left", no_wrap=True)
     for entry in found:
-        table.add_row(*(escape(cell) for cell in cells_of(entry)))
+        table.add_row(*(Text(shown(cell)) for cell in cells_of(entry)))
     console = Console()
     # A table cut to a narrow pipe hides what it is for.
     console.width = max(console.width, console.measure(table).maximum if console.is_terminal else 160)
@@ -110,7 +116,9 @@ def print_table(found: "list[Entry]") -> None:
 def cells_of(entry: "Entry") -> list[str]:
     """One line of the table; without a manifest, `-` for what only that says, and the hash of the numerics class."""
     manifest: dict[str, Any] = entry.manifest or {}
-    what = f"{manifest['config'].get('method', '-')}/{manifest['domain']}" if manifest else "-"
+    config = manifest.get("config")
+    method = config.get("method", "-") if isinstance(config, dict) else "-"
+    what = f"{method}/{manifest.get('domain', '-')}" if manifest else "-"
     numerics = manifest.get("numerics") or entry.folder.name.rpartition("-")[2]
     used = "-" if entry.last_used is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used))
     size = size_text(entry.size_bytes)

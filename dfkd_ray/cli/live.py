@@ -3,6 +3,7 @@
 `View` takes events and gives figures; it knows of no terminal and no clock. Drawing is beside it.
 """
 
+import logging
 import os
 import shlex
 import signal
@@ -15,12 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dfkd_ray.cli.show import fleet_line
+from dfkd_ray.cli.show import fleet_line, number
+from dfkd_ray.cli.streams import say
 from dfkd_ray.config import TrialConfig, flat, follows
+from dfkd_ray.text import is_null, shown
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+log = logging.getLogger(__name__)
 DRAW_S = 1.0
 FRAME_LINES = 12  # of the table besides its running trials
 
@@ -69,21 +73,22 @@ class View:
             self.names[trial_id] = name_of(flat(config.model_dump(mode="json")), fields)
 
     def _finished(self, row: Mapping[str, Any]) -> None:
-        name = row["trial_id"]
-        if name in self.names and row["status"] != "failed":
+        name: str = row["trial_id"]
+        agreement: Any = row.get("agreement")
+        if name in self.names and has_ended_well(row):
             self.done.add(name)
-            if self.best is None or row["agreement"] > self.best[0]:
-                self.best = (row["agreement"], self.names[name])
+            if not is_null(agreement) and (self.best is None or agreement > self.best[0]):
+                self.best = (agreement, self.names[name])
 
     def row(self, row: Mapping[str, Any]) -> None:
         """A trial has ended."""
         with self.lock:
             self.running.pop(row["trial_id"], None)
-            if row["status"] == "failed":
+            if not has_ended_well(row):
                 self.failed.add(row["trial_id"])
                 return
             self._finished(row)
-            if row.get("wall_s") is not None:  # one that was stopped early does not say how long others take
+            if not is_null(row.get("wall_s")):  # one that was stopped early does not say how long others take
                 self.walls.append(row["wall_s"])
 
     def stages(self, stages: Mapping[str, tuple[str, int, int]], now: float) -> None:
@@ -111,9 +116,17 @@ class View:
                 mean = sum(self.walls) / len(self.walls)
                 behind = sum(min(now - since, mean) for _, since in self.running.values())
                 left_s = (mean * (to_do + len(self.running)) - behind) / self.num_parallel
-            running = tuple((self.names[name], stage, now - since) for name, (stage, since) in self.running.items())
+            running = tuple(
+                (self.names.get(name, str(name)), stage, now - since) for name, (stage, since) in self.running.items()
+            )
             counts = (self.total, len(self.done), len(self.failed), to_do)
             return Figures(*counts, now - self.start, left_s, self.best, running, self.status)
+
+
+def has_ended_well(row: Mapping[str, Any]) -> bool:
+    """Whether a row is that of a trial which finished, or was stopped early."""
+    status = row.get("status")
+    return not is_null(status) and status != "failed"
 
 
 def names_of(trials: Mapping[str, TrialConfig]) -> dict[str, str]:
@@ -132,11 +145,12 @@ def names_of(trials: Mapping[str, TrialConfig]) -> dict[str, str]:
 def name_of(values: Mapping[str, Any], differing: Sequence[str]) -> str:
     """What to call a trial with these fields (dotted), of which some differ between the trials."""
     named = ("teacher", "synthesis.method", "pruning.sparsity")
-    parts = [Path(str(values["teacher"])).name, values["synthesis.method"], f"sparsity {short(values[named[2]])}"]
+    network = Path(str(values["teacher"])).name
+    parts = [network, str(values["synthesis.method"]), f"sparsity {short(values[named[2]])}"]
     fields = [field for field in differing if field in values and field not in named and not follows(field)]
     # Two fields of one name and value, as the seeds of synthesis and distillation, are said once.
     told = dict.fromkeys(f"{field.rpartition('.')[2]} {short(values[field])}" for field in fields)
-    return " ".join([*parts, *told])
+    return shown(" ".join([*parts, *told]))
 
 
 def short(value: Any) -> str:
@@ -155,15 +169,16 @@ def duration(seconds: float | None) -> str:
 
 def row_line(row: Mapping[str, Any], name: str, figures: Figures, done: int, total: int) -> str:
     """The plain line of a trial that has ended."""
-    if row["status"] == "failed":
-        what = f"FAILED: {row['reason']}"
+    if not has_ended_well(row):
+        reason = row.get("reason")
+        what = f"FAILED: {'no reason given' if is_null(reason) else reason}"
     else:
         accuracy = row.get("recovered_accuracy")
-        shown = "" if accuracy is None or accuracy != accuracy else f", test accuracy {100 * accuracy:.2f} %"
+        tested = "" if is_null(accuracy) else f", test accuracy {number(accuracy, 100.0)} %"
         stopped = ", stopped early" if row["status"] == "stopped" else ""
-        what = f"agreement {100 * row['agreement']:.2f} %{shown}{stopped}"
+        what = f"agreement {number(row.get('agreement'), 100.0)} %{tested}{stopped}"
     left = f", {duration(figures.left_s)} left" if done < total and figures.left_s is not None else ""
-    return f"[{done}/{total}, {figures.elapsed_s:.0f} s{left}] {name}: {what}"
+    return shown(f"[{done}/{total}, {figures.elapsed_s:.0f} s{left}] {name}: {what}")
 
 
 def table(figures: Figures, title: str, height: int, stopping: bool = False) -> "RenderableType":
@@ -175,24 +190,25 @@ def table(figures: Figures, title: str, height: int, stopping: bool = False) -> 
 
     counts = Table.grid(padding=(0, 1))
     counts.add_row(*(Text(name, "dim", no_wrap=True) for name in ("done", "running", "failed", "to do")))
-    shown = (figures.done, len(figures.running), figures.failed, figures.to_do)
-    counts.add_row(*(str(count) for count in shown))
+    numbers = (figures.done, len(figures.running), figures.failed, figures.to_do)
+    counts.add_row(*(str(count) for count in numbers))
     clock = f"{duration(figures.elapsed_s)}, left {duration(figures.left_s)}"
     best = "-" if figures.best is None else f"agreement {100 * figures.best[0]:.2f} %, {figures.best[1]}"
     fleet = "-" if figures.fleet is None else fleet_line(figures.fleet).removeprefix("fleet: ")
     top = Table.grid(padding=(0, 1), expand=True)
     top.add_column(style="dim", no_wrap=True)
     top.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
-    for name, what in {"trials": counts, "time": clock, "best": Text(best), "fleet": Text(fleet)}.items():
+    told = {"trials": counts, "time": clock, "best": Text(shown(best)), "fleet": Text(shown(fleet))}
+    for name, what in told.items():
         top.add_row(name, what)
 
     trials = Table(box=box.SIMPLE_HEAD, expand=True, pad_edge=False)
-    trials.add_column(Text(title), no_wrap=True, overflow="ellipsis", ratio=1)
+    trials.add_column(Text(shown(title)), no_wrap=True, overflow="ellipsis", ratio=1)
     trials.add_column("stopping" if stopping else "stage", no_wrap=True)
     trials.add_column("s", justify="right", no_wrap=True)
     room = max(1, height - FRAME_LINES)
     for name, stage, seconds in figures.running[:room]:
-        trials.add_row(Text(name), stage, f"{seconds:.0f}")
+        trials.add_row(Text(shown(name)), Text(shown(stage)), f"{seconds:.0f}")
     if len(figures.running) > room:
         trials.add_row(f"and {len(figures.running) - room} more")
     # The terminal's echo of Ctrl-C behind a full line would start another, which the next drawing would not clear.
@@ -214,15 +230,15 @@ class Screen:
     def row(self, row: Mapping[str, Any], done: int, total: int) -> None:
         """A trial has ended."""
         self.view.row(row)
-        if not self.is_live or row["status"] == "failed":
-            figures = self.view.figures(self.clock())
-            print(row_line(row, self.view.names[row["trial_id"]], figures, done, total), flush=True)
+        if not self.is_live or not has_ended_well(row):
+            figures, trial_id = self.view.figures(self.clock()), row["trial_id"]
+            say(row_line(row, self.view.names.get(trial_id, str(trial_id)), figures, done, total))
 
     def fleet(self, status: Mapping[str, Any]) -> None:
         """How the synthesizers are."""
         self.view.fleet(status)
         if not self.is_live:
-            print(fleet_line(status), flush=True)
+            say(fleet_line(status))
 
     def stages(self, stages: Mapping[str, tuple[str, int, int]]) -> None:
         """What runs now."""
@@ -247,7 +263,11 @@ class Screen:
             def keep_drawing() -> None:
                 while not over.wait(DRAW_S):
                     start = time.perf_counter()
-                    live.update(draw(), refresh=True)
+                    try:
+                        live.update(draw(), refresh=True)
+                    except Exception as error:  # noqa: BLE001 - a sweep goes on without its table
+                        log.warning("the table is not drawn any more: %s: %s", type(error).__name__, error)
+                        return
                     self.seconds += time.perf_counter() - start
 
             thread = threading.Thread(target=keep_drawing, daemon=True)
@@ -261,9 +281,13 @@ class Screen:
 
 @contextmanager
 def interruptible(screen: Screen) -> Iterator["Interrupts"]:
-    """While open, Ctrl-C and SIGTERM ask for a clean stop; a second one ends the process at once."""
+    """While open, Ctrl-C, SIGTERM and SIGHUP (a terminal that is closed) ask for a clean stop; a second one ends the
+    process at once. SIGHUP stays ignored where it is, as under nohup."""
     interrupts = Interrupts(screen)
-    before = {number: signal.signal(number, interrupts) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, interrupts) for number in numbers}
     try:
         yield interrupts
     finally:
@@ -286,11 +310,13 @@ class Interrupts:
             for pid in descendants(os.getpid()):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            os.write(2, b"\x1b[?25h\n" if self.screen.is_live else b"")
+            with suppress(OSError):  # standard error may be closed
+                os.write(2, b"\x1b[?25h\n" if self.screen.is_live else b"")
             os._exit(130)
         self.asked = self.screen.stopping = True
         if not self.screen.is_live:
-            os.write(2, b"stopping; once more to stop at once\n")
+            with suppress(OSError):
+                os.write(2, b"stopping; once more to stop at once\n")
         if not self.trials_run:
             raise KeyboardInterrupt
 
@@ -326,5 +352,5 @@ def print_interrupted(num_finished: int, num_trials: int, place: Any) -> None:
 
     given = command_line(*([without_secrets(word) for word in words] for words in (sys.argv, sys.orig_argv)))
     left = num_trials - num_finished
-    print(f"stopped: {num_finished} of {num_trials} trials finished, {left} to go; results: {place}", file=sys.stderr)
-    print(f"go on with: {given}", file=sys.stderr, flush=True)
+    say(f"stopped: {num_finished} of {num_trials} trials finished, {left} to go; results: {place}", error=True)
+    say(f"go on with: {given}", error=True)

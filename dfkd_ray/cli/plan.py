@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dfkd_ray.cli.live import duration
+from dfkd_ray.cli.streams import say
 from dfkd_ray.config import follows
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def dry_run(
         return len(cache.indices(cache.folder_of(cache_root, key, numerics)))
 
     made = estimates.syntheses(jobs, num_cached)
-    print(f"{file}: {plan.num_trials} trials, {len(done)} already finished, {len(jobs)} to run")
+    say(f"{file}: {plan.num_trials} trials, {len(done)} already finished, {len(jobs)} to run")
     print_syntheses(made)
     if not jobs:
         return
@@ -74,21 +75,21 @@ def dry_run(
     if missing:
         if path and stored and here != numerics:
             raise figures.lack(path, stored, missing, names, here)
-        print(f"timing a few steps of each kind on this machine, about {estimates.CAP_S:.0f} s …", flush=True)
+        say(f"timing a few steps of each kind on this machine, about {estimates.CAP_S:.0f} s …")
         timed = estimates.calibrate(jobs, trust_code, known=costs, cpu_only=machine.kind == "CPU core")
         costs |= timed.costs
         num_scaled += len(timed.scaled)
         how.append(f"{len(timed.costs)} timings in {timed.wall_s:.0f} s on {here}, on a machine as busy as it is now")
         if path:
             figures.write(path, figures.extended(stored, timed, names, machine.kind, here))
-            print(f"timings written to {path}")
+            say(f"timings written to {path}")
     if num_scaled:
         how.append(f"{num_scaled} of them on fewer images, and scaled")
     print_estimate(estimates.estimate(jobs, costs, machine, num_test_images, num_cached), how, machine)
     if plan.search:
-        print("Optuna chooses its points as it goes: random points of the same space stand for them here")
+        say("Optuna chooses its points as it goes: random points of the same space stand for them here")
     if plan.stop:
-        print("early stopping is not counted: what it saves is not known beforehand")
+        say("early stopping is not counted: what it saves is not known beforehand")
 
 
 def machine_of(gpus: int | None, may_use_gpu: bool, stored: "Figures | None" = None) -> "Machine":
@@ -125,14 +126,14 @@ def machine_of(gpus: int | None, may_use_gpu: bool, stored: "Figures | None" = N
 def print_syntheses(made: "Sequence[Synthesis]") -> None:
     """The distinct syntheses, one a line."""
     total, cached = sum(s.num_batches for s in made), sum(s.num_batches - s.num_to_make for s in made)
-    print(f"{len(made)} distinct syntheses, {total} batches ({cached} of them in the cache):")
+    say(f"{len(made)} distinct syntheses, {total} batches ({cached} of them in the cache):")
     for synthesis in made:
         like = [other.config for other in made if (other.domain, other.config.method) == kind_of(synthesis)]
         config = synthesis.config.model_dump(mode="json")
         differing = [name for name in config if len({str(getattr(other, name)) for other in like}) > 1]
         what = "reference set" if synthesis.domain == "reference" else synthesis.config.method
         told = "".join(f", {name} {config[name]}" for name in differing if not follows(name))
-        print(
+        say(
             f"  {synthesis.key[:12]}  {Path(synthesis.teacher.name).name}, {what}{told}: "
             f"{synthesis.num_batches} x {synthesis.config.batch_size} images for {synthesis.num_users} trials"
         )
@@ -149,7 +150,7 @@ def print_estimate(estimate: "Estimate", how: "Sequence[str]", machine: "Machine
 
     spread = f"{machine.num} {machine.kind}{'s' if machine.num != 1 else ''}"
     share = 100 * estimate.synthesis_s / max(estimate.synthesis_s + estimate.trials_s, 1e-9)
-    print(
+    say(
         f"estimated: {duration(estimate.wall_s)} on {spread}, {estimate.units_h:.3g} {machine.kind}-hours "
         f"({share:.0f} % synthesis, {100 - share:.0f} % trials); {estimate.unshared_units_h:.3g} if every trial made "
         "its own images"
@@ -160,11 +161,11 @@ def print_estimate(estimate: "Estimate", how: "Sequence[str]", machine: "Machine
         "images": f"one trial's wait of {waits} for the last batch that it needs, and then its own {longest}",
         "trial": f"the longest trial: {longest}, after {waits} until the last batch that it needs",
     }
-    print(
+    say(
         f"bound by: {bounds[estimate.bound]} (and {START_S:.0f} s to start); no number of {machine.kind}s makes it "
         f"shorter than {duration(estimate.floor_s)}"
     )
-    print(
+    say(
         f"how: {'; '.join(how)}; one worker at a time: workers that slow each other down, and torch.compile, are not "
         "in it"
     )

@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dfkd_ray.cli.streams import say
+from dfkd_ray.text import is_null, shown
+
 
 class Progress:
     """Shows (stage, done, total, numbers): a line that updates on a terminal, now and then a plain line elsewhere."""
 
     def __init__(self, every_s: float = 15.0):
-        self.live = sys.stderr.isatty()
+        self.live = sys.stderr is not None and sys.stderr.isatty()
         self.every_s = 0.1 if self.live else every_s
         self.stage, self.start, self.shown = "", 0.0, 0.0
 
@@ -28,7 +31,7 @@ class Progress:
         parts += [f"{name} {value:.4g}" for name, value in numbers.items() if not name.startswith("class")]
         if left >= 1:
             parts.append(f"{left:.0f} s left")
-        line = "  ".join(parts)
+        line = shown("  ".join(parts))
         if self.live:
             print(f"\r\033[K{line[:160]}", end="\n" if done == total and stage != "evaluating" else "", file=sys.stderr)
             sys.stderr.flush()
@@ -40,32 +43,33 @@ def print_ladder(row: Mapping[str, Any], out: Path) -> None:
     """The rungs of one trial."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=f"{row['teacher']}, sparsity {row['achieved_sparsity']:.4f}, {row['synthesis.method']} images")
+    sparsity, method = number(row.get("achieved_sparsity"), 1.0, 4), text_of(row.get("synthesis.method"))
+    table = Table(title=Text(shown(f"{row.get('teacher')}, sparsity {sparsity}, {method} images")))
     for heading in ("rung", "test accuracy %", "points lost", "agreement % (reference set)"):
         table.add_column(heading, justify="left" if heading == "rung" else "right")
     teacher = row.get("teacher_accuracy")
     agreements = {
         "teacher": 1.0,
-        "pruned": row["pruned_agreement"],
-        "bn_reestimated": row["bn_reestimated_agreement"],
-        "recovered": row["agreement"],
+        "pruned": row.get("pruned_agreement"),
+        "bn_reestimated": row.get("bn_reestimated_agreement"),
+        "recovered": row.get("agreement"),
     }
     for name, agreement in agreements.items():
         accuracy = row.get(f"{name}_accuracy")
-        shown = "-" if accuracy is None else f"{100 * accuracy:.2f}"
-        lost = "-" if accuracy is None or teacher is None else f"{100 * (teacher - accuracy):.2f}"
-        agreed = "-" if agreement is None else f"{100 * agreement:.2f}"
-        table.add_row(name.replace("bn_reestimated", "BN re-estimated"), shown, lost, agreed)
-    console = Console()
-    console.print(table)
-    if row["real_data"]:
-        console.print("real images were used: this is an upper bound, not data-free")
-    console.print(
-        f"{row['num_images']} images in {row['synthesis_wall_s']:.0f} s, distilled in "
-        f"{row['distillation_wall_s']:.0f} s; {row['stored_bytes']:,} bytes stored, {row['dense_bytes']:,} dense"
+        lost = None if is_null(accuracy) or is_null(teacher) else teacher - accuracy  # type: ignore[operator]
+        cells = (number(value, 100.0) for value in (accuracy, lost, agreement))
+        table.add_row(name.replace("bn_reestimated", "BN re-estimated"), *cells)
+    Console().print(table)
+    if not is_null(row.get("real_data")) and row["real_data"]:
+        say("real images were used: this is an upper bound, not data-free")
+    stored, dense = (number(row.get(f"{kind}_bytes"), 1.0, 0, ",") for kind in ("stored", "dense"))
+    say(
+        f"{number(row.get('num_images'), 1.0, 0)} images in {number(row.get('synthesis_wall_s'), 1.0, 0)} s, distilled "
+        f"in {number(row.get('distillation_wall_s'), 1.0, 0)} s; {stored} bytes stored, {dense} dense"
     )
-    console.print(f"written: {out / 'student'}, {out / 'row.json'}, {out / 'images.png'}", soft_wrap=True)
+    say(f"written: {out / 'student'}, {out / 'row.json'}, {out / 'images.png'}")
 
 
 def print_trials(rows: Any) -> None:
@@ -84,39 +88,42 @@ def print_trials(rows: Any) -> None:
         else:  # a table cut to a narrow pipe hides what it is for
             console.width = width
     console.print(table)
-    print("BN: BatchNorm re-estimated on synthetic images, no training; kB: stored weights; s: wall time of the trial")
+    say("BN: BatchNorm re-estimated on synthetic images, no training; kB: stored weights; s: wall time of the trial")
 
 
 def trials_table(rows: Any, fields: Sequence[str], *, is_narrow: bool) -> Any:
     """A row per trial: a column per field, or where there is no room for that all of them in one, folded."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     title = "best agreement with the teacher first (on the reference set); accuracies in % of the test set"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    shown = short_names(fields)
+    names = short_names(fields)
     if is_narrow:
         table.add_column("trial", ratio=1, overflow="fold")
     else:
-        for heading in ("network", *shown):
+        for heading in ("network", *names):
             table.add_column(heading, justify="right", no_wrap=True)
     for heading in ("teacher", "pruned", "BN", "recovered", "agreement", "kB", "s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for _, row in rows.iterrows():
-        network, values = Path(str(row["teacher"])).name, [text_of(row[name]) for name in fields]
+        network, values = Path(text_of(row["teacher"])).name, [text_of(row[name]) for name in fields]
         if is_narrow:
-            told = [f"{name} {value}" for name, value in zip(shown, values, strict=True) if value != "-"]
+            told = [f"{name} {value}" for name, value in zip(names, values, strict=True) if value != "-"]
             cells = [" ".join([network, *told])]
         else:
             cells = [network, *values]
-        if row["status"] == "failed":
-            table.add_row(*cells, "FAILED")  # why is told below the table
-            continue
-        rungs = ("teacher_accuracy", "pruned_accuracy", "bn_reestimated_accuracy", "recovered_accuracy", "agreement")
-        cells += [number(row[name], 100.0) for name in rungs]
-        if row["status"] == "stopped":
-            cells[-2] = "stopped"
-        table.add_row(*cells, number(row["stored_bytes"], 1e-3, 0), number(row["wall_s"], 1.0, 0))
+        status = text_of(row["status"])
+        if status not in ("finished", "stopped"):
+            cells.append("FAILED")  # why is told below the table
+        else:
+            rungs = ("teacher", "pruned", "bn_reestimated", "recovered")
+            cells += [number(row[name], 100.0) for name in (*(f"{rung}_accuracy" for rung in rungs), "agreement")]
+            if status == "stopped":
+                cells[-2] = "stopped"
+            cells += [number(row["stored_bytes"], 1e-3, 0), number(row["wall_s"], 1.0, 0)]
+        table.add_row(*(Text(shown(cell)) for cell in cells))
     return table
 
 
@@ -129,37 +136,38 @@ def short_names(columns: Sequence[str]) -> list[str]:
 def fleet_line(status: Mapping[str, Any]) -> str:
     """One line on the synthesis fleet."""
     idle = [f"{100 * share:.0f}" for share in status["idle"].values() if share is not None]
-    shown = ("/".join(idle) if len(idle) <= 8 else f"{sum(map(float, idle)) / len(idle):.0f} (mean)") or "-"
+    idly = ("/".join(idle) if len(idle) <= 8 else f"{sum(map(float, idle)) / len(idle):.0f} (mean)") or "-"
     hits = status["read"] + status["found"]
     line = (
         f"fleet: {status['synthesizers_up']}/{status['synthesizers']} synthesizers up, {status['images_per_s']:.1f} "
-        f"images/s, queue {status['queue_depth']}, {status['made']} batches made, {hits} cache hits, idle {shown} %"
+        f"images/s, queue {status['queue_depth']}, {status['made']} batches made, {hits} cache hits, idle {idly} %"
     )
     lost = f", {status['deaths']} lost" if status["deaths"] else ""
     trouble = "".join(f"; {name}: {why}" for name, why in status["trouble"].items() if why != "starting")
-    return line + lost + trouble
+    return shown(line + lost + trouble)
 
 
 def print_fleet(status: Mapping[str, Any]) -> None:
     """Print that line."""
-    print(fleet_line(status), flush=True)
+    say(fleet_line(status))
 
 
 def print_failures(rows: Any) -> None:
     """Why trials failed: a line per reason."""
-    for reason, group in rows[rows["status"] == "failed"].groupby("reason", sort=True):
-        names = sorted(group["trial_id"])
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        print(f"{len(names)} failed: {reason} ({shown})")
+    failed = rows[rows["status"] == "failed"]
+    for reason, group in failed.groupby(failed["reason"].fillna("no reason given"), sort=True):
+        names = sorted(group["trial_id"].astype(str))
+        told = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        say(f"{len(names)} failed: {reason} ({told})")
 
 
-def number(value: Any, scale: float = 1.0, digits: int = 2) -> str:
-    """A scaled number, or `-` for null."""
-    return "-" if value is None or value != value else f"{scale * value:.{digits}f}"
+def number(value: Any, scale: float = 1.0, digits: int = 2, group: str = "") -> str:
+    """A scaled number, or `-` for null; `group` stands between thousands."""
+    return "-" if is_null(value) else f"{scale * value:{group}.{digits}f}"
 
 
 def text_of(value: Any) -> str:
     """A config value in few characters."""
-    if value is None or value != value:
+    if is_null(value):
         return "-"
     return f"{value:g}" if isinstance(value, float) else str(value)
