@@ -1,35 +1,51 @@
 """Every option, as frozen pydantic models: one place for names, ranges, units and defaults.
 
 A file plus `--set a.b=c` becomes one dict, validated once; all errors come at once, one line each with the path.
+Types and bounds of fields, and the validation, are in `dfkd_ray.fields`; the reading is in `dfkd_ray.parsing`.
 Imports pydantic and nothing heavy, so that `--help` and validation need no torch.
 """
 
-import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    field_validator,
-    model_validator,
+from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
+
+from dfkd_ray.fields import (
+    LARGEST_FLOAT,
+    STRICT,
+    Arguments,
+    BatchSize,
+    Count,
+    ImageSize,
+    Name,
+    Number,
+    Pixels,
+    Seed,
+    Share,
+    Threads,
+    Weight,
+    method_of,
+    validate,
 )
+from dfkd_ray.fields import field_paths as field_paths
+from dfkd_ray.fields import nested_models as nested_models
+from dfkd_ray.parsing import parse_overrides as parse_overrides
+from dfkd_ray.parsing import read_yaml as read_yaml
+from dfkd_ray.plain import given
+from dfkd_ray.plain import with_overrides as with_overrides
 
-STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+# Versions of the algorithms. They are part of keys and ids: what another version has made is made again, not found.
+# Raise the first with a change after which equal synthesis configs give other images (a method, its seeds, how images
+# are stored); the second with one after which equal trials on equal images give other numbers (pruning, BatchNorm
+# re-estimation, distillation, evaluation). Not with a config field that is new: that changes keys and ids by itself.
+SYNTHESIS_VERSION = 1
+TRIAL_VERSION = 1
 
 Precision = Literal["bfloat16", "tf32", "float32"]
 Storage = Literal["uint8", "float16", "float32"]
 RecordKind = Literal["top", "all", "spectral", "spectral_pairs"]  # of activation records; methods in `dfkd_ray.records`
-Weight = Annotated[float, Field(ge=0)]
-Threads = Annotated[int, Field(ge=1, le=1024, description="CPU threads; gradients differ in the last bits with it")]
 
 
 class DeepInversionConfig(BaseModel):
@@ -38,14 +54,14 @@ class DeepInversionConfig(BaseModel):
     model_config = STRICT
 
     method: Literal["deepinversion"] = "deepinversion"
-    seed: int = Field(default=0, ge=0, description="seed of every batch, together with the teacher and the batch index")
-    batch_size: int = Field(default=256, ge=2, description="images per batch; they share their BatchNorm statistics")
-    num_steps: int = Field(default=60, ge=1, description="optimiser steps per batch")
+    seed: Seed = Field(default=0, description="seed of every batch, together with the teacher and the batch index")
+    batch_size: BatchSize = Field(default=256, description="images per batch; they share their BatchNorm statistics")
+    num_steps: Count = Field(default=60, ge=1, description="optimiser steps per batch")
     parametrisation: Literal["pyramid", "pixel"] = Field(
         default="pyramid",
         description="what Adam moves: a sum of images at halved resolutions, or the pixels themselves",
     )
-    learning_rate: float = Field(default=0.1, gt=0, description="Adam learning rate, in units of normalised pixels")
+    learning_rate: Number = Field(default=0.1, gt=0, description="Adam learning rate, in units of normalised pixels")
     schedule: Literal["cosine", "constant"] = Field(default="cosine", description="learning rate over the steps")
     label_loss: Literal["cross_entropy", "entropy"] = Field(
         default="cross_entropy", description="cross-entropy to balanced labels, or entropy of the teacher's own output"
@@ -57,7 +73,7 @@ class DeepInversionConfig(BaseModel):
         default=0.01, description="weight of total variation, mean-reduced (free of batch and resolution)"
     )
     l2_weight: Weight = Field(default=0.0, description="weight of the mean squared normalised pixel")
-    jitter: int = Field(default=2, ge=0, description="largest cyclic shift per step, pixels")
+    jitter: Pixels = Field(default=2, description="largest cyclic shift per step, pixels")
     flip: bool = Field(default=True, description="flip the batch left to right in half of the steps")
     precision: Precision = Field(
         default="bfloat16", description="of the network; statistics and images stay in float32"
@@ -67,7 +83,7 @@ class DeepInversionConfig(BaseModel):
         default=False, description="torch.compile the network; without a compiler it is said and left out"
     )
     fast: bool = Field(default=False, description="CUDA: autotuned, non-deterministic kernels")
-    plateau_patience: int = Field(
+    plateau_patience: Count = Field(
         default=0,
         ge=0,
         description="stop a batch when the loss has not improved for this many checks (every 25 steps); 0: never",
@@ -94,17 +110,19 @@ class RecordsConfig(BaseModel):
 
     method: Literal["records"] = "records"
     record: RecordKind = Field(default="spectral_pairs", description="which of the teacher's records")
-    record_sha256: str | None = Field(
+    record_sha256: Name | None = Field(
         default=None, description="of the record's file; null: whatever lies in the bundle, filled in before a trial"
     )
-    seed: int = Field(default=0, ge=0, description="seed of every batch, together with the teacher and the batch index")
-    batch_size: int = Field(default=500, ge=2, description="images made at once; they do not touch each other")
-    num_steps: int = Field(default=1000, ge=1, description="optimiser steps per batch")
-    learning_rate: float = Field(default=0.07, gt=0, description="Adam learning rate, in pixel units")
+    seed: Seed = Field(default=0, description="seed of every batch, together with the teacher and the batch index")
+    batch_size: BatchSize = Field(default=500, description="images made at once; they do not touch each other")
+    num_steps: Count = Field(default=1000, ge=1, description="optimiser steps per batch")
+    learning_rate: Number = Field(default=0.07, gt=0, description="Adam learning rate, in pixel units")
     schedule: Literal["cosine", "constant"] = Field(default="constant", description="learning rate over the steps")
-    init_mean: float = Field(default=0.15, description="images start as N(init_mean, init_std), in pixel units")
-    init_std: float = Field(default=0.1, ge=0)
-    record_weight: float = Field(default=1.0, gt=0, description="weight of the record's term")
+    init_mean: Number = Field(
+        default=0.15, ge=-LARGEST_FLOAT, description="images start as N(init_mean, init_std), in pixel units"
+    )
+    init_std: Number = Field(default=0.1, ge=0)
+    record_weight: Number = Field(default=1.0, gt=0, description="weight of the record's term")
     residual: bool = Field(
         default=True,
         description="spectral records: also what lies outside the kept coefficients counts (the paper's loss)",
@@ -134,8 +152,8 @@ class NoiseConfig(BaseModel):
     model_config = STRICT
 
     method: Literal["noise"] = "noise"
-    seed: int = Field(default=0, ge=0)
-    batch_size: int = Field(default=256, ge=2)
+    seed: Seed = Field(default=0)
+    batch_size: BatchSize = Field(default=256)
     storage: Storage = "uint8"
 
 
@@ -145,15 +163,9 @@ class RealConfig(BaseModel):
     model_config = STRICT
 
     method: Literal["real"] = "real"
-    seed: int = Field(default=0, ge=0, description="which images, and their order")
-    batch_size: int = Field(default=256, ge=2)
+    seed: Seed = Field(default=0, description="which images, and their order")
+    batch_size: BatchSize = Field(default=256)
     storage: Storage = "uint8"
-
-
-def _method(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return str(value.get("method", "deepinversion"))
-    return str(getattr(value, "method", "deepinversion"))
 
 
 SynthesisConfig = Annotated[
@@ -161,7 +173,7 @@ SynthesisConfig = Annotated[
     | Annotated[RecordsConfig, Tag("records")]
     | Annotated[NoiseConfig, Tag("noise")]
     | Annotated[RealConfig, Tag("real")],
-    Discriminator(_method),
+    Discriminator(method_of),
 ]
 
 
@@ -170,7 +182,7 @@ ReferenceSynthesisConfig = Annotated[
     Annotated[DeepInversionConfig, Tag("deepinversion")]
     | Annotated[RecordsConfig, Tag("records")]
     | Annotated[NoiseConfig, Tag("noise")],
-    Discriminator(_method),
+    Discriminator(method_of),
 ]
 
 
@@ -183,8 +195,11 @@ SYNTHESIS_CONFIGS: dict[str, type[BaseModel]] = {
 
 
 def parse_synthesis(data: Mapping[str, Any]) -> BaseModel:
-    """A synthesis config out of its plain data, by its method."""
-    return validate(SYNTHESIS_CONFIGS[_method(data)], data, "synthesis")
+    """A synthesis config out of its plain data, by its method. `ValueError` for a method that there is not."""
+    method = method_of(data)
+    if method not in SYNTHESIS_CONFIGS:
+        raise ValueError(f"synthesis.method: unknown method {given(method)}; expected {', '.join(SYNTHESIS_CONFIGS)}")
+    return validate(SYNTHESIS_CONFIGS[method], data, "synthesis")
 
 
 class PruningConfig(BaseModel):
@@ -196,14 +211,14 @@ class PruningConfig(BaseModel):
         default="global_magnitude",
         description="what is pruned first: smallest |w| overall, per layer, or by LAMP score",
     )
-    sparsity: float = Field(default=0.75, ge=0, lt=1, description="share of zeros over all Conv and Linear weights")
+    sparsity: Number = Field(default=0.75, ge=0, lt=1, description="share of zeros over all Conv and Linear weights")
     schedule: Literal["one_shot", "cubic"] = Field(
         default="one_shot", description="all at once before distillation, or cubic during it (Zhu and Gupta 2017)"
     )
-    schedule_end: float = Field(
-        default=0.5, gt=0, le=1, description="cubic: share of the distillation steps until full sparsity"
+    schedule_end: Share = Field(
+        default=0.5, gt=0, description="cubic: share of the distillation steps until full sparsity"
     )
-    schedule_every: int = Field(default=10, ge=1, description="cubic: steps between two prunings")
+    schedule_every: Count = Field(default=10, ge=1, description="cubic: steps between two prunings")
     spare_first: bool = Field(default=False, description="leave the first convolution dense")
     spare_last: bool = Field(default=False, description="leave the last linear layer dense")
 
@@ -221,10 +236,10 @@ class StudentConfig(BaseModel):
 
     model_config = STRICT
 
-    architecture: str | None = Field(
+    architecture: Name | None = Field(
         default=None, description="null: the teacher itself; else a name or package.module:factory"
     )
-    arguments: dict[str, Any] = Field(default_factory=dict, description="arguments of the architecture")
+    arguments: Arguments = Field(default_factory=dict, description="arguments of the architecture")
 
     @model_validator(mode="after")
     def _arguments_need_an_architecture(self) -> "StudentConfig":
@@ -238,18 +253,18 @@ class DistillationConfig(BaseModel):
 
     model_config = STRICT
 
-    seed: int = Field(default=0, ge=0, description="seed of order, augmentation and a new student's weights")
-    num_images: int = Field(default=1024, ge=1, description="distinct images; taken as whole batches, rounded up")
-    num_steps: int = Field(
+    seed: Seed = Field(default=0, description="seed of order, augmentation and a new student's weights")
+    num_images: Count = Field(default=1024, ge=1, description="distinct images; taken as whole batches, rounded up")
+    num_steps: Count = Field(
         default=300, ge=0, description="optimiser steps; 0 leaves the student as BatchNorm re-estimation left it"
     )
-    batch_size: int = Field(default=128, ge=2)
-    learning_rate: float = Field(default=0.05, gt=0, description="peak SGD learning rate, cosine to zero")
-    warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps with a linear rise")
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    weight_decay: float = Field(default=5e-4, ge=0)
-    clip_norm: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
-    temperature: float = Field(default=4.0, gt=0, description="softmax temperature of teacher and student")
+    batch_size: BatchSize = Field(default=128)
+    learning_rate: Number = Field(default=0.05, gt=0, description="peak SGD learning rate, cosine to zero")
+    warmup: Number = Field(default=0.05, ge=0, lt=1, description="share of the steps with a linear rise")
+    momentum: Number = Field(default=0.9, ge=0, lt=1)
+    weight_decay: Number = Field(default=5e-4, ge=0)
+    clip_norm: Number = Field(default=1.0, gt=0, description="largest norm of the gradient")
+    temperature: Number = Field(default=4.0, gt=0, description="softmax temperature of teacher and student")
     kl_weight: Weight = 1.0
     label_weight: Weight = Field(default=0.0, description="weight of cross-entropy to the synthesis labels")
     feature_weight: Weight = Field(
@@ -259,18 +274,18 @@ class DistillationConfig(BaseModel):
         default="trained",
         description="BatchNorm: the teacher's statistics, re-estimated ones held fixed, or batch statistics",
     )
-    shift: int = Field(default=2, ge=0, description="augmentation: largest shift with zero padding, pixels")
+    shift: Pixels = Field(default=2, description="augmentation: largest shift with zero padding, pixels")
     flip: bool = Field(default=True, description="augmentation: left to right, each image with probability 1/2")
-    mixup: float = Field(
-        default=0.5, ge=0, le=1, description="augmentation: share of images mixed with another, weight U(0, 1)"
+    mixup: Share = Field(
+        default=0.5, ge=0, description="augmentation: share of images mixed with another, weight U(0, 1)"
     )
     precision: Precision = "bfloat16"
     fast: bool = Field(default=False, description="CUDA: autotuned, non-deterministic kernels")
-    eval_every: int = Field(default=100, ge=1, description="steps between two looks at the reference set")
-    patience: int = Field(
+    eval_every: Count = Field(default=100, ge=1, description="steps between two looks at the reference set")
+    patience: Count = Field(
         default=0, ge=0, description="stop after this many looks without a better agreement; 0: never"
     )
-    checkpoint_every: int = Field(
+    checkpoint_every: Count = Field(
         default=200, ge=1, description="steps between two checkpoints, where a folder is given"
     )
     num_threads: Threads = 2
@@ -281,7 +296,7 @@ class ReferenceConfig(BaseModel):
 
     model_config = STRICT
 
-    num_images: int = Field(default=256, ge=2)
+    num_images: Count = Field(default=256, ge=2)
     synthesis: ReferenceSynthesisConfig = DeepInversionConfig()
 
 
@@ -290,11 +305,11 @@ class TrialConfig(BaseModel):
 
     model_config = STRICT
 
-    teacher: str = Field(description="bundle folder or URI, or the name of a bundled teacher")
+    teacher: Name = Field(description="bundle folder or URI, or the name of a bundled teacher")
     pruning: PruningConfig = PruningConfig()
     student: StudentConfig = StudentConfig()
     synthesis: SynthesisConfig = DeepInversionConfig()
-    bn_num_images: int = Field(
+    bn_num_images: Count = Field(
         default=1024, ge=2, description="images for BatchNorm re-estimation, rounded up to batches"
     )
     distillation: DistillationConfig = DistillationConfig()
@@ -318,113 +333,24 @@ class TeacherTrainingConfig(BaseModel):
 
     model_config = STRICT
 
-    architecture: str
-    arguments: dict[str, Any] = Field(default_factory=dict)
-    dataset: str
-    image_size: int | None = Field(default=None, ge=8, description="pixels; null: the data set's own, 28 padded to 32")
-    num_epochs: int = Field(default=20, ge=1)
-    batch_size: int = Field(default=256, ge=2)
-    learning_rate: float = Field(default=0.2, gt=0, description="peak of OneCycle, for the whole batch")
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    weight_decay: float = Field(default=5e-4, ge=0)
-    shift: int = Field(default=2, ge=0, description="largest shift with zero padding, pixels")
+    architecture: Name
+    arguments: Arguments = Field(default_factory=dict)
+    dataset: Name
+    image_size: ImageSize | None = Field(default=None, description="pixels; null: the data set's own, 28 padded to 32")
+    num_epochs: Count = Field(default=20, ge=1)
+    batch_size: BatchSize = Field(default=256)
+    learning_rate: Number = Field(default=0.2, gt=0, description="peak of OneCycle, for the whole batch")
+    momentum: Number = Field(default=0.9, ge=0, lt=1)
+    weight_decay: Number = Field(default=5e-4, ge=0)
+    shift: Pixels = Field(default=2, description="largest shift with zero padding, pixels")
     flip: bool = True
-    num_validation: int = Field(
+    num_validation: Count = Field(
         default=0, ge=0, description="training images held out of training (the last ones of a seeded shuffle)"
     )
     precision: Precision = "bfloat16"
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = Field(default=0)
     num_threads: Threads = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"
-
-
-Model = TypeVar("Model", bound=BaseModel)
-
-
-def validate(model: type[Model], data: Mapping[str, Any], where: str = "config") -> Model:
-    """Build a config from plain data. `ValueError` carries every error at once, one line each with its path."""
-    try:
-        return model.model_validate(dict(data))
-    except ValidationError as error:
-        raise ValueError("\n".join(describe(model, item, where) for item in error.errors())) from None
-
-
-def describe(model: type[BaseModel], error: Mapping[str, Any], where: str) -> str:
-    """One pydantic error as one line: where, what was given, what was expected."""
-    path = [str(part) for part in error["loc"] if part not in SYNTHESIS_CONFIGS]
-    name = ".".join(path) or where
-    given = error.get("input")
-    if error["type"] == "extra_forbidden":
-        names = [path for path in field_paths(model) if path != name]
-        close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        return f"{where}: {name}: unknown field{hint}"
-    if error["type"] == "missing":
-        return f"{where}: {name}: missing, a value is needed"
-    if error["type"] == "union_tag_invalid":
-        expected = error["ctx"]["expected_tags"].replace("'", "")
-        return f"{where}: {name}.method: unknown method {_method(given)!r}; expected {expected}"
-    message = error["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(given, Mapping | BaseModel) else f" (given: {given!r})"
-    return f"{where}: {name}: {message[0].lower() + message[1:]}{shown}"
-
-
-def field_paths(model: type[BaseModel], prefix: str = "") -> Iterable[str]:
-    """Every dotted field name below `model`."""
-    for name, field in model.model_fields.items():
-        yield prefix + name
-        for kind in nested_models(field.annotation):
-            yield from field_paths(kind, f"{prefix}{name}.")
-
-
-def nested_models(annotation: Any) -> list[type[BaseModel]]:
-    """The pydantic models in an annotation, through unions and `Annotated`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for part in getattr(annotation, "__args__", ()) for model in nested_models(part)]
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping. `ValueError` where the file is missing, broken or something else."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: expected a mapping of fields, got {type(data).__name__}")
-    return data
-
-
-def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
-    """`["a.b=1", "c=x"]` as `{"a.b": 1, "c": "x"}`; values are YAML scalars or lists. `ValueError` without a `=`."""
-    overrides = {}
-    for assignment in assignments:
-        name, equals, text = assignment.partition("=")
-        if not equals or not name.strip():
-            raise ValueError(f"--set {assignment!r}: expected FIELD=VALUE, as in distillation.temperature=4")
-        try:
-            overrides[name.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ValueError(f"--set {assignment!r}: the value is not valid YAML") from None
-    return overrides
-
-
-def with_overrides(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of nested `data` with dotted `overrides` put in. `ValueError` where a path runs through a plain value."""
-    result: dict[str, Any] = {k: with_overrides(v, {}) if isinstance(v, Mapping) else v for k, v in data.items()}
-    for name, value in overrides.items():
-        *parents, leaf = name.split(".")
-        node = result
-        for parent in parents:
-            if node.get(parent) is None:  # absent, or an empty section of a file
-                node[parent] = {}
-            node = node[parent]
-            if not isinstance(node, dict):
-                raise ValueError(f"{name}: {parent!r} is a plain value, it has no fields")
-        node[leaf] = with_overrides(value, {}) if isinstance(value, Mapping) else value
-    return result
 
 
 def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -460,9 +386,20 @@ def follows(field: str) -> bool:
     return field.rpartition(".")[2] == "record_sha256"
 
 
-def synthesis_key(teacher_hash: str, config: BaseModel, domain: str = "train") -> str:
-    """Hash of the teacher and every field that changes pixels (design: one key, one sequence of batches).
+def versions() -> dict[str, int]:
+    """The versions of the algorithms, as the columns of a row."""
+    return {"trial_version": TRIAL_VERSION, "synthesis_version": SYNTHESIS_VERSION}
 
-    `domain` separates the seeds of the held-out reference set from those of training images.
+
+def seeds_key(teacher_hash: str, config: BaseModel, domain: str = "train") -> str:
+    """Hash of the teacher and every field that changes pixels: what the seeds of batches come from.
+
+    `domain` separates the seeds of the held-out reference set from those of training images. The algorithm's version
+    is not in it: to raise that alone changes no image.
     """
     return stable_hash({"teacher": teacher_hash, "config": config.model_dump(mode="json"), "domain": domain})
+
+
+def synthesis_key(teacher_hash: str, config: BaseModel, domain: str = "train") -> str:
+    """Hash of all that decides pixels, `SYNTHESIS_VERSION` included (design: one key, one sequence of batches)."""
+    return stable_hash({"of": seeds_key(teacher_hash, config, domain), "version": SYNTHESIS_VERSION})

@@ -281,8 +281,11 @@ def test_set_values_are_yaml(assignment, parsed):
     assert parse_overrides([assignment]) == parsed
 
 
-def test_the_last_set_of_a_field_wins():
-    assert parse_overrides(["a=1", "b=2", "a=3"]) == {"a": 3, "b": 2}
+def test_a_field_set_twice_to_two_values_is_refused_with_both():
+    assert parse_overrides(["a=1", "b=2", "a=1.0"]) == {"a": 1, "b": 2}
+    for both in (["a=1", "a=3"], ["a=1", "a=true"], ["a.b=1", "a={b: 2}"], ["a={b: 2}", "a.b=1"]):
+        with pytest.raises(ValueError, match=r"^--set a\S*: (set twice, to 1 and to|lies within a)"):
+            parse_overrides(both)
 
 
 @pytest.mark.parametrize("assignment", ["a.b", "=1", "", "a=[1", "a={"])

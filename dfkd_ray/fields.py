@@ -1,0 +1,131 @@
+"""Types of config fields, with their bounds, and the validation of plain data against configs.
+
+What a field takes can be hashed, written to a table, and held by float32 or a seed. true is no number, and text is
+none; all errors come at once, one line each with the path.
+"""
+
+import difflib
+import itertools
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from dfkd_ray.plain import LARGEST, fault, given, named, text_fault
+
+STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+METHODS = ("deepinversion", "records", "noise", "real")  # of synthesis: tags of a union, no parts of a path
+MOST_ERRORS = 20  # lines of one refusal
+
+
+def _a_number(value: Any) -> Any:
+    if isinstance(value, bool | str | bytes):  # which pydantic takes for numbers
+        raise ValueError("input should be a number")
+    return value
+
+
+def _a_text(value: str) -> str:
+    if wrong := text_fault(value):
+        raise ValueError(wrong)
+    return value
+
+
+def plain(most: int) -> BeforeValidator:
+    """A field takes plain data of at most so many values, and nothing that cannot be hashed and written to a table."""
+
+    def check(value: Any) -> Any:
+        if wrong := fault(value, most):
+            raise ValueError(wrong)
+        return value
+
+    return BeforeValidator(check)
+
+
+# A bound given here wins over the same one of a field: `Count` and `Number` leave the lower one to it.
+NUMBER = BeforeValidator(_a_number)
+LARGEST_FLOAT = 1e38  # float32 ends at 3.4e38
+Seed = Annotated[int, Field(ge=0, le=LARGEST), NUMBER]
+Count = Annotated[int, Field(le=10**9), NUMBER]
+BatchSize = Annotated[int, Field(ge=2, le=10**6), NUMBER]
+ImageSize = Annotated[int, Field(ge=8, le=4096), NUMBER]
+Pixels = Annotated[int, Field(ge=0, le=256), NUMBER]
+Number = Annotated[float, Field(le=LARGEST_FLOAT), NUMBER]
+Share = Annotated[float, Field(le=1), NUMBER]
+Weight = Annotated[float, Field(ge=0, le=LARGEST_FLOAT), NUMBER]
+Threads = Annotated[
+    int, Field(ge=1, le=1024, description="CPU threads; gradients differ in the last bits with it"), NUMBER
+]
+Name = Annotated[str, Field(min_length=1), AfterValidator(_a_text)]
+Arguments = Annotated[dict[str, Any], plain(1000)]
+
+
+def method_of(value: Any) -> str:
+    """The synthesis method of a config or its plain data; what is no text is the name of none."""
+    if isinstance(value, Mapping):
+        method = value.get("method", "deepinversion")
+        return method if isinstance(method, str) else given(method)
+    return str(getattr(value, "method", "deepinversion"))
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def validate(model: type[Model], data: Mapping[str, Any], where: str = "config") -> Model:
+    """Build a config from plain data. `ValueError` carries every error at once, one line each with its path.
+
+    Of more than `MOST_ERRORS` the rest are counted.
+    """
+    try:
+        return model.model_validate(dict(data) if isinstance(data, Mapping) else data)
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        raise ValueError("\n".join(first_of((describe(model, e, where) for e in errors), len(errors)))) from None
+
+
+def first_of(lines: Iterable[str], num: int) -> list[str]:
+    """The first `MOST_ERRORS` of so many lines of errors, and how many there are beside them."""
+    shown = list(itertools.islice(lines, MOST_ERRORS))
+    return shown if num <= MOST_ERRORS else [*shown, f"and {num - MOST_ERRORS:,} errors more"]
+
+
+def describe(model: type[BaseModel], error: Mapping[str, Any], where: str) -> str:
+    """One pydantic error as one line: where, what was given, what was expected."""
+    path = ".".join(str(part) for part in error["loc"] if part not in METHODS)
+    value = error.get("input")
+    place = f"{named(where)}: {named(path)}" if path else named(where)
+    if error["type"] == "extra_forbidden":
+        return f"{place}: unknown field{hint(model, path)}"
+    if error["type"] == "missing":
+        return f"{place}: missing, a value is needed"
+    if error["type"] == "union_tag_invalid":
+        expected = error["ctx"]["expected_tags"].replace("'", "")
+        return f"{place}.method: unknown method {given(method_of(value))}; expected {expected}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] in ("model_type", "dict_type"):
+        message = "input should be a mapping of fields"
+    shown = "" if isinstance(value, Mapping | BaseModel) else f" (given: {given(value)})"
+    return f"{place}: {message[0].lower() + message[1:]}{shown}"
+
+
+@lru_cache(maxsize=1000)
+def hint(model: type[BaseModel], path: str) -> str:
+    """The field of `model` that was meant by an unknown one, as the end of an error; empty where none is like it."""
+    names = [name for name in field_paths(model) if name != path] if len(path) < 100 else []
+    close = difflib.get_close_matches(path, names, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def field_paths(model: type[BaseModel], prefix: str = "") -> Iterable[str]:
+    """Every dotted field name below `model`."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for kind in nested_models(field.annotation):
+            yield from field_paths(kind, f"{prefix}{name}.")
+
+
+def nested_models(annotation: Any) -> list[type[BaseModel]]:
+    """The pydantic models in an annotation, through unions and `Annotated`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in getattr(annotation, "__args__", ()) for model in nested_models(part)]

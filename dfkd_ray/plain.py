@@ -1,0 +1,132 @@
+"""Plain data: what a table, a hash and JSON can hold. Mappings with names, lists, text, numbers, booleans and null.
+
+Nothing of the user's is looked into before it is known to be plain, and no more of it than fits is shown in an error.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from dfkd_ray.text import shortened
+from dfkd_ray.text import shown as printable
+
+MOST_DEPTH = 24  # of lists and mappings within each other
+MOST_SIGNS = 4096  # of a text: a name, a path, a URI
+LARGEST = 2**63 - 1  # what a table's whole numbers hold
+SHOWN, SHOWN_PATH = 80, 120  # signs of a value and of a path in an error
+
+
+def given(value: Any, most: int = SHOWN) -> str:
+    """A value of any kind and size as an error shows it: as Python writes it, on one line, shortened."""
+    return cut(printable(written(value, 3)), most)
+
+
+def named(path: object) -> str:
+    """A path or a name as an error shows it."""
+    return cut(printable(path), SHOWN_PATH)
+
+
+def cut(text: str, most: int) -> str:
+    """A text shortened in the middle; where it is a URI, without what opens it, half of which would not be masked."""
+    if len(text) > most and "://" in text:
+        text = re.sub(r"://[^/]*@", "://***@", text.partition("?")[0])
+    return shortened(text, most)
+
+
+def written(value: Any, depth: int) -> str:
+    """A value as Python writes it, without most of what is large."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= MOST_SIGNS else value[:MOST_SIGNS])
+    if isinstance(value, int) and not isinstance(value, bool):
+        # Python refuses to write what has more than 4,300 digits.
+        return str(value) if abs(value) < 10**30 else f"a number of {math.ceil(value.bit_length() * 0.30103)} digits"
+    if isinstance(value, Mapping):
+        if depth == 0 and value:
+            return "{…}"
+        inner = [f"{written(k, 0)}: {written(v, depth - 1)}" for k, v in list(value.items())[:5]]
+        return "{" + ", ".join([*inner, *["…"][: len(value) > 5]]) + "}"
+    if isinstance(value, list | tuple):
+        if depth == 0 and value:
+            return "[…]"
+        return "[" + ", ".join([*(written(v, depth - 1) for v in value[:5]), *["…"][: len(value) > 5]]) + "]"
+    return repr(value)
+
+
+def text_fault(text: str) -> str | None:
+    """Why a text cannot be written to a table or used as a name; None where it can."""
+    if len(text) > MOST_SIGNS:
+        return f"a text of {len(text):,} characters; at most {MOST_SIGNS:,} are taken"
+    if "\0" in text:
+        return "a text with a NUL character"
+    return "a text with half a character (a lone surrogate)" if any("\ud800" <= s <= "\udfff" for s in text) else None
+
+
+def fault(data: Any, most: int) -> str | None:
+    """Why data is not plain, too deep, or of more than `most` values, with the place in it; None where it is good."""
+    todo, num = [(data, "", 0)], 0
+    while todo:
+        value, place, depth = todo.pop()
+        num += 1
+        if num > most:
+            return f"more than {most:,} values"
+        where = f"{shortened(printable(place), SHOWN)}: " if place else ""
+        if isinstance(value, Mapping | list | tuple):
+            if depth == MOST_DEPTH:
+                return f"{where}nested deeper than {MOST_DEPTH} levels"
+            items = value.items() if isinstance(value, Mapping) else enumerate(value)
+            for key, inner in items:
+                if isinstance(value, Mapping) and not isinstance(key, str):
+                    return f"{where}{given(key)} is no name; write it in quotes"
+                if isinstance(key, str) and (wrong := text_fault(key)):
+                    return f"{where}{wrong} in place of a name"
+                todo.append((inner, f"{place}.{key}" if place else str(key), depth + 1))
+        elif wrong := scalar_fault(value):
+            return where + wrong
+    return None
+
+
+def scalar_fault(value: Any) -> str | None:
+    """Why a single value is not plain; None where it is."""
+    if isinstance(value, str):
+        return text_fault(value)
+    if isinstance(value, int):
+        return None if -LARGEST <= value <= LARGEST else f"{given(value)} does not fit into 64 bits"
+    if isinstance(value, float):
+        return None if math.isfinite(value) else f"{value} is not finite"
+    return None if value is None else f"expected a number, text, true, false or null, got {type(value).__name__}"
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two plain values are the same; true is not 1, but 1.0 is."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(alike(value, other[name]) for name, value in one.items())
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(alike, one, other))
+    return isinstance(one, bool) == isinstance(other, bool) and one == other
+
+
+def with_overrides(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested `data` with dotted `overrides` put in; neither is changed, parts are shared.
+
+    `ValueError` where a path runs through a plain value.
+    """
+    result = dict(data)
+    for name, value in overrides.items():
+        *parents, leaf = name.split(".")
+        above = result
+        for parent in parents:
+            inner = above.get(parent)
+            if inner is not None and not isinstance(inner, Mapping):
+                raise ValueError(f"{named(name)}: {given(parent)} is a plain value, it has no fields")
+            above[parent] = dict(inner or {})  # absent, or an empty section of a file
+            above = above[parent]
+        above[leaf] = value
+    return result
+
+
+def value_at(data: Any, name: str) -> Any:
+    """The value of a dotted name in nested data; None where there is none."""
+    for part in name.split("."):
+        data = data.get(part) if isinstance(data, Mapping) else None
+    return data
