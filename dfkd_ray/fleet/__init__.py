@@ -6,12 +6,6 @@ batch holds does not depend on who makes it, so a synthesizer, the coordinator o
 Importing this imports no torch: the coordinator's process starts sooner and stays small without it.
 """
 
-import logging
-import os
-import secrets
-import signal
-import socket
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dfkd_ray.fleet.coordinator import MAX_TIMEOUTS, Coordinator, Settings
 from dfkd_ray.fleet.placement import Node, Placement, added_cpus, first_machines, plan
+from dfkd_ray.fleet.session import connected
 
 if TYPE_CHECKING:
     from dfkd_ray.bundles import Teacher
@@ -44,21 +39,7 @@ __all__ = [
     "started",
 ]
 
-# Ray prints boxes, hints and warnings about things that this package decides; read before Ray starts its processes.
-QUIET = {
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Synthesizers and trials share cores: threads that spin while they wait would take them from each other.
-    "OMP_WAIT_POLICY": "passive",
-}
-# Of the sessions that this process starts: whoever does not know it can neither run code in them nor read from them.
-TOKEN = secrets.token_hex(32)
 START_S = 120.0
-CONNECT_S = 5.0
 BUDGET_SHARE = 0.3  # of the smallest node's object store, for references to batches
 
 
@@ -91,53 +72,6 @@ class Fleet:
             return ray.get(self.coordinator.status.remote(), timeout=timeout_s)
         except (RayError, GetTimeoutError):
             return None
-
-
-@contextmanager
-def connected(address: str | None = None, **options: Any) -> Iterator[None]:
-    """A Ray session, quiet and left at the end: the one there is, that of a cluster (`HOST:PORT`, or `auto` for one on
-    this machine; None reads RAY_ADDRESS), or one of our own, shut down at the end.
-
-    One of our own has no dashboard, and a token that nobody else knows, unless RAY_AUTH_MODE says what it is to be.
-    `OSError`, in one line, for a cluster that does not answer.
-    """
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    if ray.is_initialized():
-        yield
-        return
-    # "local", because None would also take up with whatever cluster was started on this machine last.
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
-    on_terminate = signal.getsignal(signal.SIGTERM)
-    try:
-        if address == "local":
-            if "RAY_AUTH_MODE" not in os.environ:  # then a local session has a token, this one
-                os.environ["RAY_AUTH_TOKEN"] = TOKEN
-            options = {"include_dashboard": False, **options}
-            ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **options)
-        else:
-            join(address, **options)
-        if callable(on_terminate) and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own there
-        yield
-    finally:
-        ray.shutdown()
-
-
-def join(address: str, **options: Any) -> None:
-    """Connect to a running cluster, or say in one line why not."""
-    host, colon, port = address.rpartition(":")
-    if "://" in address or (address != "auto" and not (host and colon and port.isdigit())):
-        raise ValueError(f"--address {address!r}: expected HOST:PORT of a cluster's head, as in 10.0.0.1:6379, or auto")
-    advice = "run this on one of its machines, with RAY_AUTH_MODE=token if it wants one; `ray start --head` starts one"
-    try:
-        if address != "auto":
-            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
-        ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **options)
-    except (OSError, RuntimeError, ValueError, RayError) as error:
-        where = "on this machine" if address == "auto" else f"at {address}"
-        reason = " ".join(str(error).split())[:200].rstrip(".")
-        raise ConnectionError(f"no Ray cluster to be reached {where} ({reason}); {advice}") from None
 
 
 def nodes() -> list[Node]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayTaskError
 
-from dfkd_ray.fleet import connected
+from dfkd_ray.fleet.session import connected
 
 if TYPE_CHECKING:
     from dfkd_ray.bundles import Teacher
@@ -25,11 +25,12 @@ def fit(
     *,
     address: str | None = None,
     progress: Callable[[int], None] | None = None,
+    on_lost: Callable[[str], None] | None = None,
 ) -> "Totals":
-    """`recording.fit` of every shard by Ray workers, merged. `ValueError` as there."""
+    """`recording.fit` of every shard by Ray workers, merged; `on_lost` is that of `connected`. `ValueError` as there."""
     from dfkd_ray import bundles, recording
 
-    with connected(address):
+    with connected(address, on_lost=on_lost):
         task: Any = ray.remote(fit_shard)
         task = task.options(num_cpus=min(num_threads, max(1.0, ray.cluster_resources().get("CPU", 1.0))))
         read, shared = ray.put(shards[0].read), ray.put((plan, bundles.to_arrays(teacher)))

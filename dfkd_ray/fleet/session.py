@@ -1,0 +1,213 @@
+"""Ray sessions: one of our own on this machine, or that of a cluster; what they may import, where they listen.
+
+A session of our own listens on loopback, asks everybody for a token and keeps its files in a private folder. Workers of
+either import from where their driver imports. Ray does none of this unless it is made to below.
+"""
+
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from dfkd_ray import scratch
+from dfkd_ray.fleet import authentication, watching
+
+# Ray prints boxes, hints and warnings about things that this package decides; read before Ray starts its processes.
+QUIET = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Synthesizers and trials share cores: threads that spin while they wait would take them from each other.
+    "OMP_WAIT_POLICY": "passive",
+}
+CONNECT_S = 5.0
+SOCKET_BYTES = 107 if sys.platform == "linux" else 103  # the longest path of a socket
+# What comes after the folder for temporary files: ours, Ray's session in it, and the longest name of a socket.
+BELOW = "/dfkd_ray-ray-12345678/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+SHORT = "/tmp"
+FEW_FILES = 256  # with fewer open files Ray does not start, or dies in the middle of a sweep
+FEW_BYTES = 10 << 20
+SHOWN = 100  # characters of what Ray or the user says
+
+
+class Importable(list[str]):
+    """Folders that Ray puts first on the path of every worker: of those it names, the ones that the driver has too.
+
+    Ray adds the working folder whatever the driver does, and a `torch.py` there would be every worker's torch.
+    """
+
+    def extend(self, folders: Iterable[str]) -> None:
+        """As `list.extend`, for what the driver itself imports from."""
+        here = {os.path.realpath(folder) for folder in sys.path}
+        super().extend(folder for folder in folders if os.path.realpath(folder) in here)
+
+
+@contextmanager
+def connected(
+    address: str | None = None, *, on_lost: Callable[[str], None] | None = None, **options: Any
+) -> Iterator[None]:
+    """A Ray session, quiet and left at the end: the one there is, that of a cluster (`HOST:PORT`, or `auto` for one on
+    this machine; None reads RAY_ADDRESS), or one of our own, shut down at the end.
+
+    One of our own has no dashboard, and a token that nobody else knows, unless RAY_AUTH_MODE says what it is to be.
+    `on_lost` is called in a thread of its own, with one line, when Ray's processes or the cluster's head are gone:
+    nothing of the session answers any more, and Ray ends this process a minute later.
+    `ValueError` for an address or a mode that is none; `OSError`, in one line, where Ray does not start or answer.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if ray.is_initialized():
+        yield
+        return
+    # "local", because None would also take up with whatever cluster was started on this machine last.
+    chosen = address or os.environ.get("RAY_ADDRESS", "").strip() or "local"
+    authentication.settle()
+    scratch.remove_dead([tempfile.gettempdir(), os.environ.get("RAY_TMPDIR") or SHORT, SHORT])
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    with ExitStack() as stack:
+        if chosen == "local":
+            options = stack.enter_context(with_private_folders({"include_dashboard": False, **options}))
+            stack.callback(ray.shutdown)
+            start(options)
+        else:
+            stack.callback(ray.shutdown)
+            join(chosen, "--address" if address else "RAY_ADDRESS, in the environment,", options)
+        if callable(on_terminate) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own there
+        stack.enter_context(watching.watched(on_lost, is_own=chosen == "local"))
+        yield
+
+
+def start(options: dict[str, Any]) -> None:
+    """Start Ray on this machine. `OSError`, in one line, says why not and what to do."""
+    authentication.use_own_token()
+    folder = options["_temp_dir"]
+    check_room(folder)
+    try:
+        with on_loopback():
+            init("local", options)
+    except Exception as error:  # noqa: BLE001 - Ray raises whatever it met, plain `Exception` too
+        raise OSError(
+            f"Ray does not start on this machine ({shown(error)}); see that it has memory, open files and processes "
+            f"(`ulimit -a`) and room in {shown(folder)} to spare, then run the same command again"
+        ) from None
+
+
+def join(address: str, source: str, options: dict[str, Any]) -> None:
+    """Connect to a running cluster, or say in one line why not; `source` says who gave the address."""
+    host, colon, port = address.rpartition(":")
+    is_port = port.isascii() and port.isdigit() and 0 < int(port[:6]) < 1 << 16
+    if "://" in address or (address != "auto" and not (host and colon and is_port)):
+        what = "; that is where jobs are submitted, not where sweeps connect" if address.startswith("http") else ""
+        unset = "" if source.startswith("--") else "; unset it to run on this machine alone"
+        raise ValueError(
+            f"{source} {shown(repr(address))}: expected HOST:PORT of a cluster's head, as in 10.0.0.1:6379, or auto"
+            f"{what}{unset}"
+        )
+    where = "on this machine" if address == "auto" else f"at {shown(address)}"
+    where += "" if source.startswith("--") else f" ({source.split(',')[0]})"
+    advice = "run this on one of its machines, with RAY_AUTH_MODE=token if it wants one; `ray start --head` starts one"
+    try:
+        if address != "auto":
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+        init(address, options)
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        raise ConnectionError(f"no Ray cluster to be reached {where} ({shown(error)}); {advice}") from None
+
+
+def init(address: str, options: dict[str, Any]) -> None:
+    """`ray.init`, quiet, with workers that import from where this process does."""
+    from ray.job_config import JobConfig
+
+    job = JobConfig()
+    job._py_driver_sys_path = Importable()
+    ray.init(address, logging_level=logging.ERROR, log_to_driver=False, job_config=job, **options)
+
+
+@contextmanager
+def on_loopback() -> Iterator[None]:
+    """While open, a session that is started is one of this machine alone: Ray's processes listen on loopback.
+
+    Ray has this for Windows and macOS, where other addresses bring up the firewall's questions. `_node_ip_address` does
+    not: Ray replaces a loopback address by the machine's own.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def with_private_folders(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """`options` with a private folder for the session's files, unless they name one; removed at the end.
+
+    Sockets must have short paths. Where the folder for temporary files is too deep they go below /tmp, and what does
+    not fit into memory goes where it would have gone.
+    """
+    if "_temp_dir" in options:
+        yield options
+        return
+    given = os.environ.get("RAY_TMPDIR", "").strip()
+    with ExitStack() as stack:
+        base, deep = given or tempfile.gettempdir(), None
+        if len(os.fsencode(base + BELOW)) > SOCKET_BYTES:
+            most = SOCKET_BYTES - len(BELOW)
+            if given:
+                raise OSError(f"RAY_TMPDIR {shown(given)}: sockets need a path of at most {most} bytes; choose another")
+            base, deep = SHORT, base
+        try:
+            if deep is not None:
+                options = {
+                    "_object_spilling_directory": str(stack.enter_context(scratch.folder("spill", deep)))
+                } | options
+            folder = stack.enter_context(scratch.folder("ray", base))
+        except OSError as error:
+            raise OSError(
+                f"Ray's files cannot be kept in {shown(base)} ({error.strerror or shown(error)}); set RAY_TMPDIR to a "
+                "folder that can be written, with a short path"
+            ) from None
+        yield options | {"_temp_dir": str(folder)}
+
+
+def check_room(folder: str) -> None:
+    """`OSError` where Ray would not start, or stop in the middle: few open files, no room for its files."""
+    with suppress(ImportError):
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if 0 <= most < FEW_FILES:
+            raise OSError(
+                f"Ray needs more than the {most} open files that a process may have here; allow some thousand "
+                "(`ulimit -n 4096`), then run the same command again"
+            )
+    with suppress(AttributeError):
+        found = os.statvfs(folder)
+        free = found.f_bavail * found.f_frsize
+        if free < FEW_BYTES:
+            raise OSError(
+                f"{shown(Path(folder).parent)} has {free / 1e6:.0f} MB free, too little for Ray's files; free some "
+                "space, or set RAY_TMPDIR to another folder, then run the same command again"
+            )
+
+
+def shown(said: object) -> str:
+    """What somebody says, in one line that is not long."""
+    text = " ".join(str(said).split()).rstrip(".")
+    return text if len(text) <= SHOWN else text[: SHOWN // 2] + "…" + text[-SHOWN // 2 :]
