@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 import dfkd_ray
-from dfkd_ray import storage
+from dfkd_ray import storage, targets
 from dfkd_ray.batches import NO_LABEL, Batch
 
 SCHEMA = "dfkd_ray.images/1"
@@ -35,6 +35,8 @@ RECORD, UNFINISHED = "synthesis.json", ".synthesis.json"
 TRAIN, UNLABELLED = "train", "unlabelled"
 PNG_CHANNELS = (1, 3)
 WRITERS = 8  # threads that write PNG files: most of their time goes to waiting for the disk
+
+IMAGE_SET = targets.Product("a set of images", dict.fromkeys((RECORD, UNFINISHED), targets.claims(SCHEMA)))
 
 COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "image": (pa.binary(), "a PNG file (uint8 with 1 or 3 channels), else bytes in C order, little-endian"),
@@ -89,6 +91,7 @@ def prepare(export: Export) -> list[int]:
             f"--format folder writes PNG files of 1 or 3 channels, the images of {export.teacher} have {channels}; "
             "use --format parquet"
         )
+    targets.check(export.folder, IMAGE_SET)
     check_folder(export)
     missing = [index for index in range(export.num_batches) if not is_written(export, index)]
     about = {"schema": SCHEMA, "key": export.key, "format": export.format, "num_images": export.num_images}
@@ -101,8 +104,6 @@ def prepare(export: Export) -> list[int]:
 def check_folder(export: Export) -> None:
     """`ValueError` where a folder holds other images, or more of these than asked for."""
     folder = export.folder
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out {folder}: not a folder")
     images = [folder / TRAIN, folder / UNLABELLED, *sorted(folder.glob("part-*.parquet"))]
     images = [path for path in images if path.exists()]
     # A run that failed before its first image has claimed nothing.
@@ -120,19 +121,17 @@ def check_folder(export: Export) -> None:
                 f"--out {folder}: it holds {record['num_images']} images, or was going to; for fewer "
                 f"({export.num_images}) choose another folder: their batches are in the cache"
             )
-    if images and not known:
-        raise ValueError(
-            f"--out {folder}: {images[0].name} is there already, and no {RECORD} says of what; choose another folder"
-        )
 
 
 def read_record(path: Path) -> dict[str, Any]:
     """What a folder says it holds."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         record = None
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+    kinds = {"schema": str, "key": str, "format": str, "num_images": int}
+    whole = isinstance(record, dict) and all(type(record.get(name)) is kind for name, kind in kinds.items())
+    if not whole or record["schema"] != SCHEMA:
         raise ValueError(f"{path}: damaged, or not of schema {SCHEMA!r}; choose another folder")
     return record
 

@@ -7,10 +7,10 @@ system between the two (`fsspec+sftp://`) may show a file while it is written: w
 """
 
 import contextlib
+import errno
 import os
 import re
 import secrets
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, wraps
@@ -19,8 +19,13 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from pyarrow import fs
 
+from dfkd_ray.plain import given
+
 # What a write that was killed leaves behind on a disk ends like this.
 PART = ".part"
+PART_NAME = re.compile(r"\..+\.\d+-[0-9a-f]+\.part", re.DOTALL)
+PROBE = ".probe-"  # begins the names of files that try whether a place can be written
+PROBE_NAME = re.compile(r"\.(probe|seen)-[0-9a-f]{8}")
 # A password may hold a slash that should have been escaped: all up to the last @ of the word goes.
 SECRET = re.compile(
     r"(://)[^/@?:\s]*:[^@\s]*(?=@)|([?&][^=&\s]*(?:secret|token|key|sig|passw|credential)[^=&\s]*=)[^&\s]*",
@@ -88,20 +93,23 @@ class Folder:
         return f"Folder({str(self)!r})"
 
     def __truediv__(self, name: str) -> "Folder":
-        assert name and "/" not in name and name not in (".", ".."), name
+        # Names come out of tables and headers too: none may lead elsewhere.
+        if not name or "/" in name or "\0" in name or name in (".", ".."):
+            raise ValueError(f"{given(name)}: no name of a file or folder in {self}")
         if self.is_local:
             return Folder(os.path.join(self.where, name))
         return Folder(self.where, f"{self.below}/{name}" if self.below else name)
 
     @refusing
-    def read(self, name: str) -> bytes | None:
-        """The content of a file, or None when it is not there."""
+    def read(self, name: str, most: int | None = None) -> bytes | None:
+        """The content of a file, or None when it is not there; with `most` its beginning, so many bytes."""
         try:
             if self.is_local:
-                return (self.path / name).read_bytes()
+                with (self.path / name).open("rb") as file:
+                    return file.read(-1 if most is None else most)
             system, path = self._remote(name)
             with system.open_input_file(path) as file:
-                return file.read()
+                return file.read(most)
         except FileNotFoundError:
             return None
 
@@ -140,10 +148,14 @@ class Folder:
             return dict(sorted(found.items()))
         found = {}
         for entry in self._local_listing():
-            with contextlib.suppress(FileNotFoundError):  # a temporary file may go while it is looked at
+            try:
                 if entry.is_file():
                     status = entry.stat()
                     found[entry.name] = (status.st_size, status.st_mtime)
+            except OSError as error:
+                # A temporary file may go while it is looked at; a link that leads to itself is no file.
+                if error.errno not in (errno.ENOENT, errno.ELOOP):
+                    raise
         return dict(sorted(found.items()))
 
     @refusing
@@ -166,14 +178,36 @@ class Folder:
                 system.delete_file(path)
 
     @refusing
-    def remove_all(self) -> None:
-        """Remove the folder and everything in it, if it is there."""
-        with contextlib.suppress(FileNotFoundError):
-            if self.is_local:
-                shutil.rmtree(self.path)
+    def clear(self, is_own: Callable[[str], bool]) -> list[str]:
+        """Remove the plain files whose names are `is_own`, then the folder if it is empty; returns what stays.
+
+        What is no plain file stays, a link too; where the folder itself is one, everything does.
+        """
+        if self.is_local and self.path.is_symlink():
+            return sorted(os.listdir(self.path)) if self.path.is_dir() else []
+        kept = []
+        if self.is_local:
+            for entry in self._local_listing():
+                if entry.is_file(follow_symlinks=False) and (is_own(entry.name) or is_leftover(entry.name)):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(entry.path)
+                else:
+                    kept.append(entry.name)
+            if not kept:
+                with contextlib.suppress(FileNotFoundError):
+                    self.path.rmdir()
+            return sorted(kept)
+        for name in self.sizes():
+            if is_own(name) or is_leftover(name):
+                self.remove(name)
             else:
-                system, path = self._remote()
+                kept.append(name)
+        kept += [inner.name for inner in self.folders()]
+        if not kept:
+            system, path = self._remote()
+            with contextlib.suppress(FileNotFoundError):  # object stores have no empty folders
                 system.delete_dir(path)
+        return sorted(kept)
 
     def _remote(self, *names: str) -> tuple[fs.FileSystem, str]:
         system, path = opened(self.where)
@@ -260,18 +294,43 @@ def in_one_line(error: BaseException) -> str:
 
 
 def write_local(parent: Path, name: str, data: Sequence[bytes | memoryview]) -> None:
-    """Hidden temporary name in the same folder, fsync, rename."""
+    """One file of `write_files`."""
+    write_files(parent, {name: data})
+
+
+def write_files(parent: Path, files: Mapping[str, Sequence[bytes | memoryview]]) -> None:
+    """Each under a hidden temporary name in the same folder, fsync; when all are there, renamed in their order.
+
+    After an error there is what was there before.
+    """
     parent.mkdir(parents=True, exist_ok=True)
-    # The process id alone is not enough: threads share it, and hosts that share a disk may both have it.
-    partial = parent / f".{name}.{os.getpid()}-{secrets.token_hex(4)}{PART}"
+
+    def hidden(name: str) -> Path:
+        # The process id alone is not enough: threads share it, and hosts that share a disk may both have it.
+        return parent / f".{name}.{os.getpid()}-{secrets.token_hex(4)}{PART}"
+
+    partials, old = {name: hidden(name) for name in files}, {name: hidden(name) for name in files}
+    renamed: list[str] = []
     try:
-        with partial.open("xb") as file:
-            file.writelines(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, parent / name)
+        for name, data in files.items():
+            with partials[name].open("xb") as file:
+                file.writelines(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for name, partial in partials.items():
+            if len(files) > 1:
+                with contextlib.suppress(OSError):  # not there yet, or a disk without hard links
+                    os.link(parent / name, old[name])
+            os.replace(partial, parent / name)
+            renamed.append(name)
+    except OSError:
+        for name in renamed:
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(old[name], parent / name)
+        raise
     finally:
-        partial.unlink(missing_ok=True)
+        for leftover in (*partials.values(), *old.values()):
+            leftover.unlink(missing_ok=True)
 
 
 def put(system: fs.FileSystem, path: str, data: Sequence[bytes | memoryview]) -> None:
@@ -292,4 +351,9 @@ def put(system: fs.FileSystem, path: str, data: Sequence[bytes | memoryview]) ->
 
 def is_part(name: str) -> bool:
     """Whether a file name is one that `write` uses on a disk until the file is whole."""
-    return name.startswith(".") and name.endswith(PART)
+    return PART_NAME.fullmatch(name) is not None
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file name is one that only killed writes and trials of a place leave behind."""
+    return is_part(name) or PROBE_NAME.fullmatch(name) is not None

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from folders import remove_everything
 from test_records import make_teacher
 
 from dfkd_ray import bundles, recording, storage, sweep, trial
 from dfkd_ray.config import TrialConfig, validate
+from dfkd_ray.sweep import running
 
 SMALL = {"num_steps": 1, "batch_size": 8, "num_threads": 1}
 BASE = {
@@ -107,7 +109,7 @@ def test_a_record_is_read_only_when_it_is_asked_for(memory, recorded, reads):
 
 def test_a_record_is_written_into_a_bundle_under_a_uri(memory, recorded):
     copied(recorded, memory)
-    (storage.folder(memory) / "records").remove_all()
+    remove_everything(storage.folder(memory) / "records")
     assert bundles.load(memory).record_kinds() == []
     record = bundles.load(str(recorded)).record("all")
     size = bundles.save_record(memory, record)
@@ -238,9 +240,10 @@ def test_a_sweep_with_a_secret_in_its_teachers_uri_writes_none_of_it(bucket, tin
         (tmp_path / "s.yaml").write_text(yaml.safe_dump({"base": base, **parts}))
         done = run_cli("sweep", str(tmp_path / "s.yaml"), "--results", str(tmp_path / "r"), "--test-data", "none")
         assert done.code == 130 and SECRET not in done.out + done.err, done.err
-        (job,) = planned.pop().known_jobs
+        plan = planned.pop()
+        (job,) = plan.known_jobs
         assert job.config.teacher == "s3://bucket/teachers/tiny" and SECRET not in repr(job.config)
-        written = (tmp_path / "r" / "sweep.yaml").read_text()
+        written = running.as_yaml(plan.settings).decode()
         assert SECRET not in written and "s3://***@bucket/teachers/tiny?" in written
     wrong = {"base": {**BASE, "teacher": uri, "synthesis": {"precision": "tf32"}}, "grid": {"teacher": uri}}
     for data in (wrong, wrong | {"grid": {"pruning.sparsity": [0.5]}}, wrong | {"exclude": [{"teacher": uri}]}):

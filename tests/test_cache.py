@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from folders import remove_everything
 
 import dfkd_ray
 from dfkd_ray import cache, storage
@@ -52,7 +53,7 @@ def root(request, tmp_path):
     where = tmp_path / "cache" if request.param == "disk" else f"fsspec+memory://{uuid.uuid4().hex}/cache"
     folder = storage.folder(where)
     yield folder
-    folder.remove_all()
+    remove_everything(folder)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float32])
@@ -141,7 +142,7 @@ def shard_of(batch):
     folder = storage.folder(f"fsspec+memory://{uuid.uuid4().hex}")
     cache.write(folder, batch)
     data = folder.read(cache.name_of(batch.index))
-    folder.remove_all()
+    remove_everything(folder)
     return data
 
 
@@ -219,15 +220,15 @@ def test_no_damaged_byte_of_the_arrays_and_no_part_of_a_file_is_served():
 def test_the_digest_is_that_of_the_bytes_of_copies(shape, dtype):
     images = np.arange(math.prod(shape)).reshape(shape).astype(dtype)[:, ::-1]
     labels = np.arange(2 * shape[0])[::2]
-    slow = hashlib.sha256(f"{images.dtype}{images.shape}{labels.dtype}{labels.shape}{{}}".encode())
+    slow = hashlib.sha256(f"3 {images.dtype}{images.shape}{labels.dtype}{labels.shape}{{}}".encode())
     slow.update(images.tobytes() + labels.tobytes())
-    assert cache.digest(images, labels, "{}") == slow.hexdigest()
+    assert cache.digest(3, images, labels, "{}") == slow.hexdigest()
 
 
 def test_a_digest_of_a_known_batch_stays_what_it_was():
     # Another value here makes every existing cache worthless.
     images, labels = np.arange(48, dtype=np.uint8).reshape(1, 3, 4, 4), np.array([7])
-    assert cache.digest(images, labels, "{}") == "16da9bda25adfbddf06a0b03eeba3d03e9bc6842622d530d05d1ec9cf3975e0c"
+    assert cache.digest(0, images, labels, "{}") == "438fa01d00e709c22f04f695972dce51963e9183208bbc7bfca295e4580416ec"
 
 
 def test_reading_a_batch_copies_neither_images_nor_labels():

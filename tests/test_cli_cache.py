@@ -6,6 +6,7 @@ import uuid
 
 import numpy as np
 import pytest
+from folders import remove_everything
 
 from dfkd_ray import cache, storage
 from dfkd_ray.batches import Batch
@@ -34,7 +35,7 @@ def root(request, tmp_path):
     )
     (folder / "foreign").write("notes.txt", b"mine")
     yield folder
-    folder.remove_all()
+    remove_everything(folder)
 
 
 def keys_in(root):

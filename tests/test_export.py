@@ -200,14 +200,14 @@ def test_a_run_that_failed_before_its_first_image_has_claimed_no_folder(tmp_path
 
 def test_somebody_elses_images_are_refused(tmp_path):
     (tmp_path / "real" / "train").mkdir(parents=True)
-    with pytest.raises(ValueError, match="train is there already"):
+    with pytest.raises(ValueError, match=r"holds what is not a set of images of dfkd_ray \(train\)"):
         export.prepare(an_export(tmp_path / "real"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "synthesis.json").write_text("{}")
-    with pytest.raises(ValueError, match="damaged, or not of schema"):
+    with pytest.raises(ValueError, match="holds what is not a set of images"):
         export.prepare(an_export(tmp_path / "other"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="not a folder"):
+    with pytest.raises(ValueError, match="expected a folder, and it is none"):
         export.prepare(an_export(tmp_path / "file"))
     written(an_export(tmp_path / "mixed", "parquet"))
     written(an_export(tmp_path / "others", "parquet", key="f" * 64))

@@ -257,13 +257,17 @@ def test_rows_measured_on_other_test_data_are_not_mixed(tiny_teacher, tmp_path):
 
 
 def test_what_killed_processes_left_is_tidied_and_the_rest_is_not(tmp_path):
-    for name in ("checkpoints/.t-1-abc", "checkpoints/t-1", "checkpoints/t-2", "students/.t-3-old-x", "students/t-1"):
-        (tmp_path / name).mkdir(parents=True)
-    places.tidy(storage.folder(tmp_path), {"t-1"})
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*")) == [
-        "checkpoints/t-2",
-        "students/t-1",
-    ]
+    first, second, third = (f"t-{digit * 12}" for digit in "123")
+    written = [f"checkpoints/{first}/state.safetensors", f"checkpoints/{second}/state.safetensors"]
+    written += [f"students/.{third}-ab_12xyz/weights.safetensors", f"students/{first}/teacher.json"]
+    written += ["checkpoints/.mine/notes.txt", f"checkpoints/{first}0/state.safetensors", "students/.git/config"]
+    for name in written:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    places.tidy(storage.folder(tmp_path), {first, str(tmp_path / "students" / first), "..", f"../students/{first}"})
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == set(written) - {written[0], written[2]}
+    assert not (tmp_path / "checkpoints" / first).exists() and not (tmp_path / "students" / f".{third}-ab_12xyz").exists()
 
 
 # ---- places --------------------------------------------------------------------------------------------------------

@@ -1,17 +1,16 @@
 """`dfkd-ray recover` and `dfkd-ray sweep`."""
 
+import json
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-import yaml
 
 from dfkd_ray import config as configs
-from dfkd_ray.cli import live
+from dfkd_ray.cli import leaving, live
 from dfkd_ray.cli.inputs import load_teacher, open_real, open_test
 from dfkd_ray.cli.options import (
     Address,
@@ -34,6 +33,18 @@ from dfkd_ray.cli.show import Progress, print_failures, print_ladder, print_tria
 if TYPE_CHECKING:
     from dfkd_ray.batches import BatchSource
     from dfkd_ray.bundles import Teacher
+
+SCHEMA = "dfkd_ray.recovery/1"
+ROW, UNFINISHED = "row.json", ".recovery.json"  # the latter says whose a folder is until the former is there
+
+
+def is_row(data: bytes) -> bool:
+    """Whether these bytes are the row that a recovery leaves."""
+    try:
+        row = json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and {"trial_id", "teacher_hash", "status"} <= set(row)
 
 
 def recover(
@@ -68,37 +79,43 @@ def recover(
     if (settings.synthesis.method == "real") != (real_data is not None):
         raise ValueError("--method real and --real-data NAME go together: real images are used only when asked for")
 
+    from dfkd_ray import bundles, results, targets, trial
     from dfkd_ray import cache as caches
-    from dfkd_ray import results, storage, trial
     from dfkd_ray.images import class_grid
 
+    place = targets.check(out, targets.Product("a recovery", {ROW: is_row, UNFINISHED: targets.claims(SCHEMA)}))
+    targets.check(place / "student", bundles.BUNDLE)
+    root = caches.check_target(cache or caches.default_folder()).uri
     loaded = load_teacher(teacher, trust_code)
     test = open_test(loaded, test_data, data_root, download)
     real = None
     if real_data is not None:
         assert isinstance(settings.synthesis, configs.RealConfig)
         real = open_real(loaded, real_data, data_root, settings.synthesis, download)
-    out.mkdir(parents=True, exist_ok=True)
+    trial.check(settings, loaded, tuple(trust_code or ()))
+    targets.claim(place, UNFINISHED, SCHEMA)
     outcome = trial.run(
         settings,
         loaded,
         test=test,
         real=real,
-        images=trial.made_here(cache or caches.default_folder()),
-        checkpoint=out / "checkpoints",
+        images=trial.made_here(root),
+        checkpoint=place / "checkpoints",
         progress=Progress(),
         trust_code=tuple(trust_code or ()),
     )
-    if outcome.student is not None:
-        outcome.save_student(out / "student")
+    row = results.kept(outcome.row)
+    if row["status"] == "finished":
+        outcome.save_student(place / "student")
         picture = class_grid(outcome.batches, loaded.info.num_classes, loaded.info.space)
-        storage.folder(out).write("images.png", picture)
-    results.write_json(out / "row.json", outcome.row)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # the row is on disk: of no more use
-    if outcome.row["status"] == "failed":
-        print(f"error: trial {outcome.row['trial_id']} failed: {outcome.row['reason']}", file=sys.stderr)
+        place.write("images.png", picture)
+    results.write_json(place.path / ROW, row)
+    trial.remove_checkpoints(place)  # the row is on disk: of no more use
+    place.remove(UNFINISHED)
+    if row["status"] == "failed":
+        print(f"error: trial {row['trial_id']} failed: {row['reason']}", file=sys.stderr)
         raise typer.Exit(1)
-    print_ladder(outcome.row, out)
+    print_ladder(row, out)
 
 
 def sweep(
@@ -157,7 +174,7 @@ def sweep(
 
     stored = None if figures is None else stored_figures.read(figures)
     # What the machines of a cluster have is not known before it is joined, and says nothing of the driver's.
-    elsewhere = not dry_run and (address or os.environ.get("RAY_ADDRESS", "local")) != "local"
+    elsewhere = not dry_run and (address or os.environ.get("RAY_ADDRESS") or "local") != "local"
     settings = sweeps.parse(data, str(file))
     plan = sweeps.prepare(
         settings,
@@ -172,11 +189,12 @@ def sweep(
         raise ValueError(f"{file}: trials with synthesis.method=real and --real-data NAME go together")
     place = storage.folder(results or Path("runs") / (file.stem + ("-tiny" if tiny else "")))
     root = storage.folder(cache or caches.default_folder()).uri
+    if not dry_run:
+        sweeps.check_target(place)
+        with sweeps.explained(storage.folder(root), "cache"):
+            caches.check_target(root)
     with sweeps.explained(place, "results folder"):
         rows = sweeps.rows_in(place)
-        if not dry_run:
-            text = yaml.safe_dump(storage.secretless(settings.model_dump(mode="json")), sort_keys=False)
-            place.write("sweep.yaml", text.encode())
     known = plan.jobs_in(rows)
     own = {job.id for job in known}
     finished = [row for row in rows if row["trial_id"] in own and row["status"] in tables.FINAL]
@@ -217,6 +235,7 @@ def sweep(
                     on_up=interrupts.up,
                     on_new=lambda job: view.add(job.id, job.config, searched),
                     look_s=live.DRAW_S if screen.is_live else sweeps.LOOK_S,
+                    on_lost=leaving.at_once,
                     stop=lambda: interrupts.asked,
                     seconds=seconds,
                     trust_code=tuple(trust_code or ()),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dfkd_ray import config as configs
+from dfkd_ray.cli import leaving
 from dfkd_ray.cli.inputs import load_teacher
 from dfkd_ray.cli.options import BatchTimeout, Cache, Out, Set, Synthesizers, TeacherName, Trust, number_of
 from dfkd_ray.cli.show import Progress, print_fleet
@@ -57,12 +58,13 @@ def synthesize(
     num_synthesizers = None if synthesizers == "auto" else number_of(synthesizers)
 
     from dfkd_ray import cache as caches
-    from dfkd_ray import export, storage, trial
+    from dfkd_ray import export, targets, trial
 
+    targets.check(out, export.IMAGE_SET)
+    cache_root = caches.check_target(cache or caches.default_folder()).uri
     loaded = load_teacher(teacher, trust_code)
     check(loaded, settings, device)
     settings = trial.pinned_synthesis(settings, loaded)
-    cache_root = storage.folder(cache or caches.default_folder()).uri
     todo = export_of(loaded, settings, out, format_, num_images)
     missing = export.prepare(todo)
     num_kept = todo.num_batches - len(missing)
@@ -146,7 +148,7 @@ def through_fleet(
     """Have a fleet of its own make some batches: `on_batch(batch, found)` for each, then say how it fared."""
     from dfkd_ray import devices, fleet
 
-    with fleet.connected():
+    with fleet.connected(on_lost=leaving.at_once):
         chosen = fleet_settings(settings, device, num_synthesizers, gpus_per_synthesizer, cache_root)
         with fleet.started(replace(chosen, batch_timeout_s=batch_timeout_s), [teacher]) as running:
             stream = running.stream(in_flight=max(4, 2 * chosen.num_synthesizers))

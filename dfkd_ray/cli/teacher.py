@@ -1,23 +1,19 @@
 """`dfkd-ray teacher`: make and look at bundles."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dfkd_ray import config as configs
-from dfkd_ray.cli.inputs import (
-    allow_import_from_here,
-    as_batches,
-    load_teacher,
-    parse_floats,
-    parse_json,
-    parse_shape,
-)
+from dfkd_ray.cli import leaving
+from dfkd_ray.cli.inputs import as_batches, load_teacher, parse_floats, parse_json, parse_shape
 from dfkd_ray.cli.options import Address, BundleOut, DataRoot, Download, Out, Set, TeacherName, Trust
 from dfkd_ray.cli.show import Progress
+
+# Of the folder beside a teacher in which its training is kept until it has ended.
+TRAINING, TRAINING_SCHEMA = "training.json", "dfkd_ray.training/1"
 
 app = typer.Typer(no_args_is_help=True, help="Teacher bundles: train, import, init (untrained), record, info.")
 
@@ -52,9 +48,13 @@ def teacher_train(
     settings = configs.validate(configs.TeacherTrainingConfig, data)
     if dataset != "celeba" and (attribute is not None or all_images):
         raise ValueError(f"--attribute and --all-images are options of celeba; leave them out for {dataset}")
-    from dfkd_ray import bundles, devices, evaluation, teachers
+    from dfkd_ray import bundles, devices, evaluation, storage, targets, teachers
     from dfkd_ray import data as datasets
 
+    targets.check(out, bundles.BUNDLE)
+    checkpoint = storage.folder(out.with_name(f".{out.name}-training"))
+    training = targets.Product("a training", {TRAINING: targets.claims(TRAINING_SCHEMA)})
+    targets.check(checkpoint, training)
     shape = None
     root = data_root
     options = {"attribute": attribute or "Smiling", "equal_classes": not all_images} if dataset == "celeba" else {}
@@ -64,14 +64,14 @@ def teacher_train(
     train_set = datasets.open_dataset(dataset, root, train=True, image_shape=shape, download=download, **options)
     shape = train_set.image_shape
     test_set = datasets.open_dataset(dataset, root, train=False, image_shape=shape, **options)
-    checkpoint = out.with_name(f".{out.name}-training")
-    info, network = teachers.train(settings, train_set, checkpoint=checkpoint, progress=Progress())
+    targets.claim(checkpoint, TRAINING, TRAINING_SCHEMA)
+    info, network = teachers.train(settings, train_set, checkpoint=checkpoint.path, progress=Progress())
     device = devices.resolve(settings.device)
     accuracy = evaluation.accuracy(network.to(device), as_batches(test_set), info.space, device, settings.precision)
     notes = {**info.notes, "data": options} if options else info.notes  # for who opens this data set for this teacher
     info = info.model_copy(update={"test_accuracy": accuracy, "class_names": train_set.class_names, "notes": notes})
     bundles.save(out, info, network.cpu().state_dict())
-    shutil.rmtree(checkpoint, ignore_errors=True)
+    checkpoint.clear((TRAINING, teachers.CHECKPOINT).__contains__)
     print(f"{out}: test accuracy {accuracy:.4f} on {len(test_set)} images ({dataset}, seed {seed}, last epoch)")
 
 
@@ -101,11 +101,11 @@ def teacher_import(
         "dataset": dataset,
         "class_names": tuple(class_names.split(",")) if class_names else (),
     }
-    from dfkd_ray import batchnorm, bundles, models, storage
+    from dfkd_ray import batchnorm, bundles, models, storage, targets
 
+    targets.check(out, bundles.BUNDLE)
     info = configs.validate(bundles.BundleInfo, given, "teacher import")
     state = bundles.read_state_dict(weights)
-    allow_import_from_here()
     network = models.build(architecture, info.arguments, num_classes=num_classes, image_shape=info.image_shape)
     bundles.load_state(network, state, str(weights))
     bundles.save(out, info, network.state_dict())
@@ -139,10 +139,10 @@ def teacher_init(
     }
     import torch
 
-    from dfkd_ray import bundles, models, storage
+    from dfkd_ray import bundles, models, storage, targets
 
+    targets.check(out, bundles.BUNDLE)
     info = configs.validate(bundles.BundleInfo, given, "teacher init")
-    allow_import_from_here()
     torch.manual_seed(seed)
     network = models.build(architecture, info.arguments, num_classes=num_classes, image_shape=shape)
     bundles.save(out, info, network.state_dict())
@@ -201,6 +201,7 @@ def teacher_record(
     from dfkd_ray.cli.inputs import training_split
 
     teacher = load_teacher(bundle, trust_code)
+    bundles.check_record_target(bundle, chosen)
     data, rows, _ = training_split(teacher, dataset, data_root, download)
     rows = rows[:limit].numpy()
     if len(data.class_names) != teacher.info.num_classes:
@@ -231,7 +232,9 @@ def teacher_record(
     if workers:
         from dfkd_ray.fleet import recording as over_ray
 
-        totals = over_ray.fit(plan, teacher, shards, threads, address=address, progress=on_images)
+        totals = over_ray.fit(
+            plan, teacher, shards, threads, address=address, progress=on_images, on_lost=leaving.at_once
+        )
     else:
         totals = recording.fit(plan, teacher.network, shards[0], num_threads=threads, progress=on_images)
     notes = {"dataset": data.name, "limit": limit, "workers": workers}

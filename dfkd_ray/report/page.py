@@ -6,16 +6,19 @@ text that slipped through as markup could not run.
 
 import base64
 import hashlib
+import html
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from importlib import resources
 from typing import Any
 
 import pandas as pd
 
 from dfkd_ray.report.wording import Frame, Series, count, short_names
+from dfkd_ray.text import shown
+
+GENERATOR = '<meta name="generator" content="dfkd_ray report">'  # by which a page of ours is known
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,11 @@ class Section:
     title: str
     body: str = ""
     why_not: str = ""
+
+
+def escape(text: str) -> str:
+    """A text as HTML: no markup, and no sign that hides, or turns round what stands beside it."""
+    return html.escape(shown(text, keep="\n\t"))
 
 
 def page(title: str, place: str, opening: str, sections: Sequence[Section]) -> str:
@@ -40,7 +48,7 @@ def page(title: str, place: str, opening: str, sections: Sequence[Section]) -> s
     )
     script = f"<script>{js}</script>" if any(section.name == "trials" for section in shown) else ""
     return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{GENERATOR}\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<link rel="icon" href="data:,">\n<title>{escape(title)}</title>\n<style>{css}</style>\n</head>\n<body>\n'
@@ -171,7 +179,7 @@ def encoded(values: Series, column: Column) -> dict[str, Any]:
         # Adding zero makes -0.0 plain.
         cells = [None if pd.isna(x) else (int(x) if float(x).is_integer() else round(x, digits) + 0) for x in scaled]
         return head | {"values": cells}
-    texts = [None if pd.isna(x) else str(x) for x in values]
+    texts = [None if pd.isna(x) else shown(x) for x in values]
     levels: Mapping[str, int] = {text: n for n, text in enumerate(dict.fromkeys(t for t in texts if t is not None))}
     if 2 * len(levels) > len(texts):
         return head | {"values": texts}

@@ -4,7 +4,6 @@ import errno
 import logging
 import re
 import secrets
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,9 +12,14 @@ from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from dfkd_ray.storage import Folder, in_one_line
+from dfkd_ray import bundles, results, storage, targets, trial
+from dfkd_ray.storage import Folder, Where, in_one_line
 
 log = logging.getLogger(__name__)
+SCHEMA = "dfkd_ray.results/1"
+CLAIM = ".results.json"  # says whose a folder is before the first row is there
+PLACE = targets.Product("a results place", {CLAIM: targets.claims(SCHEMA)}, results.is_place)
+HALF_MADE = re.compile(r"\.t-[0-9a-f]{12}-[a-z0-9_]{8}")  # a student whose writer was killed
 Result = TypeVar("Result")
 PAUSES_S = (0.5, 2.0, 5.0)  # before the second, third and fourth try
 PROBE_BYTES = 1 << 20
@@ -111,14 +115,23 @@ def reserved(folder: Folder) -> Iterator[None]:
         lock.release()
 
 
+def check_target(where: Where) -> Folder:
+    """The folder, if a sweep may write its results there. `ValueError` where it holds something else."""
+    folder = storage.folder(where)
+    with explained(folder, "results folder"):
+        return targets.check(folder, PLACE)
+
+
 def tidy(folder: Folder, finished: Iterable[str]) -> None:
-    """Remove what killed processes left behind: half-made folders, and checkpoints of trials whose row is there."""
+    """Remove what killed processes left behind: half-made students, and checkpoints of trials whose row is there."""
     if not folder.is_local:
         return
-    for half_made in [*folder.path.glob("checkpoints/.*"), *folder.path.glob("students/.*")]:
-        shutil.rmtree(half_made, ignore_errors=True)
-    for trial_id in finished:
-        shutil.rmtree(folder.path / "checkpoints" / trial_id, ignore_errors=True)
+    students = folder.path / "students"
+    if students.is_dir() and not students.is_symlink():
+        for half_made in students.iterdir():
+            if HALF_MADE.fullmatch(half_made.name):
+                Folder(str(half_made)).clear((bundles.DESCRIPTION, bundles.WEIGHTS).__contains__)
+    trial.remove_checkpoints(folder, finished)
 
 
 def try_on_every_node(place: Folder, cache: Folder | None) -> None:
