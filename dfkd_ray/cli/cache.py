@@ -1,5 +1,6 @@
 """`dfkd-ray cache`: what lies in a batch cache, whether it is whole, and making it smaller."""
 
+import contextlib
 import math
 import re
 import time
@@ -35,7 +36,7 @@ def list_entries(cache: Cache = None) -> None:
         print_table(found)
     for entry in found:
         if entry.problem:
-            print(f"{entry.folder}: cannot be looked into: {entry.problem}")
+            say(f"{entry.folder}: cannot be looked into: {entry.problem}")
     num_batches, size = sum(entry.num_batches for entry in found), sum(entry.size_bytes for entry in found)
     say(f"{root}: {count(len(found), 'key')}, {count(num_batches, 'batch')}, {size_text(size)}")
 
@@ -53,7 +54,8 @@ def verify(
     for finding in caches.verify(root, remove):
         num_damaged += finding.damaged
         num_staying += finding.damaged and not finding.removed
-        say(f"{finding.entry.folder / finding.name}: {finding.problem}{'; removed' if finding.removed else ''}")
+        where = finding.entry.folder / finding.name if finding.name else finding.entry.folder
+        say(f"{where}: {finding.problem}{'; removed' if finding.removed else ''}")
     num_batches = sum(entry.num_batches for entry in caches.entries(root))
     say(f"{root}: {count(num_batches, 'batch')} in it, {num_damaged} damaged found, {num_staying} left")
     if num_staying:
@@ -83,9 +85,14 @@ def prune(
     removed = caches.prune(root, keys=key or (), older_than_days=older_than, max_bytes=max_bytes, dry_run=dry_run)
     verb = "would remove" if dry_run else "removed"
     for entry in removed:
-        say(f"{verb} {entry.folder}: {count(entry.num_batches, 'batch')}, {size_text(entry.size_bytes)}")
-    size = sum(entry.size_bytes for entry in removed)
-    say(f"{root}: {verb} {count(len(removed), 'key')}, {size_text(size)}")
+        if entry.problem:
+            say(f"not removed: {entry.folder}: {entry.problem}")
+        else:
+            say(f"{verb} {entry.folder}: {count(entry.num_batches, 'batch')}, {size_text(entry.size_bytes)}")
+    gone = [entry for entry in removed if not entry.problem]
+    say(f"{root}: {verb} {count(len(gone), 'key')}, {size_text(sum(entry.size_bytes for entry in gone))}")
+    if len(gone) < len(removed):
+        raise typer.Exit(1)
 
 
 def open_root(where: str | None) -> "Folder":
@@ -120,7 +127,10 @@ def cells_of(entry: "Entry") -> list[str]:
     method = config.get("method", "-") if isinstance(config, dict) else "-"
     what = f"{method}/{manifest.get('domain', '-')}" if manifest else "-"
     numerics = manifest.get("numerics") or entry.folder.name.rpartition("-")[2]
-    used = "-" if entry.last_used is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used))
+    used = "-"
+    if entry.last_used is not None:
+        with contextlib.suppress(ValueError, OverflowError, OSError):  # a time that no calendar has
+            used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used))
     size = size_text(entry.size_bytes)
     return [entry.key[:NUM_SHOWN], manifest.get("teacher", "-"), what, str(entry.num_batches), size, numerics, used]
 

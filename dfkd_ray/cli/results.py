@@ -1,6 +1,8 @@
 """`dfkd-ray results`: print, filter, sort and export the tables of a sweep."""
 
 import json
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -8,6 +10,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from dfkd_ray.cli.show import short_names
+from dfkd_ray.cli.streams import say
+from dfkd_ray.text import is_null, shown
 
 Format = Literal["table", "csv", "markdown", "latex", "json"]
 SUFFIXES: dict[str, Format] = {".csv": "csv", ".md": "markdown", ".tex": "latex", ".json": "json"}
@@ -19,6 +23,9 @@ METRICS = [
 HASH_LENGTH = 64  # hex digits; their first twelve tell them apart
 LATEX = {**{char: f"\\{char}" for char in "&%$#_{}"}, "\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
 LATEX |= {"^": r"\textasciicircum{}", "±": r"$\pm$"}
+LATEX |= {"[": "{[}", "*": "{*}"}  # behind the end of a row they would be taken for its options
+MARKUP = re.compile(r"[\\|<]")  # of Markdown, in a cell
+FORMULA = tuple("=+-@\t\r")  # what a text begins with that spreadsheets would compute
 
 
 def results(
@@ -39,7 +46,8 @@ def results(
     """Print a table of a sweep's results, or export it; live while the sweep runs.
 
     `sparsity` is short for `pruning.sparsity` where no other column ends so. Without --columns a printed table has the
-    fields that differ and the main metrics; csv and json have everything.
+    fields that differ and the main metrics; csv and json have everything. In csv an apostrophe stands before texts
+    that begin with = + - @, a tab or a carriage return: spreadsheets would compute them. Numbers are as they are.
 
     dfkd-ray results runs/quickstart --where 'sparsity>=0.75' --where status=finished --sort -agreement --limit 10
     """
@@ -50,35 +58,65 @@ def results(
         raise ValueError(f"--mean-std is for --table trials: the rows of {table} have no seeds")
 
     from dfkd_ray import results as tables
-    from dfkd_ray import storage
-    from dfkd_ray.results.selecting import column_of, with_whole_numbers
+    from dfkd_ray import storage, targets
+    from dfkd_ray.results.selecting import with_whole_numbers
 
     everything = tables.read(place, table)
     rows: Any = tables.select(everything, where or ())
     if mean_std:
         rows = tables.fold_seeds(rows)
     rows = tables.select(rows, (), sort or (), limit)
+    names = chosen_columns(rows, table, kind, columns)
+    if not mean_std:
+        rows = with_whole_numbers(rows, table)
+    text = FORMATS[kind](rows, names)
+    if out:
+        target = out.expanduser().absolute()
+        parent, own = storage.folder(target.parent), heading(text, kind)
+        targets.check_file(
+            parent,
+            target.name,
+            lambda data: heading(data.decode(errors="replace"), kind) == own,
+            "an export of these columns",
+        )
+        parent.write(target.name, text.encode(errors="backslashreplace"))
+        say(f"written: {out} ({len(rows)} rows)")
+        return
+    # A file or a program gets every sign as it is; on a terminal none may act.
+    print(shown(text, keep="\n") if sys.stdout.isatty() else text, end="")
+    if kind == "table":
+        folded = f", {int(rows['num_seeds'].sum())} finished trials folded" if mean_std else ""
+        say(f"{len(rows)} rows{folded}; {len(everything)} in {table}")
+
+
+def chosen_columns(rows: Any, table: str, kind: Format, columns: str | None) -> list[str]:
+    """The columns to show: those named (with commas between them), else all or the main ones by the format.
+
+    Where seeds are folded, csv and json have the standard deviation of each mean beside it.
+    """
+    from dfkd_ray.results.selecting import column_of
+
     if columns is not None:
         names = [column_of(name.strip(), list(rows.columns)) for name in columns.split(",") if name.strip()]
     elif kind in ("csv", "json"):
         names = list(rows.columns)
     else:
         names = main_columns(rows, table)
-    if mean_std and kind in ("csv", "json"):
+    if kind in ("csv", "json"):
         names = [each for name in names for each in (name, f"{name}_std") if each in rows.columns]
         names = list(dict.fromkeys(names))
-    if not mean_std:
-        rows = with_whole_numbers(rows, table)
-    text = FORMATS[kind](rows, names)
-    if out:
-        target = out.absolute()
-        storage.folder(target.parent).write(target.name, text.encode())
-        print(f"written: {out} ({len(rows)} rows)")
-        return
-    print(text, end="")
-    if kind == "table":
-        folded = f", {int(rows['num_seeds'].sum())} finished trials folded" if mean_std else ""
-        print(f"{len(rows)} rows{folded}; {len(everything)} in {table}")
+    return names
+
+
+def heading(text: str, kind: Format) -> str:
+    """What says which columns an exported table has: an export replaces another one of the same columns only."""
+    if kind == "json":
+        try:
+            rows = json.loads(text)
+        except (ValueError, RecursionError):
+            return text
+        return ",".join(rows[0]) if isinstance(rows, list) and rows and isinstance(rows[0], dict) else text
+    return "\n".join(text.splitlines()[: {"latex": 3, "markdown": 2}.get(kind, 1)])
 
 
 def main_columns(rows: Any, table: str) -> list[str]:
@@ -98,22 +136,22 @@ def main_columns(rows: Any, table: str) -> list[str]:
 
 
 def cells(rows: Any, names: Sequence[str]) -> list[list[str]]:
-    """Rows as text; a mean with its standard deviation."""
+    """Rows as text of one line; a mean with its standard deviation."""
     columns = []
     for name in names:
         texts = [text_of(value) for value in rows[name]]
         if f"{name}_std" in rows.columns:
             spreads = rows[f"{name}_std"]
-            texts = [f"{a} ± {b:.2g}" if b == b else a for a, b in zip(texts, spreads, strict=True)]
+            texts = [a if is_null(b) else f"{a} ± {b:.2g}" for a, b in zip(texts, spreads, strict=True)]
         if name == "teacher":
             texts = [Path(text).name for text in texts]
-        columns.append(texts)
+        columns.append([shown(text) for text in texts])
     return [list(row) for row in zip(*columns, strict=True)]
 
 
 def text_of(value: Any) -> str:
     """A value in few characters."""
-    if value is None or (not isinstance(value, str) and value != value) or str(value) == "<NA>":
+    if is_null(value):
         return "-"
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
@@ -144,10 +182,10 @@ def as_table(rows: Any, names: Sequence[str]) -> str:
 
 
 def as_markdown(rows: Any, names: Sequence[str]) -> str:
-    """A table as GitHub shows it."""
+    """A table as GitHub shows it; what would be markup in a cell is escaped."""
     marks = ["---:" if is_number(rows, name) else "---" for name in names]
-    lines = [short_names(names), marks, *cells(rows, names)]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+    lines = [short_names(names), marks, *([MARKUP.sub(r"\\\g<0>", cell) for cell in row] for row in cells(rows, names))]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def as_latex(rows: Any, names: Sequence[str]) -> str:
@@ -162,14 +200,24 @@ def as_latex(rows: Any, names: Sequence[str]) -> str:
 
 
 def as_csv(rows: Any, names: Sequence[str]) -> str:
-    """Full names and all digits."""
-    return rows[list(names)].to_csv(index=False, lineterminator="\n")
+    """Full names and all digits; texts that a spreadsheet would compute begin with an apostrophe."""
+    plain = rows[list(names)].copy()
+    for name in plain.columns:
+        if not is_number(plain, name):
+            plain[name] = plain[name].map(lambda cell: f"'{cell}" if is_formula(cell) else cell)
+    return plain.to_csv(index=False, lineterminator="\n")
+
+
+def is_formula(cell: Any) -> bool:
+    """Whether a cell is a text that spreadsheets would compute."""
+    return isinstance(cell, str) and cell.startswith(FORMULA)
 
 
 def as_json(rows: Any, names: Sequence[str]) -> str:
     """A list of objects, full names and all digits."""
     plain = rows[list(names)].astype(object)
-    records = plain.where(plain.notna(), None).to_dict("records")
+    plain = plain.where(plain.notna(), None)
+    records = [dict(zip(plain.columns, row, strict=True)) for row in plain.itertuples(index=False, name=None)]
     return json.dumps(records, indent=2, allow_nan=False) + "\n"
 
 

@@ -3,18 +3,16 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 from dfkd_ray.report import aggregates, figures, page
-from dfkd_ray.report.page import Section
+from dfkd_ray.report.page import Section, escape
 from dfkd_ray.report.wording import (
     MEASURES,
     Frame,
     base_name,
     count,
     dicts,
-    is_null,
     lead,
     listed,
     number,
@@ -26,6 +24,7 @@ from dfkd_ray.report.wording import (
     sparsity,
     state_of,
 )
+from dfkd_ray.text import is_null
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

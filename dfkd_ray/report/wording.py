@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-import pandas as pd
+from dfkd_ray.text import is_null, shown
 
 # pandas annotates every selection as frame, series or array alike: a checker of types gets nothing out of it.
 Frame = Any
@@ -13,11 +13,6 @@ Series = Any
 MEASURES = {"accuracy": "test accuracy", "agreement": "agreement with the teacher"}
 RUNG_NAMES = {"pruned": "pruned", "bn_reestimated": "BN re-estimated", "recovered": "recovered"}
 NUM_TOLD = 4  # networks told of in the lead
-
-
-def is_null(value: Any) -> bool:
-    """Whether a cell of a frame holds nothing."""
-    return value is None or value is pd.NA or bool(value != value)
 
 
 def number(value: Any, digits: int = 2, scale: float = 1.0) -> str:
@@ -99,7 +94,7 @@ def base_name(path: Any) -> str:
 
 def cut(text: str, length: int) -> str:
     """A text for a figure: one line without control characters, `…` for what is too long."""
-    text = " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", " ", text).split())
+    text = shown(" ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", " ", text).split()))
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 

@@ -1,9 +1,14 @@
-"""What has become of each trial, as the driver hears of it, and the rows that no trial's process can write."""
+"""What has become of each trial, as the driver hears of it, and the rows that no trial's process can write.
+
+What shows progress is told of rows when they are safe, and whatever it raises changes none of them.
+"""
 
 import json
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ParamSpec
+
+import pyarrow as pa
 
 from dfkd_ray import results
 from dfkd_ray import trial as one_trial
@@ -14,10 +19,33 @@ from dfkd_ray.sweep.search import StopConfig
 from dfkd_ray.sweep.working import Seconds, failed_row, keep
 
 log = logging.getLogger(__name__)
+P = ParamSpec("P")
 OnRow = Callable[[Mapping[str, Any], int, int], None]
 COMPACT_EVERY = 200  # trials: more parts than that are slow to read
 RETRIES = 2  # of a trial whose process died
 DIED = f"the trial's process died {RETRIES + 1} times (killed, or out of memory)"
+
+
+def harmless(show: Callable[P, None]) -> Callable[P, None]:
+    """`show`, which may raise anything but `KeyboardInterrupt`: that is logged the first time, and changes nothing.
+
+    Ray Tune counts what its callbacks raise as failures of trials.
+    """
+    told = False
+
+    def shows(*args: P.args, **kwargs: P.kwargs) -> None:
+        nonlocal told
+        try:
+            show(*args, **kwargs)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 - SystemExit too: whatever shows a trial must not decide on it
+            if not told:
+                told = True
+                why = one_trial.reason_of(error) if isinstance(error, Exception) else type(error).__name__
+                log.warning("what shows progress does not work, the sweep goes on: %s", why)
+
+    return shows
 
 
 class Ledger:
@@ -32,8 +60,9 @@ class Ledger:
         total: int | None = None,
         on_new: Callable[[Job], None] = lambda _job: None,
     ):
-        self.todo, self.place, self.on_row, self.seconds = todo, place, on_row, seconds
-        self.total, self.on_new = len(todo) if total is None else total, on_new
+        self.todo, self.place, self.seconds = todo, place, seconds
+        self.on_row = harmless(on_row) if on_row else None
+        self.total, self.on_new = len(todo) if total is None else total, harmless(on_new)
         self.running: dict[str, str] = {}
         self.num_done = 0
         self.trouble: str | None = None  # what no trial can get past: the sweep stops
@@ -75,13 +104,13 @@ class Ledger:
         self.keep(job, one_trial.Outcome(row, epochs=tuple(json.loads(told["looks"]))))
 
     def keep(self, job: Job, outcome: one_trial.Outcome) -> None:
-        """Write what no trial's process has written."""
+        """Write what no trial's process has written, unless one had written a final row: that is told, and stays."""
         try:
-            places.persistently(lambda: keep(job, outcome, self.place, self.seconds))
-        except OSError as error:
+            row = places.persistently(lambda: keep(job, outcome, self.place, self.seconds))
+        except (OSError, ValueError, TypeError, OverflowError, pa.ArrowException) as error:
             self.trouble = self.trouble or f"{self.place}: {in_one_line(error)}"
             return
-        self.tell(outcome.row)
+        self.tell(row)
 
     def tell(self, row: Mapping[str, Any]) -> None:
         """Hand a row on."""
@@ -98,5 +127,5 @@ def compact(place: Folder) -> None:
     """Make few files of the parts; where that fails the rows are as safe as before, and the next sweep tries again."""
     try:
         results.compact(place)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         log.warning("%s: its tables stay in many small files: %s", place, error)

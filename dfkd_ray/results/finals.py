@@ -1,0 +1,37 @@
+"""The final row of one trial: once there, it is never replaced by that of an attempt which failed."""
+
+from typing import Any
+
+import pyarrow as pa
+
+from dfkd_ray import storage
+from dfkd_ray.results import schemas, tables
+from dfkd_ray.storage import Where
+
+
+def final_row(place: Where, trial_id: str, merged: bool = True) -> dict[str, Any] | None:
+    """The row of a trial that has finished or was stopped early; None where there is none.
+
+    It is looked for in the trial's own part, and where asked in the files that compaction has made. A part that is
+    damaged has no row in it; what the disk or the network refuses is an `OSError`.
+    """
+    folder = storage.folder(place) / "trials"
+    names = [f"{trial_id}{tables.SUFFIX}"]
+    if merged:
+        names += [name for name in folder.names() if name.startswith(tables.MERGED)]
+    for name in names:
+        try:
+            rows = tables.parsed(folder, name, "trials", schemas.schema("trials").names)
+        except ValueError:
+            continue
+        row = None if rows is None else newest(rows, trial_id)
+        if row is not None and row["status"] in tables.FINAL:
+            return row
+    return None
+
+
+def newest(rows: pa.Table, trial_id: str) -> dict[str, Any] | None:
+    """The row of a trial that was written last."""
+    own = [index for index, name in enumerate(rows.column("trial_id").to_pylist()) if name == trial_id]
+    found = rows.take(own).to_pylist()
+    return max(found, key=lambda row: row[schemas.WRITTEN_AT] or 0.0, default=None)
