@@ -129,12 +129,17 @@ def join(address: str, source: str, options: dict[str, Any]) -> None:
 
 
 def init(address: str, options: dict[str, Any]) -> None:
-    """`ray.init`, quiet, with workers that import from where this process does."""
+    """`ray.init`, quiet, with workers that import from where this process does; a closed terminal ends none of them."""
     from ray.job_config import JobConfig
 
     job = JobConfig()
     job._py_driver_sys_path = Importable()
-    ray.init(address, logging_level=logging.ERROR, log_to_driver=False, job_config=job, **options)
+    # Processes inherit what is blocked. They end with this one, which stops cleanly, or goes on under nohup.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        ray.init(address, logging_level=logging.ERROR, log_to_driver=False, job_config=job, **options)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 @contextmanager
