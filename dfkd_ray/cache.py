@@ -16,7 +16,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 import dfkd_ray
-from dfkd_ray import storage
+from dfkd_ray import storage, targets
 from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.config import stable_hash
 from dfkd_ray.storage import Folder, Where
@@ -35,10 +35,12 @@ DAY_S = 86400.0
 
 SCHEMA = "dfkd_ray.cache/1"
 MANIFEST = "manifest.json"
+NAMED = "the cache "  # what an error of the cache's disk or store begins with
 TEXTS = ("key", "numerics", "teacher_hash", "teacher", "domain", "package_version")
 
 FOLDER_NAME = re.compile(r"[0-9a-f]{32}-[0-9a-f]{8}")
 SHARD_NAME = re.compile(r"batch-(\d{6,})\.safetensors")
+LOCK_NAME = re.compile(r"\.\d{6,}\.lock")
 DTYPES = {
     name: np.dtype(code)
     for name, code in {
@@ -54,8 +56,27 @@ def default_folder() -> Path:
     if given and "://" in given:
         shown = storage.without_secrets(given)
         raise ValueError(f"DFKD_RAY_CACHE={shown}: expected a local folder; a URI is given with --cache")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(given or Path(base) / "dfkd_ray")
+    return Path(given) if given else own_folder()
+
+
+def own_folder() -> Path:
+    """`dfkd_ray` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dfkd_ray"
+
+
+def check_target(root: Where) -> Folder:
+    """The folder, if batches may be kept there. `ValueError` where it holds other things and no key of ours."""
+
+    def holds_keys(folder: Folder) -> bool:
+        is_default = folder == storage.folder(own_folder())
+        return is_default or any(FOLDER_NAME.fullmatch(inner.name) for inner in folder.folders())
+
+    return targets.check(root, targets.Product("a batch cache", {}, holds_keys))
+
+
+def is_own_file(name: str) -> bool:
+    """Whether a file in a key's folder is one that this module writes."""
+    return name == MANIFEST or any(form.fullmatch(name) for form in (SHARD_NAME, LOCK_NAME))
 
 
 def folder_of(root: Where, key: str, numerics: str) -> Folder:
@@ -74,9 +95,12 @@ def indices(folder: Where) -> set[int]:
     return {int(match[1]) for match in matches if match}
 
 
-def digest(images: np.ndarray, labels: np.ndarray, terms: str = "") -> str:
-    """SHA-256 over types, shapes and bytes of a batch's arrays, and over its terms as JSON text."""
-    sha = hashlib.sha256(f"{images.dtype}{images.shape}{labels.dtype}{labels.shape}{terms}".encode())
+def digest(index: int, images: np.ndarray, labels: np.ndarray, terms: str = "") -> str:
+    """SHA-256 over a batch's index, types, shapes and bytes of its arrays, and its terms as JSON text.
+
+    With the index, a shard that lies under the name of another one of its key is damage.
+    """
+    sha = hashlib.sha256(f"{index} {images.dtype}{images.shape}{labels.dtype}{labels.shape}{terms}".encode())
     for array in (images, labels):
         # A view of the bytes: a copy would double the memory of a batch.
         sha.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
@@ -86,8 +110,21 @@ def digest(images: np.ndarray, labels: np.ndarray, terms: str = "") -> str:
 def write(folder: Where, batch: Batch) -> None:
     """Write one batch whole."""
     terms = json.dumps(batch.terms)
-    meta = {"key": batch.key, "terms": terms, "sha256": digest(batch.images, batch.labels, terms)}
-    storage.folder(folder).write(name_of(batch.index), *pack(meta, batch.labels, batch.images))
+    meta = {"key": batch.key, "terms": terms, "sha256": digest(batch.index, batch.images, batch.labels, terms)}
+    with told(folder):
+        storage.folder(folder).write(name_of(batch.index), *pack(meta, batch.labels, batch.images))
+
+
+@contextlib.contextmanager
+def told(folder: Where) -> Iterator[None]:
+    """An `OSError` on the way says that it is of the cache, and which folder: rows and results lie elsewhere."""
+    try:
+        yield
+    except Timeout:  # somebody else holds a lock
+        raise
+    except OSError as error:
+        message = f"{NAMED}{storage.folder(folder)}: {storage.in_one_line(error)}"
+        raise (OSError(message) if error.errno is None else OSError(error.errno, message)) from error
 
 
 def pack(meta: Mapping[str, str], labels: np.ndarray, images: np.ndarray) -> list[bytes | memoryview]:
@@ -107,17 +144,18 @@ def pack(meta: Mapping[str, str], labels: np.ndarray, images: np.ndarray) -> lis
 
 def read(folder: Where, index: int, key: str) -> Batch | None:
     """Batch `index`, or None where it is not there, damaged, or of another key."""
-    data = storage.folder(folder).read(name_of(index))
+    with told(folder):
+        data = storage.folder(folder).read(name_of(index))
     batch = None if data is None else unpack(data, index)
     return batch if batch is not None and batch.key == key else None
 
 
 def unpack(data: bytes, index: int) -> Batch | None:
-    """The batch in a shard, its arrays views of `data`; None for anything that is not a whole shard."""
+    """Batch `index`, its arrays views of `data`; None for anything that is not its whole shard."""
     try:
         meta, images, labels = parse(data)
         key, terms = meta["key"], meta["terms"]
-        if not isinstance(key, str) or meta["sha256"] != digest(images, labels, terms):
+        if not isinstance(key, str) or meta["sha256"] != digest(index, images, labels, terms):
             return None
         values = json.loads(terms)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # each can come of one wrong byte
@@ -190,7 +228,9 @@ def obtain(index: int, key: str, make: BatchSource, folder: Where | None) -> tup
     if batch is not None:
         return batch, True
     try:
-        with lock(folder, index):
+        with contextlib.ExitStack() as held:
+            with told(folder):
+                held.enter_context(lock(folder, index))
             # The one who held the lock may just have written it.
             batch = read(folder, index, key) if folder.is_local else None
             if batch is not None:
@@ -222,12 +262,15 @@ def write_manifest(
 ) -> None:
     """Write down what a folder holds, where that is not written yet; on a disk a manifest's time is its last use."""
     folder = storage.folder(folder)
-    if read_manifest(folder) is not None:
+    with told(folder):
+        found = read_manifest(folder)
+    if found is not None:
         folder.touch(MANIFEST)
         return
     texts = {"key": key, "numerics": numerics, "teacher_hash": teacher_hash, "teacher": teacher, "domain": domain}
     data = {"schema": SCHEMA, **texts, "config": dict(config), "package_version": dfkd_ray.__version__}
-    folder.write(MANIFEST, json.dumps(data, indent=1, allow_nan=False).encode())
+    with told(folder):
+        folder.write(MANIFEST, json.dumps(data, indent=1, allow_nan=False).encode())
 
 
 def read_manifest(folder: Where) -> dict[str, Any] | None:
@@ -243,6 +286,14 @@ def read_manifest(folder: Where) -> dict[str, Any] | None:
     return manifest if texts and isinstance(manifest.get("config"), dict) else None
 
 
+def readable_manifest(folder: Folder) -> dict[str, Any] | None:
+    """`read_manifest`, or None also where the disk or the store does not give it."""
+    try:
+        return read_manifest(folder)
+    except OSError:
+        return None
+
+
 @dataclass(frozen=True)
 class Entry:
     """The batches of one key and numerics class; `key` is the first half of the key, as in the folder's name."""
@@ -254,6 +305,8 @@ class Entry:
     size_bytes: int
     last_used: float | None
     """Newest time of change of its files, seconds since 1970; None where the file system keeps none."""
+    problem: str | None = None
+    """Why it cannot be looked into; then nothing is known of what lies there."""
 
 
 @dataclass(frozen=True)
@@ -273,13 +326,16 @@ def entries(root: Where) -> list[Entry]:
 
 
 def entry_of(folder: Folder) -> Entry:
-    """One folder of a cache, by one listing and its manifest."""
-    sizes = folder.sizes()
+    """One folder of a cache, by one listing and its manifest; one that cannot be looked into says why."""
+    try:
+        sizes = folder.sizes()
+    except OSError as error:
+        return Entry(folder, folder.name[:32], None, 0, 0, None, storage.in_one_line(error))
     times = [changed for _, changed in sizes.values() if changed is not None]
     return Entry(
         folder=folder,
         key=folder.name[:32],
-        manifest=read_manifest(folder) if MANIFEST in sizes else None,
+        manifest=readable_manifest(folder) if MANIFEST in sizes else None,
         num_batches=sum(SHARD_NAME.fullmatch(name) is not None for name in sizes),
         size_bytes=sum(size for size, _ in sizes.values()),
         last_used=max(times, default=None),
@@ -293,15 +349,24 @@ def verify(root: Where, remove: bool = False) -> Iterator[Finding]:
     """
     for entry in entries(root):
         for name, problem, damaged in problems(entry):
-            removed = remove and name in entry.folder.sizes()
-            if removed:
-                entry.folder.remove(name)
+            removed = False
+            try:
+                if remove and name in entry.folder.sizes():
+                    entry.folder.remove(name)
+                    removed = True
+            except OSError as error:
+                problem += f"; not removed: {storage.in_one_line(error)}"
             yield Finding(entry, name, problem, damaged, removed)
 
 
 def problems(entry: Entry) -> Iterator[tuple[str, str, bool]]:
     """File, problem and whether it is damage, for each file of an entry that is not as it should be."""
-    manifest, sizes = entry.manifest, entry.folder.sizes()
+    manifest = entry.manifest
+    try:
+        sizes = entry.folder.sizes()
+    except OSError as error:
+        yield "", f"cannot be looked into: {storage.in_one_line(error)}", True
+        return
     if MANIFEST not in sizes and entry.num_batches:
         yield MANIFEST, "missing: what these batches are is written when they are next used", False
     elif MANIFEST in sizes and manifest is None:
@@ -313,12 +378,13 @@ def problems(entry: Entry) -> Iterator[tuple[str, str, bool]]:
         if storage.is_part(name) and changed is not None and time.time() - changed > LEFTOVER_S:
             yield name, "left over by a write that was killed", False
         match = SHARD_NAME.fullmatch(name)
-        problem = shard_problem(entry, name, manifest["key"] if manifest else None) if match else None
+        key = manifest["key"] if manifest else None
+        problem = shard_problem(entry, name, int(match[1]), key) if match else None
         if problem:
             yield name, problem, True
 
 
-def shard_problem(entry: Entry, name: str, key: str | None) -> str | None:
+def shard_problem(entry: Entry, name: str, index: int, key: str | None) -> str | None:
     """What is wrong with a shard, or None."""
     try:
         data = entry.folder.read(name)
@@ -326,7 +392,7 @@ def shard_problem(entry: Entry, name: str, key: str | None) -> str | None:
         return f"cannot be read: {error.strerror or error}"
     if data is None:  # removed meanwhile
         return None
-    batch = unpack(data, 0)
+    batch = unpack(data, index)
     if batch is None:
         return "damaged"
     expected = batch.key == key if key else batch.key[:32] == entry.key
@@ -343,12 +409,14 @@ def prune(
 ) -> list[Entry]:
     """Remove entries and return them; with `dry_run`, only return what would be removed.
 
+    One that cannot be removed has a `problem`, and the others go. What cannot be looked into is left alone.
+
     `keys` (prefixes) limits what may be removed. Of that goes everything; or, with `older_than_days` or `max_bytes`,
     what was not used for so long, and then the longest unused until the rest is at most so large.
     """
     if not keys and older_than_days is None and max_bytes is None:
         raise ValueError("nothing says what to remove: give keys, an age or a size")
-    found = entries(root)
+    found = [entry for entry in entries(root) if entry.problem is None]
     kept = [entry for entry in found if not keys or any(matches(entry, prefix) for prefix in keys)]
     for prefix in keys:
         if not any(matches(entry, prefix) for entry in found):
@@ -364,10 +432,16 @@ def prune(
             oldest = kept.pop(0)
             removed.append(oldest)
             total -= oldest.size_bytes
-    if not dry_run:
-        for entry in removed:
-            entry.folder.remove_all()
-    return removed
+    return removed if dry_run else [cleared(entry) for entry in removed]
+
+
+def cleared(entry: Entry) -> Entry:
+    """The entry, removed; or why it is still there."""
+    try:
+        entry.folder.clear(is_own_file)
+    except OSError as error:
+        return replace(entry, problem=storage.in_one_line(error))
+    return entry
 
 
 def matches(entry: Entry, prefix: str) -> bool:

@@ -15,10 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 from pyarrow import fs
 
+from dfkd_ray.masking import hidden, split_query, without_secrets
+from dfkd_ray.masking import public_name as public_name  # for whoever has a place: what may be shown of it
+from dfkd_ray.masking import secretless as secretless
 from dfkd_ray.plain import given
 
 # What a write that was killed leaves behind on a disk ends like this.
@@ -26,11 +29,6 @@ PART = ".part"
 PART_NAME = re.compile(r"\..+\.\d+-[0-9a-f]+\.part", re.DOTALL)
 PROBE = ".probe-"  # begins the names of files that try whether a place can be written
 PROBE_NAME = re.compile(r"\.(probe|seen)-[0-9a-f]{8}")
-# A password may hold a slash that should have been escaped: all up to the last @ of the word goes.
-SECRET = re.compile(
-    r"(://)[^/@?:\s]*:[^@\s]*(?=@)|([?&][^=&\s]*(?:secret|token|key|sig|passw|credential)[^=&\s]*=)[^&\s]*",
-    re.IGNORECASE,
-)
 EXPECTED = "expected a folder, or a URI that pyarrow or fsspec can open, as in s3://bucket/folder"
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,12 +41,19 @@ def refusing(method: "Callable[Concatenate[Folder, P], R]") -> "Callable[Concate
     def told(folder: "Folder", *args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return method(folder, *args, **kwargs)
-        except OSError:
+        except OSError as error:
+            if folder.is_local:
+                raise
+            shown = [hidden(word, folder.where) if isinstance(word, str) else word for word in error.args]
+            if list(error.args) == shown:
+                raise
+            error.args = tuple(shown)
             raise
         except Exception as error:
             if folder.is_local:
                 raise
-            raise OSError(f"{folder}: {type(error).__name__}: {in_one_line(error)}") from error
+            reason = hidden(in_one_line(error), folder.where)
+            raise OSError(f"{folder}: {type(error).__name__}: {reason}") from error
 
     return told
 
@@ -245,7 +250,7 @@ def folder(where: Where) -> Folder:
     try:
         system, path = opened(uri)
     except (ValueError, ImportError, NotImplementedError) as error:
-        reason = without_secrets(" ".join(str(error).split())).rstrip(".")
+        reason = " ".join(hidden(str(error), uri).split()).rstrip(".")
         raise ValueError(f"{without_secrets(text)}: {reason}; {EXPECTED}") from None
     if isinstance(system, fs.LocalFileSystem):
         return Folder(os.path.abspath(path))
@@ -257,34 +262,6 @@ def opened(uri: str) -> tuple[fs.FileSystem, str]:
     """The file system of a URI and the path in it, once per process."""
     system, path = fs.FileSystem.from_uri(uri)
     return system, path.rstrip("/")
-
-
-def split_query(uri: str) -> tuple[str, str, str]:
-    """URI, question mark, query; fsspec's own URIs have no query."""
-    return (uri, "", "") if uri.startswith("fsspec+") or "://" not in uri else uri.partition("?")
-
-
-def without_secrets(uri: str) -> str:
-    """For messages: passwords, keys and tokens in a URI become `***`."""
-    return SECRET.sub(lambda match: f"{match[1] or match[2]}***", uri)
-
-
-def secretless(data: Any) -> Any:
-    """A copy of plain nested data, with every URI in it as `without_secrets` shows it."""
-    if isinstance(data, Mapping):
-        return {key: secretless(value) for key, value in data.items()}
-    if isinstance(data, list):
-        return [secretless(value) for value in data]
-    return without_secrets(data) if isinstance(data, str) and "://" in data else data
-
-
-def public_name(where: str) -> str:
-    """What tables call a place: a URI without the user, password and query that open it; a path as it is."""
-    scheme, mark, rest = split_query(where)[0].partition("://")
-    if not mark:
-        return where
-    host, slash, path = rest.partition("/")
-    return without_secrets(f"{scheme}://{host.rpartition('@')[2]}{slash}{path}")
 
 
 def in_one_line(error: BaseException) -> str:

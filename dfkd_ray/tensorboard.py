@@ -1,22 +1,27 @@
 """TensorBoard event files in a results place: `tensorboard --logdir PLACE`.
 
-Under `tensorboard/` each trial is a run, and a file beside the runs says which fields vary: the hparams view. The
-records and messages are TensorBoard's own, its SummaryWriter is not used: that appends to a file under a new name at
-each start, so a killed trial leaves half a record and a resumed one its points twice, and object stores cannot append.
-Here a file is written whole, and its name says what is in it: to write it again changes nothing.
+Under `tensorboard/` each trial is a run of one file, and a file beside the runs says which fields vary: the hparams
+view. The records and messages are TensorBoard's own, its SummaryWriter is not used: that begins a file under a new name
+at each start, so a resumed trial has its points twice, and object stores cannot append. Here what is there is read
+before, and only what is new is added. A TensorBoard that follows a run goes on reading the file that it has open: on a
+disk the file grows, by whole records after the last whole one, in an object store it is written anew with the same
+beginning. A file under another name, or one in its place, would be missed by the one or the other of TensorBoard's
+two readers.
 """
 
 # Protobuf makes its classes at import, where a type checker does not see them.
 # pyright: reportAttributeAccessIssue=false
 
 import io
-import re
+import json
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.message import DecodeError
 from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
@@ -28,11 +33,13 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from dfkd_ray.config import TrialConfig, columns_of
 from dfkd_ray.results.schemas import METRICS, config_columns
 from dfkd_ray.storage import Folder, folder
+from dfkd_ray.text import is_null
 
 NAME = "events.out.tfevents"  # TensorBoard reads files with `tfevents` in their names, in the order of the names
-LOOKS = re.compile(re.escape(NAME) + r"\.(\d+)-(\d+)")
+TRIAL, SWEEP, FIELDS = f"{NAME}.trial", f"{NAME}.sweep", "fields.json"
 SECTIONS = {"loss": "losses", "kl": "losses", "label": "losses", "feature": "losses"}
 SECTIONS |= {"agreement": "reference", "reference_kl": "reference"}  # any other column is in the section `training`
+LOOKS = ("losses/", "reference/", "training/")
 RUNGS = ("teacher", "pruned", "bn_reestimated", "recovered")
 LADDER = "Set smoothing to 0. Steps: 0 teacher, 1 pruned, 2 BatchNorm re-estimated without training, 3 recovered"
 RESULTS = (*(f"{rung}_accuracy" for rung in RUNGS), "agreement", "reference_kl", "achieved_sparsity", "stored_bytes")
@@ -43,35 +50,38 @@ def write_epochs(place: str | Path | Folder, trial_id: str, epochs: Sequence[Map
     """Write what a distillation has measured so far: `epochs` are all its looks, each with its `step`.
 
     Looks up to the last step that is there already are left out: a resumed trial may hand in what an earlier process
-    wrote, and adds no point twice.
+    wrote, and adds no point twice. A look without its step is left out.
     """
     run = folder(place) / "tensorboard" / trial_id
-    known = [int(match[2]) for name in run.names() if (match := LOOKS.fullmatch(name))]
-    last = max(known, default=-1)
-    new = [look for look in epochs if look["step"] > last]
+    there, size = events_in(run)
+    new = look_events(epochs, there)
     if new:
-        events = [event(look["step"], *look_values(look)) for look in new]
-        run.write(f"{NAME}.{new[0]['step']:010d}-{new[-1]['step']:010d}", encoded(events))
+        extend(run, size, new)
 
 
 def write_trial(place: str | Path | Folder, row: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]) -> None:
     """Write a trial that has ended: its looks, ladder, results, fields and the picture of its images, if there is one.
 
-    `row` is its row of `trials`, of a failed one too; the picture is the one under `images/` of the same place.
+    `row` is its row of `trials`, of a failed one too, with nulls of any kind; without an id nothing is written. The
+    picture is the one under `images/` of the same place.
     """
-    write_epochs(place, row["trial_id"], epochs)
+    row = {name: None if is_null(value) else value for name, value in row.items()}
+    trial_id = row.get("trial_id")
+    if trial_id is None:
+        return
     place = folder(place)
     fields = {name: row[name] for name in config_columns(TrialConfig) if row.get(name) is not None}
     start = time.time() - (row.get("wall_s") or 0.0)
-    failed = row["status"] == "failed"
+    failed = row.get("status") in (None, "failed")
     end = plugin_data_pb2.SessionEndInfo(
         status=api_pb2.STATUS_FAILURE if failed else api_pb2.STATUS_SUCCESS, end_time_secs=time.time()
     )
     events = [
-        event(0, *hparams.hparams_pb(fields, trial_id=row["trial_id"], start_time_secs=start).value),
+        event(0, *hparams.hparams_pb(fields, trial_id=trial_id, start_time_secs=start).value),
         *(event(index, *ladder_values(row, rung)) for index, rung in enumerate(RUNGS)),
         event(
-            row.get("best_step") or 0, *(scalar(f"trial/{name}", row.get(name), METRICS[name][2]) for name in RESULTS)
+            int(row.get("best_step") or 0),
+            *(scalar(f"trial/{name}", row.get(name), METRICS[name][2]) for name in RESULTS),
         ),
     ]
     if row.get("reason"):
@@ -82,30 +92,134 @@ def write_trial(place: str | Path | Folder, row: Mapping[str, Any], epochs: Sequ
         events.append(event(0, image(tag, picture, "some of the images distilled on, a row per class")))
     ended = plugin_data_pb2.HParamsPluginData(session_end_info=end)
     events.append(event(0, hparams_value(metadata.SESSION_END_INFO_TAG, ended)))
-    (place / "tensorboard" / row["trial_id"]).write(f"{NAME}.trial", encoded(events))
+    run = place / "tensorboard" / trial_id
+    there, size = events_in(run)
+    new = look_events(epochs, there)
+    if any(is_end(one) for one in there):  # of an attempt before: its end must not stand beside this one
+        run.write(TRIAL, encoded([*(one for one in there if is_look(one)), *new, *events]))
+    else:
+        extend(run, size, [*new, *events])
+
+
+def events_in(run: Folder) -> tuple[list[Event], int]:
+    """The events of a run's file, and how many bytes of it are whole records; a process may have died in the last."""
+    data = run.read(TRIAL) or b""
+    events, position = [], 0
+    while len(data) >= position + 12:
+        end = position + 16 + int.from_bytes(data[position : position + 8], "little")  # size, two checksums, the event
+        if end > len(data):
+            break
+        try:
+            events.append(Event.FromString(data[position + 12 : end - 4]))
+        except DecodeError:
+            break
+        position = end
+    return events, position
+
+
+def look_events(epochs: Sequence[Mapping[str, Any]], there: Sequence[Event]) -> list[Event]:
+    """The looks that are later than those which are there."""
+    last = max((one.step for one in there if is_look(one)), default=-1)
+    new = [look for look in epochs if not is_null(look.get("step")) and look["step"] > last]
+    return [event(int(look["step"]), *look_values(look)) for look in new]
+
+
+def is_look(one: Event) -> bool:
+    """Whether an event is of one look at the student."""
+    return any(value.tag.startswith(LOOKS) for value in one.summary.value)
+
+
+def is_end(one: Event) -> bool:
+    """Whether an event says that the trial has ended."""
+    return any(value.tag == metadata.SESSION_END_INFO_TAG for value in one.summary.value)
+
+
+def extend(run: Folder, size: int, events: Sequence[Event]) -> None:
+    """Add events after the first `size` bytes of a run's file; after an error it is as it was."""
+    data = encoded(events, begin=not size)
+    if not size or not run.is_local:
+        run.write(TRIAL, (run.read(TRIAL) or b"")[:size], data)
+        return
+    # A link that somebody has put there leads to a file of theirs.
+    descriptor = os.open(run.path / TRIAL, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+    with open(descriptor, "r+b", buffering=0) as file:
+        try:
+            file.truncate(size)
+            file.seek(size)
+            left = memoryview(data)
+            while left:
+                left = left[file.write(left) or 0 :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def write_sweep(place: str | Path | Folder, configs: Iterable[TrialConfig]) -> None:
-    """Say which fields the hparams view shows: those that differ between the trials, beside agreement and accuracy."""
-    columns = [hparams.HParam(name, hparams.Discrete(values)) for name, values in varying(configs).items()]
+    """Say which fields the hparams view shows: those that differ between the trials, beside agreement and accuracy.
+
+    The trials are those of every sweep that has been in this place: TensorBoard takes one such message only, so the
+    values of all fields so far lie beside it.
+    """
+    root = folder(place) / "tensorboard"
+    values = merged(fields_in(root), seen(configs))
+    root.write(FIELDS, json.dumps(values, indent=1).encode())
+    columns = [hparams.HParam(name, hparams.Discrete(shown)) for name, shown in varying(values).items()]
     metrics = [
         hparams.Metric(f"trial/{name}", display_name=name, description=METRICS[name][2])
         for name in ("agreement", "recovered_accuracy")
     ]
     summary = hparams.hparams_config_pb(columns, metrics)
-    (folder(place) / "tensorboard").write(f"{NAME}.sweep", encoded([event(0, *summary.value)]))
+    root.write(SWEEP, encoded([event(0, *summary.value)]))
 
 
-def varying(configs: Iterable[TrialConfig]) -> dict[str, list[Any]]:
-    """Dotted field → its values, where trials that have the field differ in it; numbers as floats, null left out."""
-    seen: dict[str, dict[Any, None]] = {}
+def seen(configs: Iterable[TrialConfig]) -> dict[str, list[Any]]:
+    """Dotted field → the values that it has in these trials."""
+    found: dict[str, dict[Any, None]] = {}
     for config in configs:
         for name, value in columns_of(config).items():
-            seen.setdefault(name, {})[value] = None
-    found = {name: [value for value in values if value is not None] for name, values in seen.items() if len(values) > 1}
+            found.setdefault(name, {})[value] = None
+    return {name: list(values) for name, values in found.items()}
+
+
+def fields_in(root: Folder) -> dict[str, list[Any]]:
+    """What the sweeps before have left there; nothing of a file that is damaged."""
+    try:
+        found = json.loads(root.read(FIELDS) or b"{}")
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    known = config_columns(TrialConfig)
+    return {name: some for name, some in found.items() if name in known and isinstance(some, list) and kinds(some)}
+
+
+def kinds(values: Iterable[Any]) -> set[str]:
+    """Of what kinds the values are that a field has; the hparams view takes one. Empty where one is none of a field."""
+    found = set()
+    for value in values:
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**63:
+            return set()
+        if not isinstance(value, str | bool | int | float | None):
+            return set()
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        found.add("number" if is_number else type(value).__name__)
+    return found
+
+
+def merged(before: Mapping[str, list[Any]], now: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """Field → values of both; where those are of different kinds, the values of now."""
+    both = {name: list(dict.fromkeys([*before.get(name, []), *now.get(name, [])])) for name in {**before, **now}}
+    fits = {name: len(kinds(values) - {"NoneType"}) == 1 or set(values) == {None} for name, values in both.items()}
+    return {name: values if fits[name] else now.get(name, []) for name, values in both.items()}
+
+
+def varying(values: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """The fields that have more than one value where a trial has them; numbers as floats, null left out."""
+    found = {name: [one for one in some if one is not None] for name, some in values.items() if len(some) > 1}
     return {
-        name: [float(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for v in values]
-        for name, values in found.items()
+        name: [float(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for v in some]
+        for name, some in found.items()
     }
 
 
@@ -129,7 +243,7 @@ def ladder_values(row: Mapping[str, Any], rung: str) -> list[Summary.Value | Non
 
 def scalar(tag: str, number: float | int | None, description: str = "") -> Summary.Value | None:
     """One number, or None where there is none."""
-    if number is None or number != number:
+    if is_null(number):
         return None
     told = SummaryMetadata(summary_description=description) if description else None
     return Summary.Value(tag=tag, simple_value=number, metadata=told)
@@ -159,10 +273,10 @@ def event(step: int, *values: Summary.Value | None) -> Event:
     return Event(wall_time=time.time(), step=step, summary=Summary(value=[v for v in values if v is not None]))
 
 
-def encoded(events: Iterable[Event]) -> bytes:
-    """An event file."""
+def encoded(events: Iterable[Event], begin: bool = True) -> bytes:
+    """An event file; with `begin` false, what is added to one."""
     file = io.BytesIO()
     writer = RecordWriter(file)
-    for one in (Event(wall_time=time.time(), file_version="brain.Event:2"), *events):
+    for one in (*([Event(wall_time=time.time(), file_version="brain.Event:2")] if begin else []), *events):
         writer.write(one.SerializeToString())
     return file.getvalue()

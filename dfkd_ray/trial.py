@@ -11,7 +11,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,13 +36,15 @@ from dfkd_ray import (
 )
 from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.bundles import Teacher
-from dfkd_ray.config import TrialConfig, columns_of, stable_hash
+from dfkd_ray.config import TrialConfig, columns_of, stable_hash, versions
 from dfkd_ray.distillation import OnEpochs, Pool, Progress, State
 from dfkd_ray.images import decoded
 from dfkd_ray.storage import Folder, Where
 
 log = logging.getLogger(__name__)
 OnBatch = Callable[[Batch, bool], None]
+TRIAL_ID = re.compile(r"t-[0-9a-f]{12}")
+CHECKPOINTS = "checkpoints"
 # What differs between two runs that fail alike, and what stands for it in a reason.
 VARYING = (
     (re.compile(r"(Tried to allocate [\d.]+ \w+)\..*"), r"\1"),  # CUDA goes on with what was free and who had the rest
@@ -105,10 +107,27 @@ def pinned_synthesis(settings: Any, teacher: Teacher) -> Any:
     return settings.model_copy(update={"record_sha256": sha256})
 
 
+def remove_checkpoints(place: Folder, trial_ids: Iterable[str] | None = None) -> None:
+    """Remove what these trials (None: all) have under `checkpoints/` of a place, and nothing else there.
+
+    Ids may come out of a table that somebody else has written: what has not the form of one is left alone, and where
+    `checkpoints` is a link nothing is removed.
+    """
+    folder = place / CHECKPOINTS
+    if folder.is_local and folder.path.is_symlink():
+        return
+    wanted = None if trial_ids is None else {name for name in trial_ids if TRIAL_ID.fullmatch(name)}
+    for inner in folder.folders() if wanted is None or len(wanted) > 1 else [folder / name for name in wanted]:
+        if TRIAL_ID.fullmatch(inner.name) and (wanted is None or inner.name in wanted):
+            distillation.remove_checkpoint(inner)
+    if wanted is None:
+        folder.clear(lambda _name: False)
+
+
 def trial_id(config: TrialConfig, teacher: Teacher) -> str:
-    """`t-` and 12 hex digits over the teacher's hash and every field that decides a number of the row."""
+    """`t-` and 12 hex digits over all that decides a number of the row: teacher, config, versions of the algorithms."""
     fields = config.model_dump(mode="json", exclude={"teacher": True, "device": True})
-    return "t-" + stable_hash({"teacher": teacher.hash, "config": fields})[:12]
+    return "t-" + stable_hash({"teacher": teacher.hash, "config": fields, "versions": versions()})[:12]
 
 
 def run(
@@ -160,7 +179,7 @@ def reason_of(error: BaseException) -> str:
     Process numbers, addresses in memory or on the network, free memory and the folders before a file's name go.
     """
     message = str(error).strip() or "no message"
-    reason = f"{type(error).__name__}: {message.splitlines()[0]}"
+    reason = f"{type(error).__name__}: {storage.without_secrets(message.splitlines()[0])}"
     for pattern, shown in VARYING:
         reason = pattern.sub(shown, reason)
     return reason[:300]
@@ -367,7 +386,8 @@ class Gathered:
         self.pool.images[place], self.pool.labels[place] = batch.images, batch.labels
         terms = {**batch.terms, "class_histogram": json.dumps(batch.terms.get("class_histogram"))}
         what = {"domain": self.domain, "method": self.settings.method, "batch_index": batch.index, "num_images": size}
-        self.rows.append({"synthesis_key": batch.key, **what, "images_sha256": batch_sha256(batch), **terms})
+        what |= {"synthesis_version": versions()["synthesis_version"], "images_sha256": batch_sha256(batch)}
+        self.rows.append({**terms, "synthesis_key": batch.key, **what})
         self.num_found += found
 
     @property
@@ -497,6 +517,7 @@ def provenance(config: TrialConfig, teacher: Teacher) -> dict[str, Any]:
     """The columns known before anything has run."""
     return columns_of(config) | {
         "trial_id": trial_id(config, teacher),
+        **versions(),
         "teacher_hash": teacher.hash,
         "teacher_architecture": teacher.info.architecture,
         "real_data": config.synthesis.method == "real",

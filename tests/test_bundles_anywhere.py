@@ -196,8 +196,8 @@ def test_what_a_place_is_called_in_tables():
 def test_secrets_of_all_kinds_are_hidden_and_nothing_else():
     shown = storage.without_secrets
     assert shown("s3://AK:a/b+c@bucket/x, see http://h:80/y") == "s3://***@bucket/x, see http://h:80/y"
-    assert shown("abfs://c?sas_token=x&sig=y%3D&sp=r") == "abfs://c?sas_token=***&sig=***&sp=r"
-    assert shown("gs://b?X-Amz-Credential=x y") == "gs://b?X-Amz-Credential=*** y"
+    assert shown("abfs://c?sas_token=x&sig=y%3D&sp=r") == "abfs://c?sas_token=***&sig=***&sp=***"
+    assert shown("gs://b?X-Amz-Credential=x y") == "gs://b?X-Amz-Credential=***"
     plain = "fsspec+memory://a/b and s3://bucket/a?region=us-east-1 and me@host: /x:y"
     assert shown(plain) == plain
     data = {"a": ["s3://k:s@b", 1, None], "b": {"c": "what? key=1"}}

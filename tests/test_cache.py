@@ -371,7 +371,7 @@ def test_two_processes_sharing_a_key_make_each_batch_once(tmp_path, child):
     process = child("quick")
     assert process.stdout.readline() == "making\n"
     batches = cache.fetch(range(6), "ab" * 32, make_here(tmp_path, 0.1), tmp_path)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=900)
     made = [line.split() for line in (tmp_path / "made").read_text().splitlines()]
     assert sorted(int(index) for index, _ in made) == list(range(6))
     assert {who for _, who in made} == {"parent", "child"}
@@ -429,7 +429,7 @@ def test_a_key_used_again_is_the_last_used(tmp_path):
             os.utime(path, (time.time() - age_s,) * 2)
     cache.write_manifest(old, key=KEY, numerics="cpu A", **MANIFEST)
     used = {entry.key: entry.last_used for entry in cache.entries(tmp_path)}
-    assert time.time() - used[KEY[:32]] < 60 and time.time() - used["f" * 32] > 9e4
+    assert time.time() - used[KEY[:32]] < 900 and time.time() - used["f" * 32] > 9e4
 
 
 def put_foreign_things(root):

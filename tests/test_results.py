@@ -36,7 +36,7 @@ def test_a_trials_row_is_read_back_as_it_was_written(tmp_path):
     frame = results.read(tmp_path, "trials")
     assert len(frame) == 1 and list(frame.columns) == results.schema("trials").names
     read = {name: None if pd.isna(value) else value for name, value in frame.iloc[0].to_dict().items()}
-    assert abs(read.pop(WRITTEN_AT) - time.time()) < 60
+    assert abs(read.pop(WRITTEN_AT) - time.time()) < 900
     del written[WRITTEN_AT]
     assert {name: read[name] for name in written} == written
     assert [name for name, value in written.items() if value is None] == ["student.architecture"]
@@ -84,7 +84,7 @@ def test_column_names_are_unique_and_explained():
     schema = results.schema("trials")
     assert len(set(schema.names)) == len(schema.names)
     assert all(field.metadata[b"deterministic"] in (b"true", b"false") for field in schema)
-    assert schema.metadata[b"dfkd_ray.schema"] == b"dfkd_ray.trials/2"
+    assert schema.metadata[b"dfkd_ray.schema"] == b"dfkd_ray.trials/3"
 
 
 def test_deterministic_columns_exclude_seconds_hosts_and_versions():
@@ -216,7 +216,7 @@ def test_the_synthesis_table_says_which_columns_are_deterministic():
 
 
 def test_an_unknown_column_of_a_batch_is_refused(tmp_path):
-    with pytest.raises(KeyError, match=r"version 3 of synthesis.*walls"):
+    with pytest.raises(KeyError, match=r"version 4 of synthesis.*walls"):
         results.write_batches(tmp_path, [batch_row(0, walls=1.0)])
     with pytest.raises(ValueError, match="no synthesis table"):
         results.read(tmp_path, "synthesis")
@@ -383,7 +383,7 @@ def test_who_reads_while_others_write_and_compact_sees_every_row_that_was_there_
     finally:
         over.set()
         for thread in [*writers, background]:
-            thread.join(timeout=60)
+            thread.join(timeout=900)
     assert len(seen) > 2 and len(results.read(tmp_path, "trials")) == 37
 
 

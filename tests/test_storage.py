@@ -59,7 +59,7 @@ def test_a_file_has_the_time_of_its_writing_where_times_are_kept(tmp_path):
     os.utime(tmp_path / "a", (1e9, 1e9))
     assert folder.sizes()["a"] == (1, 1e9)
     folder.touch("a")
-    assert abs(folder.sizes()["a"][1] - time.time()) < 60
+    assert abs(folder.sizes()["a"][1] - time.time()) < 900
 
 
 def test_removing_takes_what_was_named_and_nothing_else(root):
@@ -116,7 +116,7 @@ def test_local_paths_and_file_uris_are_absolute_and_local(tmp_path, monkeypatch)
 def test_an_unusable_uri_is_refused_in_one_line_with_what_was_given(uri):
     with pytest.raises(ValueError, match="expected a folder") as caught:
         storage.folder(uri)
-    assert uri in str(caught.value) and "\n" not in str(caught.value)
+    assert storage.without_secrets(uri) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_names_go_between_a_uri_and_its_query():
@@ -211,4 +211,4 @@ def test_storage_and_cache_need_no_torch():
     code = (
         "import sys, dfkd_ray.storage, dfkd_ray.cache; assert 'torch' not in sys.modules and 'ray' not in sys.modules"
     )
-    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=900).returncode == 0

@@ -1,11 +1,15 @@
 """Event files: what TensorBoard reads in them, that nothing doubles, and that it serves them."""
 
+import contextlib
+import errno
 import io
 import json
+import os
 import re
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -216,14 +220,134 @@ def test_writing_imports_neither_tensorflow_nor_torch(tmp_path):
         f"tensorboard.write_sweep({str(tmp_path)!r}, [config.TrialConfig(teacher=name) for name in 'ab'])\n"
         "assert not {'tensorflow', 'torch'} & set(sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=900)
 
 
-def test_tensorboard_serves_runs_points_and_hparams_of_a_results_place(finished):
-    place, row, epochs = finished
-    run = f"tensorboard/{row['trial_id']}"
+def test_a_trial_is_one_file_however_often_it_looked_failed_and_was_resumed(tmp_path):
+    all_looks = looks(9)
+    for num in (1, 2, 3):
+        tensorboard.write_epochs(tmp_path, "t-1", all_looks[:num])
+    tensorboard.write_trial(tmp_path, a_row(status="failed", reason="x", agreement=None), all_looks[:5])
+    tensorboard.write_trial(tmp_path, a_row(status="failed", reason="it died", agreement=None), ())
+    tensorboard.write_epochs(tmp_path, "t-1", all_looks[:4])
+    tensorboard.write_epochs(tmp_path, "t-1", all_looks[:7])
+    tensorboard.write_trial(tmp_path, a_row(), all_looks)
+    assert [path.name for path in (tmp_path / "tensorboard" / "t-1").iterdir()] == ["events.out.tfevents.trial"]
+    run = read(tmp_path / "tensorboard" / "t-1")
+    assert scalars(run, "reference/agreement") == [(look["step"], look["agreement"]) for look in all_looks]
+    assert hparams_of(run, "session_end_info").session_end_info.status == api_pb2.STATUS_SUCCESS
+    assert len(scalars(run, "trial/agreement")) == 1 and "reason" not in run.Tags()["tensors"]
+
+
+def test_a_trial_whose_process_died_keeps_the_looks_that_it_had(tmp_path):
+    tensorboard.write_epochs(tmp_path, "t-1", looks(4))
+    tensorboard.write_trial(tmp_path, a_row(status="failed", reason="it died", agreement=None), ())
+    run = read(tmp_path / "tensorboard" / "t-1")
+    assert [step for step, _ in scalars(run, "reference/agreement")] == [0, 10, 20, 30]
+
+
+def test_half_a_record_of_a_killed_process_is_cut_and_nothing_else_is_lost(tmp_path):
+    tensorboard.write_epochs(tmp_path, "t-1", looks(3))
+    file = tmp_path / "tensorboard" / "t-1" / "events.out.tfevents.trial"
+    before = file.read_bytes()
+    tensorboard.write_epochs(tmp_path, "t-1", looks(6))
+    whole = file.read_bytes()
+    for size in range(len(before) + 1, len(whole), 7):
+        file.write_bytes(whole[:size])
+        tensorboard.write_epochs(tmp_path, "t-1", looks(6))
+        steps = [step for step, _ in scalars(read(file.parent), "reference/agreement")]
+        assert steps == [0, 10, 20, 30, 40, 50], size
+
+
+def test_a_full_disk_leaves_a_runs_file_as_it_was(tmp_path, monkeypatch):
+    tensorboard.write_epochs(tmp_path, "t-1", looks(3))
+    file = tmp_path / "tensorboard" / "t-1" / "events.out.tfevents.trial"
+    before = file.read_bytes()
+
+    def full(_descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            tensorboard.write_epochs(tmp_path, "t-1", looks(5))
+    assert file.read_bytes() == before
+
+
+def test_a_link_in_the_place_of_a_runs_file_leads_to_nothing_that_is_changed(tmp_path):
+    tensorboard.write_epochs(tmp_path, "t-1", looks(3))
+    file = tmp_path / "tensorboard" / "t-1" / "events.out.tfevents.trial"
+    mine = tmp_path / "mine"
+    file.rename(mine)
+    file.symlink_to(mine)
+    before = mine.read_bytes()
+    with pytest.raises(OSError):
+        tensorboard.write_epochs(tmp_path, "t-1", looks(5))
+    assert mine.read_bytes() == before
+
+
+def test_the_hparams_view_has_the_fields_of_every_sweep_that_was_in_the_place(tmp_path):
+    def shown() -> dict[str, list]:
+        experiment = hparams_of(read(tmp_path / "tensorboard"), "experiment").experiment
+        values = {info.name: info.domain_discrete.values for info in experiment.hparam_infos}
+        return {name: sorted(one.number_value or one.string_value for one in some) for name, some in values.items()}
+
+    tensorboard.write_sweep(tmp_path, [config_of("a"), config_of("a", **{"pruning.sparsity": 0.9})])
+    assert shown() == {"pruning.sparsity": [0.75, 0.9]}
+    second = [config_of("b"), config_of("b", **{"distillation.temperature": 2.0})]
+    for _ in range(2):  # again: it was resumed
+        tensorboard.write_sweep(tmp_path, second)
+    both = {"pruning.sparsity": [0.75, 0.9], "distillation.temperature": [2.0, 4.0], "teacher": ["a", "b"]}
+    assert shown() == both
+    fields = tmp_path / "tensorboard" / "fields.json"
+    kept = fields.read_text()
+    for damaged in (
+        "{",
+        "[]",
+        '{"teacher": [[1]], "nope": [1]}',
+        '{"pruning.sparsity": ["x", 1' + "0" * 400 + "]}",
+        "[" * 9999,
+    ):
+        fields.write_text(damaged)
+        tensorboard.write_sweep(tmp_path, second)
+        assert set(shown()) == {"distillation.temperature"}
+    fields.write_text(kept)
+    tensorboard.write_sweep(tmp_path, [config_of("a")])
+    assert shown() == both
+
+
+@pytest.mark.parametrize("fast", ["true", "false"])
+def test_a_tensorboard_that_follows_a_run_sees_every_point_once_and_its_end(tmp_path, fast):
+    tensorboard.write_epochs(tmp_path, "t-1", looks(2))
+    tensorboard.write_sweep(tmp_path, [config_of("a"), config_of("b")])
+    with served(tmp_path, f"--load_fast={fast}") as ask:
+
+        def steps(tag: str) -> list[int]:
+            try:
+                return [point[1] for point in ask(f"/data/plugin/scalars/scalars?run=tensorboard/t-1&tag={tag}")]
+            except urllib.error.HTTPError:  # none yet
+                return []
+
+        def eventually(wanted: list[int], tag: str) -> None:
+            deadline = time.monotonic() + 300
+            while steps(tag) != wanted and time.monotonic() < deadline:
+                time.sleep(0.2)
+            assert steps(tag) == wanted
+
+        eventually([0, 10], "reference/agreement")
+        tensorboard.write_epochs(tmp_path, "t-1", looks(4))
+        eventually([0, 10, 20, 30], "reference/agreement")
+        tensorboard.write_epochs(tmp_path, "t-1", looks(5))
+        tensorboard.write_trial(tmp_path, a_row(), looks(6))
+        eventually([0, 10, 20, 30, 40, 50], "reference/agreement")
+        eventually([10], "trial/agreement")
+
+
+@contextlib.contextmanager
+def served(place: Path, *options: str):
+    """A TensorBoard over a place; gives what asks it."""
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(place), "--host", "127.0.0.1", "--port", "0"]
-    command += ["--reload_interval", "1"]
+    command += ["--reload_interval", "1", *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
@@ -237,10 +361,21 @@ def test_tensorboard_serves_runs_points_and_hparams_of_a_results_place(finished)
         def ask(path: str, body: dict | None = None):
             data = None if body is None else json.dumps(body).encode()
             request = urllib.request.Request(address + path, data, {"Content-Type": "application/json"})
-            with urllib.request.urlopen(request, timeout=30) as answer:
+            with urllib.request.urlopen(request, timeout=300) as answer:
                 return json.load(answer)
 
-        deadline = time.monotonic() + 30
+        yield ask
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def test_tensorboard_serves_runs_points_and_hparams_of_a_results_place(finished):
+    place, row, epochs = finished
+    run = f"tensorboard/{row['trial_id']}"
+    with served(place) as ask:
+        deadline = time.monotonic() + 600
         while run not in ask("/data/runs") and time.monotonic() < deadline:
             time.sleep(0.2)
         assert set(ask("/data/runs")) == {run, "tensorboard"}
@@ -253,7 +388,3 @@ def test_tensorboard_serves_runs_points_and_hparams_of_a_results_place(finished)
         assert group["hparams"]["pruning.sparsity"] == 0.5
         values = {value["name"]["tag"]: value["value"] for value in group["metricValues"]}
         assert values == {"trial/agreement": pytest.approx(row["agreement"])}
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()

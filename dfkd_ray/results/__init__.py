@@ -4,9 +4,20 @@ A place holds `trials/`, `epochs/` and `synthesis/`, each a folder of small part
 A crash leaves old rows or new ones, never half a row. `compact` makes one file out of many parts.
 """
 
+from dfkd_ray.results.rows import kept, unfit, writable
 from dfkd_ray.results.schemas import METRICS, SEEDS, TABLES, deterministic_columns, schema, version
 from dfkd_ray.results.selecting import fold_seeds, select, varied_fields
-from dfkd_ray.results.tables import FINAL, compact, finished_ids, read, read_part, write, write_batches, write_json
+from dfkd_ray.results.tables import (
+    FINAL,
+    compact,
+    finished_ids,
+    is_place,
+    read,
+    read_part,
+    write,
+    write_batches,
+    write_json,
+)
 
 __all__ = [
     "FINAL",
@@ -17,12 +28,16 @@ __all__ = [
     "deterministic_columns",
     "finished_ids",
     "fold_seeds",
+    "is_place",
+    "kept",
     "read",
     "read_part",
     "schema",
     "select",
+    "unfit",
     "varied_fields",
     "version",
+    "writable",
     "write",
     "write_batches",
     "write_json",

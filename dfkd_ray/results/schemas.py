@@ -22,9 +22,9 @@ SCHEMA = b"dfkd_ray.schema"
 # One entry per step from a version to the next: the columns that got another name in it. Columns that came with a
 # version, or with a config field, are null in older rows; so the version rises for metrics only.
 RENAMED: dict[str, list[Mapping[str, str]]] = {
-    "trials": [{}],  # 2: written_at_s
+    "trials": [{}, {}],  # 2: written_at_s; 3: trial_version, synthesis_version
     "epochs": [],
-    "synthesis": [{}, {}],  # 2: written_at_s; 3: record
+    "synthesis": [{}, {}, {}],  # 2: written_at_s; 3: record; 4: synthesis_version
 }
 # What makes two rows one: of such rows readers keep the one written last.
 KEYS = {"trials": ["trial_id"], "epochs": ["trial_id", "step"], "synthesis": ["synthesis_key", "batch_index"]}
@@ -32,11 +32,14 @@ WRITTEN_AT = "written_at_s"
 # The seeds that a sweep repeats a trial with.
 SEEDS = ("synthesis.seed", "distillation.seed")
 
+SYNTHESIS_VERSION_MEANING = "of the algorithms that make images; null in rows from before it was counted"
 WRITING: Columns = {WRITTEN_AT: (pa.float64(), False, "when the row was written, seconds since 1970")}
 
 # name: (type, deterministic, meaning)
 METRICS: Columns = {
     "trial_id": (pa.string(), True, "t- and 12 hex digits of the config's and teacher's hash"),
+    "trial_version": (pa.int64(), True, "of the trial's algorithms; null in rows from before it was counted"),
+    "synthesis_version": (pa.int64(), True, SYNTHESIS_VERSION_MEANING),
     "status": (pa.string(), True, "finished, failed, or stopped: early, by how it compared with others"),
     "reason": (pa.string(), True, "why it failed"),
     "teacher_architecture": (pa.string(), True, "the teacher's architecture"),
@@ -102,6 +105,7 @@ EPOCHS: Columns = {
 SYNTHESIS: Columns = {
     "synthesis_key": (pa.string(), True, "of teacher hash, synthesis config and domain"),
     "batch_index": (pa.int64(), True, "which batch of the key"),
+    "synthesis_version": (pa.int64(), True, SYNTHESIS_VERSION_MEANING),
     "teacher_hash": (pa.string(), True, "of architecture, normalisation and weights"),
     "domain": (pa.string(), True, "train, or reference for the held-out set"),
     "method": (pa.string(), True, "synthesis method"),

@@ -7,6 +7,7 @@ may be written again (the own part of a trial that has not finished), so no row 
 
 import json
 import logging
+import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -20,12 +21,14 @@ import pyarrow.parquet as pq
 
 from dfkd_ray import storage
 from dfkd_ray.results import schemas
+from dfkd_ray.results.rows import is_not_finite
 from dfkd_ray.storage import Folder, Where
 
 log = logging.getLogger(__name__)
 
 SUFFIX = ".parquet"
 MERGED = "merged-"
+PART_NAME = re.compile(r"(t-[0-9a-f]{12}|merged-[0-9a-f]{16}|k-[0-9a-f]{16}-\d+)\.parquet")  # of sweeps
 LEFTOVER_S = 600.0  # a part is written in seconds: an older temporary file has no writer any more
 NUM_THREADS = 16  # of reading: parts are small, and on an object store each is a wait for the network
 ATTEMPTS = 20
@@ -54,6 +57,22 @@ def read(place: Where, table: str, columns: Sequence[str] | None = None) -> pd.D
     return frame if columns is None else frame[list(columns)]
 
 
+def is_place(place: Where) -> bool:
+    """Whether some table of ours lies in a place: a part of one of our names, or the first part can be read."""
+    for table in schemas.TABLES:
+        folder = storage.folder(place) / table
+        names = part_names(folder)
+        if any(PART_NAME.fullmatch(name) for name in names):
+            return True
+        for name in names[:1]:
+            try:
+                parsed(folder, name, table, schemas.schema(table).names)
+            except ValueError:
+                continue
+            return True
+    return False
+
+
 def read_part(place: Where, table: str, part: str) -> pd.DataFrame | None:
     """The rows of one part, as its writer left them; None where it is not there (any more)."""
     rows = parsed(storage.folder(place) / table, part + SUFFIX, table, schemas.schema(table).names)
@@ -61,16 +80,19 @@ def read_part(place: Where, table: str, part: str) -> pd.DataFrame | None:
 
 
 def write(place: Where, table: str, rows: Sequence[Mapping[str, Any]], part: str) -> None:
-    """Write rows as `<table>/<part>.parquet`, whole, over what was there. What a row leaves out is null.
+    """Write rows as `<table>/<part>.parquet`, whole, over what was there.
 
-    `KeyError` for a column not in the schema; whatever the disk or the network refuses is an `OSError`.
+    What a row leaves out is null, and so is a number that is not finite. `KeyError` for a column not in the schema, an
+    error of Arrow for a value that does not fit (`kept` and `writable` make rows fit); whatever the disk or the network
+    refuses is an `OSError`.
     """
     wanted = schemas.schema(table)
     unknown = {name for row in rows for name in row} - set(wanted.names)
     if unknown:
         raise KeyError(f"columns not in version {schemas.version(table)} of {table}: {sorted(unknown)}")
     now = {schemas.WRITTEN_AT: time.time()}
-    plain = [{name: row.get(name) for name in wanted.names} | now for row in rows]
+    plain = [{name: None if is_not_finite(row.get(name)) else row.get(name) for name in wanted.names} for row in rows]
+    plain = [row | now for row in plain]
     (storage.folder(place) / table).write(part + SUFFIX, encoded(pa.Table.from_pylist(plain, schema=wanted)))
 
 

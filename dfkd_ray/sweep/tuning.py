@@ -113,7 +113,7 @@ class Suggestions:
         self.study = optuna.create_study(direction="maximize", sampler=sampler)
         distributions = {name: distribution(values) for name, values in self.domains.items()}
         for point, row in known:
-            failed = row["status"] == "failed"
+            failed = row["status"] == "failed" or missing(row[METRIC])
             state = optuna.trial.TrialState.FAIL if failed else optuna.trial.TrialState.COMPLETE
             trial = optuna.trial.create_trial(
                 state=state,

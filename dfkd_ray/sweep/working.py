@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from dfkd_ray import bundles, results, storage, tensorboard
+from dfkd_ray import bundles, cache, models, results, storage, tensorboard
 from dfkd_ray import trial as one_trial
 from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.bundles import Teacher
@@ -16,6 +16,7 @@ from dfkd_ray.config import TrialConfig
 from dfkd_ray.distillation import Progress, State
 from dfkd_ray.images import class_grid
 from dfkd_ray.results import FINAL
+from dfkd_ray.results.finals import final_row
 from dfkd_ray.storage import Folder, Where
 from dfkd_ray.sweep import places, tuning
 from dfkd_ray.sweep.files import Job
@@ -66,14 +67,17 @@ def run_job(
 
     def write_epochs(looks: Sequence[Mapping[str, float | int | None]]) -> None:
         with seconds.spent("results"):
-            results.write(place, "epochs", [{"trial_id": job.id, **look} for look in looks], job.id)
-        with seconds.spent("TensorBoard"):
+            results.write(place, "epochs", epoch_rows(job.id, looks), job.id)
+        with seconds.spent("TensorBoard"), for_show("TensorBoard"):
             tensorboard.write_epochs(place, job.id, looks)
 
     # The teacher is the same in every trial: one evaluation per process, not one per trial.
     known = (job.teacher.hash, kd.precision, kd.num_threads, job.config.device, None if test is None else len(test))
 
     def attempt() -> one_trial.Outcome:
+        unfit = results.unfit(one_trial.provenance(job.config, job.teacher))
+        if unfit:  # better known now than when all is computed
+            return one_trial.Outcome(failed_row(job, unfit))
         return one_trial.run(
             job.config,
             job.teacher,
@@ -100,31 +104,64 @@ def run_job(
     row |= {"fleet_call_s": getattr(images, "call_s", None), "fleet_wait_s": getattr(images, "wait_s", None)}
     if row.get("teacher_accuracy") is not None:
         TEACHER_ACCURACIES[known] = row["teacher_accuracy"]
-    places.persistently(lambda: keep(job, outcome, place, seconds))
-    return row
+    try:
+        return places.persistently(lambda: keep(job, outcome, place, seconds))
+    except OSError:
+        raise
+    except Exception as error:
+        log.exception("trial %s", job.id)
+        failed = failed_row(job, f"what it leaves cannot be written: {one_trial.reason_of(error)}")
+        return places.persistently(lambda: keep(job, one_trial.Outcome(failed), place, seconds))
 
 
-def keep(job: Job, outcome: one_trial.Outcome, place: Folder, seconds: Seconds) -> None:
-    """Write everything a trial leaves, each file whole; doing it twice changes nothing."""
-    row = outcome.row
+def epoch_rows(trial_id: str, looks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A trial's looks at the reference set as rows of `epochs`."""
+    return [results.writable("epochs", {"trial_id": trial_id, **look}) for look in looks]
+
+
+@contextmanager
+def for_show(what: str) -> Iterator[None]:
+    """What only shows a trial changes nothing of what is recorded; what the disk or the store refuses is an error."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception:
+        log.exception("%s", what)
+
+
+def keep(job: Job, outcome: one_trial.Outcome, place: Folder, seconds: Seconds) -> dict[str, Any]:
+    """Write everything a trial leaves, each file whole; doing it twice changes nothing. Returns the row that is there.
+
+    That is another one where an attempt has left a final row and a later one comes to none: it stays; and a failed one
+    where the table cannot hold what was measured.
+    """
+    row = results.kept(outcome.row)
+    if row["status"] == "failed" and outcome.student is not None:
+        outcome = one_trial.Outcome(row, epochs=outcome.epochs)
+    if row["status"] != "finished":
+        with seconds.spent("results"):
+            final = final_row(place, job.id)
+        if final is not None:
+            return final
     with seconds.spent("results"):
         if outcome.epochs:
-            looks = [{"trial_id": job.id, **look} for look in outcome.epochs]
-            results.write(place, "epochs", looks, job.id)
+            results.write(place, "epochs", epoch_rows(job.id, outcome.epochs), job.id)
         if outcome.student is not None:
             outcome.save_student(place / "students" / job.id)
-            results.write_batches(place, outcome.synthesis)
+            results.write_batches(place, [results.writable("synthesis", row) for row in outcome.synthesis])
             pictures, picture = place / "images", f"{row['synthesis_key'][:12]}.png"
             if picture not in pictures.names():
                 info = job.teacher.info
                 pictures.write(picture, class_grid(outcome.batches, info.num_classes, info.space))
-    with seconds.spent("TensorBoard"):
+    with seconds.spent("TensorBoard"), for_show("TensorBoard"):
         tensorboard.write_trial(place, row, outcome.epochs)
     with seconds.spent("results"):
         results.write(place, "trials", [row], job.id)
         if row["status"] in FINAL:  # a failed one is run again on resume, and goes on from there
             with suppress(OSError):
-                (place / "checkpoints" / job.id).remove_all()
+                one_trial.remove_checkpoints(place, [job.id])
+    return row
 
 
 def failed_row(job: Job, reason: str) -> dict[str, Any]:
@@ -144,6 +181,7 @@ class Shared:
     teachers: Mapping[str, list[Any]]  # by hash, as `bundles.to_arrays`
     tests: Mapping[str, list[Any]]  # by the teacher's hash
     reals: Mapping[str, list[Any]]  # by trial id
+    code: str | None = None  # the driver's `models.code_folder`
 
 
 def in_worker(
@@ -161,6 +199,10 @@ def in_worker(
     import ray
 
     seconds, num_steps = Seconds(), config.distillation.num_steps
+    with suppress(OSError):  # an attempt before this one may have died between its row and its report
+        final = final_row(shared.place, trial_id, merged=False)
+        if final is not None:
+            return tuning.result(final, num_steps) | {"row": json.dumps(final), "seconds": dict(seconds)}
     try:
         if teacher_hash not in OPENED:
             OPENED[teacher_hash] = bundles.from_arrays(ray.get(shared.teachers[teacher_hash][0]))
@@ -178,22 +220,33 @@ def in_worker(
             report(tuning.look(row, state) | {"seconds": dict(seconds)})
 
     try:
-        row = run_job(
-            job,
-            images,
-            test,
-            real,
-            shared.place,
-            shared.trust_code,
-            progress=progress,
-            on_look=on_look if report else None,
-            seconds=seconds,
-        )
+        with models.code_from(shared.code):
+            row = run_job(
+                job,
+                images,
+                test,
+                real,
+                shared.place,
+                shared.trust_code,
+                progress=progress,
+                on_look=on_look if report else None,
+                seconds=seconds,
+            )
     except OSError as error:
         log.exception("trial %s", trial_id)
-        why = f"{error.filename or storage.folder(shared.place)}: {storage.in_one_line(error)}"
-        return tuning.result(None, num_steps) | {"stopped": why}
+        return tuning.result(None, num_steps) | {"stopped": why_stopped(error, storage.folder(shared.place))}
+    except Exception as error:
+        log.exception("trial %s", trial_id)
+        return tuning.result(None, num_steps) | {"reason": one_trial.reason_of(error)}
     return tuning.result(row, num_steps) | {"row": json.dumps(row), "seconds": dict(seconds)}
+
+
+def why_stopped(error: OSError, place: Folder) -> str:
+    """What the disk or the store says, and of which folder: the cache says so itself, all else lies in the place."""
+    message = storage.in_one_line(error)
+    if cache.NAMED in message:
+        return message
+    return f"{error.filename or f'the results folder {place}'}: {message}"
 
 
 class Board:

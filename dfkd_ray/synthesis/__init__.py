@@ -6,6 +6,7 @@ A method is one module with one function `source(teacher, config, key, device) -
 
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from dfkd_ray import devices
 from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.bundles import Teacher
-from dfkd_ray.config import synthesis_key
+from dfkd_ray.config import seeds_key, synthesis_key
 from dfkd_ray.synthesis import deepinversion, noise, records
 
 METHODS: dict[str, Callable[[Teacher, Any, str, torch.device], BatchSource]] = {
@@ -26,10 +27,11 @@ METHODS: dict[str, Callable[[Teacher, Any, str, torch.device], BatchSource]] = {
 def source(teacher: Teacher, config: Any, device: torch.device, domain: str = "train") -> tuple[str, BatchSource]:
     """The synthesis key of (teacher, config, domain), and its batches by index; their terms say where they are from."""
     key = synthesis_key(teacher.hash, config, domain)
-    make = METHODS[config.method](teacher, config, key, device)
+    # A method's `key` is what its seeds come from.
+    make = METHODS[config.method](teacher, config, seeds_key(teacher.hash, config, domain), device)
 
     def batch(index: int) -> Batch:
-        made = make(index)
+        made = replace(make(index), key=key)
         made.terms.update(host=socket.gethostname(), numerics=devices.numerics_class(device))
         return made
 

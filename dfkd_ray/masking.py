@@ -1,0 +1,120 @@
+"""What is shown and written of a URI: never the password, key or token that opens it.
+
+A secret may hold anything that should have been escaped: `/`, `@`, blanks, `?`. Where it ends inside a sentence is then
+anybody's guess, so all that may belong to it goes, at the cost of a word of the message. Text that was masked before
+stays as it is.
+"""
+
+import re
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+from urllib.parse import unquote
+
+MASK = "***"
+# A URI in a text begins a new one after a blank, a quote or a bracket; elsewhere it is part of the one before.
+START = re.compile(r"(?<![^\s\"'`(\[{<,;])(?:[\w+.-]+::)*[A-Za-z][A-Za-z0-9+.-]*://")
+# User and password: to the last @, for a password may hold all the characters that should have been escaped.
+USERINFO = re.compile(r"[^/?:]*?(?::|%3[Aa])(.*)@", re.DOTALL)
+QUERY = re.compile(r"\?(?=[^\s\"'`)\]},;:.!?])")
+NAME = re.compile(r"[\w.%\[\]-]{1,64}")
+# Parameters of pyarrow's file systems (https://arrow.apache.org/docs/python/filesystems.html) that hold no secret, and
+# the values that are shown of them.
+HARMLESS = {
+    *("region", "scheme", "endpoint_override", "anonymous", "allow_bucket_creation", "allow_bucket_deletion"),
+    *("background_writes", "check_directory_existence_before_creation", "force_virtual_addressing"),
+    *("allow_delayed_open", "smart_defaults", "tls_verify_certificates", "retry_limit_seconds", "replication"),
+    *("buffer_size", "default_block_size", "use_mmap"),
+}
+PLAIN = re.compile(r"[\w.:/+-]*(?=$|[\s\"'`)\]}>]|[,;:.](?:\s|$))")
+MASKED = re.compile(r"\*\*\*(?!\w)")
+SHORTEST = 4  # characters of a secret that is looked for in what a client library says
+
+
+def without_secrets(text: str) -> str:
+    """For messages: users with passwords, and the values of queries, become `***` in every URI of a text."""
+    if "://" not in text:
+        return text
+    return "\n".join(_line(line) if "://" in line else line for line in text.split("\n"))
+
+
+def _line(line: str) -> str:
+    first = line.index("://")
+    bounds = [0, *(match.start() for match in START.finditer(line) if match.start() > first), len(line)]
+    return "".join(_segment(line[start:end]) for start, end in pairwise(bounds))
+
+
+def _segment(text: str) -> str:
+    """A text with one URI in it, and perhaps others in that: to its end, all may belong to it."""
+    for mark in re.finditer("://", text):
+        found = USERINFO.match(text, mark.end())
+        if found:
+            rest = text[found.end() :]
+            if "?" in found[0]:  # in the password, or it is the one before a query that has an @ in it
+                rest = "&".join([MASK, *(_parameter(part) for part in rest.split("&")[1:])])
+            text = f"{text[: mark.end()]}{MASK}@{rest}"
+            break
+    query = QUERY.search(text, text.index("://"))
+    if query:
+        text = text[: query.end()] + "&".join(_parameter(part) for part in text[query.end() :].split("&"))
+    return text
+
+
+def _parameter(text: str) -> str:
+    """`name=value` of a query without the value, unless that is known to be harmless; a bare word is a token."""
+    name, equals, value = text.partition("=")
+    if MASKED.match(text) or (equals and MASKED.match(value)):
+        return text
+    plain = PLAIN.match(value)
+    if equals and name.lower() in HARMLESS and plain:
+        query = QUERY.search(value, plain.end())  # of another URI, further on in the sentence
+        return text if not query else f"{name}={value[: query.end()]}{_parameter(value[query.end() :])}"
+    is_token = not value.lstrip("=").strip()  # a token in base64 ends so
+    return f"{name}={MASK}" if equals and NAME.fullmatch(name) and not is_token else MASK
+
+
+def secrets_of(uri: str) -> list[str]:
+    """What `without_secrets` hides of one URI, as it stands there and unescaped; the longest first."""
+    rest = uri.partition("://")[2]
+    found = USERINFO.match(rest)
+    hidden = [found[1]] if found else []
+    query = QUERY.search(rest, found.end() if found else 0)
+    for part in rest[query.end() :].split("&") if query else ():
+        if _parameter(part) != part:
+            hidden.append(part.partition("=")[2] or part)
+    both = {form for secret in hidden for form in (secret, unquote(secret)) if len(form) >= SHORTEST}
+    return sorted(both, key=len, reverse=True)
+
+
+def hidden(text: str, uri: str) -> str:
+    """What a client library says of a URI, without its secrets, wherever they stand in the text."""
+    text = text.replace(uri, without_secrets(uri)) if "://" in uri else text
+    for secret in secrets_of(uri):
+        text = text.replace(secret, MASK)
+    return without_secrets(text)
+
+
+def secretless(data: Any) -> Any:
+    """A copy of plain nested data, with every URI in it as `without_secrets` shows it."""
+    if isinstance(data, Mapping):
+        return {secretless(key): secretless(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [secretless(value) for value in data]
+    return without_secrets(data) if isinstance(data, str) else data
+
+
+def split_query(uri: str) -> tuple[str, str, str]:
+    """URI, question mark, query; fsspec's own URIs have no query."""
+    return (uri, "", "") if uri.startswith("fsspec+") or "://" not in uri else uri.partition("?")
+
+
+def public_name(where: str) -> str:
+    """What tables call a place that was opened: a URI without user, password and query; a path as it is."""
+    scheme, mark, rest = split_query(where)[0].partition("://")
+    if not mark:
+        return where
+    host, slash, path = rest.partition("/")
+    host = host.rpartition("@")[2]
+    if ":" in host and not re.fullmatch(r"[^:]*:\d*|\[[^\]]*\](:\d*)?", host):  # no port: part of a password
+        return split_query(without_secrets(where))[0]
+    return without_secrets(f"{scheme}://{host}{slash}{path}")
