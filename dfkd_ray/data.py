@@ -4,13 +4,14 @@ Nothing is downloaded unless asked for. Small sets lie in memory as uint8; celeb
 read. torchvision reads CIFAR's own pickles only after their MD5 sums match the ones it ships.
 """
 
+import errno
 import gzip
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,12 @@ import torchvision
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
+from dfkd_ray import image_files
+from dfkd_ray.untrusted import one_line, plain_file
+
 BUNDLED = Path(__file__).parent / "bundled"
+MAX_IDX_BYTES = 2**30  # EMNIST's largest file has 0.6 of it
+MAX_IDX_DIMENSIONS = 4
 FASHION_CLASSES = (
     "T-shirt/top",
     "Trouser",
@@ -68,9 +74,20 @@ def open_dataset(
         found = OPENERS[name](name, root, train, image_shape, download, attribute)
         return balanced(found) if name == "celeba" and equal_classes else found
     folder = Path(name)
-    if folder.is_dir():
+    if is_folder(folder):
         return open_folder(folder / ("train" if train else "test"), image_shape)
-    raise ValueError(f"unknown data set {name!r}; expected one of {', '.join(OPENERS)}, or a folder of class folders")
+    shown = one_line(name, 160)
+    raise ValueError(f"unknown data set {shown!r}; expected one of {', '.join(OPENERS)}, or a folder of class folders")
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder lies there; a name that no file system takes is none."""
+    try:
+        return path.is_dir()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise
 
 
 def fit_images(images: Tensor, image_shape: Sequence[int]) -> Tensor:
@@ -118,20 +135,30 @@ def rows_through(
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The array of an IDX file of unsigned bytes (LeCun's format), plain or `.gz`."""
+    """The array of an IDX file of unsigned bytes (LeCun's format), plain or `.gz`; no more is read than it says."""
+    where = one_line(path, 160)
+    if plain_file(path) is None:
+        raise ValueError(f"{where}: no such file")
+    shape: list[int] = []
+    size = MAX_IDX_BYTES
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            data = file.read()
+            head = file.read(4)
+            if len(head) < 4 or head[:3] != b"\x00\x00\x08" or head[3] > MAX_IDX_DIMENSIONS:
+                raise ValueError(f"{where}: not an IDX file of unsigned bytes")
+            sides = file.read(4 * head[3])
+            if len(sides) == 4 * head[3]:
+                shape = np.frombuffer(sides, ">i4").tolist()
+                size = math.prod(shape)
+            if min(shape, default=0) < 0 or size > MAX_IDX_BYTES:
+                raise ValueError(f"{where}: its shape {shape} is none, or of more than {MAX_IDX_BYTES:,} bytes")
+            data = file.read(size + 1) if shape or head[3] == 0 else b""
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from None
-    if len(data) < 4 or data[:3] != b"\x00\x00\x08":
-        raise ValueError(f"{path}: not an IDX file of unsigned bytes")
-    dims = data[3]
-    whole_header = len(data) >= 4 + 4 * dims
-    shape = np.frombuffer(data, ">i4", dims, offset=4).tolist() if whole_header else []
-    if not whole_header or len(data) != 4 + 4 * dims + int(np.prod(shape)):
-        raise ValueError(f"{path}: {len(data)} bytes do not fit its shape {shape}; the file is truncated or damaged")
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape)
+        raise ValueError(f"{where}: cannot be read: {one_line(error, 120)}") from None
+    if len(data) != size:
+        many = "more" if len(data) > size else f"{len(data):,}"
+        raise ValueError(f"{where}: {many} bytes do not fit its shape {shape}; the file is truncated or damaged")
+    return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 def open_idx(
@@ -149,8 +176,17 @@ def open_idx(
             if images.is_file() and labels.is_file():
                 names = FASHION_CLASSES if name == "fashion_mnist" else [str(digit) for digit in range(10)]
                 pixels, classes = torch.tensor(read_idx(images)).unsqueeze(1), torch.tensor(read_idx(labels))
+                if (
+                    pixels.ndim != 4
+                    or classes.ndim != 1
+                    or not pixels.numel() > 0
+                    or pixels.shape[2] != pixels.shape[3]
+                ):
+                    raise ValueError(f"{images}: expected square images, and {labels.name} one label for each")
                 if len(pixels) != len(classes):
                     raise ValueError(f"{images}: {len(pixels)} images, but {labels.name} has {len(classes)} labels")
+                if int(classes.max()) >= len(names):
+                    raise ValueError(f"{labels}: a label of {int(classes.max())}, expected 0 to {len(names) - 1}")
                 return in_memory(name, pixels, classes, names, image_shape)
     raise missing(name, ", ".join(str(folder) for folder in folders))
 
@@ -185,7 +221,8 @@ def open_celeba(
     labels = found.attr[:, names.index(attribute)]
     c, h, w = image_shape or (3, 224, 224)
 
-    read = partial(decode_images, found, image_shape=(c, h, w))
+    portraits = root / found.base_folder / "img_align_celeba"
+    read = partial(decode_images, tuple(str(portraits / file) for file in found.filename), image_shape=(c, h, w))
     return LabelledImages(name, read, labels.long(), (f"not {attribute}", attribute), (c, h, w))
 
 
@@ -211,28 +248,16 @@ def balanced(data: LabelledImages, seed: int = 0) -> LabelledImages:
 
 def open_folder(folder: Path, image_shape: Sequence[int] | None) -> LabelledImages:
     """A folder of class folders; images are decoded as they are read. Without a shape, the first image gives it."""
-    try:
-        found = torchvision.datasets.ImageFolder(str(folder))
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder}: expected class folders with images ({str(error).splitlines()[0]})") from None
-    if image_shape is None:
-        width, height = found[0][0].size
-        image_shape = (3, height, width)
-    c, h, w = image_shape
+    names, files, labels = image_files.class_folders(folder)
+    c, h, w = image_shape or image_files.read(files[0]).shape
 
-    read = partial(decode_images, found, image_shape=(c, h, w))
-    return LabelledImages(folder.parent.name, read, torch.tensor(found.targets), tuple(found.classes), (c, h, w))
+    read = partial(decode_images, tuple(files), image_shape=(c, h, w))
+    return LabelledImages(folder.parent.name, read, torch.tensor(labels), tuple(names), (c, h, w))
 
 
-def decode_images(found: Any, indices: Sequence[int] | Tensor, image_shape: Sequence[int]) -> Tensor:
-    """Some images of a torchvision data set, decoded and fitted. `ValueError` for a file that is no whole image."""
-    images = []
-    for index in indices:
-        try:
-            images.append(fit_images(TF.pil_to_tensor(found[int(index)][0])[None], image_shape))
-        except OSError as error:
-            raise ValueError(f"image {int(index)} of {found.root}: cannot be decoded: {error}") from None
-    return torch.cat(images)
+def decode_images(files: Sequence[str], indices: Sequence[int] | Tensor, image_shape: Sequence[int]) -> Tensor:
+    """Some image files, decoded and fitted. `ValueError` for a file that is no whole image."""
+    return torch.cat([fit_images(image_files.read(files[int(index)])[None], image_shape) for index in indices])
 
 
 def missing(name: str, where: str) -> ValueError:

@@ -4,25 +4,25 @@ Every random draw is a function of (seed, step): a resumed run gives the same nu
 returned is the one with the best agreement on the reference set (ties: lower KL), never one chosen on test data.
 """
 
-import json
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dfkd_ray import batchnorm, devices, losses, pruning, storage
+from dfkd_ray import batchnorm, checkpoints, devices, losses, pruning, storage
 from dfkd_ray.batches import mix_seed
 from dfkd_ray.config import DistillationConfig, PruningConfig
 from dfkd_ray.evaluation import Reference
 from dfkd_ray.images import PixelSpace, decode, flip_images, mix_images, shift_images
 from dfkd_ray.storage import Folder, Where
 
-CHECKPOINT = "state.safetensors"
+log = logging.getLogger(__name__)
+CHECKPOINT = checkpoints.FILE
 Progress = Callable[[str, int, int, Mapping[str, float | int]], None]
 OnEpochs = Callable[[Sequence[Mapping[str, float | int | None]]], None]
 Snapshot = dict[str, Tensor]
@@ -118,7 +118,7 @@ def distil(
     optimiser = torch.optim.SGD(
         decay_groups(student, config.weight_decay), lr=config.learning_rate, momentum=config.momentum, nesterov=False
     )
-    found = read_checkpoint(place, student, optimiser) if place else None
+    found = read_checkpoint(place, student, optimiser, config.num_steps) if place else None
     state = found or State()
     if found:
         masks = {name: weight.detach() != 0 for name, weight in pruning.prunable(student).items() if name in masks}
@@ -285,40 +285,84 @@ def look(
         state.looks_since_best += int(candidate)
 
 
+def remove_checkpoint(folder: Folder) -> None:
+    """Remove a trial's checkpoint, and its folder where nothing else lies in it."""
+    folder.clear(CHECKPOINT.__eq__)
+
+
 def write_checkpoint(folder: Folder, student: nn.Module, optimiser: torch.optim.SGD, state: State) -> None:
     """Student, momentum, best student and counters in one safetensors file, written whole on a disk or anywhere."""
     tensors = {f"student.{name}": tensor for name, tensor in student.state_dict().items()}
     tensors |= {f"best.{name}": tensor for name, tensor in state.best.items()}
-    parameters = [p for group in optimiser.param_groups for p in group["params"]]
-    for index, parameter in enumerate(parameters):
-        momentum = optimiser.state[parameter].get("momentum_buffer")
-        if momentum is not None:
-            tensors[f"momentum.{index}"] = momentum
     plain = {name: value for name, value in vars(state).items() if name != "best"}
     plain["best_kl"] = state.best_kl if math.isfinite(state.best_kl) else None
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    folder.write(CHECKPOINT, safetensors.torch.save(tensors, {"state": json.dumps(plain)}))
+    checkpoints.write(folder, tensors, optimiser, plain)
 
 
-def read_checkpoint(folder: Folder, student: nn.Module, optimiser: torch.optim.SGD) -> State | None:
-    """Restore student and momentum in place; returns the counters and the best student, None without a checkpoint."""
-    data = folder.read(CHECKPOINT)
-    if data is None:
-        return None
+def read_checkpoint(
+    folder: Folder, student: nn.Module, optimiser: torch.optim.SGD, num_steps: int | None = None
+) -> State | None:
+    """Restore student and momentum in place; returns the counters and the best student, None without a checkpoint.
+
+    One that is damaged, or does not fit this student and `num_steps`, is as none: it is said in the log, and nothing
+    of it is used.
+    """
     try:
-        tensors = safetensors.torch.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        plain = json.loads(header["__metadata__"]["state"])
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder / CHECKPOINT}: damaged ({error}); remove it to start that trial again") from None
-    plain["best_kl"] = math.inf if plain["best_kl"] is None else plain["best_kl"]
+        found = checkpoints.read(folder, student)
+        if found is None:
+            return None
+        plain, tensors = found
+        own = student.state_dict()
+        weights, momenta = checkpoints.part(tensors, "student.", own), checkpoints.momenta(tensors, optimiser)
+        has_best = any(name.startswith("best.") for name in tensors)
+        state = checked_state(plain, num_steps, has_best)
+        state.best = checkpoints.part(tensors, "best.", own) if has_best else {}
+    except ValueError as error:
+        log.warning("%s is not used, the trial starts anew: %s", folder / CHECKPOINT, error)
+        return None
+    student.load_state_dict(weights)
+    checkpoints.put_momenta(momenta, optimiser)
+    return state
 
-    def part(prefix: str) -> Snapshot:
-        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
-    student.load_state_dict(part("student."))
-    parameters = [p for group in optimiser.param_groups for p in group["params"]]
-    for index, parameter in enumerate(parameters):
-        if f"momentum.{index}" in tensors:
-            optimiser.state[parameter]["momentum_buffer"] = tensors[f"momentum.{index}"].to(parameter.device)
-    return State(**plain, best=part("best."))
+def checked_state(plain: Mapping[str, object], num_steps: int | None, has_best: bool) -> State:
+    """The counters of a checkpoint, `best` aside. `ValueError` for fields that are not those of `State`, or values that
+    no distillation of `num_steps` has.
+    """
+    fields = {name for name in vars(State()) if name != "best"}
+    if set(plain) != fields:
+        raise ValueError(f"its fields are {', '.join(sorted(plain))[:100]}, expected {', '.join(sorted(fields))}")
+    step = checkpoints.counter(plain, "step", num_steps if num_steps is not None else 2**53)
+    agreement, kl, epochs = plain["best_agreement"], plain["best_kl"], plain["epochs"]
+    numbers = [agreement, kl if kl is not None else 0.0]
+    if not all(type(number) in (int, float) for number in numbers):
+        raise ValueError("best_agreement and best_kl are no numbers")
+    if not isinstance(agreement, int | float) or not (agreement == -1 or 0 <= agreement <= 1):
+        raise ValueError("best_agreement is no fraction")
+    if (agreement != -1) != has_best or (kl is None and has_best):
+        raise ValueError("its best student and what is said of it do not belong together")
+    if not has_best and step == num_steps:
+        raise ValueError("it is at the end without a best student")
+    if not isinstance(epochs, list) or not 1 <= len(epochs) <= step + 1 or not all(map(is_look, epochs)):
+        raise ValueError("its looks are none")
+    steps = [look["step"] for look in epochs]
+    if steps != sorted(set(steps)) or steps[0] != 0 or steps[-1] > step:
+        raise ValueError("its looks are of other steps")
+    return State(
+        step=step,
+        best_step=checkpoints.counter(plain, "best_step", step),
+        best_agreement=float(agreement),
+        best_kl=float(kl) if isinstance(kl, int | float) else math.inf,
+        looks_since_best=checkpoints.counter(plain, "looks_since_best", len(epochs)),
+        epochs=epochs,
+    )
+
+
+def is_look(entry: object) -> bool:
+    """Whether it is what `look` notes: numbers or nothing by name, the step among them."""
+    return (
+        isinstance(entry, dict)
+        and type(entry.get("step")) is int
+        and {"agreement", "reference_kl", "learning_rate", "sparsity"} <= set(entry)
+        and all(value is None or type(value) in (int, float) for value in entry.values())
+    )

@@ -4,7 +4,7 @@ Every random draw is a function of (seed, epoch, step), so a resumed run continu
 The test set is read once, after the last epoch: nothing is selected on it.
 """
 
-import json
+import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,13 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfkd_ray import devices, models
+from dfkd_ray import checkpoints, devices, models, storage
 from dfkd_ray.batches import mix_seed
-from dfkd_ray.bundles import BundleInfo, freeze, read_safetensors, whole_folder, write_safetensors
+from dfkd_ray.bundles import BundleInfo, freeze
 from dfkd_ray.config import TeacherTrainingConfig, config_hash
 from dfkd_ray.data import LabelledImages
 from dfkd_ray.images import PixelSpace, decode, flip_images, shift_images
+from dfkd_ray.untrusted import one_line
 
+log = logging.getLogger(__name__)
+CHECKPOINT = checkpoints.FILE
 Progress = Callable[[str, int, int, Mapping[str, float | int]], None]
 
 
@@ -35,7 +38,14 @@ def channel_statistics(data: LabelledImages, indices: Tensor, largest: int = 10_
     """Per-channel mean and standard deviation over (at most `largest`) training images, rounded to 4 digits."""
     pixels = data.read(indices[:largest]).double() / 255
     mean = pixels.mean(dim=(0, 2, 3))
-    std = pixels.std(dim=(0, 2, 3), correction=0).clamp_min(1e-3)
+    std = pixels.std(dim=(0, 2, 3), correction=0)
+    if float(std.min()) < 1e-6:
+        channel = int(std.argmin())
+        raise ValueError(
+            f"{one_line(data.name, 80)}: channel {channel} is {float(mean[channel]):.4g} in every pixel of the "
+            f"{min(len(indices), largest):,} training images looked at: there is nothing to learn from it"
+        )
+    std = std.clamp_min(1e-3)
     return PixelSpace(tuple(round(v, 4) for v in mean.tolist()), tuple(round(v, 4) for v in std.tolist()))
 
 
@@ -130,35 +140,28 @@ def make_optimiser(network: nn.Module, config: TeacherTrainingConfig) -> torch.o
 def write_checkpoint(
     folder: Path, config: TeacherTrainingConfig, network: nn.Module, optimiser: torch.optim.SGD, num_epochs: int
 ) -> None:
-    """Weights, momentum and the count of finished epochs, written whole."""
-    tensors = {f"network.{name}": tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    for index, parameter in enumerate(parameters(optimiser)):
-        momentum = optimiser.state[parameter].get("momentum_buffer")
-        if momentum is not None:
-            tensors[f"momentum.{index}"] = momentum.cpu().contiguous()
-    with whole_folder(folder) as partial:
-        write_safetensors(partial / "state.safetensors", tensors)
-        state = {"config": config_hash(config), "num_epochs": num_epochs}
-        (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    """Weights, momentum and the count of finished epochs, in one file, written whole."""
+    tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
+    state = {"config": config_hash(config), "num_epochs": num_epochs}
+    checkpoints.write(storage.folder(folder), tensors, optimiser, state)
 
 
 def read_checkpoint(folder: Path, config: TeacherTrainingConfig, network: nn.Module, optimiser: torch.optim.SGD) -> int:
-    """Restore a checkpoint of this very config; returns the count of finished epochs, 0 where there is none."""
-    if not (folder / "state.json").is_file():
-        return 0
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    if state["config"] != config_hash(config):
-        return 0
-    tensors = read_safetensors(folder / "state.safetensors")
-    network.load_state_dict(
-        {name.removeprefix("network."): tensor for name, tensor in tensors.items() if name.startswith("network.")}
-    )
-    for index, parameter in enumerate(parameters(optimiser)):
-        if f"momentum.{index}" in tensors:
-            optimiser.state[parameter]["momentum_buffer"] = tensors[f"momentum.{index}"].to(parameter.device)
-    return int(state["num_epochs"])
+    """Restore a checkpoint of this very config; returns the count of finished epochs, 0 where there is none.
 
-
-def parameters(optimiser: torch.optim.Optimizer) -> list[Tensor]:
-    """The parameters in the optimiser's order."""
-    return [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    One that is damaged or does not fit is as none: it is said in the log, and nothing of it is used.
+    """
+    try:
+        found = checkpoints.read(storage.folder(folder), network)
+        if found is None or found[0].get("config") != config_hash(config):
+            return 0
+        plain, tensors = found
+        num_epochs = checkpoints.counter(plain, "num_epochs", config.num_epochs)
+        weights = checkpoints.part(tensors, "network.", network.state_dict())
+        momenta = checkpoints.momenta(tensors, optimiser)
+    except ValueError as error:
+        log.warning("%s is not used, the training starts anew: %s", folder / CHECKPOINT, error)
+        return 0
+    network.load_state_dict(weights)
+    checkpoints.put_momenta(momenta, optimiser)
+    return num_epochs

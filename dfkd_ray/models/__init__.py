@@ -7,21 +7,30 @@ Adding a family is one function and one line in `FAMILIES`.
 
 import importlib
 import inspect
+import json
+import os
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from contextvars import ContextVar
+from functools import lru_cache
 from typing import Any, cast
 
-import torch
 from torch import nn
 
-from dfkd_ray.models import cifar_resnet, torchvision_families, wide_resnet, without_batchnorm
+from dfkd_ray.models import checks, cifar_resnet, torchvision_families, wide_resnet, without_batchnorm
+from dfkd_ray.models.checks import check_output, guarded, shown
+from dfkd_ray.untrusted import one_line, reason
 
 FAMILIES: dict[str, Callable[..., nn.Module]] = {
     **torchvision_families.FAMILIES,
     **cifar_resnet.FAMILIES,
     **without_batchnorm.FAMILIES,
 }
-WRN_NAME = re.compile(r"wrn_(\d+)_(\d+)")
+WRN_NAME = re.compile(r"wrn_([0-9]+)_([0-9]+)")
+# Where modules of import paths are looked for after the standard path; None: in the working folder.
+CODE: ContextVar[str | None] = ContextVar("CODE", default=None)
 
 
 def build(architecture: str, arguments: dict[str, Any], *, num_classes: int, image_shape: Sequence[int]) -> nn.Module:
@@ -29,71 +38,140 @@ def build(architecture: str, arguments: dict[str, Any], *, num_classes: int, ima
 
     `architecture` is a name of `FAMILIES`, `wrn_<depth>_<width>`, or an import path `package.module:factory`,
     whose factory is called with `arguments` alone. Raises `ValueError` for an unknown name, arguments that the
-    architecture does not take, or a network whose output for one image is not `(1, num_classes)`.
+    architecture does not take, a named network that is too large (found before memory is taken), a factory that fails
+    or leaves the process, or a network whose output for one image is not `(1, num_classes)`.
     """
-    if ":" in architecture:
+    checks.check_shapes(architecture, num_classes, image_shape)
+    own_code = ":" in architecture
+    if own_code:
         make, kwargs = import_factory(architecture), dict(arguments)
     else:
-        make = family(architecture)
-        taken = sorted({"num_classes", "image_shape"} & set(arguments))
-        if taken:
-            raise ValueError(f"architecture {architecture!r}: {taken[0]} is given by the bundle, not in its arguments")
-        width = arguments.get("width_multiplier", 1.0)
-        if isinstance(width, bool) or not isinstance(width, int | float) or not 0 < width < 1e3:
-            raise ValueError(f"architecture {architecture!r}: width_multiplier is {width!r}, expected a number above 0")
-        kwargs = {"num_classes": num_classes, "image_shape": tuple(image_shape), **arguments}
+        make, kwargs = family(architecture), named_arguments(architecture, arguments, num_classes, image_shape)
+        state_bytes(architecture, arguments, num_classes, image_shape)
+    check_arguments(architecture, make, kwargs, arguments)
+    with importable() if own_code else nullcontext():
+        with guarded(f"{shown(architecture)} cannot be built"):
+            network = make(**kwargs)
+        if not isinstance(network, nn.Module):
+            raise ValueError(
+                f"{shown(architecture)} returned {one_line(type(network).__name__, 60)}, expected a torch.nn.Module"
+            )
+        with guarded(f"{shown(architecture)} has no eval mode"):
+            network.eval()
+        if own_code:  # of a family it has been found without memory
+            checks.check_state(network, architecture)
+            check_output(network, architecture, num_classes, image_shape)
+    return network
+
+
+def named_arguments(
+    architecture: str, arguments: dict[str, Any], num_classes: int, image_shape: Sequence[int]
+) -> dict[str, Any]:
+    """What the builder of a family is called with; `ValueError` for what is given by the bundle, and widths."""
+    taken = sorted({"num_classes", "image_shape"} & set(arguments))
+    if taken:
+        raise ValueError(f"{shown(architecture)}: {taken[0]} is given by the bundle, not in its arguments")
+    width = arguments.get("width_multiplier", 1.0)
+    if isinstance(width, bool) or not isinstance(width, int | float) or not 0 < width < 1e3:
+        raise ValueError(
+            f"{shown(architecture)}: width_multiplier is {one_line(repr(width), 60)}, expected a number above 0"
+        )
+    return {"num_classes": num_classes, "image_shape": tuple(image_shape), **arguments}
+
+
+def check_arguments(
+    architecture: str, make: Callable[..., nn.Module], kwargs: dict[str, Any], arguments: dict[str, Any]
+) -> None:
+    """`ValueError` for arguments that a builder does not take."""
     try:
         inspect.signature(make).bind(**kwargs)
     except TypeError as error:
-        raise ValueError(f"architecture {architecture!r}: {error}; arguments given: {sorted(arguments)}") from None
-    network = make(**kwargs)
-    if not isinstance(network, nn.Module):
-        raise ValueError(f"architecture {architecture!r} returned {type(network).__name__}, expected a torch.nn.Module")
-    network.eval()
-    check_output(network, architecture, num_classes, image_shape)
-    return network
+        names = one_line(sorted(arguments), 100)
+        raise ValueError(f"{shown(architecture)}: {one_line(error, 100)}; arguments given: {names}") from None
+    except ValueError:  # a builder without a signature that can be asked for: its call will tell
+        pass
+
+
+def state_bytes(architecture: str, arguments: dict[str, Any], num_classes: int, image_shape: Sequence[int]) -> int:
+    """Bytes of all tensors of a named network, without taking them; `ValueError` where `build` would raise one."""
+    checks.check_shapes(architecture, num_classes, image_shape)
+    return _state_bytes(architecture, checks.key_of(arguments), num_classes, tuple(image_shape))
+
+
+@lru_cache(maxsize=256)
+def _state_bytes(architecture: str, arguments: str, num_classes: int, image_shape: tuple[int, ...]) -> int:
+    plain = json.loads(arguments)
+    make, kwargs = family(architecture), named_arguments(architecture, plain, num_classes, image_shape)
+    check_arguments(architecture, make, kwargs, plain)
+    return checks.measured(architecture, make, kwargs, num_classes, image_shape)
 
 
 def family(architecture: str) -> Callable[..., nn.Module]:
     """The builder of a named architecture; `ValueError` lists the names there are."""
     match = WRN_NAME.fullmatch(architecture)
+    if match and max(len(match[1]), len(match[2])) > 6:
+        raise ValueError(f"{shown(architecture)}: expected a depth and a width that a network can have")
     if match:
         depth, width = int(match[1]), int(match[2])
         return wide_resnet.builder(depth, width)
     if architecture not in FAMILIES:
         raise ValueError(
-            f"unknown architecture {architecture!r}; expected one of {', '.join(sorted(FAMILIES))}, "
+            f"unknown {shown(architecture)}; expected one of {', '.join(sorted(FAMILIES))}, "
             "wrn_<depth>_<width>, or an import path package.module:factory"
         )
     return FAMILIES[architecture]
 
 
+def code_folder() -> str | None:
+    """Where modules of import paths are looked for after the standard path; None where there is no such folder."""
+    folder = CODE.get()
+    if folder is None:
+        with suppress(OSError):
+            folder = os.getcwd()
+    return folder
+
+
+@contextmanager
+def code_from(folder: str | None) -> Iterator[None]:
+    """While open, modules of import paths are looked for in `folder`: that of the process where they were named."""
+    token = CODE.set(folder)
+    try:
+        yield
+    finally:
+        CODE.reset(token)
+
+
+@contextmanager
+def importable() -> Iterator[None]:
+    """While open, modules in `code_folder` can be imported; none takes the place of one that is installed.
+
+    Opened around code that the user has named, and never else: what lies in the working folder does not run unasked.
+    """
+    folder = code_folder()
+    if folder is None:
+        yield
+        return
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        for index in reversed(range(len(sys.path))):
+            if sys.path[index] == folder:
+                del sys.path[index]
+                break
+
+
 def import_factory(path: str) -> Callable[..., nn.Module]:
     """Import `package.module:factory`. The caller has made sure that the user trusts that module."""
     module_name, _, name = path.partition(":")
+    module = one_line(module_name, 60)
     try:
-        factory = getattr(importlib.import_module(module_name), name, None)
+        with importable():
+            factory = getattr(importlib.import_module(module_name), name, None)
     except ImportError as error:
-        raise ValueError(f"architecture {path!r}: cannot import {module_name!r} ({error})") from None
+        raise ValueError(f"{shown(path)}: cannot import {module!r} ({one_line(error, 120)})") from None
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - code of the user's may raise anything, or leave
+        raise ValueError(f"{shown(path)}: cannot import {module!r} ({reason(error)})") from None
     if not callable(factory):
-        raise ValueError(f"architecture {path!r}: {module_name!r} has no callable {name!r}")
+        raise ValueError(f"{shown(path)}: {module!r} has no callable {one_line(name, 60)!r}")
     return cast(Callable[..., nn.Module], factory)
-
-
-@torch.no_grad()
-def check_output(network: nn.Module, architecture: str, num_classes: int, image_shape: Sequence[int]) -> None:
-    """Run one blank image through: a wrong class count or image shape is found here, not an hour later."""
-    channels, height, width = image_shape
-    try:
-        logits = network(torch.zeros(1, channels, height, width))
-    except Exception as error:  # noqa: BLE001 - a network of the user's may fail in any way of its own
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"architecture {architecture!r} does not take images of {channels}x{height}x{width}: {reason}"
-        ) from None
-    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-    if shape != (1, num_classes):
-        raise ValueError(
-            f"architecture {architecture!r} gives {shape} for one image, expected (1, {num_classes}): "
-            "check the class count"
-        )

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+MAX_DEPTH = 1_000  # modules cost memory of their own, whatever is in them
+
 
 class Block(nn.Module):
     """BN-ReLU-conv twice; where the shape changes the shortcut is a 1x1 convolution of the activated input."""
@@ -52,7 +54,9 @@ class WideResNet(nn.Module):
 
 
 def builder(depth: int, width: int) -> Callable[..., nn.Module]:
-    """The builder of WRN-`depth`-`width`; `ValueError` unless depth is 6n + 4 with n ≥ 1."""
+    """The builder of WRN-`depth`-`width`; `ValueError` unless depth is 6n + 4 with n ≥ 1, up to `MAX_DEPTH`."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"wrn_{depth}_{width}: expected a depth of at most {MAX_DEPTH:,}")
     if depth < 10 or (depth - 4) % 6 or width < 1:
         raise ValueError(f"wrn_{depth}_{width}: expected a depth of 6n + 4 (10, 16, 22, 28, 40, …) and a width ≥ 1")
 

@@ -8,7 +8,7 @@ tensors are named by the parts below it. Sizes: C classes, d units of a part, r 
   spectral kinds have one part, `coefficients`, over all bases jointly (d = K).
 * `exemplars` (spectral kinds): `labels` (n,) int64, `indices` (n, k) int32 and `values` (n, k) float16: the k
   strongest coefficients of n training examples.
-* `exemplars` (spectral kinds): `labels` (n,) int64, `indices` (n, k) int32, `values` (n, k) float16: the k
+* `basis.<i>` (units, r) float16 (spectral kinds): orthonormal columns, numbered through from one basis to
   the other. `spectral`: one signal, the activations of all layers. `spectral_pairs`: for each layer but the first
   its input, and for each its activation.
 """
@@ -17,76 +17,25 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
-from pydantic import BaseModel, Field
 from torch import Tensor
 
-from dfkd_ray.config import STRICT, RecordKind, validate
+from dfkd_ray import untrusted
+from dfkd_ray.records import consistency
+from dfkd_ray.records.header import KINDS as KINDS
+from dfkd_ray.records.header import SCHEMA, LayerInfo, RecordInfo
+from dfkd_ray.records.header import SPECTRAL as SPECTRAL
+from dfkd_ray.records.header import STORAGES as STORAGES
+from dfkd_ray.records.header import BasisInfo as BasisInfo
+from dfkd_ray.records.header import PartInfo as PartInfo
 from dfkd_ray.records.taps import Tap
+from dfkd_ray.untrusted import one_line
 
-SCHEMA = "dfkd_ray.record/1"
 METADATA = "dfkd_ray.record"
-KINDS: tuple[RecordKind, ...] = get_args(RecordKind)
-SPECTRAL = ("spectral", "spectral_pairs")
-STORAGES = ("gaussian", "exemplars")
-
-
-class LayerInfo(BaseModel):
-    """A layer whose values the record is of."""
-
-    model_config = STRICT
-
-    name: str = Field(description="module path in the teacher")
-    in_shape: tuple[int, ...] = Field(description="of one example's input")
-    out_shape: tuple[int, ...] = Field(description="of one example's output")
-
-
-class PartInfo(BaseModel):
-    """A Gaussian part."""
-
-    model_config = STRICT
-
-    name: str
-    units: int = Field(ge=1)
-    statistics: Literal["dense", "low_rank"] = Field(description="the factor: Cholesky's, or of low rank (Nystroem)")
-    rank: int = Field(ge=1, description="columns of the factor")
-    shrinkage: tuple[float, ...] = Field(
-        default=(), description="per class: a of (1 - a) C + a (tr C / d) I, where C alone had no Cholesky factor"
-    )
-
-
-class BasisInfo(BaseModel):
-    """An orthonormal basis of one signal."""
-
-    model_config = STRICT
-
-    signal: str = Field(description="`network`, or `<layer>.input` / `<layer>.activation`")
-    units: int = Field(ge=1)
-    columns: int = Field(ge=0)
-
-
-class RecordInfo(BaseModel):
-    """The header of a record."""
-
-    model_config = STRICT
-
-    schema_version: str = SCHEMA
-    kind: RecordKind
-    storage: Literal["gaussian", "exemplars"] = "gaussian"
-    teacher_hash: str = Field(description="of the teacher's weights, architecture and pixel space: no other will do")
-    num_classes: int = Field(ge=2)
-    num_examples: tuple[int, ...] = Field(description="training examples recorded, per class")
-    temperature: float = Field(default=8.0, gt=0, description="logits are divided by it")
-    layers: tuple[LayerInfo, ...]
-    parts: tuple[PartInfo, ...] = ()
-    bases: tuple[BasisInfo, ...] = ()
-    share: float | None = Field(default=None, gt=0, le=1, description="spectral: coefficients kept, per unit of signal")
-    leaks: str = Field(description="what of the training data can be read off it")
-    notes: dict[str, Any] = Field(default_factory=dict, description="how it was made: data set, seed, package version")
 
 
 @dataclass(frozen=True)
@@ -111,49 +60,57 @@ def encode(record: Record) -> bytes:
     return safetensors.torch.save(tensors, metadata=metadata)
 
 
-def decode(data: bytes, where: str, teacher_hash: str, layers: tuple[LayerInfo, ...]) -> Record:
+def decode(
+    data: bytes, where: str, teacher_hash: str, layers: tuple[LayerInfo, ...], kind: str | None = None
+) -> Record:
     """The inverse of `encode`, for a record of this very teacher; `where` says in errors which file it is.
 
-    `ValueError` for one that is damaged, of another teacher or of wrong shapes.
+    `ValueError` for one that is damaged, of another teacher, of another kind than `kind` where that is given, or whose
+    parts do not belong together.
     """
-    try:
-        tensors = safetensors.torch.load(data)
-        # The library tells of metadata only where it opens the file itself. Its header: size, then JSON.
-        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
-        header = json.loads(metadata.get(METADATA, "null"))
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{where}: not a whole record: {error}; record the teacher again") from None
+    where = one_line(where, 160)
+    # The library tells of metadata only where it opens the file itself.
+    metadata = untrusted.safetensors_header(data, where, "record").get("__metadata__")
+    text = metadata.get(METADATA) if isinstance(metadata, dict) else None
+    header = untrusted.parse_json(text.encode(), f"{where}: its header") if isinstance(text, str) else None
     if not isinstance(header, dict) or header.get("schema_version") != SCHEMA:
         found = header.get("schema_version") if isinstance(header, dict) else None
-        raise ValueError(f"{where}: schema_version is {found!r}, this version reads {SCHEMA!r}")
-    info = validate(RecordInfo, header, where)
+        raise ValueError(f"{where}: schema_version is {one_line(repr(found), 60)}, this version reads {SCHEMA!r}")
+    info = untrusted.validated(RecordInfo, header, where)
     if info.teacher_hash != teacher_hash:
         raise ValueError(
-            f"{where}: recorded on teacher {info.teacher_hash[:12]}…, this one is {teacher_hash[:12]}…; "
+            f"{where}: recorded on teacher {one_line(info.teacher_hash[:12], 60)}…, this one is {teacher_hash[:12]}…; "
             "use the record that was released with it"
         )
+    if kind is not None and info.kind != kind:
+        raise ValueError(f"{where}: a record of kind {info.kind} under the name of a {kind} record")
+    tensors = untrusted.read_safetensors(data, where, "record")
     return checked(Record(info, tensors, hashlib.sha256(data).hexdigest()), where, layers)
 
 
 def checked(record: Record, where: str, layers: tuple[LayerInfo, ...]) -> Record:
-    """The record, when its layers are the teacher's and every tensor has the shape that the header says."""
+    """The record, when its layers are the teacher's, its parts belong together (`consistency`) and every tensor has the
+    shape that the header says. `ValueError` says what is not so.
+    """
     info = record.info
     if info.layers != layers:
-        named, own = [layer.name for layer in info.layers], [layer.name for layer in layers]
-        raise ValueError(
-            f"{where}: its layers are {', '.join(named)}, the teacher's {', '.join(own)}, or of other shapes"
-        )
+        named, own = (one_line(", ".join(layer.name for layer in some), 60) for some in (info.layers, layers))
+        raise ValueError(f"{where}: its layers are {named}, the teacher's {own}, or of other shapes")
+    problem = consistency.problem_of_header(info)
+    if problem:
+        raise ValueError(f"{where}: {problem}")
     expected = expected_shapes(info, record.tensors)
     for name, shape in expected.items():
         found = record.tensors.get(name)
         if found is None or tuple(found.shape) != shape:
             given = "missing" if found is None else "x".join(map(str, found.shape))
-            raise ValueError(f"{where}: {name} is {given}, expected {'x'.join(map(str, shape))}")
-        if found.is_floating_point() and not found.isfinite().all():
-            raise ValueError(f"{where}: {name} has values that are not finite")
+            raise ValueError(f"{where}: {one_line(name, 60)} is {given}, expected {'x'.join(map(str, shape))}")
     unknown = sorted(set(record.tensors) - set(expected))
     if unknown:
-        raise ValueError(f"{where}: {unknown[0]} is no tensor of a {info.kind} record ({info.storage})")
+        raise ValueError(f"{where}: {one_line(unknown[0], 60)} is no tensor of a {info.kind} record ({info.storage})")
+    problem = consistency.problem_of_tensors(info, record.tensors)
+    if problem:
+        raise ValueError(f"{where}: {problem}")
     bases = tuple(record.tensors[f"basis.{i}"].float() for i in range(len(info.bases)))
     return Record(info, record.tensors, record.sha256, bases)
 
@@ -168,10 +125,21 @@ def expected_shapes(info: RecordInfo, tensors: Mapping[str, Tensor]) -> dict[str
         shapes[f"basis.{index}"] = (basis.units, basis.columns)
     if info.storage == "exemplars":
         labels, indices = tensors.get("labels"), tensors.get("indices")
-        n = 0 if labels is None else len(labels)
+        n = 0 if labels is None or labels.ndim != 1 else len(labels)
         k = 0 if indices is None or indices.ndim != 2 else indices.shape[1]
         shapes |= {"labels": (n,), "indices": (n, k), "values": (n, k)}
     return shapes
+
+
+def teacher_hash_of(data: bytes) -> str | None:
+    """The teacher that a file says it is a record of; None where it is no record."""
+    try:
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + size]) if size < len(data) else {}
+        found = json.loads(header["__metadata__"][METADATA])["teacher_hash"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def json_schema() -> dict[str, Any]:
@@ -187,6 +155,6 @@ def to_arrays(record: Record) -> dict[str, Any]:
 
 def from_arrays(data: Mapping[str, Any]) -> Record:
     """The inverse of `to_arrays`."""
-    info = validate(RecordInfo, data["info"], "record")
+    info = untrusted.validated(RecordInfo, data["info"], "record")
     tensors = {name: torch.tensor(array) for name, array in data["tensors"].items()}
     return checked(Record(info, tensors, data["sha256"]), "record", info.layers)

@@ -1,0 +1,110 @@
+"""Checkpoints of a training: networks, momentum and plain counters in one safetensors file.
+
+What is read back is compared with what is being trained before any of it is put in place. A checkpoint that is damaged,
+or of another network or another version, is no error: its training starts anew, which the callers say in the log.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from dfkd_ray import untrusted
+from dfkd_ray.bundles import content
+from dfkd_ray.storage import Folder
+from dfkd_ray.untrusted import one_line
+
+FILE = "state.safetensors"
+STATE = "state"  # metadata key of the counters
+COUNT = "num_tensors"  # of them: how many tensors the file was written with
+MAX_NETWORKS = 8  # a file has at most so many times the bytes of the network, and some to spare
+
+
+def write(
+    folder: Folder, tensors: Mapping[str, Tensor], optimiser: torch.optim.Optimizer, plain: dict[str, Any]
+) -> None:
+    """Write tensors by name, the optimiser's momentum and plain counters, whole."""
+    named = dict(tensors)
+    for index, parameter in enumerate(parameters(optimiser)):
+        momentum = optimiser.state[parameter].get("momentum_buffer")
+        if momentum is not None:
+            named[f"momentum.{index}"] = momentum
+    named = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+    folder.write(FILE, safetensors.torch.save(named, {STATE: json.dumps(plain | {COUNT: len(named)})}))
+
+
+def read(folder: Folder, network: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """The counters and tensors of a checkpoint of this network, None where there is none.
+
+    `ValueError` for one that is damaged or too large to be of it.
+    """
+    own = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
+    data = content(folder, FILE, MAX_NETWORKS * own + untrusted.SPARE_BYTES)
+    if data is None:
+        return None
+    where = str(folder / FILE)
+    metadata = untrusted.safetensors_header(data, where, "checkpoint").get("__metadata__")
+    text = metadata.get(STATE) if isinstance(metadata, dict) else None
+    plain = untrusted.parse_json(text.encode(), f"{where}: its counters") if isinstance(text, str) else None
+    if not isinstance(plain, dict):
+        raise ValueError("it has no counters")
+    tensors = untrusted.read_safetensors(data, where, "checkpoint")
+    if plain.pop(COUNT, None) != len(tensors):
+        raise ValueError("it has other tensors than it was written with")
+    return plain, tensors
+
+
+def part(tensors: Mapping[str, Tensor], prefix: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors below a prefix; `ValueError` unless names, shapes, kinds are those of `like`, and values finite."""
+    found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    if set(found) != set(like):
+        other = min(set(found) ^ set(like))
+        raise ValueError(f"{prefix}{one_line(other, 60)} is missing, or is not of this network")
+    for name, tensor in found.items():
+        check_like(f"{prefix}{name}", tensor, like[name])
+    return found
+
+
+def momenta(tensors: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) -> dict[int, Tensor]:
+    """The momentum of parameters by their number; `ValueError` where one is of no parameter, or of another shape."""
+    own = parameters(optimiser)
+    found: dict[int, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("momentum."):
+            number = name.removeprefix("momentum.")
+            if not number.isascii() or not number.isdigit() or len(number) > 9 or int(number) >= len(own):
+                raise ValueError(f"{one_line(name, 60)} is of no parameter")
+            check_like(name, tensor, own[int(number)])
+            found[int(number)] = tensor
+    return found
+
+
+def check_like(name: str, tensor: Tensor, like: Tensor) -> None:
+    """`ValueError` unless a tensor has the shape and kind of another, and finite values."""
+    if tensor.shape != like.shape or tensor.dtype != like.dtype:
+        raise ValueError(f"{one_line(name, 60)} has another shape or kind of numbers than the network's")
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise ValueError(f"{one_line(name, 60)} has values that are not finite")
+
+
+def put_momenta(found: Mapping[int, Tensor], optimiser: torch.optim.Optimizer) -> None:
+    """Give the optimiser its momentum back."""
+    own = parameters(optimiser)
+    for index, tensor in found.items():
+        optimiser.state[own[index]]["momentum_buffer"] = tensor.to(own[index].device)
+
+
+def counter(plain: Mapping[str, Any], name: str, most: int) -> int:
+    """A counter from 0 to `most`; `ValueError` for anything else."""
+    value = plain.get(name)
+    if type(value) is not int or not 0 <= value <= most:
+        raise ValueError(f"{name} is {one_line(repr(value), 40)}, expected 0 to {most}")
+    return value
+
+
+def parameters(optimiser: torch.optim.Optimizer) -> list[Tensor]:
+    """The parameters in the optimiser's order."""
+    return [parameter for group in optimiser.param_groups for parameter in group["params"]]

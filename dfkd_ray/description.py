@@ -1,0 +1,108 @@
+"""What a bundle's `teacher.json` says, and what is refused of it: whoever reads it may not have written it."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
+
+from dfkd_ray.config import STRICT
+from dfkd_ray.images import PixelSpace
+from dfkd_ray.untrusted import one_line
+
+SCHEMA = "dfkd_ray.bundle/1"
+MAX_CLASSES = 1_000_000
+MAX_IMAGE_VALUES = 2**26  # channels x height x width: 0.25 GB in float32
+DATA_OPTIONS = {"attribute": str, "equal_classes": bool}  # of a data set, under notes.data
+
+
+def not_boolean(value: Any) -> Any:
+    """The value; `ValueError` for true and false, which count as 1 and 0 otherwise."""
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number, not {str(value).lower()}")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(not_boolean)]
+Side = Annotated[int, BeforeValidator(not_boolean)]
+Name = Annotated[str, Field(max_length=1000)]
+
+
+class BundleInfo(BaseModel):
+    """The contents of `teacher.json`."""
+
+    model_config = STRICT
+
+    schema_version: Name = SCHEMA
+    architecture: Name = Field(description="a name of models.FAMILIES, wrn_<d>_<k>, or package.module:factory")
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    num_classes: Annotated[int, BeforeValidator(not_boolean)] = Field(ge=2, le=MAX_CLASSES)
+    image_shape: tuple[Side, Side, Side] = Field(description="channels, height, width")
+    mean: tuple[Number, ...] = Field(description="per channel, in pixel units")
+    std: tuple[Number, ...]
+    pixel_range: tuple[Number, Number] = (0.0, 1.0)
+    class_names: tuple[Name, ...] = ()
+    dataset: Name | None = Field(default=None, description="what it was trained on, where known")
+    test_accuracy: Number | None = Field(default=None, ge=0, le=1)
+    trained: bool = Field(default=True, description="false: random weights, for tests")
+    weights_sha256: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
+    notes: dict[str, Any] = Field(default_factory=dict, description="how it was made: command, seed, epochs, …")
+
+    @field_validator("notes")
+    @classmethod
+    def _notes_that_are_read(cls, notes: dict[str, Any]) -> dict[str, Any]:
+        """The two notes that are acted on: which images were held out, and how the data set was opened."""
+        training, data = notes.get("training", {}), notes.get("data", {})
+        if not isinstance(training, Mapping) or not isinstance(data, Mapping):
+            raise ValueError("training and data must be objects")
+        for name in ("num_validation", "seed"):
+            value = training.get(name, 0)
+            if type(value) is not int or not 0 <= value < 2**63:
+                raise ValueError(f"training.{name} is {one_line(repr(value), 60)}, expected an integer of at least 0")
+        for name, value in data.items():
+            kind = DATA_OPTIONS.get(name)
+            if kind is None or not isinstance(value, kind):
+                raise ValueError(f"data.{one_line(name, 60)} is none of {', '.join(DATA_OPTIONS)}, or of a wrong kind")
+        return notes
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "BundleInfo":
+        channels, height, width = self.image_shape
+        if min(self.image_shape) < 1:
+            raise ValueError("image_shape must be three sizes of at least 1: channels, height, width")
+        if channels * height * width > MAX_IMAGE_VALUES:
+            raise ValueError(
+                f"image_shape has {channels * height * width:,} values, expected at most {MAX_IMAGE_VALUES:,}"
+            )
+        if len(self.mean) != channels or len(self.std) != channels:
+            raise ValueError(
+                f"mean has {len(self.mean)} and std {len(self.std)} values, expected {channels}, one per image channel"
+            )
+        if min(self.std) <= 0:
+            raise ValueError("std must be above 0 in every channel")
+        low, high = self.pixel_range
+        if low >= high:
+            raise ValueError("pixel_range must be (low, high) with low < high")
+        outside = next((mean for mean in self.mean if not low <= mean <= high), None)
+        if outside is not None:
+            raise ValueError(
+                f"mean {outside:g} lies outside pixel_range ({low:g}, {high:g}): give mean and std in the units of "
+                "pixel_range, or a pixel_range that is in theirs"
+            )
+        self._check_normalised()
+        if self.class_names and len(self.class_names) != self.num_classes:
+            raise ValueError(f"{len(self.class_names)} class names for {self.num_classes} classes")
+        return self
+
+    def _check_normalised(self) -> None:
+        """`ValueError` where the pixels that networks see are no finite numbers in float32."""
+        with np.errstate(all="ignore"):
+            mean, std, ends = (np.array(values, np.float32) for values in (self.mean, self.std, self.pixel_range))
+            seen = (ends[:, None] - mean) / std
+        if not np.isfinite(seen).all() or not (std > 0).all():
+            raise ValueError("mean, std and pixel_range give normalised pixels that are not finite in float32")
+
+    @property
+    def space(self) -> PixelSpace:
+        """The pixel space of the network's images."""
+        return PixelSpace(self.mean, self.std, *self.pixel_range)

@@ -1,0 +1,153 @@
+"""What is checked of a network before it is used: its size before memory is taken, and what it answers.
+
+Named families are first built on PyTorch's meta device, where tensors have shapes and no memory; a forward pass there
+gives the sizes of all layers' outputs too. Code of the user's cannot be asked that way: it runs once, as it is.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfkd_ray import untrusted
+from dfkd_ray.description import MAX_CLASSES, MAX_IMAGE_VALUES
+from dfkd_ray.untrusted import one_line, reason, size
+
+MAX_PARAMETERS = 1_000_000_000  # seven times the largest family's
+MAX_VALUES = 2**27  # of one layer's output for one image: 0.5 GB in float32
+
+
+def shown(architecture: str) -> str:
+    """An architecture's name in an error."""
+    return f"architecture {one_line(architecture, 80)!r}"
+
+
+@contextmanager
+def guarded(says: str) -> Iterator[None]:
+    """Whatever code of others raises inside, leaving the process included, is a `ValueError` of one line."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - code of the user's may raise anything, or leave
+        raise ValueError(f"{says}: {reason(error)}") from None
+
+
+def check_shapes(architecture: str, num_classes: int, image_shape: Sequence[int]) -> None:
+    """`ValueError` for class counts and image shapes that no network here is made for."""
+    if not 2 <= num_classes <= MAX_CLASSES:
+        raise ValueError(f"{shown(architecture)}: {num_classes:,} classes, expected 2 to {MAX_CLASSES:,}")
+    if len(image_shape) != 3 or min(image_shape) < 1 or math.prod(image_shape) > MAX_IMAGE_VALUES:
+        raise ValueError(
+            f"{shown(architecture)}: images of {one_line('x'.join(map(str, image_shape)), 60)}, expected channels, "
+            f"height and width of at least 1, and at most {MAX_IMAGE_VALUES:,} values"
+        )
+
+
+def measured(
+    architecture: str,
+    make: Callable[..., nn.Module],
+    arguments: Mapping[str, Any],
+    num_classes: int,
+    shape: Sequence[int],
+) -> int:
+    """Bytes of a named network's tensors, found without memory; `ValueError` beyond bounds, or for wrong answers."""
+    try:
+        with torch.device("meta"):
+            network = make(**arguments).eval()
+    except ValueError:
+        raise
+    except Exception as error:  # noqa: BLE001 - sizes of any kind overflow in ways of their own
+        raise ValueError(f"{shown(architecture)} cannot be built: {reason(error)}") from None
+    num = sum(parameter.numel() for parameter in network.parameters())
+    if num > MAX_PARAMETERS:
+        raise ValueError(
+            f"{shown(architecture)} has {num:,} parameters, expected at most {MAX_PARAMETERS:,}; "
+            "lower its width or depth"
+        )
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
+    free = untrusted.free_bytes()
+    if num_bytes > free:
+        raise ValueError(f"{shown(architecture)} takes {size(num_bytes)}, this machine has {size(free)} of memory free")
+
+    def bounded(module: nn.Module, _given: Any, answer: Any) -> None:
+        if isinstance(answer, Tensor) and answer.numel() > MAX_VALUES:
+            raise RuntimeError(
+                f"one {type(module).__name__} gives {answer.numel():,} values an image, expected at most {MAX_VALUES:,}"
+            )
+
+    for module in network.modules():
+        module.register_forward_hook(bounded)
+    check_output(network, architecture, num_classes, shape, torch.device("meta"))
+    return num_bytes
+
+
+def key_of(arguments: Mapping[str, Any]) -> str:
+    """Arguments as text; `ValueError` for what no bundle can hold."""
+    try:
+        return json.dumps(dict(arguments), sort_keys=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"arguments of an architecture must be plain JSON: {reason(error)}") from None
+
+
+def check_state(network: nn.Module, architecture: str) -> None:
+    """`ValueError` for a network whose tensors have no memory, or that keeps more than tensors in its state dict."""
+    with guarded(f"{shown(architecture)} has no state dict"):
+        state = network.state_dict()
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{shown(architecture)} keeps {one_line(name, 60)}, which is no tensor: no bundle holds it"
+            )
+        if tensor.is_meta:
+            raise ValueError(f"{shown(architecture)}: {one_line(name, 60)} is on the meta device and has no values")
+
+
+@torch.no_grad()
+def check_output(
+    network: nn.Module,
+    architecture: str,
+    num_classes: int,
+    image_shape: Sequence[int],
+    device: torch.device | str = "cpu",
+) -> None:
+    """Run one blank image through: a wrong class count or image shape is found here, not an hour later."""
+    channels, height, width = image_shape
+    image = torch.zeros(1, channels, height, width, device=device)
+    try:
+        logits = network(image)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a network of the user's may fail in any way of its own
+        line = one_line((str(error) or type(error).__name__).splitlines()[0], 140)
+        raise ValueError(f"{shown(architecture)} does not take images of {channels}x{height}x{width}: {line}") from None
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"{shown(architecture)} gives {one_line(type(logits).__name__, 60)} for one image ({parts(logits)}), "
+            f"expected a tensor of shape (1, {num_classes}): its forward must return the logits alone"
+        )
+    if tuple(logits.shape) != (1, num_classes):
+        raise ValueError(
+            f"{shown(architecture)} gives {one_line(tuple(logits.shape), 60)} for one image, expected "
+            f"(1, {num_classes}): check the class count"
+        )
+    if not logits.is_floating_point():
+        raise ValueError(f"{shown(architecture)} gives {logits.dtype} for one image, expected floating-point logits")
+
+
+def parts(answer: Any, most: int = 4) -> str:
+    """What an answer that is no tensor holds."""
+    if isinstance(answer, Mapping):
+        found = [f"{one_line(name, 30)}: {kind(value)}" for name, value in list(answer.items())[:most]]
+    elif isinstance(answer, tuple | list):
+        found = [kind(value) for value in answer[:most]]
+    else:
+        return "no tensor"
+    return ", ".join(found) + (", …" if len(answer) > most else "") if found else "empty"
+
+
+def kind(value: Any) -> str:
+    """A value as its type, a tensor with its shape."""
+    if isinstance(value, Tensor):
+        return f"tensor of {'x'.join(map(str, value.shape)) or 'no dimension'}"
+    return one_line(type(value).__name__, 30)

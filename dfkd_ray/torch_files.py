@@ -1,0 +1,199 @@
+"""PyTorch's own weight files (`.pt`, `.pth`), opened with `weights_only=True` after a look at what they would take.
+
+Two formats: a zip archive with `data.pkl` and one entry per storage, and the older row of pickles with raw storages
+behind it. PyTorch trusts the sizes in them: a compressed entry expands to any size, a storage larger than its entry is
+read from beyond it, and a pickle may ask for any number of objects. Here the pickle is walked through with stand-ins
+for everything it names (nothing is imported or called), and its sizes are compared with what the file holds.
+"""
+
+import io
+import pickle
+import pickletools
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dfkd_ray.untrusted import SPARE_BYTES, check_size, one_line, size
+
+ZIP_HEAD, PICKLE_HEAD = b"PK\x03\x04", b"\x80"
+MAX_GROWTH = 16  # archives expand to at most so many times their size (PyTorch does not compress at all)
+MAX_ENTRIES = 100_000
+MAX_PICKLE_BYTES = 32 << 20
+MAX_OPERATIONS = 4_000_000  # of a pickle: a training checkpoint with all its optimiser's counters has fewer
+LEGACY_PICKLES = 5  # magic number, protocol, system, the object, the names of its storages
+STORAGE_BYTES = {"Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "ComplexFloat": 8}
+FORBIDDEN = {("builtins", "bytearray"), ("__builtin__", "bytearray")}  # PyTorch lets it take memory of any size
+
+
+def load(path: Path, largest: int) -> Any:
+    """What such a file holds, on the CPU. `ValueError` for whatever is no whole file of plain tensors.
+
+    `largest`: bytes that it may take in memory.
+    """
+    where = one_line(path, 160)
+    with path.open("rb") as file:
+        head = file.read(4)
+        try:
+            if head == ZIP_HEAD:
+                check_archive(file, where, largest)
+            elif head[:1] == PICKLE_HEAD:
+                check_legacy(file, where)
+            else:
+                raise ValueError(
+                    f"{where}: cannot be read as plain tensors (it is empty, cut short, or no file of PyTorch's); "
+                    "save network.state_dict() with torch.save"
+                )
+        except OSError:
+            raise
+        except Exception as error:
+            if str(error).startswith(where):
+                raise
+            raise refused(where, error) from None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 - any failure of reading a foreign file is the same one: it is not usable
+        raise refused(where, error) from None
+
+
+def refused(where: str, error: Exception) -> ValueError:
+    """The error for a file that cannot be read, with the first sentence of what the library says."""
+    text = " ".join(str(error).split("Please file")[0].split(". ")[0].split()) or "it is empty or cut short"
+    return ValueError(
+        f"{where}: cannot be read as plain tensors ({type(error).__name__}: {one_line(text, 120)}); files that run "
+        "code on loading are refused, save network.state_dict() alone"
+    )
+
+
+def check_archive(file: Any, where: str, largest: int) -> None:
+    """`ValueError` for an archive that expands beyond bounds, or whose tensors are larger than its entries."""
+    file.seek(0)
+    num_bytes = file.seek(0, io.SEEK_END)
+    try:
+        archive = zipfile.ZipFile(file)
+    except (zipfile.BadZipFile, ValueError) as error:
+        raise ValueError(f"{where}: cannot be read as plain tensors: an archive that is cut short ({error})") from None
+    entries = archive.infolist()
+    sizes = {entry.filename: entry.file_size for entry in entries}
+    if len(entries) > MAX_ENTRIES or len(sizes) < len(entries):
+        raise ValueError(f"{where}: cannot be read as plain tensors: {len(entries):,} entries, or names that repeat")
+    total = sum(sizes.values())
+    if total > MAX_GROWTH * num_bytes + SPARE_BYTES:
+        raise ValueError(
+            f"{where}: an archive of {size(num_bytes)} that expands to {size(total)}: no weights are packed so tightly"
+        )
+    check_size(total, largest, where)
+    described = [name for name in sizes if name.partition("/")[2] == "data.pkl"]
+    if len(described) != 1:
+        raise ValueError(f"{where}: cannot be read as plain tensors: an archive without PyTorch's data.pkl")
+    check_size(sizes[described[0]], MAX_PICKLE_BYTES, f"{where}: its data.pkl")
+    with archive.open(described[0]) as opened:
+        data = opened.read(MAX_PICKLE_BYTES)
+    prefix = described[0].removesuffix("data.pkl") + "data/"
+    count_operations(io.BytesIO(data), where, MAX_OPERATIONS)
+    for key, wanted in storages(io.BytesIO(data)).items():
+        if wanted > sizes.get(prefix + key, 0):
+            raise ValueError(
+                f"{where}: damaged: a tensor of {wanted:,} bytes where {sizes.get(prefix + key, 0):,} are stored"
+            )
+
+
+def check_legacy(file: Any, where: str) -> None:
+    """`ValueError` for a row of pickles that is cut short, endless, or whose tensors are larger than the file."""
+    num_bytes = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    left = MAX_OPERATIONS
+    for _ in range(LEGACY_PICKLES):
+        left -= count_operations(file, where, left)
+    file.seek(0)
+    for _ in range(LEGACY_PICKLES):
+        found = storages(file)
+        if sum(found.values()) > num_bytes:
+            raise ValueError(f"{where}: damaged: tensors of {sum(found.values()):,} bytes in {num_bytes:,}")
+
+
+def count_operations(file: Any, where: str, most: int) -> int:
+    """How many operations the next pickle has; `ValueError` for more than `most`, or one that is damaged."""
+    count = 0
+    for count, (operation, argument, _) in enumerate(pickletools.genops(file), 1):
+        if count > most:
+            raise ValueError(f"{where}: a pickle of more than {MAX_OPERATIONS:,} operations; save the weights alone")
+        if operation.name == "BYTEARRAY8" or (isinstance(argument, str) and argument.endswith(" bytearray")):
+            raise ValueError(f"{where}: it holds a bytearray; save network.state_dict() alone")
+    return count
+
+
+def storages(file: Any) -> Mapping[str, int]:
+    """Of the next pickle: storage → bytes that it says it has, or that its tensors reach into."""
+    walker = Walker(file)
+    walker.load()
+    return walker.num_bytes
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A storage as a pickle names it: its kind of numbers and how many it says there are."""
+
+    item_bytes: int
+    num_items: int
+
+
+class StandIn:
+    """In place of whatever a pickle names: it takes everything and does nothing."""
+
+    def __new__(cls, *_args: Any, **_named: Any) -> "StandIn":
+        """Whatever it is called with."""
+        return super().__new__(cls)
+
+    def __init__(self, *_args: Any, **_named: Any):
+        pass
+
+    def __setstate__(self, _state: Any) -> None:
+        pass
+
+    def __setitem__(self, _key: Any, _value: Any) -> None:
+        pass
+
+    def append(self, _value: Any) -> None:
+        """Taken and left out."""
+
+    extend = update = add = append
+
+
+class Walker(pickle._Unpickler):
+    """An unpickler, in Python alone, that imports and calls nothing and notes the storages."""
+
+    def __init__(self, file: Any):
+        super().__init__(file)
+        self.num_bytes: dict[str, int] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """A stand-in for what is named, but for what holds the names of tensors and what makes tensors of storages."""
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) in FORBIDDEN:
+            raise ValueError(f"it names {name}")
+        if module == "torch._utils" and name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
+            return reaching
+        return type(name, (StandIn,), {"item_bytes": STORAGE_BYTES.get(name.removesuffix("Storage"), 1)})
+
+    def persistent_load(self, pid: Any) -> Any:
+        """A storage: ("storage", kind, key, device, how many, …)."""
+        if not isinstance(pid, tuple) or len(pid) < 5 or type(pid[4]) is not int or pid[4] < 0:
+            raise ValueError("a storage that is none of PyTorch's")
+        found = Storage(getattr(pid[1], "item_bytes", 1), pid[4])
+        self.num_bytes[str(pid[2])] = max(self.num_bytes.get(str(pid[2]), 0), found.item_bytes * found.num_items)
+        return found
+
+
+def reaching(storage: Any, offset: Any, shape: Any, stride: Any, *_others: Any) -> StandIn:
+    """In place of a tensor made of a storage; `ValueError` for one that reaches beyond it."""
+    if isinstance(storage, Storage) and all(type(side) is int and side >= 0 for side in (offset, *shape, *stride)):
+        last = offset + sum((side - 1) * step for side, step in zip(shape, stride, strict=True))
+        if 0 in shape or last < storage.num_items:
+            return StandIn()
+    raise ValueError("a tensor that reaches beyond its storage")

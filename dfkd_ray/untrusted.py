@@ -1,0 +1,209 @@
+"""Files from outside are checked before they cost memory or time: what kind of file, how large, JSON, tensor headers.
+
+Everything here refuses with `ValueError` in one line that names the file. Sizes are compared with what the file system
+and headers say before anything is read or allocated.
+"""
+
+import errno
+import json
+import math
+import os
+import resource
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors
+import safetensors.torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from dfkd_ray.config import validate
+from dfkd_ray.parsing import distinct, whole
+from dfkd_ray.plain import MOST_DEPTH, fault
+from dfkd_ray.text import shortened, shown
+
+MAX_JSON_BYTES = 8 << 20  # a description with 100,000 class names of 80 characters each
+MAX_VALUES = 4_000_000  # of JSON
+MAX_HEADER_BYTES = 16 << 20  # of a safetensors file: 100,000 tensors with names of 100 characters
+MAX_TENSORS = 100_000
+MAX_DIMENSIONS = 32
+MAX_MESSAGE = 280
+SPARE_BYTES = 64 << 20
+# Kinds of numbers that are read from safetensors, and bytes of each. Eight bits and fewer have scales besides.
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+NO_FILES = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISSOCK, "a socket"),
+)
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def one_line(text: object, most: int = MAX_MESSAGE) -> str:
+    """Text of others for an error: one line of bounded length, nothing in it that acts on a terminal."""
+    return shortened(shown(" ".join(str(text)[: 8 * most].split())), most)
+
+
+def reason(error: BaseException, most: int = 120) -> str:
+    """What an exception of others says: its type, and the first line of its text."""
+    lines = str(error).strip().splitlines()
+    return one_line(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__, most)
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for people."""
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
+
+
+def plain_file(path: Path, where: str | None = None) -> os.stat_result | None:
+    """The status of a plain file, None where there is none.
+
+    `ValueError` for a folder, a pipe, a device, and links that lead nowhere but to themselves. `OSError` where the
+    disk refuses to answer.
+    """
+    where = one_line(where or path, 160)
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+            raise ValueError(f"{where}: {error.strerror}") from None
+        raise
+    except ValueError as error:  # a null character in a name
+        raise ValueError(f"{where}: {error}") from None
+    for is_kind, what in NO_FILES:
+        if is_kind(found.st_mode):
+            raise ValueError(f"{where}: {what}, expected a file")
+    return found
+
+
+def file_bytes(path: Path, most: int, where: str | None = None) -> bytes | None:
+    """The content of a plain file of at most so many bytes, None where there is none; see `plain_file`."""
+    found = plain_file(path, where)
+    if found is None:
+        return None
+    check_size(found.st_size, most, where or str(path))
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    check_size(len(data), most, where or str(path))
+    return data
+
+
+def check_size(num_bytes: int, most: int, where: str) -> None:
+    """`ValueError` for more bytes than are read of such a file."""
+    if num_bytes > most:
+        raise ValueError(f"{one_line(where, 160)}: {size(num_bytes)} or more, expected at most {size(most)}")
+
+
+def free_bytes() -> int:
+    """Memory that this process can still take: of the machine, its control group and its own limit."""
+    free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                free.append(int(line.split()[1]) * 1024)
+        group = Path("/sys/fs/cgroup")
+        largest = (group / "memory.max").read_text(encoding="ascii").strip()
+        if largest.isdigit():
+            free.append(int(largest) - int((group / "memory.current").read_text(encoding="ascii")))
+    except (OSError, ValueError):  # another system: what it has altogether is what is known
+        pass
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        free.append(limit)
+    return max(0, min(free))
+
+
+def parse_json(data: bytes, where: str) -> Any:
+    """The value of JSON text, strictly: no name twice, no NaN or infinity, no integer beyond 64 bits, bounded depth."""
+    where, found = one_line(where, 160), None
+    try:
+        found = json.loads(data.decode("utf-8"), object_pairs_hook=distinct, parse_constant=float, parse_int=whole)
+        problem = fault(found, MAX_VALUES, len(data))
+    except RecursionError:
+        problem = f"nested deeper than {MOST_DEPTH} levels"
+    except (ValueError, MemoryError) as error:
+        problem = one_line(error, 120)
+    if problem:
+        raise ValueError(f"{where}: not valid JSON: {problem}")
+    return found
+
+
+def validated(model: type[Model], data: Mapping[str, Any], where: str) -> Model:
+    """As `config.validate`, the first error alone and in one line of bounded length."""
+    try:
+        return validate(model, data, where)
+    except ValueError as error:
+        lines = str(error).splitlines() or [f"{where}: not as expected"]
+        more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+        raise ValueError(one_line(lines[0]) + more) from None
+
+
+def safetensors_header(file: Path | bytes, where: str, what: str = "safetensors file") -> dict[str, Any]:
+    """The header of a safetensors file or of its content: tensor name → dtype, shape, data_offsets; `__metadata__`.
+
+    `ValueError` for one that is not whole, or whose shapes, kinds of numbers and places in the file do not fit.
+    """
+    broken = f"{one_line(where, 160)}: not a whole {what}"
+    if isinstance(file, bytes):
+        num_bytes, head, rest = len(file), file[:8], file[8 : 8 + MAX_HEADER_BYTES]
+    else:
+        with file.open("rb") as opened:
+            num_bytes, head = os.fstat(opened.fileno()).st_size, opened.read(8)
+            rest = opened.read(min(MAX_HEADER_BYTES, int.from_bytes(head, "little")))
+    length = int.from_bytes(head, "little")
+    if len(head) < 8 or length > num_bytes - 8:
+        raise ValueError(f"{broken}: its header ends beyond the file")
+    if length > MAX_HEADER_BYTES:
+        raise ValueError(f"{broken}: a header of {size(length)}, expected at most {size(MAX_HEADER_BYTES)}")
+    header = parse_json(rest[:length], broken)
+    if not isinstance(header, dict):
+        raise ValueError(f"{broken}: its header is no object")
+    if len(header) > MAX_TENSORS:
+        raise ValueError(f"{broken}: {len(header):,} tensors, expected at most {MAX_TENSORS:,}")
+    for name, entry in header.items():
+        if name != "__metadata__":
+            problem = _entry_problem(entry, num_bytes - 8 - length)
+            if problem:
+                raise ValueError(f"{broken}: {one_line(name, 60)} {problem}")
+    return header
+
+
+def _entry_problem(entry: Any, num_bytes: int) -> str | None:
+    """What is wrong with a tensor's line in a header, if anything."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        return "is not described by dtype, shape and data_offsets"
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in ITEM_BYTES:
+        return f"holds numbers of kind {one_line(repr(dtype), 40)}, expected one of {', '.join(ITEM_BYTES)}"
+    if not _counts(shape) or len(shape) > MAX_DIMENSIONS or math.prod(max(1, side) for side in shape) >= 2**60:
+        return f"has no possible shape: {one_line(shape, 60)}"
+    if not _counts(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= num_bytes:
+        return "lies beyond the file"
+    if math.prod(shape) * ITEM_BYTES[dtype] != offsets[1] - offsets[0]:
+        return f"has {offsets[1] - offsets[0]:,} bytes, its shape {one_line(shape, 60)} of {dtype} wants others"
+    return None
+
+
+def _counts(values: Any) -> bool:
+    """Whether it is a list of integers from 0 on."""
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def read_safetensors(file: Path | bytes, where: str | None = None, what: str = "safetensors file") -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or of its content; `ValueError`, naming `where`, for a damaged one."""
+    where = where or str(file)[:MAX_MESSAGE]
+    if not isinstance(file, bytes) and plain_file(file, where) is None:
+        raise ValueError(f"{one_line(where, 160)}: no such file")
+    safetensors_header(file, where, what)
+    try:
+        return safetensors.torch.load(file) if isinstance(file, bytes) else safetensors.torch.load_file(file)
+    except OSError:
+        raise
+    except Exception as error:  # noqa: BLE001 - of a foreign file, any failure of the library is the same one
+        raise ValueError(f"{one_line(where, 160)}: not a whole {what}: {reason(error)}") from None

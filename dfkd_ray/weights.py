@@ -1,0 +1,168 @@
+"""Weights from files: read without running code, in bounded memory, loaded only where they are of the network's kind.
+
+`.safetensors` as a plain state dict or as a bundle stores a pruned one (`from_stored`), or PyTorch's own files, whose
+pickles are looked through (`torch_files`) before `torch.load` opens them with `weights_only=True`.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dfkd_ray import torch_files, untrusted
+from dfkd_ray.untrusted import one_line, read_safetensors
+
+MASK, VALUES, SHAPE = "::mask", "::values", "::mask::shape"
+ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+NORMALISING = nn.modules.batchnorm._NormBase  # BatchNorm and InstanceNorm: their running_var is a variance
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """A state dict from `.safetensors`, or from `.pt` / `.pth` read without running code.
+
+    `ValueError` for a missing file, another ending, a pickle with more than tensors in it, or no state dict.
+    """
+    found = untrusted.plain_file(path)
+    if found is None:
+        raise ValueError(f"{one_line(path, 160)}: no such weights file")
+    if path.suffix != ".safetensors" and path.suffix not in ENDINGS:
+        raise ValueError(f"{one_line(path, 160)}: expected .safetensors, .pt or .pth")
+    largest = untrusted.free_bytes() // 2
+    untrusted.check_size(found.st_size, largest, str(path))
+    if path.suffix == ".safetensors":
+        return from_stored(read_safetensors(path), str(path), largest)
+    data = torch_files.load(path, largest)
+    if isinstance(data, Mapping) and isinstance(data.get("state_dict"), Mapping):
+        data = data["state_dict"]
+    plain = isinstance(data, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in data.items())
+    if not plain:
+        raise ValueError(
+            f"{one_line(path, 160)}: expected a state dict (name → tensor), got {one_line(type(data).__name__, 60)}"
+        )
+    return {key.removeprefix("module."): value for key, value in data.items()}
+
+
+def from_stored(stored: Mapping[str, Tensor], where: str = "weights", largest: int | None = None) -> dict[str, Tensor]:
+    """The inverse of `bundles.to_stored`; a plain state dict passes through.
+
+    `ValueError` where mask, shape and values do not fit, where a name belongs to nothing, and, before memory is taken,
+    where the dense tensors need more than `largest` bytes.
+    """
+    where = one_line(where, 160)
+    masked = {key.removesuffix(MASK) for key in stored if key.endswith(MASK)}
+    own = {name + ending for name in masked for ending in (MASK, VALUES, SHAPE)}
+    for key in stored:
+        if ("::" in key and key not in own) or key in masked:
+            raise ValueError(f"{where}: {one_line(key, 80)} belongs to no mask, or to a tensor that is there twice")
+    shapes = {name: stored_shape(stored, name, where) for name in masked}
+    dense_bytes = sum(math.prod(shape) * stored[name + VALUES].element_size() for name, shape in shapes.items())
+    untrusted.check_size(dense_bytes, untrusted.free_bytes() // 2 if largest is None else largest, where)
+    state = {}
+    for key, tensor in stored.items():
+        if key.endswith(MASK):
+            name = key.removesuffix(MASK)
+            values, shape = stored[name + VALUES], shapes[name]
+            mask = torch.from_numpy(np.unpackbits(tensor.numpy()).astype(bool))
+            num_values = int(mask.sum())
+            if num_values != values.numel() or bool(mask[math.prod(shape) :].any()):
+                raise ValueError(
+                    f"{where}: {one_line(name, 80)} has {values.numel()} values, its mask wants {num_values}; damaged"
+                )
+            dense = torch.zeros(math.prod(shape), dtype=values.dtype)
+            dense[mask[: len(dense)]] = values
+            state[name] = dense.view(shape)
+        elif "::" not in key:
+            state[key] = tensor
+    return state
+
+
+def stored_shape(stored: Mapping[str, Tensor], name: str, where: str) -> list[int]:
+    """The shape of a tensor that is stored as mask and values; `ValueError` where the three cannot be of one tensor."""
+    shown = one_line(name, 80)
+    mask, shape, values = (stored.get(name + ending) for ending in (MASK, SHAPE, VALUES))
+    if mask is None or shape is None or values is None:
+        raise ValueError(f"{where}: {shown} has a mask but no shape or no values; the file is damaged")
+    if mask.dtype != torch.uint8 or mask.ndim != 1 or values.ndim != 1:
+        raise ValueError(f"{where}: {shown} has a mask or values that are no plain row; the file is damaged")
+    if shape.dtype not in (torch.int32, torch.int64) or shape.ndim != 1 or len(shape) > untrusted.MAX_DIMENSIONS:
+        raise ValueError(f"{where}: the shape of {shown} is no row of integers; the file is damaged")
+    sides = shape.tolist()
+    if any(side < 0 for side in sides) or (math.prod(sides) + 7) // 8 != len(mask):
+        raise ValueError(
+            f"{where}: {shown} has a mask of {len(mask)} bytes, which its shape {one_line(sides, 60)} does not fit"
+        )
+    if math.prod(max(1, side) for side in sides) >= 2**60:
+        raise ValueError(f"{where}: {shown} has no possible shape: {one_line(sides, 60)}")
+    return sides
+
+
+def load_state(network: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Load a state dict; `ValueError` names the first mismatch and counts the others.
+
+    Floating-point weights of 16, 32 and 64 bits are taken for one another; integers, truth values, complex, sparse and
+    quantised tensors are not, nor are values that the network's own kind of numbers cannot hold.
+    """
+    where = one_line(where, 160)
+    expected = network.state_dict()
+    problems = [f"{name} is missing" for name in expected if name not in state]
+    problems += [f"{one_line(name, 80)} is not of this architecture" for name in state if name not in expected]
+    problems += [
+        f"{name} is {'x'.join(map(str, state[name].shape))}, expected {'x'.join(map(str, tensor.shape))}"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ValueError(
+            f"{where}: does not fit the architecture or class count: {one_line(problems[0], 200 - len(more))}{more}"
+        )
+    converted = {}
+    for name, tensor in expected.items():
+        problem = kind_problem(state[name], tensor)
+        if problem is None:
+            converted[name] = state[name].to(tensor.dtype)
+            problem = value_problem(converted[name], state[name])
+        if problem:
+            raise ValueError(f"{where}: {one_line(name, 80)} {problem}")
+    for path, module in network.named_modules():
+        name = f"{path}.running_var" if path else "running_var"
+        if isinstance(module, NORMALISING) and name in converted and bool((converted[name] < 0).any()):
+            raise ValueError(f"{where}: {one_line(name, 80)} has negative values; a variance is 0 or more")
+    try:
+        network.load_state_dict(converted)
+    except Exception as error:  # noqa: BLE001 - a network of the user's may load in a way of its own
+        raise ValueError(f"{where}: the network does not take the weights: {untrusted.reason(error)}") from None
+
+
+def kind_problem(given: Tensor, own: Tensor) -> str | None:
+    """What makes a tensor one of another kind than the network's own, if anything does."""
+    if given.layout != torch.strided or given.is_quantized or given.is_nested:
+        kind = "quantised" if given.is_quantized else "sparse" if given.layout != torch.strided else "nested"
+        return f"is {kind}, expected plain {kind_of(own.dtype)} values"
+    if given.is_meta:
+        return "has a shape and no values (it was saved from the meta device)"
+    same = any(given.dtype in kinds and own.dtype in kinds for kinds in (FLOATS, INTEGERS, (own.dtype,)))
+    return None if same else f"holds {kind_of(given.dtype)}, the network's own {kind_of(own.dtype)}"
+
+
+def value_problem(converted: Tensor, given: Tensor) -> str | None:
+    """What is wrong with values as the network will hold them, if anything is."""
+    if converted.dtype in INTEGERS:
+        same = converted.dtype == given.dtype or torch.equal(converted.to(given.dtype), given)
+        return None if same else f"has values that {kind_of(converted.dtype)} cannot hold"
+    if converted.dtype.is_complex or converted.is_floating_point():
+        if not given.isfinite().all():
+            return "has values that are not finite"
+        if not converted.isfinite().all():
+            return f"has values beyond what {kind_of(converted.dtype)} holds (its own kind is {kind_of(given.dtype)})"
+    return None
+
+
+def kind_of(dtype: torch.dtype) -> str:
+    """A kind of numbers by its usual name."""
+    return str(dtype).removeprefix("torch.")
