@@ -6,13 +6,13 @@ none; all errors come at once, one line each with the path.
 
 import difflib
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from dfkd_ray.plain import LARGEST, fault, given, named, text_fault
+from dfkd_ray.plain import LARGEST, MOST_SIGNS, fault, given, named, text_fault
 
 STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 METHODS = ("deepinversion", "records", "noise", "real")  # of synthesis: tags of a union, no parts of a path
@@ -31,11 +31,11 @@ def _a_text(value: str) -> str:
     return value
 
 
-def plain(most: int) -> BeforeValidator:
+def plain(most: int, most_signs: int = MOST_SIGNS) -> BeforeValidator:
     """A field takes plain data of at most so many values, and nothing that cannot be hashed and written to a table."""
 
     def check(value: Any) -> Any:
-        if wrong := fault(value, most):
+        if wrong := fault(value, most, most_signs):
             raise ValueError(wrong)
         return value
 
@@ -93,25 +93,27 @@ def describe(model: type[BaseModel], error: Mapping[str, Any], where: str) -> st
     """One pydantic error as one line: where, what was given, what was expected."""
     path = ".".join(str(part) for part in error["loc"] if part not in METHODS)
     value = error.get("input")
-    place = f"{named(where)}: {named(path)}" if path else named(where)
+    message = error["msg"].removeprefix("Value error, ").replace(f"{LARGEST_FLOAT:.0f}", f"{LARGEST_FLOAT:g}")
+    message = message[0].lower() + message[1:]
     if error["type"] == "extra_forbidden":
-        return f"{place}: unknown field{hint(model, path)}"
-    if error["type"] == "missing":
-        return f"{place}: missing, a value is needed"
-    if error["type"] == "union_tag_invalid":
+        message = f"unknown field{hint(model, path)}"
+    elif error["type"] == "missing":
+        message = "missing, a value is needed"
+    elif error["type"] == "union_tag_invalid":
+        path = f"{path}.method" if path else "method"
         expected = error["ctx"]["expected_tags"].replace("'", "")
-        return f"{place}.method: unknown method {given(method_of(value))}; expected {expected}"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] in ("model_type", "dict_type"):
-        message = "input should be a mapping of fields"
-    shown = "" if isinstance(value, Mapping | BaseModel) else f" (given: {given(value)})"
-    return f"{place}: {message[0].lower() + message[1:]}{shown}"
+        message = f"unknown method {given(method_of(value))}; expected {expected}"
+    elif error["type"] in ("model_type", "dict_type"):
+        message = f"input should be a mapping of fields (given: {given(value)})"
+    elif not isinstance(value, Mapping | BaseModel):
+        message += f" (given: {given(value)})"
+    return ": ".join([*(named(part) for part in (where, path) if part), message])
 
 
 @lru_cache(maxsize=1000)
 def hint(model: type[BaseModel], path: str) -> str:
     """The field of `model` that was meant by an unknown one, as the end of an error; empty where none is like it."""
-    names = [name for name in field_paths(model) if name != path] if len(path) < 100 else []
+    names = [name for name in known_fields(model) if name != path] if len(path) < 100 else []
     close = difflib.get_close_matches(path, names, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -122,6 +124,36 @@ def field_paths(model: type[BaseModel], prefix: str = "") -> Iterable[str]:
         yield prefix + name
         for kind in nested_models(field.annotation):
             yield from field_paths(kind, f"{prefix}{name}.")
+
+
+@lru_cache
+def known_fields(model: type[BaseModel]) -> dict[str, None]:
+    """Every dotted field name below `model`, each once."""
+    return dict.fromkeys(field_paths(model))
+
+
+def value_fault(model: type[BaseModel], name: str, value: Any) -> str | None:
+    """Why a value is none for a dotted field of `model`, whatever the other fields are; None where it may be one."""
+    errors: Sequence[Mapping[str, Any]] = []
+    for adapter in adapters(model, name):
+        try:
+            adapter.validate_python(value)
+            return None
+        except ValidationError as error:
+            errors = errors or error.errors(include_url=False)
+    return describe(model, errors[0], "") if errors else None
+
+
+@lru_cache(maxsize=1000)
+def adapters(model: type[BaseModel], name: str) -> list[Any]:
+    """What validates a dotted field alone: one for each member of a union that has it; none where it has no type."""
+    models: list[type[BaseModel]] = [model]
+    fields: list[Any] = []
+    for part in name.split("."):
+        fields = [one.model_fields[part] for one in models if part in one.model_fields]
+        models = [inner for field in fields for inner in nested_models(field.annotation)]
+    kinds: list[Any] = [Annotated[(field.annotation, field)] for field in fields]
+    return [TypeAdapter(kind) for kind in kinds]
 
 
 def nested_models(annotation: Any) -> list[type[BaseModel]]:

@@ -53,16 +53,16 @@ def written(value: Any, depth: int) -> str:
     return repr(value)
 
 
-def text_fault(text: str) -> str | None:
+def text_fault(text: str, most: int = MOST_SIGNS) -> str | None:
     """Why a text cannot be written to a table or used as a name; None where it can."""
-    if len(text) > MOST_SIGNS:
-        return f"a text of {len(text):,} characters; at most {MOST_SIGNS:,} are taken"
+    if len(text) > most:
+        return f"a text of {len(text):,} characters; at most {most:,} are taken"
     if "\0" in text:
         return "a text with a NUL character"
     return "a text with half a character (a lone surrogate)" if any("\ud800" <= s <= "\udfff" for s in text) else None
 
 
-def fault(data: Any, most: int) -> str | None:
+def fault(data: Any, most: int, most_signs: int = MOST_SIGNS) -> str | None:
     """Why data is not plain, too deep, or of more than `most` values, with the place in it; None where it is good."""
     todo, num = [(data, "", 0)], 0
     while todo:
@@ -81,15 +81,15 @@ def fault(data: Any, most: int) -> str | None:
                 if isinstance(key, str) and (wrong := text_fault(key)):
                     return f"{where}{wrong} in place of a name"
                 todo.append((inner, f"{place}.{key}" if place else str(key), depth + 1))
-        elif wrong := scalar_fault(value):
+        elif wrong := scalar_fault(value, most_signs):
             return where + wrong
     return None
 
 
-def scalar_fault(value: Any) -> str | None:
+def scalar_fault(value: Any, most_signs: int) -> str | None:
     """Why a single value is not plain; None where it is."""
     if isinstance(value, str):
-        return text_fault(value)
+        return text_fault(value, most_signs)
     if isinstance(value, int):
         return None if -LARGEST <= value <= LARGEST else f"{given(value)} does not fit into 64 bits"
     if isinstance(value, float):
@@ -117,7 +117,7 @@ def with_overrides(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dic
         above = result
         for parent in parents:
             inner = above.get(parent)
-            if inner is not None and not isinstance(inner, Mapping):
+            if inner is not None and not isinstance(inner, dict | Mapping):
                 raise ValueError(f"{named(name)}: {given(parent)} is a plain value, it has no fields")
             above[parent] = dict(inner or {})  # absent, or an empty section of a file
             above = above[parent]
@@ -128,5 +128,5 @@ def with_overrides(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dic
 def value_at(data: Any, name: str) -> Any:
     """The value of a dotted name in nested data; None where there is none."""
     for part in name.split("."):
-        data = data.get(part) if isinstance(data, Mapping) else None
+        data = data.get(part) if isinstance(data, dict | Mapping) else None  # dict first: it is told much faster
     return data

@@ -1,9 +1,15 @@
 """Options that several commands share."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from dfkd_ray import config as configs
+from dfkd_ray.plain import alike, given, named, value_at
+
+MOST_SYNTHESIZERS = 100_000
 
 TeacherName = Annotated[str, typer.Argument(help="bundle folder, its URI (s3://, gs://, …), or bundled teacher")]
 DataRoot = Annotated[Path, typer.Option(help="folder with data sets", envvar="DFKD_RAY_DATA")]
@@ -51,10 +57,65 @@ BatchTimeout = Annotated[
 ]
 
 
+def settled(
+    data: Mapping[str, Any],
+    options: Mapping[str, Mapping[str, Any]],
+    assignments: Sequence[str] | None,
+    file: object = "",
+) -> dict[str, Any]:
+    """A file's nested data with what the command line says over it.
+
+    `options`: for each option the dotted fields that it sets, None where it is not given. `ValueError` where an option
+    and `--set` say two things of one field, or the command line and the file name two teachers.
+    """
+    overrides = configs.parse_overrides(assignments or [])
+    chosen: dict[str, Any] = {}
+    for option, fields in options.items():
+        for name, value in fields.items():
+            if value is None:
+                continue
+            for other, what in said_of(name, value, overrides):
+                if not alike(what, value_at(value, other[len(name) + 1 :]) if len(other) > len(name) else value):
+                    raise ValueError(
+                        f"{option} {given(value)} and --set {named(other)}={given(what)}: two values for one field; "
+                        "leave one out"
+                    )
+            chosen[name] = value
+    named_here, named_there = chosen.get("teacher"), data.get("teacher")
+    if named_here is not None and named_there is not None and named_here != named_there:
+        raise ValueError(
+            f"two teachers: {given(named_here)} on the command line, {given(named_there)} in {named(file)}; "
+            "leave one out"
+        )
+    # What lies within a section is put in after the section.
+    together = sorted((overrides | chosen).items(), key=lambda item: item[0].count("."))
+    return configs.with_overrides(data, dict(together))
+
+
+def said_of(name: str, value: Any, overrides: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """What overrides say of a field, or of parts of it, with the name of that."""
+    found = [(other, what) for other, what in overrides.items() if other == name]
+    found += [
+        (other, what)
+        for other, what in overrides.items()
+        if other.startswith(name + ".") and value_at(value, other[len(name) + 1 :]) is not None
+    ]
+    sections = [(other, name[len(other) + 1 :]) for other in overrides if name.startswith(other + ".")]
+    inner = [(name, value_at(overrides[other], rest)) for other, rest in sections]
+    return found + [(other, what) for other, what in inner if what is not None]
+
+
 def number_of(text: str) -> int:
     """The number in `--synthesizers`."""
-    if not text.isdigit():
-        raise ValueError(f"--synthesizers {text!r}: expected auto, or a number")
+    return number_within(text, "expected auto, or a number")
+
+
+def number_within(text: str, expected: str) -> int:
+    """A whole number from 0 to `MOST_SYNTHESIZERS`."""
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"--synthesizers {given(text)}: {expected}")
+    if len(text) > 9 or int(text) > MOST_SYNTHESIZERS:
+        raise ValueError(f"--synthesizers {given(text)}: expected at most {MOST_SYNTHESIZERS:,}")
     return int(text)
 
 
@@ -62,12 +123,14 @@ def range_of(text: str) -> int | tuple[int, int] | None:
     """`--synthesizers` of a sweep: None for auto, a number, or the fewest and the most."""
     if text == "auto":
         return None
+    expected = "expected auto, a number, or a range like 1-64"
     numbers = text.split("-")
-    if not all(number.isdecimal() for number in numbers) or len(numbers) > 2:
-        raise ValueError(f"--synthesizers {text!r}: expected auto, a number, or a range like 1-64")
-    if len(numbers) == 1:
-        return int(text)
-    fewest, most = map(int, numbers)
+    if len(numbers) > 2:
+        raise ValueError(f"--synthesizers {given(text)}: {expected}")
+    fewest, *more = (number_within(number, expected) for number in numbers)
+    if not more:
+        return fewest
+    most = more[0]
     if not 1 <= fewest <= most:
         raise ValueError(f"--synthesizers {text}: expected MIN-MAX with a MIN of at least 1 that is not above MAX")
     return fewest, most

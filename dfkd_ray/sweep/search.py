@@ -10,17 +10,23 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, field_validator
 
 from dfkd_ray.batches import mix_seed
 from dfkd_ray.config import STRICT
+from dfkd_ray.fields import LARGEST_FLOAT, NUMBER, Count, Seed, plain
+from dfkd_ray.parsing import name_fault
+from dfkd_ray.plain import SHOWN_PATH, alike, cut, fault, given, named
 
 Point = dict[str, Any]  # dotted field → value
 BOUNDED = {"uniform": 2, "loguniform": 2, "quniform": 3, "qloguniform": 3}
 BOUNDED |= {"randint": 2, "lograndint": 2, "qrandint": 3, "qlograndint": 3}
 # What trials are compared by has to be the same for all of them; a search over seeds finds luck.
+LARGEST_WHOLE = 2**53  # the numbers between are floats on the way
+MOST_SHOWN = 100  # values that are looked at to show them
+MOST_TRIALS = 100_000  # of a sweep
 FIXED = ("teacher", "reference", "device", "synthesis.seed", "distillation.seed")
 
 
@@ -41,6 +47,13 @@ class Domain:
     def is_integer(self) -> bool:
         """Whether values are whole numbers."""
         return "int" in self.kind
+
+    @property
+    def num_values(self) -> int | None:
+        """How many different values can be drawn, at most; None where there is no end of them."""
+        if self.kind == "choice":
+            return len({repr(value) for value in self.values})
+        return None if self.step is None else math.floor((self.high - self.low) / self.step + 1e-6) + 1
 
     @property
     def is_log(self) -> bool:
@@ -72,18 +85,18 @@ class Domain:
     def holds(self, value: Any) -> bool:
         """Whether `value` can be drawn, but for its place between two steps."""
         if self.kind == "choice":
-            return value in self.values
-        return isinstance(value, int | float) and self.low <= value <= self.high
+            return any(alike(value, one) for one in self.values)
+        return isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
 
 
-def domain(given: Any) -> Domain:
+def domain(written: Any) -> Domain:
     """A domain as written in a sweep file: a list, or `{name: arguments}`. `ValueError` says what was expected."""
-    if isinstance(given, list):
-        given = {"choice": given}
-    if not isinstance(given, Mapping) or len(given) != 1 or next(iter(given)) not in ("choice", *BOUNDED):
+    if isinstance(written, list):
+        written = {"choice": written}
+    if not isinstance(written, Mapping) or len(written) != 1 or next(iter(written)) not in ("choice", *BOUNDED):
         names = ", ".join(("choice", *BOUNDED))
-        raise ValueError(f"expected a list of values or one of {names} with its arguments, got {shown(given)}")
-    kind, arguments = next(iter(given.items()))
+        raise ValueError(f"expected a list of values or one of {names} with its arguments, got {shown(written)}")
+    kind, arguments = next(iter(written.items()))
     if kind == "choice":
         if not isinstance(arguments, list) or not arguments:
             raise ValueError(f"choice takes a list of values, got {shown(arguments)}")
@@ -93,11 +106,14 @@ def domain(given: Any) -> Domain:
     if (
         not isinstance(arguments, list)
         or len(arguments) != BOUNDED[kind]
-        or not all(isinstance(x, types) and not isinstance(x, bool) and math.isfinite(x) for x in arguments)
+        or not all(isinstance(x, types) and not isinstance(x, bool) for x in arguments)
     ):
         what = "whole numbers" if "int" in kind else "numbers"
         raise ValueError(f"{kind} takes {wanted}, {what}, got {shown(arguments)}")
     low, high, *rest = arguments
+    largest = LARGEST_WHOLE if "int" in kind else LARGEST_FLOAT
+    if not all(-largest <= x <= largest for x in arguments):  # nor is NaN
+        raise ValueError(f"{kind}: expected numbers of at most {largest:g}, got {shown(arguments)}")
     if low >= high:
         raise ValueError(f"{kind}: low has to be less than high, got {shown(arguments)}")
     if "log" in kind and low <= 0:
@@ -109,6 +125,8 @@ def domain(given: Any) -> Domain:
     step = rest[0]
     if step <= 0:
         raise ValueError(f"{kind}: q has to be above 0, got {shown(arguments)}")
+    if max(abs(low), abs(high)) / step > LARGEST_WHOLE:
+        raise ValueError(f"{kind}: q is too small for numbers of that size, got {shown(arguments)}")
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     first = max(first, 1) if "log" in kind else first
     if first > last:
@@ -117,8 +135,10 @@ def domain(given: Any) -> Domain:
 
 
 def shown(value: Any) -> str:
-    """A value as one would write it in YAML."""
-    return json.dumps(value, default=str)
+    """A value as one would write it in YAML, shortened."""
+    if fault(value, MOST_SHOWN):
+        return given(value)
+    return cut(json.dumps(value, ensure_ascii=False), SHOWN_PATH)
 
 
 class SearchConfig(BaseModel):
@@ -126,23 +146,28 @@ class SearchConfig(BaseModel):
 
     model_config = STRICT
 
-    space: dict[str, Any] = Field(min_length=1, description="dotted field → domain by Ray Tune's names, or a list")
+    space: Annotated[dict[str, Any], plain(100_000)] = Field(
+        min_length=1, max_length=200, description="dotted field → domain by Ray Tune's names, or a list"
+    )
     algorithm: Literal["random", "optuna"] = Field(
         default="random", description="random points, or Optuna's TPE (needs dfkd-ray[search])"
     )
-    num_trials: int = Field(ge=1, description="distinct points tried")
-    max_concurrent: int | None = Field(
-        default=None, ge=1, description="trials at once; null: as many as there is room for"
+    num_trials: Annotated[int, NUMBER] = Field(ge=1, le=MOST_TRIALS, description="distinct points tried")
+    max_concurrent: Annotated[int, Field(ge=1, le=MOST_TRIALS), NUMBER] | None = Field(
+        default=None, description="trials at once; null: as many as there is room for"
     )
-    seed: int = Field(default=0, ge=0, description="of the points; seeds of a trial stand in base")
+    seed: Seed = Field(default=0, description="of the points; seeds of a trial stand in base")
 
     @field_validator("space")
     @classmethod
     def _domains(cls, space: dict[str, Any]) -> dict[str, Any]:
         errors = []
-        for name, given in space.items():
+        for name, values in space.items():
+            if wrong := name_fault(name):
+                errors.append(f"{named(name)}: {wrong}")
+                continue
             try:
-                domain(given)
+                domain(values)
             except ValueError as error:
                 errors.append(f"{name}: {error}")
             errors += [
@@ -152,13 +177,13 @@ class SearchConfig(BaseModel):
             ]
             errors += [f"{name}: lies within {other}; search one of them" for other in space if within(name, other)]
         if errors:
-            raise ValueError("; ".join(errors))
+            raise ValueError("; ".join(errors[:3]) + ("; …" if len(errors) > 3 else ""))
         return space
 
     @property
     def domains(self) -> dict[str, Domain]:
         """Dotted field → domain, in the file's order."""
-        return {name: domain(given) for name, given in self.space.items()}
+        return {name: domain(written) for name, written in self.space.items()}
 
 
 class AshaConfig(BaseModel):
@@ -166,13 +191,13 @@ class AshaConfig(BaseModel):
 
     model_config = STRICT
 
-    grace_looks: int = Field(
+    grace_looks: Count = Field(
         default=1,
         ge=1,
         description="looks at the reference set (distillation.eval_every) before a trial may be stopped",
     )
-    reduction_factor: float = Field(
-        default=3.0, gt=1, description="at each rung the best 1/n go on; rungs are a factor n of steps apart"
+    reduction_factor: Annotated[float, NUMBER] = Field(
+        default=3.0, gt=1, le=1e6, description="at each rung the best 1/n go on; rungs are a factor n of steps apart"
     )
 
 
@@ -216,7 +241,8 @@ def can_match(entry: Mapping[str, Any], search: SearchConfig, fixed: Mapping[str
     return all(
         any(domains[field].holds(value) for value in options(wanted))
         if field in domains
-        else any(within(field, section) for section in sections) or fixed.get(field) in options(wanted)
+        else any(within(field, section) for section in sections)
+        or any(alike(fixed.get(field), value) for value in options(wanted))
         for field, wanted in entry.items()
     )
 

@@ -1,0 +1,303 @@
+"""From the contents of a sweep file to the configs of its trials, and all that is wrong with them.
+
+A field's error is told once, with how many trials it concerns: a sweep may have a hundred thousand.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from pydantic import ValidationError
+
+from dfkd_ray.config import (
+    SYNTHESIS_CONFIGS,
+    DeepInversionConfig,
+    ReferenceConfig,
+    TrialConfig,
+    flat,
+    with_overrides,
+)
+from dfkd_ray.fields import describe
+from dfkd_ray.plain import alike, given, named, value_at
+from dfkd_ray.storage import without_secrets
+from dfkd_ray.sweep.contents import SweepConfig
+from dfkd_ray.sweep.search import MOST_TRIALS, Point, StopConfig, can_match, options, probes, random_points, shown
+
+SEED_FIELDS = ("synthesis.seed", "distillation.seed")
+SECTIONS = ("pruning", "student", "synthesis", "distillation", "reference", "reference.synthesis")
+MOST_DRAWS = 100  # per trial of a random search, before its space counts as used up
+MOST_DRAWS_IN_ALL = 1_000_000
+MOST_FAULTS = 200_000  # after which no more trials are looked at
+
+
+@dataclass
+class Faults:
+    """Errors of many trials: of each field and kind the first, how many trials have it, and with how many values."""
+
+    num_trials: int = 0  # looked at
+    num_faults: int = 0
+    lines: dict[Any, str] = field(default_factory=dict)
+    counts: dict[Any, int] = field(default_factory=dict)
+    values: dict[Any, set[str]] = field(default_factory=dict)
+
+    def add(self, error: ValueError | ValidationError) -> None:
+        """What is wrong with one trial."""
+        if isinstance(error, ValidationError):
+            for item in error.errors(include_url=False):
+                key = (item["loc"], item["type"], item["msg"] if item["type"] == "value_error" else None)
+                if key not in self.lines:
+                    self.lines[key] = describe(TrialConfig, item, "sweep")
+                self.count(key, given(item.get("input")))
+        else:
+            self.lines.setdefault(str(error), str(error))
+            self.count(str(error), "")
+
+    def count(self, key: Any, value: str) -> None:
+        """One more trial has this error."""
+        self.num_faults += 1
+        self.counts[key] = self.counts.get(key, 0) + 1
+        self.values.setdefault(key, set()).add(value)
+
+    def told(self, num_points: int | None) -> list[str]:
+        """A line for each error; `num_points` is how many trials there would be, None for a search's points."""
+        what = f"{self.num_trials:,} points tried" if num_points is None else f"{self.num_trials:,} trials"
+        lines = []
+        for key, line in self.lines.items():
+            others = f" and {len(self.values[key]) - 1:,} values more" if len(self.values[key]) > 1 else ""
+            share = f" (in {self.counts[key]:,} of {what})" if self.num_trials > 1 else ""
+            lines.append(line + others + share)
+        if num_points is not None and self.num_trials < num_points:
+            lines.append(f"sweep: {num_points - self.num_trials:,} trials were not looked at any more")
+        return lines
+
+
+def expand(sweep: SweepConfig, overrides: Mapping[str, Any], *, tiny: bool = False) -> list[TrialConfig]:
+    """Every trial config known beforehand, in order, each once: none of an Optuna search, though its space is checked.
+
+    `overrides` (dotted) win over `base`; an override of a field that varies is an error. `tiny` wins over grid and
+    seeds too: an axis that it fixes has one value, and points that thereby become equal are one trial. `ValueError`
+    with all errors of all combinations, or of all ends and choices of the domains, at once.
+    """
+    configs, _, errors = expanded(sweep, overrides, tiny)
+    if errors:
+        raise ValueError("\n".join(errors))
+    return configs
+
+
+def expanded(
+    sweep: SweepConfig, overrides: Mapping[str, Any], tiny: bool
+) -> tuple[list[TrialConfig], list[str], list[str]]:
+    """Trial configs, the names of all teachers (also those of combinations that are wrong), and all errors."""
+    if errors := override_errors(sweep, overrides):
+        return [], [], errors
+    configs: dict[bytes, TrialConfig] = {}
+    teachers: dict[str, None] = {}
+    unmatched = set(range(len(sweep.exclude)))
+    unused = set(overrides)
+    faults = Faults()
+
+    def take(point: Point) -> TrialConfig | None:
+        """The config at a point; None where it is excluded or wrong, which is written down."""
+        faults.num_trials += 1
+        try:
+            data = data_at(sweep, point, overrides)
+            matched = matching(sweep, data)
+            unmatched.difference_update(matched)
+            if unused:
+                below = with_overrides(sweep.base, point)
+                unused.difference_update([name for name in unused if applies(name, below, overrides)])
+            if matched:
+                return None
+            if tiny:
+                data = data_at(sweep, point, overrides, tiny)
+            if isinstance(data.get("teacher"), str):
+                teachers[data["teacher"]] = None
+            return TrialConfig.model_validate(data)
+        except ValueError as error:  # pydantic's too
+            faults.add(error)
+            return None
+
+    def keep(config: TrialConfig) -> None:
+        configs.setdefault(hashlib.sha256(config.model_dump_json().encode()).digest(), config)
+
+    if sweep.search is None:
+        for point in grid_points(sweep):
+            config = take(point)
+            if config is not None:
+                keep(config)
+            if faults.num_faults > MOST_FAULTS:
+                break
+        errors = faults.told(sweep.num_points)
+    else:
+        fixed = flat(filled(sweep.base))
+        unmatched = {i for i in unmatched if not can_match(sweep.exclude[i], sweep.search, fixed)}
+        tried = [config for config in map(take, probes(sweep.search)) if config is not None]
+        if sweep.search.algorithm == "random" and not faults.lines:
+            wanted = sweep.search.num_trials
+            for point in distinct_points(sweep):
+                config = take(point)
+                if config is not None:
+                    keep(config)
+                if faults.lines or len(configs) == wanted:
+                    break
+            if not faults.lines and len(configs) < wanted:
+                number = f"search.num_trials={wanted}"
+                errors.append(f"{number}: the space has no more than {len(configs)} distinct points; lower it")
+        errors = faults.told(None) + errors + stop_errors(sweep.stop, tried)
+    complete = faults.num_faults <= MOST_FAULTS
+    if not overrides and complete:  # what was set by hand may leave an entry without a match
+        for index in sorted(unmatched):
+            errors.append(f"exclude: {without_secrets(shown(sweep.exclude[index]))} matches no combination")
+    if complete and faults.num_trials:
+        errors += [f"--set {named(name)}: no trial's synthesis has such a field; leave it out" for name in unused]
+    if sweep.search is None:
+        errors += stop_errors(sweep.stop, list(configs.values()))
+        if not configs and not errors:
+            errors.append("exclude leaves no combination to run")
+    return list(configs.values()), list(teachers), list(dict.fromkeys(errors))
+
+
+def override_errors(sweep: SweepConfig, overrides: Mapping[str, Any]) -> list[str]:
+    """Why fields cannot be set by hand that a sweep varies: by their name, a part of them, or what they are part of."""
+    varied: dict[str, str] = {}
+    for grid in sweep.grids:
+        for name, values in grid.items():
+            varied |= dict.fromkeys((name, *(f"{name}.{part}" for part in parts_of(values))), "grid")
+    for name, domain in (sweep.search.domains if sweep.search else {}).items():
+        varied |= dict.fromkeys((name, *(f"{name}.{part}" for part in parts_of(domain.values))), "search")
+    varied |= dict.fromkeys(SEED_FIELDS if sweep.seeds > 1 else (), "seeds")
+    return [
+        f"--set {named(name)}: the sweep's {varied[hit]} varies this field; change the {varied[hit]} instead"
+        for name in sorted(overrides)
+        if (hit := next((other for other in varied if other == name or other.startswith(name + ".")), None))
+    ]
+
+
+def parts_of(values: Sequence[Any]) -> dict[str, None]:
+    """The dotted names within those values that are mappings."""
+    return dict.fromkeys(name for value in values if isinstance(value, Mapping) for name in flat(value))
+
+
+def grid_points(sweep: SweepConfig) -> Iterator[Point]:
+    """Every combination of every grid with every seed."""
+    for grid in sweep.grids:
+        axes = [[(name, value) for value in values] for name, values in grid.items()]
+        for combination in itertools.product(*axes):
+            for seed in range(sweep.seeds):
+                yield dict(combination) | (dict.fromkeys(SEED_FIELDS, seed) if sweep.seeds > 1 else {})
+
+
+def distinct_points(sweep: SweepConfig) -> Iterator[Point]:
+    """The random points of a search, each once, until enough are drawn or there are no more."""
+    assert sweep.search is not None
+    most = min(MOST_DRAWS * sweep.search.num_trials, max(MOST_DRAWS_IN_ALL, 2 * MOST_TRIALS))
+    sizes = [domain.num_values for domain in sweep.search.domains.values()]
+    num_points = 1
+    for size in sizes:
+        num_points = num_points * size if size is not None and num_points <= MOST_TRIALS else MOST_TRIALS + 1
+    seen: set[str] = set()
+    for point in itertools.islice(random_points(sweep.search), most):
+        key = repr(point)
+        if key not in seen:
+            seen.add(key)
+            yield point
+        if len(seen) >= num_points and num_points <= MOST_TRIALS:
+            return
+
+
+def data_at(sweep: SweepConfig, point: Point, overrides: Mapping[str, Any], tiny: bool = False) -> dict[str, Any]:
+    """The plain data of the trial at a point: base, then the point, then `tiny` and overrides where they apply.
+
+    `ValueError`, pydantic's, where a section into which something is to be put is none.
+    """
+    data = with_overrides(sweep.base, point)
+    fixed = {**(sweep.tiny if tiny else {}), **overrides}
+    if not fixed:
+        return data
+    if any(not isinstance(value_at(data, name) or {}, Mapping) for name in SECTIONS if name not in fixed):
+        TrialConfig.model_validate({"teacher": "any", **data})  # which says what is wrong
+    return with_overrides(data, {k: v for k, v in fixed.items() if applies(k, data, fixed)})
+
+
+def applies(name: str, data: Mapping[str, Any], fixed: Mapping[str, Any]) -> bool:
+    """Whether one of the overrides `fixed` is meant for this combination: another synthesis method's fields are not."""
+    parent, _, leaf = name.rpartition(".")
+    if parent not in ("synthesis", "reference.synthesis"):
+        return True
+    section = value_at(data, parent)
+    method = section.get("method", "deepinversion") if isinstance(section, Mapping) else "deepinversion"
+    method = fixed.get(f"{parent}.method", method)
+    own = SYNTHESIS_CONFIGS.get(method) if isinstance(method, str) else None
+    if own is None:  # the validation will refuse it
+        return True
+    return leaf in own.model_fields or not any(leaf in other.model_fields for other in SYNTHESIS_CONFIGS.values())
+
+
+def matching(sweep: SweepConfig, data: Mapping[str, Any]) -> list[int]:
+    """Which entries of `exclude` match a trial's plain data in all of their fields."""
+    if not sweep.exclude:
+        return []
+    over = filled(data)
+    values = {name: value_at(over, name) for entry in sweep.exclude for name in entry}
+    return [
+        index
+        for index, entry in enumerate(sweep.exclude)
+        if all(is_one_of(values[name], options(wanted)) for name, wanted in entry.items())
+    ]
+
+
+def is_one_of(value: Any, wanted: Sequence[Any]) -> bool:
+    """Whether a value is among some, as `alike` has it."""
+    return value in wanted and any(alike(value, one) for one in wanted)
+
+
+def filled(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A trial's plain data over the defaults of all fields, unvalidated: what is excluded may be wrong otherwise."""
+    methods = [str(value_at(data, f"{section}method")) for section in ("synthesis.", "reference.synthesis.")]
+
+    def over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+        both = {k: v for k, v in above.items() if isinstance(v, Mapping) and isinstance(below.get(k), Mapping)}
+        return {**below, **above, **{name: over(below[name], value) for name, value in both.items()}}
+
+    return over(defaults(*methods), data)
+
+
+@lru_cache
+def defaults_of(method: str, reference_method: str) -> dict[str, Any]:
+    """The defaults of all fields of a trial with these methods of synthesis; not to be changed."""
+    reference = ReferenceConfig.model_construct(synthesis=SYNTHESIS_CONFIGS[reference_method]())
+    return TrialConfig.model_construct(synthesis=SYNTHESIS_CONFIGS[method](), reference=reference).model_dump(
+        mode="json"
+    )
+
+
+def defaults(*methods: str) -> dict[str, Any]:
+    """As `defaults_of`; what is no method counts as the default."""
+    return defaults_of(*(name if name in SYNTHESIS_CONFIGS else DeepInversionConfig().method for name in methods))
+
+
+def stop_errors(stop: StopConfig | None, configs: Sequence[TrialConfig]) -> list[str]:
+    """Why early stopping could not compare these trials, or not act."""
+    if stop is None:
+        return []
+    errors = []
+    compared = {
+        "teacher": [config.teacher for config in configs],
+        "reference": [config.reference for config in configs],
+        "distillation.eval_every": [config.distillation.eval_every for config in configs],
+    }
+    for name, values in compared.items():
+        if any(value != values[0] for value in values):
+            errors.append(f"stop compares trials by their looks at one reference set: {name} has to be the same in all")
+    for grace, steps in dict.fromkeys(
+        (stop.asha.grace_looks * config.distillation.eval_every, config.distillation.num_steps) for config in configs
+    ):
+        if grace >= steps:
+            errors.append(
+                f"stop.asha.grace_looks={stop.asha.grace_looks}: the first look that may stop a trial is at step "
+                f"{grace} of {steps}, so none is stopped early; lower distillation.eval_every or grace_looks"
+            )
+    return errors

@@ -1,0 +1,161 @@
+"""The contents of a sweep file, checked as far as one can without making a trial of them.
+
+How many trials a file asks for is computed before any is made, and bounded.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+from dfkd_ray.config import STRICT, TrialConfig, validate
+from dfkd_ray.fields import NUMBER, hint, known_fields, plain, value_fault
+from dfkd_ray.parsing import MOST_VALUES, name_fault
+from dfkd_ray.plain import LARGEST, fault, given, named
+from dfkd_ray.sweep.search import MOST_TRIALS, SearchConfig, StopConfig
+
+MOST_AXES_SHOWN = 6
+Line = Annotated[str, plain(1, 20_000)]
+
+
+class About(BaseModel):
+    """What a reader wants to know before starting a sweep."""
+
+    model_config = STRICT
+
+    source: Line
+    command: Line
+    cost: Line
+    expected: Line
+
+
+class SweepConfig(BaseModel):
+    """The contents of a sweep file."""
+
+    model_config = STRICT
+
+    about: About | None = Field(default=None, description="for readers; shipped sweeps have it")
+    base: Annotated[dict[str, Any], plain(2000)] = Field(
+        default_factory=dict, description="a trial config; what it leaves out has defaults"
+    )
+    grid: dict[str, list[Any]] | list[dict[str, list[Any]]] | None = Field(
+        default=None, description="dotted field → values; or several"
+    )
+    search: SearchConfig | None = Field(default=None, description="in place of grid: points drawn from domains")
+    exclude: Annotated[list[dict[str, Any]], plain(10_000)] = Field(
+        default_factory=list,
+        max_length=1000,
+        description="dotted field → value or list of values; what matches all of one is left out",
+    )
+    seeds: Annotated[int, NUMBER] = Field(
+        default=1,
+        ge=1,
+        le=MOST_TRIALS,
+        description="seeds 0 … n - 1 of synthesis and distillation for every combination",
+    )
+    stop: StopConfig | None = Field(default=None, description="early stopping; null: every trial runs to its end")
+    tiny: Annotated[dict[str, Any], plain(2000)] = Field(
+        default_factory=dict, description="dotted field → value, for --tiny"
+    )
+
+    @field_validator("grid", mode="before")
+    @classmethod
+    def _axes_with_values(cls, grid: Any) -> Any:
+        if grid is not None and (wrong := grid_fault(grid)):
+            raise ValueError(wrong)
+        return grid
+
+    @field_validator("exclude")
+    @classmethod
+    def _partial_points(cls, exclude: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        refuse_unknown(name for entry in exclude for name in entry)
+        if {} in exclude:
+            raise ValueError("an entry without fields would leave out every trial")
+        return exclude
+
+    @field_validator("tiny")
+    @classmethod
+    def _known_fields_and_values(cls, tiny: dict[str, Any]) -> dict[str, Any]:
+        refuse_unknown(tiny)
+        wrong = [f"{name}: {found}" for name, value in tiny.items() if (found := value_fault(TrialConfig, name, value))]
+        if wrong:
+            raise ValueError("; ".join(wrong[:3]) + ("; …" if len(wrong) > 3 else ""))
+        return tiny
+
+    @model_validator(mode="after")
+    def _grid_or_search(self) -> "SweepConfig":
+        if (self.grid is None) == (self.search is None):
+            raise ValueError("expected either grid or search, and one of them")
+        if self.search is not None and self.seeds != 1:
+            raise ValueError(
+                f"seeds={self.seeds} goes with grid; a search tries every point with one seed: leave seeds out, and "
+                "run the best points as a grid with several"
+            )
+        if self.num_points > MOST_TRIALS:
+            raise ValueError(
+                f"the grid asks for {count_text(self.num_points)} trials, more than the {MOST_TRIALS:,} that one sweep "
+                f"may have: {axes_text(self)}"
+            )
+        return self
+
+    @property
+    def grids(self) -> list[dict[str, list[Any]]]:
+        """The grids: one, several, or none."""
+        return self.grid if isinstance(self.grid, list) else [] if self.grid is None else [self.grid]
+
+    @property
+    def num_points(self) -> int:
+        """How many combinations all grids have with all seeds, equal ones counted each."""
+        return sum(math.prod(map(len, grid.values())) for grid in self.grids) * self.seeds
+
+
+def parse(data: Mapping[str, Any], where: str = "sweep") -> SweepConfig:
+    """The contents of a sweep file out of plain data; `ValueError` with all errors at once, after `where`."""
+    return validate(SweepConfig, data, where)
+
+
+def grid_fault(grid: Any) -> str | None:
+    """Why this is no grid, nor a list of grids; None where it is."""
+    if wrong := fault(grid, MOST_VALUES):
+        return wrong
+    for one in grid if isinstance(grid, list) and grid else [grid]:
+        if not isinstance(one, Mapping) or not one:
+            return f"expected fields with their values, as in {{pruning.sparsity: [0.5, 0.9]}}, got {given(one)}"
+        names = list(one)
+        for position, (name, values) in enumerate(one.items()):
+            if wrong := name_fault(name):
+                return f"{named(name)}: {wrong}"
+            if not isinstance(values, list):
+                return f"{named(name)}: expected a list of values, got {given(values)}"
+            if not values:
+                return f"{named(name)}: a list without values leaves no trial; leave the field out"
+            parents = {name[:i] for i, sign in enumerate(name) if sign == "."}
+            if late := parents.intersection(names[position:]):
+                return f"{named(name)}: would be replaced by {named(late.pop())}, of which it is a part; put it below"
+    return None
+
+
+def refuse_unknown(names: Any) -> None:
+    """`ValueError` for the first name that is no field of a trial."""
+    for name in names:
+        if name not in known_fields(TrialConfig) and not name.startswith("student.arguments."):
+            raise ValueError(f"{named(name)}: unknown field{hint(TrialConfig, name)}")
+        if wrong := name_fault(name):
+            raise ValueError(f"{named(name)}: {wrong}")
+
+
+def count_text(number: int) -> str:
+    """A count of any size."""
+    return f"{number:,}" if number < LARGEST else f"more than 10^{int(math.log10(number))}"
+
+
+def axes_text(sweep: SweepConfig) -> str:
+    """How many values each axis of the largest grid has."""
+    grid = max(sweep.grids, key=lambda grid: math.prod(map(len, grid.values())))
+    sizes = [(name, len(values)) for name, values in grid.items()] + [("seeds", sweep.seeds)]
+    longest = sorted((size for size in sizes if size[1] > 1), key=lambda size: -size[1])
+    text = " x ".join(f"{num:,} of {named(name)}" for name, num in longest[:MOST_AXES_SHOWN])
+    more = f" x {len(longest) - MOST_AXES_SHOWN} fields more" if len(longest) > MOST_AXES_SHOWN else ""
+    others = f"; and {len(sweep.grids) - 1} grids more" if len(sweep.grids) > 1 else ""
+    return text + more + others
