@@ -63,6 +63,7 @@ def results(
 
     everything = tables.read(place, table)
     rows: Any = tables.select(everything, where or ())
+    mixed = tables.mixed(rows)
     if mean_std:
         rows = tables.fold_seeds(rows)
     rows = tables.select(rows, (), sort or (), limit)
@@ -81,12 +82,16 @@ def results(
         )
         parent.write(target.name, text.encode(errors="backslashreplace"))
         say(f"written: {out} ({len(rows)} rows)")
+        if mixed:
+            say(mixed)
         return
     # A file or a program gets every sign as it is; on a terminal none may act.
     print(shown(text, keep="\n") if sys.stdout.isatty() else text, end="")
     if kind == "table":
         folded = f", {int(rows['num_seeds'].sum())} finished trials folded" if mean_std else ""
         say(f"{len(rows)} rows{folded}; {len(everything)} in {table}")
+        if mixed:
+            say(mixed)
 
 
 def chosen_columns(rows: Any, table: str, kind: Format, columns: str | None) -> list[str]:

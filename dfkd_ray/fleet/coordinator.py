@@ -153,8 +153,11 @@ class Coordinator:
         if self.settings.cache_root:
             assert self.numerics is not None
             folder = cache.folder_of(self.settings.cache_root, spec.key, self.numerics)
-            state.cached = await asyncio.to_thread(cache.indices, folder)
-            await asyncio.to_thread(note, folder, spec, self.numerics)
+            try:
+                state.cached = await asyncio.to_thread(cache.indices, folder)
+                await asyncio.to_thread(note, folder, spec, self.numerics)
+            except OSError as error:  # who makes its batches meets that too, and what comes of it reaches the readers
+                log.warning("key %s: %s", spec.key[:12], in_one_line(error))
         self.schedule.keys[spec.key] = state
         self.specs[spec.key] = spec
 

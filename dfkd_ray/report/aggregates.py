@@ -90,7 +90,8 @@ def varying(rows: Frame) -> list[str]:
 def configurations(rows: Frame) -> Frame:
     """One row per configuration of finished trials: means, `<name>_std`, `num_seeds`, the `trial_id` of the best."""
     rows = finished(rows)
-    by = ["network", "measure", "real_data", "level", *varying(rows)]
+    algorithms = [name for name in ("trial_version", "synthesis_version") if name in rows]
+    by = ["network", "measure", "real_data", "level", *algorithms, *varying(rows)]
     groups = rows.groupby(by, dropna=False, sort=False)
     means = groups[list(AVERAGED)].mean()
     spread = groups[list(AVERAGED)].std().add_suffix("_std")
@@ -194,7 +195,12 @@ def failures(rows: Frame) -> Frame:
 
 def provenance(rows: Frame, columns: Iterable[str]) -> dict[str, dict[str, int]]:
     """How many trials say what of each column, the most frequent first; null is left out."""
-    return {name: {str(value): int(count) for value, count in rows[name].value_counts().items()} for name in columns}
+    counts = {name: rows[name].value_counts().items() for name in columns}
+    # A whole number beside nulls is a float.
+    return {
+        name: {f"{value:g}" if isinstance(value, float) else str(value): int(num) for value, num in counts[name]}
+        for name in counts
+    }
 
 
 def teachers(rows: Frame) -> Frame:

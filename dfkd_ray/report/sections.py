@@ -24,6 +24,7 @@ from dfkd_ray.report.wording import (
     sparsity,
     state_of,
 )
+from dfkd_ray.results import selecting
 from dfkd_ray.text import is_null
 
 if TYPE_CHECKING:
@@ -31,7 +32,10 @@ if TYPE_CHECKING:
 
 NUM_NETWORKS = 12  # networks with figures of their own
 NUM_ROWS = 48  # of a table other than that of the trials
-VERSIONS = ("package_version", "commit", "torch_version", "ray_version", "numerics", "host")
+VERSIONS = (
+    *("trial_version", "synthesis_version", "package_version", "commit", "torch_version", "ray_version"),
+    *("numerics", "host"),
+)
 
 
 @dataclass
@@ -73,9 +77,11 @@ def opening(material: Material) -> str:
         return page.paragraph(f"{state} There is no result to report yet.", "lead")
     told = lead(answers, material.own_fields)
     items = "".join(f"<li><strong>{escape(label)}</strong> {escape(text)}</li>" for label, text in told)
+    mixed = selecting.mixed(material.rows)
+    warning = page.paragraph(f"This page has {mixed}.", "note") if mixed else ""
     note = "Of several configurations the best is the one of highest agreement with the teacher on held-out synthetic "
     note += "images, mean over seeds. Test accuracy is reported, never used to choose."
-    return f'<div class="lead">{page.paragraph(state)}<ul>{items}</ul></div>{page.paragraph(note, "note")}'
+    return f'<div class="lead">{page.paragraph(state)}<ul>{items}</ul></div>{warning}{page.paragraph(note, "note")}'
 
 
 def answer(material: Material) -> Section:

@@ -6,7 +6,7 @@ A crash leaves old rows or new ones, never half a row. `compact` makes one file 
 
 from dfkd_ray.results.rows import kept, unfit, writable
 from dfkd_ray.results.schemas import METRICS, SEEDS, TABLES, deterministic_columns, schema, version
-from dfkd_ray.results.selecting import fold_seeds, select, varied_fields
+from dfkd_ray.results.selecting import fold_seeds, mixed, select, varied_fields
 from dfkd_ray.results.tables import (
     FINAL,
     compact,
@@ -30,6 +30,7 @@ __all__ = [
     "fold_seeds",
     "is_place",
     "kept",
+    "mixed",
     "read",
     "read_part",
     "schema",

@@ -28,8 +28,9 @@ def kept(row: Mapping[str, Any]) -> dict[str, Any]:
     fits, problems = fitting("trials", row)
     if not problems:
         return fits
+    schema = schemas.schema("trials")
     for name in problems:
-        if isinstance(row.get(name), str) and name in schemas.schema("trials").names:
+        if isinstance(row.get(name), str) and name in schema.names and schema.field(name).type == pa.string():
             fits[name] = row[name].encode("utf-8", "backslashreplace").decode()
     if row.get("status") == "failed":
         return fits

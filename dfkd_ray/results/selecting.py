@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from dfkd_ray.config import follows
 from dfkd_ray.results.schemas import METRICS, SEEDS, WRITTEN_AT, close_to, schema
+from dfkd_ray.text import shortened
 
 COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     "=": operator.eq,
@@ -24,6 +25,16 @@ COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
 CONDITION = re.compile(r"\s*([\w.]+)\s*(==|!=|<=|>=|=|<|>)\s*(.*?)\s*")
 TRUTHS = {"true": True, "false": False}
 NUM_SEEDS = "num_seeds"
+ALGORITHMS = ("trial_version", "synthesis_version")
+# What makes the numbers of equal trials differ, and is no field of their configs.
+MADE_BY = {
+    "trial_version": "versions of the trial's algorithms",
+    "synthesis_version": "versions of the synthesis algorithms",
+    "package_version": "versions of dfkd_ray",
+    "torch_version": "versions of torch",
+    "numerics": "numerics classes",
+}
+NUM_MIXED = 3  # values of one kind that are named
 STD = "_std"
 
 
@@ -117,9 +128,11 @@ def fold_seeds(trials: pd.DataFrame) -> pd.DataFrame:
     """
     trials = trials.loc[trials["status"] == "finished"]
     numeric = (pa.float64(), pa.int64())
-    numbers = [name for name, (kind, _, _) in METRICS.items() if kind in numeric and name != WRITTEN_AT]
+    known = {WRITTEN_AT, *ALGORITHMS}
+    numbers = [name for name, (kind, _, _) in METRICS.items() if kind in numeric and name not in known]
     fields = [name for name in config_fields() if name not in SEEDS]
-    fixed = ["teacher_architecture", "teacher_hash", "real_data", *fields]
+    first = ["teacher_architecture", "teacher_hash", "real_data", *ALGORITHMS]
+    fixed = [*first, *fields]
     varied = [name for name in fixed if num_values(trials, name) > 1]
     # Which group each row is in, by the few fields that differ: null is a value like any other.
     group = trials.groupby(varied, dropna=False, sort=False).ngroup() if varied else pd.Series(0, trials.index)
@@ -130,8 +143,37 @@ def fold_seeds(trials: pd.DataFrame) -> pd.DataFrame:
     )
     folded[NUM_SEEDS] = groups.size()
     order = [column for name in numbers for column in (name, name + STD)]
-    folded: Any = folded[[*fixed[:3], NUM_SEEDS, *order, *fields]]
+    folded: Any = folded[[*first, NUM_SEEDS, *order, *fields]]
     return folded.sort_values(["agreement", "reference_kl"], ascending=[False, True]).reset_index(drop=True)
+
+
+def mixtures(frame: pd.DataFrame) -> list[str]:
+    """Of which algorithms, packages and machines' arithmetics a table holds rows of several; none in the usual case.
+
+    One phrase each, with the values and their rows: `2 versions of torch (2.6.0: 3 rows, 2.7.1: 5 rows)`.
+    """
+    found = []
+    for name, what in MADE_BY.items():
+        values = frame[name].value_counts(dropna=False) if name in frame else []
+        if len(values) < 2:
+            continue
+        shown = [f"{value_shown(value)}: {num} row{'' if num == 1 else 's'}" for value, num in values.items()]
+        more = [f"and {len(shown) - NUM_MIXED} more"] if len(shown) > NUM_MIXED else []
+        found.append(f"{len(values)} {what} ({', '.join([*shown[:NUM_MIXED], *more])})")
+    return found
+
+
+def mixed(frame: pd.DataFrame) -> str | None:
+    """The same as one line for a reader; None where nothing is mixed."""
+    found = mixtures(frame)
+    return f"rows that were made differently: {'; '.join(found)}; their numbers may differ for it" if found else None
+
+
+def value_shown(value: Any) -> str:
+    """A version or numerics class for a message."""
+    if pd.isna(value):
+        return "unknown"
+    return str(int(value)) if isinstance(value, int | float) else shortened(str(value), 60)
 
 
 def with_whole_numbers(frame: pd.DataFrame, table: str) -> pd.DataFrame:
