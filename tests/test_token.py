@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from dfkd_ray import fleet
+
 # In a process of its own: what a session is started with stays with its process.
 SESSION = """
 import json, os, sys
@@ -27,7 +29,7 @@ def answers(port, token):
     for name in KNOWN:
         call = channel.unary_unary(f"/ray.rpc.{name}", request_serializer=bytes, response_deserializer=bytes)
         try:
-            call(b"", timeout=10, metadata=[("authorization", f"Bearer {token}")] if token else None)
+            call(b"", timeout=60, metadata=[("authorization", f"Bearer {token}")] if token else None)
             said.append("OK")
         except grpc.RpcError as error:
             said.append(error.code().name)
@@ -85,7 +87,7 @@ def session(tmp_path_factory):
         yield json.loads(process.stdout.readline())
     finally:
         process.stdin.close()
-        process.wait(timeout=60)
+        process.wait(timeout=900)
 
 
 def test_every_listener_of_a_local_session_refuses_who_has_no_token(session):
@@ -96,7 +98,7 @@ def test_every_listener_of_a_local_session_refuses_who_has_no_token(session):
             continue
         host = "127.0.0.1" if listener["ip"] in ("::", "0.0.0.0") else listener["ip"]
         try:
-            answer = urllib.request.urlopen(f"http://{host}:{listener['port']}/logs", timeout=10).read()
+            answer = urllib.request.urlopen(f"http://{host}:{listener['port']}/logs", timeout=300).read()
         except urllib.error.HTTPError as error:
             assert error.code == 401, listener
         else:
@@ -110,12 +112,61 @@ def test_every_listener_of_a_local_session_refuses_who_has_no_token(session):
     )
 
 
+def test_a_session_on_one_machine_listens_on_loopback_only(session):
+    elsewhere = [one for one in session["listeners"] if one["ip"] not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")]
+    assert session["listeners"] and not elsewhere
+
+
+# What starts a session with a variable set, and waits.
+STARTS = """
+import sys
+import ray
+from dfkd_ray import fleet
+
+with fleet.connected(num_cpus=1, object_store_memory=80_000_000):
+    print(ray.get_runtime_context().gcs_address, flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("mode", ["", " Token "])
+def test_an_empty_mode_is_as_none_and_case_does_not_matter(mode, tmp_path):
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "client").mkdir()
+    variables = environment(tmp_path / "owner")
+    variables |= {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": "", "RAY_AUTH_TOKEN_PATH": " "}
+    process = subprocess.Popen(
+        [sys.executable, "-c", STARTS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables
+    )
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        address = process.stdout.readline().strip()
+        assert address, "no session"
+        assert_gets_no_session(address, tmp_path / "client")
+    finally:
+        process.stdin.close()
+        process.wait(timeout=900)
+
+
+@pytest.mark.parametrize("mode", ["tokn", "off", "0", "k8s", "none", "x" * 5000])
+def test_an_unknown_mode_is_refused_before_anything_listens(mode, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    monkeypatch.setattr("ray.init", lambda *_a, **_k: pytest.fail("Ray was started"))
+    with pytest.raises(ValueError, match=r"RAY_AUTH_MODE .*: expected token or disabled") as caught, fleet.connected():
+        pass
+    assert len(str(caught.value)) < 300
+
+
 def test_a_client_without_the_token_gets_no_session(session, tmp_path):
+    assert_gets_no_session(session["address"], tmp_path)
+
+
+def assert_gets_no_session(address: str, home: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", CLIENT.format(address=session["address"])],
+        [sys.executable, "-c", CLIENT.format(address=address)],
         capture_output=True,
         text=True,
-        env=environment(tmp_path),
-        timeout=120,
+        env=environment(home),
+        timeout=900,
     )
     assert done.returncode != 0 and "in" not in done.stdout.split()

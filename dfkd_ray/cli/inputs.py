@@ -1,12 +1,13 @@
 """From words on the command line to teachers and data: real data sets are opened here, and handed down."""
 
-import json
-import sys
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfkd_ray import config as configs
+from dfkd_ray import parsing
+from dfkd_ray.plain import given, named
 
 if TYPE_CHECKING:
     from dfkd_ray.batches import Batch, BatchSource
@@ -16,29 +17,29 @@ if TYPE_CHECKING:
 
 def parse_json(text: str, option: str) -> dict[str, Any]:
     """A JSON object from the command line."""
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{option} {text!r}: not valid JSON ({error})") from None
+    data = parsing.parse_json(text, f"{option} {given(text)}")
     if not isinstance(data, dict):
-        raise ValueError(f'{option} {text!r}: expected a JSON object, as in \'{{"stem": "cifar"}}\'')
+        raise ValueError(f'{option} {given(text)}: expected a JSON object, as in \'{{"stem": "cifar"}}\'')
     return data
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
     """`3x32x32` as (3, 32, 32)."""
     parts = text.lower().split("x")
-    if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise ValueError(f"--image-shape {text!r}: expected CHANNELSxHEIGHTxWIDTH, as in 3x32x32")
+    if len(parts) != 3 or not all(part.isascii() and part.isdigit() and 0 < int(part[:7]) < 10**6 for part in parts):
+        raise ValueError(f"--image-shape {given(text)}: expected CHANNELSxHEIGHTxWIDTH, as in 3x32x32")
     return int(parts[0]), int(parts[1]), int(parts[2])
 
 
 def parse_floats(text: str, option: str) -> tuple[float, ...]:
     """`0.5,0.5,0.5` as numbers."""
     try:
-        return tuple(float(part) for part in text.split(","))
+        numbers = tuple(float(part) for part in text.split(","))
+        if not all(math.isfinite(number) for number in numbers):
+            raise ValueError("not finite")
+        return numbers
     except ValueError:
-        raise ValueError(f"{option} {text!r}: expected numbers with commas, as in 0.4914,0.4822,0.4465") from None
+        raise ValueError(f"{option} {given(text)}: expected numbers with commas, as in 0.4914,0.4822,0.4465") from None
 
 
 def as_batches(data: "LabelledImages") -> "list[Batch]":
@@ -104,8 +105,31 @@ def open_test(teacher: "Teacher", name: str, root: Path, download: bool = False)
     return as_batches(found)
 
 
-def open_real(teacher: "Teacher", name: str, root: Path, settings: configs.RealConfig, download: bool) -> "BatchSource":
-    """Real training images as a source: a seeded order, each image once. The upper bound."""
+def images_wanted(trials: Iterable[configs.TrialConfig]) -> tuple[int, str]:
+    """The most images that one of these trials takes, and the field that says so."""
+    most: dict[str, int] = {}
+    for trial in trials:
+        for name, num in (
+            ("distillation.num_images", trial.distillation.num_images),
+            ("bn_num_images", trial.bn_num_images),
+        ):
+            most[name] = max(num, most.get(name, 0))
+    name = max(most, key=lambda name: most[name])
+    return most[name], name
+
+
+def open_real(
+    teacher: "Teacher",
+    name: str,
+    root: Path,
+    settings: configs.RealConfig,
+    download: bool,
+    wanted: tuple[int, str] = (0, ""),
+) -> "BatchSource":
+    """Real training images as a source: a seeded order, each image once. The upper bound.
+
+    `ValueError` where there are fewer than are `wanted`, by the field named beside.
+    """
     import torch
 
     from dfkd_ray.batches import Batch, mix_seed
@@ -113,6 +137,11 @@ def open_real(teacher: "Teacher", name: str, root: Path, settings: configs.RealC
     from dfkd_ray.images import PixelSpace, decode, encode
 
     found, rows, _ = training_split(teacher, name, root, download)
+    if len(rows) < wanted[0]:
+        raise ValueError(
+            f"--real-data {named(name)}: {len(rows):,} images to train on, and {wanted[1]} asks for {wanted[0]:,}; "
+            "lower it"
+        )
     order = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(mix_seed(settings.seed, 0x4EA1)))]
     key = synthesis_key(teacher.hash, settings, f"real:{name}")
     plain = PixelSpace((0.0,) * teacher.info.image_shape[0], (1.0,) * teacher.info.image_shape[0])
@@ -120,7 +149,7 @@ def open_real(teacher: "Teacher", name: str, root: Path, settings: configs.RealC
     def batch(index: int) -> Batch:
         chosen = order[index * settings.batch_size : (index + 1) * settings.batch_size]
         if len(chosen) == 0:
-            raise ValueError(f"--real-data {name}: {len(rows)} images are fewer than distillation.num_images asks for")
+            raise ValueError(f"--real-data {named(name)}: {len(rows):,} images are fewer than the trial asks for")
         images = found.read(chosen).numpy()
         if settings.storage != "uint8":
             images = encode(decode(images, plain), plain, settings.storage)
@@ -129,17 +158,10 @@ def open_real(teacher: "Teacher", name: str, root: Path, settings: configs.RealC
     return batch
 
 
-def allow_import_from_here() -> None:
-    """Let import paths reach modules in the working folder, as `python -m` does."""
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-
-
 def load_teacher(name: str, trust_code: Sequence[str] | None, below: str | None = None) -> "Teacher":
     """A bundle by folder, URI or name; where a folder or URI `below` is given, one of that name in it comes first."""
     from dfkd_ray import bundles, storage
 
-    allow_import_from_here()
     trusted = tuple(trust_code or ())
     if below is None or "://" in name:
         return bundles.load(name, trusted)

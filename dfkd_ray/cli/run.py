@@ -11,7 +11,7 @@ import typer
 
 from dfkd_ray import config as configs
 from dfkd_ray.cli import leaving, live
-from dfkd_ray.cli.inputs import load_teacher, open_real, open_test
+from dfkd_ray.cli.inputs import images_wanted, load_teacher, open_real, open_test
 from dfkd_ray.cli.options import (
     Address,
     BatchTimeout,
@@ -26,6 +26,7 @@ from dfkd_ray.cli.options import (
     TestData,
     Trust,
     range_of,
+    settled,
 )
 from dfkd_ray.cli.plan import dry_run as print_dry_run
 from dfkd_ray.cli.show import Progress, print_failures, print_ladder, print_trials
@@ -71,11 +72,14 @@ def recover(
     BatchNorm re-estimated, recovered. Interrupted, the same command goes on from its checkpoint.
     """
     data = configs.read_yaml(config) if config else {}
-    few = {"teacher": teacher, "pruning.sparsity": sparsity, "synthesis.method": method, "device": device}
-    few |= {"synthesis.seed": seed, "distillation.seed": seed}
-    few = {name: value for name, value in few.items() if value is not None}
-    overrides = configs.parse_overrides(set_ or [])
-    settings = configs.validate(configs.TrialConfig, configs.with_overrides(data, few | overrides))
+    options = {
+        "TEACHER": {"teacher": teacher},
+        "--sparsity": {"pruning.sparsity": sparsity},
+        "--method": {"synthesis.method": method},
+        "--seed": {"synthesis.seed": seed, "distillation.seed": seed},
+        "--device": {"device": device},
+    }
+    settings = configs.validate(configs.TrialConfig, settled(data, options, set_, config))
     if (settings.synthesis.method == "real") != (real_data is not None):
         raise ValueError("--method real and --real-data NAME go together: real images are used only when asked for")
 
@@ -91,7 +95,7 @@ def recover(
     real = None
     if real_data is not None:
         assert isinstance(settings.synthesis, configs.RealConfig)
-        real = open_real(loaded, real_data, data_root, settings.synthesis, download)
+        real = open_real(loaded, real_data, data_root, settings.synthesis, download, images_wanted([settings]))
     trial.check(settings, loaded, tuple(trust_code or ()))
     targets.claim(place, UNFINISHED, SCHEMA)
     outcome = trial.run(
@@ -195,11 +199,20 @@ def sweep(
             caches.check_target(root)
     with sweeps.explained(place, "results folder"):
         rows = sweeps.rows_in(place)
+
+    def real_of(teacher: "Teacher", synthesis: configs.RealConfig) -> "BatchSource":
+        assert real_data is not None
+        same = (teacher.hash, synthesis)
+        users = [job.config for job in plan.jobs if (job.teacher.hash, job.config.synthesis) == same]
+        return open_real(teacher, real_data, data_root, synthesis, download, images_wanted(users))
+
     known = plan.jobs_in(rows)
     own = {job.id for job in known}
     finished = [row for row in rows if row["trial_id"] in own and row["status"] in tables.FINAL]
     if dry_run:
         done = {row["trial_id"] for row in finished}
+        if real_data:
+            sweeps.real_sources([job for job in plan.known_jobs if job.id not in done], real_of)
         tests = {job.teacher.hash: job.teacher for job in plan.known_jobs}
         batches = {name: open_test(teacher, test_data, data_root, download) for name, teacher in tests.items()}
         sizes = {name: sum(len(batch.labels) for batch in test or ()) for name, test in batches.items()}
@@ -210,10 +223,6 @@ def sweep(
     view = live.View(live.names_of({job.id: job.config for job in known}), finished, start, plan.num_trials)
     screen, seconds = live.Screen(view, str(file)), sweeps.Seconds()
     searched = tuple(settings.search.space) if settings.search else ()
-
-    def real_of(teacher: "Teacher", synthesis: configs.RealConfig) -> "BatchSource":
-        assert real_data is not None
-        return open_real(teacher, real_data, data_root, synthesis, download)
 
     with live.interruptible(screen) as interrupts:
         try:

@@ -12,8 +12,9 @@ import typer
 from dfkd_ray import config as configs
 from dfkd_ray.cli import leaving
 from dfkd_ray.cli.inputs import load_teacher
-from dfkd_ray.cli.options import BatchTimeout, Cache, Out, Set, Synthesizers, TeacherName, Trust, number_of
+from dfkd_ray.cli.options import BatchTimeout, Cache, Out, Set, Synthesizers, TeacherName, Trust, number_of, settled
 from dfkd_ray.cli.show import Progress, print_fleet
+from dfkd_ray.plain import given
 
 if TYPE_CHECKING:
     from dfkd_ray.batches import Batch
@@ -28,7 +29,9 @@ DEVICES = ("auto", "cpu", "cuda")
 def synthesize(
     teacher: TeacherName,
     out: Out,
-    num_images: Annotated[int, typer.Option(min=1, help="how many, exactly: the last batch is cut")] = 10_000,
+    num_images: Annotated[
+        int, typer.Option(min=1, max=10**9, help="how many, exactly: the last batch is cut")
+    ] = 10_000,
     format_: Annotated[
         str, typer.Option("--format", help="folder (8-bit PNG files by class) or parquet (pixels as stored)")
     ] = "folder",
@@ -92,13 +95,11 @@ def synthesize(
 def settings_of(file: Path | None, method: str | None, seed: int | None, assignments: list[str] | None) -> Any:
     """The synthesis config of a command line; fields may be called as in a trial config, `synthesis.num_steps`."""
     data = configs.read_yaml(file) if file else {}
-    few = {name: value for name, value in (("method", method), ("seed", seed)) if value is not None}
-    overrides = configs.parse_overrides(assignments or [])
-    overrides = {name.removeprefix("synthesis."): value for name, value in overrides.items()}
-    data = configs.with_overrides(data, few | overrides)
+    assignments = [assignment.strip().removeprefix("synthesis.") for assignment in assignments or []]
+    data = settled(data, {"--method": {"method": method}, "--seed": {"seed": seed}}, assignments)
     chosen = data.get("method", "deepinversion")
     if chosen not in METHODS:
-        raise ValueError(f"method {chosen!r}: expected one of {', '.join(METHODS)}")
+        raise ValueError(f"method {given(chosen)}: expected one of {', '.join(METHODS)}")
     return configs.parse_synthesis(data)
 
 

@@ -9,7 +9,7 @@ import typer
 from dfkd_ray import config as configs
 from dfkd_ray.cli import leaving
 from dfkd_ray.cli.inputs import as_batches, load_teacher, parse_floats, parse_json, parse_shape
-from dfkd_ray.cli.options import Address, BundleOut, DataRoot, Download, Out, Set, TeacherName, Trust
+from dfkd_ray.cli.options import Address, BundleOut, DataRoot, Download, Out, Set, TeacherName, Trust, settled
 from dfkd_ray.cli.show import Progress
 
 # Of the folder beside a teacher in which its training is kept until it has ended.
@@ -36,16 +36,16 @@ def teacher_train(
     set_: Set = None,
 ) -> None:
     """Train a teacher on real images; interrupted, the same command goes on from the last epoch."""
-    fields = {
-        "architecture": architecture,
-        "arguments": parse_json(arguments, "--arguments"),
-        "dataset": dataset,
-        "num_epochs": epochs,
-        "seed": seed,
-        "num_validation": validation,
+    # An option at its default is not given: the config has the same defaults.
+    options = {
+        "ARCHITECTURE": {"architecture": architecture},
+        "--arguments": {"arguments": parse_json(arguments, "--arguments") or None},
+        "--dataset": {"dataset": dataset},
+        "--epochs": {"num_epochs": None if epochs == 20 else epochs},
+        "--seed": {"seed": seed or None},
+        "--validation": {"num_validation": validation or None},
     }
-    data = configs.with_overrides(fields, configs.parse_overrides(set_ or []))
-    settings = configs.validate(configs.TeacherTrainingConfig, data)
+    settings = configs.validate(configs.TeacherTrainingConfig, settled({}, options, set_))
     if dataset != "celeba" and (attribute is not None or all_images):
         raise ValueError(f"--attribute and --all-images are options of celeba; leave them out for {dataset}")
     from dfkd_ray import bundles, devices, evaluation, storage, targets, teachers

@@ -27,7 +27,7 @@ def fit(
     progress: Callable[[int], None] | None = None,
     on_lost: Callable[[str], None] | None = None,
 ) -> "Totals":
-    """`recording.fit` of every shard by Ray workers, merged; `on_lost` is that of `connected`. `ValueError` as there."""
+    """`recording.fit` of every shard by Ray workers, merged; `on_lost` as of `connected`. `ValueError` as there."""
     from dfkd_ray import bundles, recording
 
     with connected(address, on_lost=on_lost):

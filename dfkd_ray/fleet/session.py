@@ -169,24 +169,19 @@ def with_private_folders(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if "_temp_dir" in options:
         yield options
         return
-    given = os.environ.get("RAY_TMPDIR", "").strip()
     with ExitStack() as stack:
-        base, deep = given or tempfile.gettempdir(), None
+        base, deep = os.path.abspath(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()), None
         if len(os.fsencode(base + BELOW)) > SOCKET_BYTES:
-            most = SOCKET_BYTES - len(BELOW)
-            if given:
-                raise OSError(f"RAY_TMPDIR {shown(given)}: sockets need a path of at most {most} bytes; choose another")
             base, deep = SHORT, base
         try:
             if deep is not None:
-                options = {
-                    "_object_spilling_directory": str(stack.enter_context(scratch.folder("spill", deep)))
-                } | options
+                spill = stack.enter_context(scratch.folder("spill", deep))
+                options = {"object_spilling_directory": str(spill), **options}
             folder = stack.enter_context(scratch.folder("ray", base))
         except OSError as error:
             raise OSError(
-                f"Ray's files cannot be kept in {shown(base)} ({error.strerror or shown(error)}); set RAY_TMPDIR to a "
-                "folder that can be written, with a short path"
+                f"Ray's files cannot be kept in {shown(deep or base)} ({error.strerror or shown(error)}); "
+                "set RAY_TMPDIR to a folder that can be written"
             ) from None
         yield options | {"_temp_dir": str(folder)}
 

@@ -2,11 +2,10 @@
 
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dfkd_ray import devices
+from dfkd_ray import devices, scratch
 from dfkd_ray.config import TrialConfig
 from dfkd_ray.sweep import tuning
 from dfkd_ray.sweep.files import Job, Plan
@@ -42,7 +41,7 @@ def drive(
             tune.report(in_worker(trial_id, config, teacher_hash, shared, tune.report if may_stop else None))
 
         resources = {"cpu": placement.trial_cpus, "gpu": placement.trial_gpus}
-        with tempfile.TemporaryDirectory(prefix="dfkd_ray-tune-") as scratch:
+        with scratch.folder("tune") as folder:
             tuner = tune.Tuner(
                 tune.with_resources(trial, resources),
                 param_space=space,
@@ -55,7 +54,7 @@ def drive(
                 ),
                 run_config=tune.RunConfig(
                     name="tune",
-                    storage_path=scratch,
+                    storage_path=str(folder),
                     verbose=0,
                     callbacks=[told],
                     stop=_stopper(over),

@@ -11,22 +11,26 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
-from dfkd_ray import bundles, storage, tensorboard
+import yaml
+from pydantic import BaseModel
+
+from dfkd_ray import bundles, cache, models, storage, targets, tensorboard
 from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import RealConfig
 from dfkd_ray.results import FINAL, finished_ids
-from dfkd_ray.storage import Where
+from dfkd_ray.storage import Where, in_one_line
 from dfkd_ray.sweep import places, tuning
 from dfkd_ray.sweep.driving import drive
 from dfkd_ray.sweep.files import Job, Plan
-from dfkd_ray.sweep.ledger import Ledger, OnRow, compact
+from dfkd_ray.sweep.ledger import Ledger, OnRow, compact, harmless
 from dfkd_ray.sweep.machines import FIRST_MACHINE_S, Asked, first_machine, preflight
 from dfkd_ray.sweep.resuming import check_one_meaning, looks_in, rows_in
 from dfkd_ray.sweep.working import Board, Seconds, Shared
 
 Stages = Mapping[str, tuple[str, int, int]]  # trial id → (stage, done, total) of the trials that run now
 LOOK_S = 15.0
+SETTINGS = "sweep.yaml"  # in a results place: the sweep file that ran there last
 
 
 def run(
@@ -48,6 +52,7 @@ def run(
     on_up: Callable[[], None] = lambda: None,
     look_s: float = LOOK_S,
     on_new: Callable[[Job], None] = lambda _job: None,
+    on_lost: Callable[[str], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
     seconds: Seconds | None = None,
     trust_code: Sequence[str] = (),
@@ -63,7 +68,8 @@ def run(
     own images. `test_of` gives a teacher's test batches or None,
     `real_of` the real images for trials with `synthesis.method=real`; without it such trials are refused. `on_up` is
     called when the fleet is up, `on_row` when a trial has ended, `on_new` when Optuna has come up with one, `on_status`
-    every `look_s` seconds with how the fleet is, and `on_stages` with where the running trials are. `stop` is asked
+    every `look_s` seconds with how the fleet is, and `on_stages` with where the running trials are. `on_lost` is called
+    in a thread of its own when Ray itself is gone, as of `fleet.connected`. `stop` is asked
     several times a second: where it says yes, the trials are stopped, the fleet is shut down, and `KeyboardInterrupt`
     raised; the same call goes on later. `seconds` is filled with what writing results and telling of them took.
 
@@ -76,7 +82,10 @@ def run(
             "synthesis.method=real needs real images, which are used only when asked for: --real-data NAME"
         )
     seconds = Seconds() if seconds is None else seconds
-    place = storage.folder(place)
+    place = places.check_target(place)
+    if cache_root is not None:
+        with places.explained(storage.folder(cache_root), "cache"):
+            cache.check_target(cache_root)
     rows = rows_in(place, None if plan.search else ["trial_id", "status"])
     done = {row["trial_id"] for row in rows if row["status"] in FINAL}
     todo = [job for job in plan.jobs if job.id not in done]
@@ -96,14 +105,19 @@ def run(
     tests = {name: test_of(teacher) for name, teacher in teachers.items()}
     reals = real_sources(todo, real_of)
     check_one_meaning(before, todo, place, tests, reals)
+    from ray.exceptions import RayError
+
     from dfkd_ray import fleet
 
     ledger = Ledger(todo, place, on_row, seconds, num_left, on_new)
+    targets.claim(place, places.CLAIM, places.SCHEMA)
     with places.reserved(place), ExitStack() as stack:
+        if plan.settings is not None:
+            place.write(SETTINGS, as_yaml(plan.settings))
         places.tidy(place, done)
         with seconds.spent("TensorBoard"):
             tensorboard.write_sweep(place, [job.config for job in plan.known_jobs])
-        stack.enter_context(fleet.connected(address))
+        stack.enter_context(fleet.connected(address, on_lost=on_lost))
         shares = (gpus_per_synthesizer, gpus_per_trial)
         running = board = None
         with first_machine(known, synthesizers, *shares, first_machine_s):
@@ -124,9 +138,13 @@ def run(
             running.teachers if running else {name: put(bundles.to_arrays(t)) for name, t in teachers.items()},
             {name: put(test) for name, test in tests.items()},
             {trial_id: put(source) for trial_id, source in reals.items()},
+            models.code_folder(),
         )
         with watched(look_of(ledger, running, board, on_status, on_stages), look_s):
-            drive(plan, asha, shared, placement, ledger, stop)
+            try:
+                drive(plan, asha, shared, placement, ledger, stop)
+            except RayError as error:
+                raise places.Stopped(f"Ray has failed: {in_one_line(error)}; all finished rows are safe") from error
         if plan.search:  # now its trials are known
             with seconds.spent("TensorBoard"):
                 tensorboard.write_sweep(place, [job.config for job in [*before, *todo]])
@@ -138,6 +156,11 @@ def run(
         compact(place)
     finished = finished_ids(place)
     return sum(job.id not in finished for job in todo)
+
+
+def as_yaml(settings: BaseModel) -> bytes:
+    """A sweep's settings as a sweep file, without secrets."""
+    return yaml.safe_dump(storage.secretless(settings.model_dump(mode="json")), sort_keys=False).encode()
 
 
 def real_sources(
@@ -189,26 +212,29 @@ def look_of(
     import ray
     from ray.exceptions import GetTimeoutError, RayError
 
+    show_status, show_stages = (harmless(show) if show else None for show in (on_status, on_stages))
+
     def look() -> None:
-        status = running.status() if running and on_status else None
-        if status is not None and on_status:
+        status = running.status() if running and show_status else None
+        if status is not None and show_status:
             with ledger.seconds.spent("live view"):
-                on_status(status)
-        if board and on_stages:
+                show_status(status)
+        if board and show_stages:
             told: dict[str, tuple[str, int, int]] = {}
             with suppress(RayError, GetTimeoutError):  # while it is being started, or started again
                 told = ray.get(board.read.remote(), timeout=10.0)
             with ledger.seconds.spent("live view"):
                 now = dict(ledger.running)
-                on_stages({trial_id: told.get(trial_id, (stage, 0, 0)) for trial_id, stage in now.items()})
+                show_stages({trial_id: told.get(trial_id, (stage, 0, 0)) for trial_id, stage in now.items()})
 
     return look
 
 
 @contextmanager
 def watched(look: Callable[[], None], every_s: float) -> Iterator[None]:
-    """While open, `look` is called every few seconds, and once at a good end."""
+    """While open, `look` is called every few seconds, and once at a good end; what it raises is logged once."""
     over = threading.Event()
+    look = harmless(look)
 
     def watch() -> None:
         while not over.wait(every_s):

@@ -1,0 +1,64 @@
+"""The command line in processes of its own: tiny commands, and what they start."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+LIMIT_S = 280.0  # for hangs
+SCRIPT = [str(Path(sys.executable).parent / "dfkd-ray")]
+MODULE = [sys.executable, "-m", "dfkd_ray"]
+TINY_SETS = {
+    "bn_num_images": 8,
+    "device": "cpu",
+    "synthesis.batch_size": 8,
+    "synthesis.num_steps": 1,
+    "synthesis.num_threads": 1,
+    "distillation.num_images": 8,
+    "distillation.num_steps": 2,
+    "distillation.batch_size": 8,
+    "distillation.num_threads": 1,
+    "reference.num_images": 8,
+    "reference.synthesis.batch_size": 8,
+    "reference.synthesis.num_steps": 1,
+    "reference.synthesis.num_threads": 1,
+}
+TINY = [word for name, value in TINY_SETS.items() for word in ("--set", f"{name}={value}")]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's environment without what it knows of Ray."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return kept | {"OMP_NUM_THREADS": "1"} | more
+
+
+def done(words: list[str], folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """A command that has ended, run in `folder`."""
+    return subprocess.run(
+        words, cwd=folder, env=environment(**more), capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+
+
+def sweep_file(path: Path, teacher: str, **more: object) -> Path:
+    """A sweep file with one tiny trial."""
+    base: dict[str, object] = {"teacher": teacher}
+    for name, value in (TINY_SETS | more).items():
+        at = base
+        *outer, last = name.split(".")
+        for part in outer:
+            at = at.setdefault(part, {})  # type: ignore[assignment]
+        at[last] = value
+    about = {"source": "a test", "command": "none", "cost": "seconds", "expected": "rows"}
+    path.write_text(yaml.safe_dump({"about": about, "base": base, "grid": {"pruning.sparsity": [0.5]}}))
+    return path
+
+
+def assert_one_line(done: subprocess.CompletedProcess[str], code: int, *parts: str) -> None:
+    """An exit code, and one short line on standard error with some parts in it."""
+    assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert all(part in lines[0] for part in parts), lines[0]
