@@ -1,0 +1,191 @@
+"""Architectures from elsewhere: too large ones are found without memory, and code that fails is one line."""
+
+import resource
+import sys
+
+import pytest
+import torch
+from test_foreign_bundles import refusal
+
+from dfkd_ray import bundles, models
+
+
+def build(architecture, arguments=None, num_classes=10, image_shape=(1, 16, 16)):
+    return models.build(architecture, arguments or {}, num_classes=num_classes, image_shape=image_shape)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "arguments", "num_classes", "image_shape"),
+    [
+        ("wrn_99999999_1", {}, 10, (1, 16, 16)),
+        ("wrn_60004_1", {}, 10, (1, 16, 16)),
+        ("wrn_16_99999", {}, 10, (1, 16, 16)),
+        ("wrn_" + "9" * 5000 + "_1", {}, 10, (1, 16, 16)),
+        ("wrn_16_" + "9" * 5000, {}, 10, (1, 16, 16)),
+        ("resnet56", {"width_multiplier": 999}, 10, (1, 16, 16)),
+        ("resnet50", {"width_multiplier": 999.0}, 10, (1, 32, 32)),
+        ("densenet121", {"width_multiplier": 999}, 10, (1, 64, 64)),
+        ("vgg19_bn", {"width_multiplier": 900}, 10, (1, 32, 32)),
+        ("mobilenet_v2", {"width_multiplier": 900}, 10, (1, 32, 32)),
+        ("resnet20", {"width_multiplier": 10**400}, 10, (1, 16, 16)),
+        ("resnet8", {}, 10**12, (1, 16, 16)),
+        ("alexnet", {}, 1_000_000, (1, 64, 64)),
+        ("hinton_1200", {}, 10, (3, 100_000, 100_000)),
+        ("hinton_1200", {}, 10, (3, 4096, 4096)),
+        ("resnet18", {}, 10, (1, 10**9, 10**9)),
+        ("resnet18", {"stem": "cifar"}, 10, (1, 8000, 8000)),
+        ("resnet8", {}, 10, (60_000_000, 1, 1)),
+        ("x" * 100_000, {}, 10, (1, 16, 16)),
+        ("resnet8", {"y" * 10_000: 1}, 10, (1, 16, 16)),
+    ],
+)
+def test_an_architecture_too_large_is_refused_before_memory_is_taken(architecture, arguments, num_classes, image_shape):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refusal(lambda: build(architecture, arguments, num_classes, image_shape), architecture[:8])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # KB
+
+
+def test_building_draws_the_same_weights_as_without_measuring():
+    torch.manual_seed(3)
+    measured = build("wrn_16_1").state_dict()
+    torch.manual_seed(3)
+    plain = models.family("wrn_16_1")(num_classes=10, image_shape=(1, 16, 16)).state_dict()
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in measured.items())
+
+
+def test_bytes_of_a_network_are_known_without_building_it():
+    state = build("resnet20").state_dict()
+    expected = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    assert models.state_bytes("resnet20", {}, 10, (1, 16, 16)) == expected
+
+
+OWN = """
+import sys
+import torch
+from torch import nn
+
+class Answers(nn.Module):
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+        self.linear = nn.Linear(256, 10)
+    def forward(self, x):
+        return self.answer(self.linear(x.flatten(1)))
+
+class Output(dict):
+    pass
+
+class Extra(Answers):
+    def get_extra_state(self):
+        return "more"
+    def set_extra_state(self, state):
+        pass
+
+def leaves(*_):
+    sys.exit(7)
+def recurses(x=0):
+    return recurses(x)
+def raises(*_):
+    raise Exception("first\\nsecond")
+def interrupts_nothing():
+    raise BaseException if False else RuntimeError("\\x1b[31mred" * 1000)
+def no_network(): return 3
+def a_class(): return nn.Module
+def a_tuple(): return Answers(lambda y: (y, y))
+def a_dict(): return Answers(lambda y: {"logits": y, "aux": y})
+def an_output(): return Answers(lambda y: Output(logits=y))
+def nothing(): return Answers(lambda y: None)
+def raising(): return Answers(raises)
+def leaving(): return Answers(leaves)
+def recursing(): return Answers(recurses)
+def other_shape(): return Answers(lambda y: y.view(10))
+def whole_numbers(): return Answers(lambda y: y.long())
+def without_memory():
+    with torch.device("meta"):
+        return Answers(lambda y: y)
+def too_large(): return nn.Linear(10**9, 10**9)
+def more_state(): return Extra(lambda y: y)
+"""
+MODULES = {
+    "syntax": "def make(:",
+    "raises": "raise KeyError('no')",
+    "leaves": "import sys; sys.exit(0)",
+    "recurses": "def f(): f()\nf()",
+    "asserts": "assert False",
+    "generator": "raise GeneratorExit" if False else "raise StopIteration",
+    "bytes": "\x00",
+    "late": "def __getattr__(name): raise ZeroDivisionError(name)",
+}
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "own_factories.py").write_text(OWN)
+    for name, text in MODULES.items():
+        (tmp_path / f"own_{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for name in [name for name in sys.modules if name.startswith("own_")]:
+        del sys.modules[name]
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_that_fails_or_leaves_in_import_is_one_line(module):
+    refusal(lambda: build(f"own_{module}:make"), f"own_{module}")
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize(
+    ("factory", "says"),
+    [
+        ("leaves", "SystemExit: 7"),
+        ("recurses", "RecursionError"),
+        ("raises", "Exception: first"),
+        ("interrupts_nothing", "RuntimeError"),
+        ("no_network", "returned int"),
+        ("a_class", "returned type"),
+        ("a_tuple", "gives tuple for one image (tensor of 1x10, tensor of 1x10)"),
+        ("a_dict", "gives dict for one image (logits: tensor of 1x10, aux: tensor of 1x10)"),
+        ("an_output", "gives Output for one image (logits: tensor of 1x10)"),
+        ("nothing", "gives NoneType"),
+        ("raising", "does not take images of 1x16x16: first"),
+        ("leaving", "does not take images of 1x16x16: 7"),
+        ("recursing", "does not take images of 1x16x16: maximum recursion depth"),
+        ("other_shape", "gives (10,) for one image"),
+        ("whole_numbers", "torch.int64"),
+        ("without_memory", "meta device"),
+        ("too_large", "cannot be built"),
+        ("more_state", "no tensor"),
+    ],
+)
+def test_a_factory_that_fails_leaves_or_makes_something_else_is_one_line(factory, says):
+    text = refusal(lambda: build(f"own_factories:{factory}"), "own_factories", says)
+    assert "\x1b" not in text
+
+
+@pytest.mark.usefixtures("own")
+def test_an_answer_that_is_no_tensor_is_not_blamed_on_the_class_count():
+    assert "class count" not in refusal(lambda: build("own_factories:a_dict"))
+
+
+def test_ctrl_c_in_a_users_module_stays_ctrl_c(own):
+    (own / "own_interrupt.py").write_text("raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        build("own_interrupt:make")
+
+
+def test_a_command_ends_with_its_own_exit_code_when_a_factory_leaves(own, run_cli, monkeypatch):
+    monkeypatch.chdir(own)
+    done = run_cli("teacher", "init", "own_factories:leaves", "--out", str(own / "out"), "--image-shape", "1x16x16")
+    assert done.code == 2 and done.err.count("\n") == 1 and not (own / "out").exists()
+
+
+def test_too_large_an_architecture_in_a_bundle_is_refused(tmp_path, tiny_teacher):
+    (tmp_path / "net").mkdir()
+    for name in ("teacher.json", "weights.safetensors"):
+        text = (tiny_teacher / name).read_bytes()
+        (tmp_path / "net" / name).write_bytes(
+            text.replace(b'"resnet8"', b'"wrn_16_99999"').replace(b"0.5\n  }", b"1\n}")
+        )
+    refusal(lambda: bundles.load(str(tmp_path / "net")))
