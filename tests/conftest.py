@@ -18,10 +18,32 @@ from dfkd_ray import batchnorm, bundles, cli, models
 SCRATCH = tempfile.TemporaryDirectory(prefix="dfkd_ray-tests-")
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["DFKD_RAY_CACHE"] = SCRATCH.name
+os.environ["XDG_STATE_HOME"] = os.path.join(SCRATCH.name, "state")
 # A shell starts what runs in its background with Ctrl-C ignored, and children inherit that; tests here send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tensors here are tiny; on a busy machine threads that wait for each other cost a hundred times more than they give.
 torch.set_num_threads(1)
+
+# Tests that take long: run where `-m` asks for them by name, and with no other choice of tests.
+LONG = ("fuzz", "soak")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Which inputs tests/fuzz makes, and how long tests/soak disturbs a sweep."""
+    parser.addoption("--fuzz-seed", type=int, default=0, help="seed of the inputs that tests/fuzz makes")
+    parser.addoption("--fuzz-only", type=int, default=None, help="run the input of that number alone")
+    parser.addoption("--soak-minutes", type=float, default=30.0, help="how long tests/soak disturbs sweeps")
+    parser.addoption("--soak-seed", type=int, default=0, help="seed of what tests/soak does, and when")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the long tests unless `-m` names their marker."""
+    left_out = [name for name in LONG if name not in config.option.markexpr]
+    long = [item for item in items if any(item.get_closest_marker(name) for name in left_out)]
+    if long:
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
+
 
 TINY_INFO = bundles.BundleInfo(
     architecture="resnet8",

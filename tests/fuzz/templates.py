@@ -1,0 +1,119 @@
+"""Good inputs, made by the commands themselves: what the generators copy and damage."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from dfkd_ray import results
+
+if TYPE_CHECKING:
+    from fuzzing import Server
+
+CLASSES = ("ant", "bee", "cat")
+SETTINGS = {
+    "synthesis.num_steps": 1,
+    "synthesis.batch_size": 4,
+    "synthesis.num_threads": 1,
+    "bn_num_images": 4,
+    "distillation.num_images": 4,
+    "distillation.num_steps": 2,
+    "distillation.batch_size": 2,
+    "distillation.eval_every": 1,
+    "distillation.num_threads": 1,
+    "reference.num_images": 4,
+    "reference.synthesis.num_steps": 1,
+    "reference.synthesis.batch_size": 4,
+    "reference.synthesis.num_threads": 1,
+}
+TINY = [word for name, value in SETTINGS.items() for word in ("--set", f"{name}={value}")]
+TINY += ["--test-data", "none", "--device", "cpu"]
+NUM_ROWS = 4
+
+
+def base(teacher: str) -> dict:
+    """A trial of seconds, as nested data."""
+    data: dict = {"teacher": teacher, "device": "cpu"}
+    for name, value in SETTINGS.items():
+        *parents, leaf = name.split(".")
+        node = data
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return data
+
+
+def sweep_file(teacher: str = "teacher") -> dict:
+    """A sweep of four trials, as nested data."""
+    about = {"source": "a test", "command": "none", "cost": "seconds", "expected": "rows"}
+    grid = {"pruning.sparsity": [0.5, 0.7], "distillation.temperature": [2.0, 6.0]}
+    return {"about": about, "base": base(teacher), "grid": grid, "tiny": {"synthesis.num_steps": 1}}
+
+
+def write_images(folder: Path, size: int = 16) -> None:
+    """Class folders of small grey PNG files."""
+    rng = np.random.default_rng(0)
+    for split, num in (("train", 4), ("test", 2)):
+        for name in CLASSES:
+            (folder / split / name).mkdir(parents=True)
+            for index in range(num):
+                pixels = rng.integers(0, 256, (size, size), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{index}.png")
+
+
+def write_idx(folder: Path) -> None:
+    """An MNIST of a few images."""
+    rng = np.random.default_rng(0)
+    (folder / "mnist").mkdir(parents=True)
+    for stem, num in (("train", 20), ("t10k", 10)):
+        head = b"\0\0\x08\x03" + b"".join(size.to_bytes(4, "big") for size in (num, 28, 28))
+        pixels = rng.integers(0, 256, num * 784, dtype=np.uint8).tobytes()
+        (folder / "mnist" / f"{stem}-images-idx3-ubyte").write_bytes(head + pixels)
+        labels = bytes(index % 10 for index in range(num))
+        (folder / "mnist" / f"{stem}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + num.to_bytes(4, "big") + labels)
+
+
+def write_place(place: Path, row: dict) -> None:
+    """The results of a sweep of a few trials, from the row of one."""
+    for index in range(NUM_ROWS):
+        own = {name: row.get(name) for name in results.schemas.schema("trials").names if name != "written_at_s"}
+        own |= {"trial_id": f"t-{index:012x}", "pruning.sparsity": 0.5 + index / 10, "agreement": 0.25 * index}
+        if index == NUM_ROWS - 1:
+            own = {name: own[name] for name in ("trial_id", "teacher", "pruning.sparsity", "synthesis.method")}
+            own |= {"status": "failed", "reason": "FloatingPointError: loss is nan"}
+        results.write(place, "trials", [own], own["trial_id"])
+        looks = [{"trial_id": own["trial_id"], "step": step, "agreement": 0.5} for step in (0, 1, 2)]
+        results.write(place, "epochs", looks, own["trial_id"])
+    batch = {"synthesis_key": row["synthesis_key"], "batch_index": 0, "teacher_hash": row["teacher_hash"]}
+    batch |= {"domain": "train", "method": "deepinversion", "num_images": 4, "wall_s": 0.1}
+    results.write_batches(place, [batch])
+    (place / "sweep.yaml").write_text("about: {source: a test}\n")
+
+
+def build(folder: Path, server: "Server") -> None:
+    """Make all templates in a folder. `AssertionError` where a good command line does not end well."""
+    from fuzzing import Case
+
+    folder.mkdir(parents=True)
+    write_images(folder / "images")
+    write_images(folder / "large", 32)
+    write_idx(folder / "digits")
+    (folder / "home").mkdir()
+    (folder / "tmp").mkdir()
+
+    def good(*words: str) -> None:
+        done = server.run(Case(words, cwd="."), folder)
+        assert done["code"] == 0, (words, done, (folder / "err").read_text())
+
+    narrow = ["--arguments", '{"width_multiplier": 0.25}', "--num-classes", "3", "--image-shape", "1x16x16"]
+    good("teacher", "init", "resnet8", *narrow, "--out", "teacher")
+    good("teacher", "init", "lenet5", "--num-classes", "3", "--image-shape", "1x32x32", "--out", "plain")
+    good("teacher", "record", "plain", "--dataset", "large", "--rank", "2", "--threads", "1")
+    good("recover", "teacher", "--out", "recovered", "--cache", "cache", *TINY)
+    write_place(folder / "place", json.loads((folder / "recovered" / "row.json").read_text()))
+    for name in ("home", "tmp", "out", "err"):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
