@@ -75,7 +75,7 @@ class Browser:
                 return answer["result"]
             self.events.append(answer)
 
-    def receive(self, limit_s: float = 60.0) -> dict[str, Any]:
+    def receive(self, limit_s: float = 900.0) -> dict[str, Any]:
         """The next message."""
         end = time.monotonic() + limit_s
         while b"\0" not in self.buffer:

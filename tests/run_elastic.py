@@ -11,7 +11,7 @@ from run_fleet_sweeps import jobs_of
 from dfkd_ray import fleet, sweep
 from dfkd_ray.fleet.simulated import Simulated, simulated_spec
 
-LIMIT_S = 120.0
+LIMIT_S = 600.0
 
 
 def machines() -> int:

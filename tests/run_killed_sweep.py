@@ -33,7 +33,7 @@ def kill(pids: list[int]) -> None:
             continue
 
 
-def wait_gone(pids: list[int], seconds: float = 30.0) -> list[int]:
+def wait_gone(pids: list[int], seconds: float = 600.0) -> list[int]:
     """Wait for processes to end; returns those that have not."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and any(command_of(pid) for pid in pids):
@@ -79,6 +79,6 @@ def disturbed(words: list[str], folder: Path, log: Path, plan: list[list[str]], 
                 left = wait_gone([pid for pid in own if b"Agent" not in command_of(pid)])
                 assert not left, [command_of(pid)[:60] for pid in left]
             killed.append(target)
-        code = driver.wait(timeout=600)
+        code = driver.wait(timeout=900)
         assert code == (-signal.SIGKILL if set(targets) & {"driver", "everything"} else 0), log.read_text()[-3000:]
     return killed

@@ -41,7 +41,7 @@ def test_batch_7_alone_equals_batch_7_after_the_others_in_another_process(tiny_t
         "print(json.dumps(cache.digest(made[7].images, made[7].labels)))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, str(tiny_teacher)], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", program, str(tiny_teacher)], capture_output=True, text=True, timeout=900, check=True
     )
     from dfkd_ray import cache
 

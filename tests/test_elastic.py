@@ -18,7 +18,7 @@ from autoscaling import autoscaled
 from run_fleet_sweeps import jobs_of
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_machines_come_with_waiting_images_and_go_when_they_are_idle(tiny_teacher, tmp_path):
     script = Path(__file__).with_name("run_elastic.py")
     with autoscaled(tmp_path, {"CPU": 1}, most=2, idle_s=8.0) as address:
@@ -26,7 +26,7 @@ def test_machines_come_with_waiting_images_and_go_when_they_are_idle(tiny_teache
             [sys.executable, str(script), address, str(tiny_teacher), str(tmp_path)],
             capture_output=True,
             text=True,
-            timeout=800,
+            timeout=2000,
             check=False,
             env={**os.environ, **fleet.QUIET, "RAY_AUTH_MODE": "disabled"},
         )

@@ -55,7 +55,7 @@ def alive(pid: int) -> bool:
     return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
 
 
-def gone(pids, seconds: float = 20.0) -> bool:
+def gone(pids, seconds: float = 600.0) -> bool:
     """Whether all processes end within some seconds."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -83,7 +83,7 @@ def test_batches_come_in_the_order_asked_for_and_are_made_once_for_all_readers(t
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(timeout=60)
+            thread.join(timeout=900)
         assert [len(founds[number]) for number in range(3)] == [40, 40, 40]
         status = running.status()
         assert status["made"] == 40 and status["images"] == 160
@@ -100,11 +100,11 @@ def test_no_more_than_a_window_is_made_ahead_of_a_reader_that_stops(tmp_path):
         source = running.stream(in_flight=2).batches(spec, range(1000))
         for _ in range(3):
             next(source)
-        time.sleep(1.5)
-        made = running.status()["made"]
-        time.sleep(0.5)
-        assert running.status()["made"] == made <= 3 + 2 + 5 + 2
-        assert running.status()["queue_depth"] == 0
+        made = -1
+        while running.status()["made"] != made or running.status()["queue_depth"]:  # until it stands still
+            made = running.status()["made"]
+            time.sleep(1.0)
+        assert made <= 3 + 2 + 5 + 2
 
 
 def test_free_slots_are_given_out_without_a_look_at_the_whole_fleet(monkeypatch):
@@ -148,20 +148,20 @@ def test_free_slots_are_given_out_without_a_look_at_the_whole_fleet(monkeypatch)
 def test_two_keys_share_the_fleet_fairly(tmp_path):
     specs = [simulated_spec(f"fair {number}", SHAPE, (0.05, 0.05)) for number in range(2)]
     with fleet.started(settings_of(tmp_path)) as running:
-        ends = {}
+        counts, others = [0, 0], []
 
         def reader(number: int) -> None:
-            read_all(running.stream(), specs[number], range(20))
-            ends[number] = time.monotonic()
+            for batch, _ in running.stream().batches(specs[number], range(20)):
+                assert_is(batch, specs[number], batch.index)
+                counts[number] += 1
+            others.append(counts[1 - number])
 
-        begun = time.monotonic()
         threads = [threading.Thread(target=reader, args=(number,)) for number in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(timeout=60)
-        spans = [ends[number] - begun for number in range(2)]
-        assert max(spans) < 1.5 * min(spans), "neither waits for the other to end"
+            thread.join(timeout=900)
+        assert counts == [20, 20] and others[0] >= 10, "neither waits for the other to end"
 
 
 def test_killed_synthesizers_and_coordinators_change_no_batch_and_stop_nobody(tmp_path):
@@ -182,7 +182,7 @@ def test_killed_synthesizers_and_coordinators_change_no_batch_and_stop_nobody(tm
 
         thread = threading.Thread(target=killer)
         thread.start()
-        stream, indices = running.stream(timeout_s=60.0), 0
+        stream, indices = running.stream(timeout_s=900.0), 0
         try:
             while len(kills) < num_kills:  # as long as it takes for all of them
                 read_all(stream, spec, range(indices, indices + 20))
@@ -204,8 +204,8 @@ def test_a_synthesizer_that_hangs_loses_its_batch_to_another(tmp_path):
             return await super().batch(key, index)
 
     spec = simulated_spec("hang", SHAPE)
-    with fleet.started(settings_of(tmp_path / "cache", make=Hanging, batch_timeout_s=1.0)) as running:
-        read_all(running.stream(timeout_s=60.0), spec, range(6))
+    with fleet.started(settings_of(tmp_path / "cache", make=Hanging, batch_timeout_s=5.0)) as running:
+        read_all(running.stream(timeout_s=900.0), spec, range(6))
         assert running.status()["deaths"] == 1
 
 
@@ -215,7 +215,7 @@ def test_a_batch_over_which_every_synthesizer_hangs_fails_with_advice(tmp_path):
         fleet.started(settings_of(tmp_path, batch_timeout_s=0.5)) as running,
         pytest.raises(TimeoutError, match=r"no batch within 0.5 s, 3 times; raise --batch-timeout"),
     ):
-        read_all(running.stream(timeout_s=60.0), spec, [0])
+        read_all(running.stream(timeout_s=900.0), spec, [0])
 
 
 def test_a_batch_that_cannot_be_made_tells_its_readers_why_and_no_other(tmp_path):
@@ -324,7 +324,7 @@ def test_without_any_synthesizer_a_reader_makes_its_batches_itself(tmp_path):
         (tmp_path / "plague").touch()
         for actor in ray.get(running.coordinator.actors.remote()):
             ray.kill(actor, no_restart=False)
-        stream = running.stream(alone_s=1.0, timeout_s=60.0)
+        stream = running.stream(alone_s=1.0, timeout_s=900.0)
         source = stream.batches(spec, range(4), lambda index: simulated_batch(spec.key, index, spec.config))
         for index, (batch, _) in enumerate(source):
             assert_is(batch, spec, index)
@@ -334,13 +334,13 @@ def test_without_any_synthesizer_a_reader_makes_its_batches_itself(tmp_path):
         ):
             next(running.stream(timeout_s=0.5, alone_s=1e9).batches(spec, [9]))
         (tmp_path / "plague").unlink()
-        read_all(running.stream(timeout_s=90.0), spec, range(4, 6))
+        read_all(running.stream(timeout_s=900.0), spec, range(4, 6))
 
 
 def test_a_wait_has_a_deadline_and_says_what_it_waits_for(tmp_path):
     spec = simulated_spec("slow", SHAPE, (300.0, 300.0))
     with fleet.started(settings_of(tmp_path)) as running:
-        stream = running.stream(timeout_s=1.0)
+        stream = running.stream(timeout_s=5.0)
         with pytest.raises(TimeoutError, match=r"batch 0 .* synthesizer \d has been making it for \d+ s"):
             next(stream.batches(spec, [0]))
 
@@ -358,7 +358,7 @@ def test_a_synthesizer_that_cannot_start_says_why():
         def __init__(self, *arguments):
             raise ValueError("device cuda: this torch sees no CUDA device")
 
-    with pytest.raises(OSError, match="no CUDA device"), fleet.started(settings_of(make=Broken), start_s=4.0):
+    with pytest.raises(OSError, match="no CUDA device"), fleet.started(settings_of(make=Broken), start_s=10.0):
         pass
 
 
@@ -370,7 +370,7 @@ def test_synthesizers_of_another_numerics_class_are_left_out(tmp_path):
             return {**await super().hello(), "numerics": "one" if first else "another"}
 
     with fleet.started(settings_of(make=Other)) as running:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 600
         while "left out" not in str(running.status()["trouble"]) and time.monotonic() < end:
             time.sleep(0.2)
         status = running.status()
@@ -386,7 +386,7 @@ def test_no_process_and_no_reservation_is_left_behind(tmp_path):
         pids = [hello["pid"] for hello in ray.get([actor.hello.remote() for actor in actors])]
         assert all(alive(pid) for pid in pids)
     assert gone(pids)
-    end = time.monotonic() + 20
+    end = time.monotonic() + 600
     while ray.available_resources().get("CPU") != all_cpus and time.monotonic() < end:
         time.sleep(0.2)
     assert ray.available_resources().get("CPU") == all_cpus

@@ -21,7 +21,7 @@ def run_sweeps(what: str, teacher: Path, folder: Path) -> None:
     """Run a function of run_fleet_sweeps.py."""
     script = Path(__file__).with_name("run_fleet_sweeps.py")
     words = [sys.executable, str(script), what, str(teacher), str(folder)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 
@@ -80,7 +80,7 @@ from ray.cluster_utils import Cluster
 from dfkd_ray import fleet
 from dfkd_ray.fleet.simulated import Simulated, simulated_batch, simulated_spec
 
-quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 500,
+quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 10_000,
          "health_check_failure_threshold": 6}
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1, "_system_config": quick,
                                                         "object_store_memory": 100_000_000})
@@ -99,7 +99,7 @@ try:
             assert len({hello["node"] for hello in ray.get([actor.hello.remote() for actor in actors])}) == 3
             spec = simulated_spec("cluster", (4, 1, 8, 8), (0.1, 0.2))
             seen = []
-            for batch, _ in running.stream(timeout_s=100.0).batches(spec, range(60)):
+            for batch, _ in running.stream(timeout_s=900.0).batches(spec, range(60)):
                 wanted = simulated_batch(spec.key, batch.index, spec.config)
                 assert (batch.images == wanted.images).all()
                 seen.append(batch.index)
@@ -115,11 +115,11 @@ try:
             assert 0 <= lost <= 4 and status["synthesizers_up"] >= 2, status
             for _ in range(2):  # four machines now: one more than the fleet began with
                 cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=100_000_000)
-            end = time.monotonic() + 120
+            end = time.monotonic() + 600
             while (running.status() or {}).get("synthesizers_up", 0) < 4 and time.monotonic() < end:
                 time.sleep(0.2)
             assert running.status()["synthesizers_up"] == 4, running.status()
-            list(running.stream(timeout_s=100.0).batches(spec, range(60, 72)))
+            list(running.stream(timeout_s=900.0).batches(spec, range(60, 72)))
     print("well")
 finally:
     cluster.shutdown()
@@ -132,7 +132,7 @@ def test_on_three_nodes_the_fleet_spreads_and_a_lost_node_costs_only_its_batches
         [sys.executable, str(tmp_path / "cluster.py"), str(tmp_path / "cache")],
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=1000,
         check=False,
         env={**os.environ, **fleet.QUIET},
     )

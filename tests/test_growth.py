@@ -130,8 +130,9 @@ def test_a_batch_goes_to_a_free_synthesizer_on_the_node_of_who_waits_for_it():
     assert begun == [("sc", 0), ("sa", 1), ("sb", 2)], "and to anybody where nobody is free there: none waits for that"
 
 
-def test_only_what_was_added_is_removed_and_only_when_it_is_idle_or_not_up():
+def test_only_what_was_added_is_removed_and_only_when_it_is_idle_or_not_up(monkeypatch):
     now = time.monotonic()
+    monkeypatch.setattr("dfkd_ray.fleet.coordinator.time.monotonic", lambda: now)
     first = Worker("first", None, up=True, free_since=now - 1000)
     idle = Worker("idle", None, up=True, in_group=False, free_since=now - 61)
     busy = Worker("busy", None, up=True, in_group=False, free_since=now - 1000, busy=1)

@@ -43,7 +43,7 @@ def comparable(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[results.deterministic_columns()].sort_values("trial_id").reset_index(drop=True)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(2400)
 def test_twelve_trials_killed_five_times_end_with_the_table_of_an_undisturbed_run(tiny_teacher, tmp_path):
     data = {**DATA, "base": {**DATA["base"], "teacher": str(tiny_teacher)}}
     (tmp_path / "twelve.yaml").write_text(yaml.safe_dump(data))

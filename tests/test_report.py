@@ -662,6 +662,6 @@ def test_a_report_from_a_shell_loads_neither_ray_nor_torch(tmp_path):
     write(tmp_path, "trials", [trial(1)])
     program = "import sys; from dfkd_ray import report; report.write(sys.argv[1]); "
     program += "print('ray' in sys.modules, 'torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=900)
     assert done.stdout.split() == ["False", "False"] and done.stderr == "", done.stderr
     assert Path(tmp_path / "report.html").exists()

@@ -238,7 +238,7 @@ def asha_of(num_steps=6, **options):
     stop = search.StopConfig(asha=search.AshaConfig(**options))
     data = {**TINY_BASE, "teacher": "t"}
     data["distillation"] = {**TINY_BASE["distillation"], "num_steps": num_steps}
-    return tuning.scheduler(stop, sweep.expand(sweep.parse({"base": data, "grid": {}}), {}))
+    return tuning.scheduler(stop, sweep.expand(sweep.parse({"base": data, "grid": {"pruning.sparsity": [0.5]}}), {}))
 
 
 def ask(asha, name, step, agreement, **more) -> str:
@@ -370,7 +370,7 @@ def ran(tiny_teacher, tmp_path_factory):
     settings = settings_of(tiny_teacher, algorithm="optuna", num_trials=6, stop=stop)
     (folder / "optuna.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
     command = [sys.executable, "-c", SCRIPT, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, settings, done.stdout
 

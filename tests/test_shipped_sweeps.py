@@ -114,7 +114,7 @@ def test_the_command_runs_quickstarts_tiny_size_with_all_that_it_keeps_in_a_buck
     place, cache = bucket("quickstart"), bucket("cache")
     words = ["sweep", str(SWEEPS["quickstart"]), "--tiny", "--test-data", "none", "--results", place, "--cache", cache]
     command = [sys.executable, "-m", "dfkd_ray", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     num_trials = len(sweep.expand(settings_of("quickstart"), {}, tiny=True))
     assert f"{num_trials} trials, 0 failed" in done.stdout and "test:test" not in done.stdout

@@ -40,7 +40,7 @@ def finished_sweep(tmp_path_factory, tiny_teacher):
     command += ["--cache", str(folder / "cache"), "--test-data", "none"]
     environment = {**os.environ, "COLUMNS": "160"}
     runs = [
-        subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
+        subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment, check=False)
         for _ in range(2)
     ]
     return folder, runs

@@ -188,7 +188,7 @@ class Bed:
         """One more host, up when sshd answers."""
         host = self.hosts[name] = Host(name, address, self.root / name)
         host.boot(Path(f"{self.key}.pub"), self.exports)
-        for _ in range(100):
+        for _ in range(3000):
             if self.ssh(host, "true", check=False).returncode == 0:
                 return host
             time.sleep(0.1)
@@ -202,7 +202,7 @@ class Bed:
             [*words, f"bash --login -i -c {shell_quoted(f'source ~/.bashrc; {command}')} 2>&1"],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=900,
         )
         assert not check or done.returncode == 0, f"{host.name}: {command}: {done.stdout}{done.stderr}"
         return done
@@ -240,7 +240,7 @@ def clear() -> None:
                 with suppress(ProcessLookupError, ValueError):
                     os.kill(int(pid), signal.SIGKILL)
             run("ip", "netns", "del", name, check=False)
-    for _ in range(100):  # a link goes with its namespace, and that some time after its last process
+    for _ in range(3000):  # a link goes with its namespace, and that some time after its last process
         links = re.findall(r": (dfkd-\w+)", run("ip", "-o", "link", "show", check=False))
         if not links:
             break
