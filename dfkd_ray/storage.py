@@ -11,11 +11,12 @@ import errno
 import os
 import re
 import secrets
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import BinaryIO, Concatenate, ParamSpec, TypeVar
 
 from pyarrow import fs
 
@@ -110,7 +111,7 @@ class Folder:
         """The content of a file, or None when it is not there; with `most` its beginning, so many bytes."""
         try:
             if self.is_local:
-                with (self.path / name).open("rb") as file:
+                with open_plain(self.path / name) as file:
                     return file.read(-1 if most is None else most)
             system, path = self._remote(name)
             with system.open_input_file(path) as file:
@@ -268,6 +269,17 @@ def in_one_line(error: BaseException) -> str:
     """What an error of the disk or the network says, without secrets."""
     strerror = getattr(error, "strerror", None)
     return without_secrets(" ".join(str(strerror or error or type(error).__name__).split()))[:300]
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """A file to be read. `OSError` for what is none, before a pipe or a device is waited for."""
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(number).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(number)
+        code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise OSError(code, os.strerror(code) if stat.S_ISDIR(mode) else "not a plain file", str(path))
+    return open(number, "rb")
 
 
 def write_local(parent: Path, name: str, data: Sequence[bytes | memoryview]) -> None:

@@ -88,7 +88,7 @@ def file_bytes(path: Path, most: int, where: str | None = None) -> bytes | None:
         return None
     check_size(found.st_size, most, where or str(path))
     with path.open("rb") as file:
-        data = file.read(most + 1)
+        data = file.read(min(most, found.st_size) + 1)  # Python takes the memory for all that is asked for at once
     check_size(len(data), most, where or str(path))
     return data
 

@@ -14,6 +14,7 @@ from PIL import Image
 from test_cli import TINY, TINY_SETS
 
 from dfkd_ray import bundles, cache, distillation, results, storage, targets, trial
+from dfkd_ray.sweep import places
 
 FOREIGN = {
     "thesis.tex": b"ten years",
@@ -254,3 +255,22 @@ def test_a_folder_has_no_inner_folder_of_a_name_that_leads_elsewhere(name, tmp_p
 def test_a_claim_of_another_schema_is_not_ours(text):
     is_own = targets.claims("dfkd_ray.results/1")
     assert is_own(b'{"schema": "dfkd_ray.results/7"}') and not is_own(text.encode())
+
+
+def test_a_second_sweep_that_is_refused_changes_nothing_of_the_first(tiny_teacher, materials, tmp_path, run_cli):
+    place = storage.folder(tmp_path / "r")
+    targets.claim(place, places.CLAIM, places.SCHEMA)
+    place.write("sweep.yaml", b"# of the first\n")
+    before = hashes(place.path)
+    with places.reserved(place):
+        done = run_cli("sweep", materials["s.yaml"], *TINY, "--results", str(place), "--test-data", "none")
+    assert done.code == 3 and "another sweep is running" in done.err and len(done.err.splitlines()) == 1, done.err
+    after = hashes(place.path)
+    after.pop(".lock", None)
+    assert after == before
+
+
+def test_a_sweep_writes_down_what_ran_in_its_place(materials, tmp_path, run_cli):
+    words = ["sweep", materials["s.yaml"], *TINY, "--results", str(tmp_path / "r"), "--test-data", "none"]
+    assert run_cli(*words).code == 0
+    assert yaml.safe_load((tmp_path / "r" / "sweep.yaml").read_text())["grid"] == {"pruning.sparsity": [0.5]}

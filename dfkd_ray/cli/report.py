@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from dfkd_ray.cli.streams import say
+
 
 def report(
     place: Annotated[str, typer.Argument(help="folder or URI (s3://, gs://, …) with the results of a sweep")],
@@ -13,6 +15,6 @@ def report(
     from dfkd_ray import report as reports
 
     written = reports.write(place, out)
-    print(f"report: {written.folder / written.name} ({written.size_bytes / 1e6:.2f} MB)")
+    say(f"report: {written.folder / written.name} ({written.size_bytes / 1e6:.2f} MB)")
     if written.figures:
-        print(f"figures: {len(written.figures) // 2}, each as SVG and PNG, in {written.figure_folder}")
+        say(f"figures: {len(written.figures) // 2}, each as SVG and PNG, in {written.figure_folder}")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -30,6 +29,7 @@ from dfkd_ray.cli.options import (
 )
 from dfkd_ray.cli.plan import dry_run as print_dry_run
 from dfkd_ray.cli.show import Progress, print_failures, print_ladder, print_trials
+from dfkd_ray.cli.streams import say
 
 if TYPE_CHECKING:
     from dfkd_ray.batches import BatchSource
@@ -117,7 +117,7 @@ def recover(
     trial.remove_checkpoints(place)  # the row is on disk: of no more use
     place.remove(UNFINISHED)
     if row["status"] == "failed":
-        print(f"error: trial {row['trial_id']} failed: {row['reason']}", file=sys.stderr)
+        say(f"error: trial {row['trial_id']} failed: {row['reason']}", error=True)
         raise typer.Exit(1)
     print_ladder(row, out)
 
@@ -218,7 +218,7 @@ def sweep(
         sizes = {name: sum(len(batch.labels) for batch in test or ()) for name, test in batches.items()}
         print_dry_run(file, plan, done, root, sizes, gpus, tuple(trust_code or ()), figures, stored)
         return
-    print(f"{file}: {plan.num_trials} trials, {len(finished)} already finished; results in {place}", flush=True)
+    say(f"{file}: {plan.num_trials} trials, {len(finished)} already finished; results in {place}")
     start = time.monotonic()
     view = live.View(live.names_of({job.id: job.config for job in known}), finished, start, plan.num_trials)
     screen, seconds = live.Screen(view, str(file)), sweeps.Seconds()
@@ -259,10 +259,10 @@ def sweep(
     print_trials(table)
     print_failures(table)
     wall_s = time.monotonic() - start
-    print(f"{len(table)} trials, {num_failed} failed, {wall_s:.0f} s; table: {place / 'trials'}")
+    say(f"{len(table)} trials, {num_failed} failed, {wall_s:.0f} s; table: {place / 'trials'}")
     seconds.add({"live view": screen.seconds})
     spent = ", ".join(f"{what} {value:.2f} s" for what, value in sorted(seconds.items()))
     if len(finished) < len(table):
-        print(f"of that inside {spent}: {100 * sum(seconds.values()) / wall_s:.1f} %")
+        say(f"of that inside {spent}: {100 * sum(seconds.values()) / wall_s:.1f} %")
     if num_failed:
         raise typer.Exit(1)

@@ -14,6 +14,7 @@ from dfkd_ray.cli import leaving
 from dfkd_ray.cli.inputs import load_teacher
 from dfkd_ray.cli.options import BatchTimeout, Cache, Out, Set, Synthesizers, TeacherName, Trust, number_of, settled
 from dfkd_ray.cli.show import Progress, print_fleet
+from dfkd_ray.cli.streams import say
 from dfkd_ray.plain import given
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def synthesize(
     seconds = time.monotonic() - start
     num_made, num_found = counts["made"], counts["found"]
     record = export.finish(todo, seconds=seconds, num_made=num_made, num_found=num_found, num_kept=num_kept)
-    print(
+    say(
         f"{num_images} images in {seconds:.0f} s: {num_made} batches made, {num_found} found in the cache, "
         f"{num_kept} there already; written: {record}"
     )

@@ -11,6 +11,7 @@ from dfkd_ray.cli import leaving
 from dfkd_ray.cli.inputs import as_batches, load_teacher, parse_floats, parse_json, parse_shape
 from dfkd_ray.cli.options import Address, BundleOut, DataRoot, Download, Out, Set, TeacherName, Trust, settled
 from dfkd_ray.cli.show import Progress
+from dfkd_ray.cli.streams import say
 
 # Of the folder beside a teacher in which its training is kept until it has ended.
 TRAINING, TRAINING_SCHEMA = "training.json", "dfkd_ray.training/1"
@@ -72,7 +73,7 @@ def teacher_train(
     info = info.model_copy(update={"test_accuracy": accuracy, "class_names": train_set.class_names, "notes": notes})
     bundles.save(out, info, network.cpu().state_dict())
     checkpoint.clear((TRAINING, teachers.CHECKPOINT).__contains__)
-    print(f"{out}: test accuracy {accuracy:.4f} on {len(test_set)} images ({dataset}, seed {seed}, last epoch)")
+    say(f"{out}: test accuracy {accuracy:.4f} on {len(test_set)} images ({dataset}, seed {seed}, last epoch)")
 
 
 @app.command("import")
@@ -109,11 +110,9 @@ def teacher_import(
     network = models.build(architecture, info.arguments, num_classes=num_classes, image_shape=info.image_shape)
     bundles.load_state(network, state, str(weights))
     bundles.save(out, info, network.state_dict())
-    print(
-        f"{storage.without_secrets(out)}: {architecture}, {sum(p.numel() for p in network.parameters()):,} parameters"
-    )
+    say(f"{storage.without_secrets(out)}: {architecture}, {sum(p.numel() for p in network.parameters()):,} parameters")
     if not batchnorm.layers(network):
-        print("note: it has no BatchNorm layer; DeepInversion will refuse it (it needs activation records)")
+        say("note: it has no BatchNorm layer; DeepInversion will refuse it (it needs activation records)")
 
 
 @app.command("init")
@@ -146,7 +145,7 @@ def teacher_init(
     torch.manual_seed(seed)
     network = models.build(architecture, info.arguments, num_classes=num_classes, image_shape=shape)
     bundles.save(out, info, network.state_dict())
-    print(f"{storage.without_secrets(out)}: {architecture}, untrained, seed {seed}")
+    say(f"{storage.without_secrets(out)}: {architecture}, untrained, seed {seed}")
 
 
 @app.command("record")
@@ -243,13 +242,11 @@ def teacher_record(
     dense = recording.dense_bytes(plan.taps, teacher.info.num_classes)
     for record in records:
         size = bundles.save_record(bundle, record)
-        print(
-            f"{record.info.kind}: {size / 1e6:.2f} MB; dense covariances of all layers: {dense / size:.1f} times that"
-        )
+        say(f"{record.info.kind}: {size / 1e6:.2f} MB; dense covariances of all layers: {dense / size:.1f} times that")
         shrunk = [part.name for part in record.info.parts if any(part.shrinkage)]
         if shrunk:
-            print(f"  singular covariances, shrunk (by how much: in its header): {', '.join(shrunk)}")
-    print(f"what they hold of the training data: {records[0].info.leaks}")
+            say(f"  singular covariances, shrunk (by how much: in its header): {', '.join(shrunk)}")
+    say(f"what they hold of the training data: {records[0].info.leaks}")
 
 
 @app.command("info")
@@ -277,4 +274,4 @@ def teacher_info(
         "hash": teacher.hash,
     }
     for name, value in lines.items():
-        print(f"{name:17}{value}")
+        say(f"{name:17}{value}")
