@@ -1,9 +1,12 @@
 """Ray sessions: what is wrong is said in one line; a raylet or head that ends ends the sweep at once."""
 
 import os
+import queue
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from commands import SCRIPT, assert_one_line, done, environment, sweep_file
 
 from dfkd_ray import fleet, scratch
 from dfkd_ray.cli.live import descendants
-from dfkd_ray.fleet import session
+from dfkd_ray.fleet import session, watching
 
 HANG_S = 280.0
 
@@ -94,6 +97,30 @@ def test_where_the_temporary_folder_is_too_deep_for_sockets_only_what_is_large_g
         assert options["object_spilling_directory"].startswith(str(deep))
         assert len(session.BELOW + session.SHORT) <= session.SOCKET_BYTES
     assert not Path(options["_temp_dir"]).exists() and not list(deep.iterdir())
+
+
+def test_a_cluster_whose_head_does_not_answer_is_noticed_and_one_that_does_is_left_alone(monkeypatch):
+    door = socket.create_server(("127.0.0.1", 0))
+
+    def open_up():
+        while True:
+            try:
+                door.accept()[0].close()
+            except OSError:  # closed
+                return
+
+    threading.Thread(target=open_up, daemon=True).start()
+    monkeypatch.setattr(watching, "ports", lambda: {"the head": door.getsockname()})
+    monkeypatch.setattr(watching, "KNOCK_S", 0.1)
+    monkeypatch.setattr(watching, "PATIENCE_S", 2.0)
+    told: queue.Queue[str] = queue.Queue()
+    with watching.watched(told.put, is_own=False):
+        with pytest.raises(queue.Empty):
+            told.get(timeout=3.0)
+        door.shutdown(socket.SHUT_RDWR)
+        door.close()
+        line = told.get(timeout=HANG_S)
+    assert line.startswith("the head (127.0.0.1:") and "the same command goes on" in line and "\n" not in line
 
 
 def test_workers_import_from_where_the_driver_does(monkeypatch, tmp_path):

@@ -61,7 +61,7 @@ with fleet.connected(num_cpus=1, object_store_memory=80_000_000):
     token = os.environ["RAY_AUTH_TOKEN"]
     told = [{"name": name, "ip": ip, "port": port, "without": answers(port, ""), "wrong": answers(port, "0" * 64),
              "with": answers(port, token)} for name, ip, port in found]
-    print(json.dumps({"address": ray.get_runtime_context().gcs_address, "listeners": told}), flush=True)
+    print(json.dumps({"token": token, "address": ray.get_runtime_context().gcs_address, "listeners": told}), flush=True)
     sys.stdin.readline()
 """
 CLIENT = "import ray; ray.init({address!r}, logging_level='ERROR', log_to_driver=False); print('in')"
@@ -159,14 +159,21 @@ def test_an_unknown_mode_is_refused_before_anything_listens(mode, monkeypatch):
 
 def test_a_client_without_the_token_gets_no_session(session, tmp_path):
     assert_gets_no_session(session["address"], tmp_path)
+    assert client(session["address"], tmp_path, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=session["token"]).returncode == 0
 
 
-def assert_gets_no_session(address: str, home: Path) -> None:
-    done = subprocess.run(
+def client(address: str, home: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """Somebody on this machine who connects."""
+    return subprocess.run(
         [sys.executable, "-c", CLIENT.format(address=address)],
         capture_output=True,
         text=True,
-        env=environment(home),
+        # Else Ray takes the machine's own address for loopback, where nothing listens.
+        env=environment(home) | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"} | more,
         timeout=900,
     )
+
+
+def assert_gets_no_session(address: str, home: Path) -> None:
+    done = client(address, home)
     assert done.returncode != 0 and "in" not in done.stdout.split()
