@@ -71,7 +71,7 @@ def class_folders(folder: Path) -> tuple[list[str], list[str], list[int]]:
     expected = f"{one_line(folder, 160)}: expected class folders with images"
     try:
         with os.scandir(folder) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_dir())
+            names = sorted(entry.name for entry in entries if os.path.isdir(entry.path))
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{expected} (there is no such folder)") from None
     if not names:
@@ -103,8 +103,11 @@ def image_files(folder: str) -> list[str]:
             raise ValueError(f"{one_line(place, 160)}: a link that leads back to a folder it lies in")
         if len(found) >= MAX_FOLDERS:
             raise ValueError(f"{one_line(folder, 160)}: more than {MAX_FOLDERS:,} folders, those behind links counted")
-        with os.scandir(place) as entries:
-            inside = list(entries)
-        found[place] = [entry.name for entry in inside if entry.name.lower().endswith(IMG_EXTENSIONS)]
-        todo += [(entry.path, above | {itself}) for entry in inside if entry.is_dir()]
+        found[place] = []
+        for name in os.listdir(place):
+            inner = os.path.join(place, name)
+            if os.path.isdir(inner):  # false for a link to itself, of which a directory entry's own question dies
+                todo.append((inner, above | {itself}))
+            elif name.lower().endswith(IMG_EXTENSIONS):
+                found[place].append(name)
     return [os.path.join(place, name) for place in sorted(found) for name in sorted(found[place])]
