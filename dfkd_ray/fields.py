@@ -102,7 +102,8 @@ def describe(model: type[BaseModel], error: Mapping[str, Any], where: str) -> st
     elif error["type"] == "union_tag_invalid":
         path = f"{path}.method" if path else "method"
         expected = error["ctx"]["expected_tags"].replace("'", "")
-        message = f"unknown method {given(method_of(value))}; expected {expected}"
+        method = value.get("method") if isinstance(value, Mapping) else value
+        message = f"unknown method {given(method)}; expected {expected}"
     elif error["type"] in ("model_type", "dict_type"):
         message = f"input should be a mapping of fields (given: {given(value)})"
     elif not isinstance(value, Mapping | BaseModel):

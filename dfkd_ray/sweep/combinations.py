@@ -66,7 +66,8 @@ class Faults:
         what = f"{self.num_trials:,} points tried" if num_points is None else f"{self.num_trials:,} trials"
         lines = []
         for key, line in self.lines.items():
-            others = f" and {len(self.values[key]) - 1:,} values more" if len(self.values[key]) > 1 else ""
+            num_others = len(self.values[key]) - 1
+            others = f" and {num_others:,} value{'s' if num_others > 1 else ''} more" if num_others else ""
             share = f" (in {self.counts[key]:,} of {what})" if self.num_trials > 1 else ""
             lines.append(line + others + share)
         if num_points is not None and self.num_trials < num_points:
@@ -151,7 +152,7 @@ def expanded(
     if not overrides and complete:  # what was set by hand may leave an entry without a match
         for index in sorted(unmatched):
             errors.append(f"exclude: {without_secrets(shown(sweep.exclude[index]))} matches no combination")
-    if complete and faults.num_trials:
+    if not faults.lines:
         errors += [f"--set {named(name)}: no trial's synthesis has such a field; leave it out" for name in unused]
     if sweep.search is None:
         errors += stop_errors(sweep.stop, list(configs.values()))

@@ -122,17 +122,17 @@ def grid_fault(grid: Any) -> str | None:
     for one in grid if isinstance(grid, list) and grid else [grid]:
         if not isinstance(one, Mapping) or not one:
             return f"expected fields with their values, as in {{pruning.sparsity: [0.5, 0.9]}}, got {given(one)}"
-        names = list(one)
-        for position, (name, values) in enumerate(one.items()):
+        places = {name: place for place, name in enumerate(one)}
+        for name, values in one.items():
             if wrong := name_fault(name):
                 return f"{named(name)}: {wrong}"
             if not isinstance(values, list):
                 return f"{named(name)}: expected a list of values, got {given(values)}"
             if not values:
                 return f"{named(name)}: a list without values leaves no trial; leave the field out"
-            parents = {name[:i] for i, sign in enumerate(name) if sign == "."}
-            if late := parents.intersection(names[position:]):
-                return f"{named(name)}: would be replaced by {named(late.pop())}, of which it is a part; put it below"
+            for parent in (name[:i] for i, sign in enumerate(name) if sign == "."):
+                if places.get(parent, -1) > places[name]:
+                    return f"{named(name)}: would be replaced by {named(parent)}, of which it is a part; put it below"
     return None
 
 

@@ -21,12 +21,12 @@ def json_schema() -> Schema:
     base = {name: value for name, value in trial.items() if name != "required"}
     values = {name: value_schema(trial, definitions, name) for name in dict.fromkeys(field_paths(TrialConfig))}
     searched = {n: v for n, v in values.items() if not any((n + ".").startswith(f + ".") for f in FIXED)}
-    grid = dotted({name: listed(value) for name, value in values.items()})
+    grid = {**dotted({name: listed(value) for name, value in values.items()}), "minProperties": 1}
     schema = SweepConfig.model_json_schema()
     schema["$defs"] |= definitions
     replaced = {
         "base": base,
-        "grid": {"anyOf": [grid, {"type": "array", "items": grid}]},
+        "grid": {"anyOf": [grid, {"type": "array", "items": grid, "minItems": 1}]},
         "exclude": {"type": "array", "items": dotted({n: {"anyOf": [v, listed(v)]} for n, v in values.items()})},
         "tiny": dotted(values),
     }
