@@ -65,6 +65,8 @@ def left(error: SystemExit) -> int:
 
 def fail(message: str, code: int) -> int:
     """Print the lines of an error, shortened, without secrets and signs that act on a terminal; returns `code`."""
+    for word in sys.argv[1:]:  # a name that was given may have line ends of its own
+        message = message if word.isprintable() else message.replace(word, shown(word))
     lines = [without_secrets(line) for line in message.split("\n") if line.strip()] or ["no message"]
     for line in lines[:MOST_LINES]:
         say(shortened(shown(f"error: {line}"), MOST_SIGNS), error=True)

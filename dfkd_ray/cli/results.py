@@ -210,7 +210,9 @@ def as_csv(rows: Any, names: Sequence[str]) -> str:
     for name in plain.columns:
         if not is_number(plain, name):
             plain[name] = plain[name].map(lambda cell: f"'{cell}" if is_formula(cell) else cell)
-    return plain.to_csv(index=False, lineterminator="\n")
+            plain[name] = plain[name].map(lambda cell: cell.replace("\0", "\\x00") if isinstance(cell, str) else cell)
+    # Cells with a sign of the terminator are quoted: those with a lone carriage return must be, or readers end a row.
+    return plain.to_csv(index=False, lineterminator="\0\r\n").replace("\0\r\n", "\n")
 
 
 def is_formula(cell: Any) -> bool:

@@ -155,7 +155,7 @@ def sharing(rows: Frame, batches: Frame) -> Frame:
     their images cost. `saved_s`: the difference. Reference sets (`domain` reference) are one row per teacher, used by
     all its trials. Real images are not made.
     """
-    made = batches[batches["method"] != "real"]
+    made = batches[batches["method"] != "real"].dropna(subset=["synthesis_key"])
     rows = rows.dropna(subset=["synthesis_key"])
     parts = [
         used(made[made["domain"] == "train"], rows, "synthesis_key", "synthesis_wall_s").assign(domain="train"),

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from dfkd_ray.report.wording import MEASURES, RUNG_NAMES, Frame, count, cut, dicts, seconds, size, sparsity
+from dfkd_ray.text import is_null
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -104,7 +105,8 @@ def ladder(chosen: Frame, title: str) -> "Figure":
         figure = new_figure(5.2 if close_view else 3.7)
         axes = figure.subplots(2 if close_view else 1, 1, squeeze=False, sharex=True)[:, 0]
         for one, (low, high) in zip(axes, [near, whole] if close_view else [whole], strict=True):
-            one.axhline(teacher, color=INK, linewidth=1.0, linestyle=(0, (6, 3)), label="teacher")
+            if not is_null(teacher):
+                one.axhline(teacher, color=INK, linewidth=1.0, linestyle=(0, (6, 3)), label="teacher")
             for shift, (name, rows, value, spread) in enumerate(lines):
                 draw_rung(one, name, rows, value, spread, 0.03 * (shift - len(lines) / 2))
             one.set_ylim(low, high)
@@ -115,17 +117,20 @@ def ladder(chosen: Frame, title: str) -> "Figure":
         axes[-1].set_xlabel("sparsity (log scale of the weights kept)")
         sparsity_ticks(axes[-1], sorted(chosen["level"].unique()))
         handles, labels = axes[-1].get_legend_handles_labels()
-        figure.legend(handles[1:] + handles[:1], labels[1:] + labels[:1], loc="outside lower center", ncols=2)
+        first = 0 if is_null(teacher) else 1
+        figure.legend(
+            handles[first:] + handles[:first], labels[first:] + labels[:first], loc="outside lower center", ncols=2
+        )
     return figure
 
 
 def limits(lines: list[tuple[str, Frame, str, str]], teacher: float) -> tuple[float, float]:
     """The range, in percent, that shows these lines with their error bars and the teacher."""
-    values = [teacher]
+    values = [] if is_null(teacher) else [teacher]
     for _, rows, value, spread in lines:
         std = rows[spread].fillna(0.0)
         values += [*(100 * (rows[value] - std).dropna()), *(100 * (rows[value] + std).dropna())]
-    low, high = min(values), max(values)
+    low, high = min(values, default=0.0), max(values, default=100.0)
     margin = max(0.08 * (high - low), 0.1)
     return low - margin, high + margin
 

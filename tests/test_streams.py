@@ -1,0 +1,337 @@
+"""What is shown never decides what becomes of a command: pipes, terminals, disks, characters, errors, signals."""
+
+import errno
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from test_cli_results import trial_row
+
+from dfkd_ray import results
+
+LIMIT_S = 900.0  # for hangs
+TRIAL = {
+    "bn_num_images": 8,
+    "device": "cpu",
+    "synthesis": {"num_steps": 1, "batch_size": 8, "num_threads": 1},
+    "distillation": {"num_images": 8, "num_steps": 2, "batch_size": 8, "eval_every": 2, "num_threads": 1},
+    "reference": {"num_images": 8, "synthesis": {"batch_size": 8, "num_steps": 1, "num_threads": 1}},
+}
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's, without what it knows of Ray."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | more
+
+
+def run(command: str, folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """A line of bash in which `$CLI` is our command."""
+    cli = f"{sys.executable} -m dfkd_ray"
+    words = ["bash", "-c", command]
+    options = {"capture_output": True, "text": True, "timeout": LIMIT_S, "check": False, "errors": "replace"}
+    return subprocess.run(words, cwd=folder, env=environment(CLI=cli, **more), **options)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Results of so many trials that a pipe does not hold them."""
+    folder = tmp_path_factory.mktemp("many")
+    rows = [trial_row(n % 6, 0.5, n, trial_id=f"t-{n:012x}", teacher="réseau") for n in range(400)]
+    results.write(folder, "trials", rows, "part")
+    return folder
+
+
+# ---- streams -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", ["results . --format csv", "results .", "schema", "--help"])
+def test_a_reader_that_goes_away_ends_the_printing_in_silence_and_not_the_command(place, words):
+    for _ in range(3):
+        done = run(f"$CLI {words} | head -c 1 > /dev/null; echo ${{PIPESTATUS[0]}}", place)
+        assert (done.stdout, done.stderr) == ("0\n", "")
+    done = run(f"$CLI {words} | true; echo ${{PIPESTATUS[0]}}", place)
+    assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+def test_an_error_whose_reader_has_gone_away_keeps_its_exit_code(place):
+    done = run("{ $CLI results /nowhere; echo $? >&3; } 3>&1 2>&1 >/dev/null | true; $CLI results /nowhere 2>&-", place)
+    assert done.returncode == 2
+    assert run("exec 3>&1; { $CLI results /nowhere 2>&1; echo $? >&3; } | true", place).stdout == "2\n"
+
+
+def test_characters_that_the_terminal_lacks_are_replaced(place):
+    done = run("$CLI results . --limit 1", place, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and "r?seau" in done.stdout and done.stderr == ""
+    done = run("$CLI results ./réseau", place, PYTHONIOENCODING="ascii")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    name = os.fsdecode(b"r\xe9seau")
+    done = run(f"$CLI results './{name}' --out 'x.csv' || $CLI schema > /dev/null", place, PYTHONIOENCODING="utf-8")
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+
+
+def test_a_full_disk_behind_standard_output_is_told_at_the_end(place):
+    done = run("$CLI results . --format csv > /dev/full", place)
+    assert done.returncode == 3
+    assert done.stderr.startswith("error: standard output: No space left on device") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_are_no_error_and_no_file_is_opened_in_their_place(place, tmp_path, closed):
+    out = tmp_path / "rows.csv"
+    done = run(f"$CLI results . --out {out} {closed}", place)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert out.read_text().startswith("trial_id,") and "written:" not in out.read_text()
+
+
+class Refusing(io.RawIOBase):
+    """A raw stream that refuses what it is told to."""
+
+    def __init__(self, number: int):
+        self.number, self.data = number, b""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data) -> int:
+        if self.number:
+            raise OSError(self.number, os.strerror(self.number))
+        self.data += bytes(data)
+        return len(data)
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO, errno.EBADF, errno.ENOSPC, errno.EFBIG])
+def test_a_write_never_raises_and_trouble_but_for_a_reader_that_left_is_kept(monkeypatch, number):
+    from dfkd_ray.cli import streams
+
+    raw = Refusing(0)
+    given = io.TextIOWrapper(io.BufferedWriter(raw), "ascii", line_buffering=True)
+    monkeypatch.setattr(sys, "stdout", given)
+    with streams.forgiving() as outlet:
+        assert sys.stdout.encoding == "ascii" and not sys.stdout.isatty()
+        sys.stdout.write("é \udce9 \u202e\n")
+        raw.number = number
+        sys.stdout.write("lost\n")
+        sys.stdout.flush()
+    assert sys.stdout is given and raw.data == b"? ? ?\n"
+    assert (outlet.trouble is None) == (number in (errno.EPIPE, errno.EIO, errno.EBADF))
+
+
+# ---- errors that nobody expected ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def state(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return tmp_path / "state" / "dfkd_ray" / "errors"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyError("x"),
+        RecursionError(),
+        MemoryError("no room"),
+        AssertionError(),
+        EOFError("ends"),
+        RuntimeError("a\nb\x1b[31m s3://me:secret@bucket/x"),
+        type("Panic", (BaseException,), {})("in a library"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_that_nobody_expected_is_one_line_and_its_traceback_is_in_a_file(
+    run_cli, monkeypatch, place, state, error
+):
+    def read(*_arguments):
+        raise error
+
+    monkeypatch.setattr(results, "read", read)
+    done = run_cli("results", str(place))
+    assert done.code == 3 and len(done.err.splitlines()) == 1 and len(done.err) <= 301
+    assert done.err.startswith(f"error: unexpected error: {type(error).__name__}")
+    (file,) = state.iterdir()
+    assert str(file) in done.err and "secret" not in done.err + file.read_text() and "\x1b" not in done.err
+    text = file.read_text()
+    assert "Traceback" in text and type(error).__name__ in text and "in read" in text
+    assert file.stat().st_mode & 0o077 == 0
+    debugged = run_cli("--debug", "results", str(place))
+    assert debugged.code == 3 and "Traceback" in debugged.err and "in read" in debugged.err
+
+
+def test_a_deep_recursion_ends_in_one_line(run_cli, monkeypatch, place, state):
+    def read(*arguments):
+        return read(*arguments)
+
+    monkeypatch.setattr(results, "read", read)
+    done = run_cli("results", str(place))
+    assert done.code == 3 and len(done.err.splitlines()) == 1 and "unexpected error: RecursionError" in done.err
+
+
+def test_tracebacks_are_few_and_a_state_folder_that_cannot_be_written_is_said(run_cli, monkeypatch, place, state):
+    def read(*_arguments):
+        raise KeyError("x")
+
+    monkeypatch.setattr(results, "read", read)
+    for _ in range(24):
+        run_cli("results", str(place))
+    assert len(list(state.iterdir())) == 20
+    monkeypatch.setenv("XDG_STATE_HOME", "/dev/null")
+    done = run_cli("results", str(place))
+    assert done.code == 3 and "could not be written" in done.err and len(done.err.splitlines()) == 1
+
+
+def test_an_end_of_file_and_a_broken_pipe_inside_a_command_are_told(run_cli, monkeypatch, place, state):
+    def read(*_arguments):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(results, "read", read)
+    done = run_cli("results", str(place))
+    assert (done.code, done.err) == (3, "error: Broken pipe\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "start"),
+    [
+        (ValueError(), 2, "error: ValueError"),
+        (OSError(), 3, "error: OSError"),
+        (SystemExit("a factory\x1b[2J has left"), 1, "error: a factory\\x1b[2J has left"),
+        (SystemExit(None), 0, ""),
+        (SystemExit(7), 7, ""),
+        (KeyboardInterrupt(), 130, "error: interrupted"),
+        (ValueError("a\x1b[31mb\u202ec\u2028d\x9be"), 2, "error: a\\x1b[31mb\\u202ec\\u2028d\\x9be\n"),
+        (ValueError("x" * 5000), 2, "error: xxx"),
+        (ValueError("\n".join(f"line {n}" for n in range(1000))), 2, "error: line 0"),
+    ],
+    ids=lambda value: repr(value)[:24] if isinstance(value, BaseException) else None,
+)
+def test_error_lines_are_short_few_and_plain(run_cli, monkeypatch, place, error, code, start):
+    def read(*_arguments):
+        raise error
+
+    monkeypatch.setattr(results, "read", read)
+    done = run_cli("results", str(place))
+    lines = done.err.split("\n")[:-1]
+    assert done.code == code and done.err.startswith(start) and bool(lines) == bool(start)
+    assert all(len(line) <= 300 and line.isprintable() for line in lines) and len(lines) <= 41
+    if "line 999" in str(error):
+        assert lines[-1] == "error: and 960 more"
+
+
+def test_a_thread_that_ends_in_an_error_leaves_a_line(place, state):
+    program = (
+        "import sys, threading\nfrom dfkd_ray import cli, results\n"
+        "def read(*_):\n"
+        "    thread = threading.Thread(target=lambda: {}['x'])\n    thread.start()\n    thread.join()\n"
+        "    raise ValueError('no')\n"
+        "results.read = read\nsys.argv = ['dfkd-ray', 'results', '.']\ncli.main()"
+    )
+    done = run(f'{sys.executable} -c "$PROGRAM"', place, PROGRAM=program, XDG_STATE_HOME=str(state.parent.parent))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("note: unexpected error beside the command: KeyError") and len(list(state.iterdir()))
+
+
+# ---- signals -------------------------------------------------------------------------------------------------------
+
+
+def started(words: list[str], folder: Path, log: Path, **options) -> subprocess.Popen[bytes]:
+    """Our command in a session of its own, its output in a file."""
+    with log.open("wb") as out:
+        command = [sys.executable, "-m", "dfkd_ray", *words]
+        where = {"cwd": folder, "env": environment(), "start_new_session": True}
+        return subprocess.Popen(command, **{"stdout": out, "stderr": out, **where, **options})
+
+
+def wait_for(process: subprocess.Popen[bytes], is_there) -> None:
+    """Until `is_there()`; a process that has ended before is an error."""
+    end = time.monotonic() + LIMIT_S
+    while not is_there():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=["SIGINT", "SIGHUP"])
+def test_an_interrupted_recovery_is_one_line_and_130(tiny_teacher, tmp_path, number):
+    long = {**TRIAL, "distillation": {**TRIAL["distillation"], "num_steps": 10**6, "eval_every": 10, "num_images": 8}}
+    (tmp_path / "long.yaml").write_text(yaml.safe_dump(long))
+    log, cache = tmp_path / "log", str(tmp_path / "cache")
+    words = ["recover", str(tiny_teacher), "--config", "long.yaml", "--sparsity", "0.5", "--out", "out"]
+    process = started([*words, "--test-data", "none", "--cache", cache], tmp_path, log)
+    wait_for(process, lambda: "distilling" in log.read_text())
+    os.kill(process.pid, number)
+    assert process.wait(LIMIT_S) == 130
+    said = log.read_text()
+    assert said.count("error:") == 1 and said.splitlines()[-1].startswith("error: interrupted") and "Trace" not in said
+
+
+def test_a_hangup_that_is_ignored_stays_so(place):
+    program = "import os, signal\nfrom dfkd_ray import results, cli\n"
+    program += "read = results.read\n"
+    program += "results.read = lambda *words: os.kill(os.getpid(), signal.SIGHUP) or read(*words)\n"
+    program += "import sys; sys.argv = ['dfkd-ray', 'results', '.', '--limit', '1']; cli.main()"
+    command = f'{sys.executable} -c "$PROGRAM" > /dev/null'
+    assert run(command, place, PROGRAM=program).returncode == 130
+    assert run(f"trap '' HUP; {command}", place, PROGRAM=program).returncode == 0
+
+
+# ---- sweeps --------------------------------------------------------------------------------------------------------
+
+
+def sweep_of(teacher: Path, folder: Path, sparsities: list[float], num_steps: int = 2) -> list[str]:
+    """The words that sweep over these sparsities."""
+    settings = {**TRIAL, "distillation": {**TRIAL["distillation"], "num_steps": num_steps}}
+    about = {"source": "a test", "command": "none", "cost": "seconds", "expected": "rows"}
+    base = {**settings, "teacher": str(teacher)}
+    content = {"about": about, "base": base, "grid": {"pruning.sparsity": sparsities}}
+    (folder / "s.yaml").write_text(yaml.safe_dump(content))
+    words = ["sweep", "s.yaml", "--results", str(folder / "out"), "--cache", str(folder / "cache")]
+    return [*words, "--synthesizers", "1", "--test-data", "none"]
+
+
+def statuses(folder: Path) -> list[str]:
+    return results.read(folder / "out", "trials")["status"].tolist()
+
+
+@pytest.fixture
+def teacher_elsewhere(tiny_teacher, tmp_path):
+    """A teacher whose name ASCII has not."""
+    folder = tmp_path / "réseau [b]"
+    folder.symlink_to(tiny_teacher)
+    return folder
+
+
+def test_a_sweep_whose_reader_goes_away_finishes_every_trial(teacher_elsewhere, tmp_path):
+    words = " ".join(f"'{word}'" for word in sweep_of(teacher_elsewhere, tmp_path, [0.3, 0.5, 0.7]))
+    done = run(f"$CLI {words} | head -1; echo ${{PIPESTATUS[0]}}", tmp_path)
+    assert done.stdout.splitlines()[-1] == "0" and statuses(tmp_path) == ["finished"] * 3, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_sweep_on_an_ascii_terminal_finishes_trials_of_a_teacher_with_another_name(teacher_elsewhere, tmp_path):
+    words = " ".join(f"'{word}'" for word in sweep_of(teacher_elsewhere, tmp_path, [0.3, 0.5]))
+    done = run(f"$CLI {words}", tmp_path, PYTHONIOENCODING="ascii", LC_ALL="C")
+    assert done.returncode == 0 and statuses(tmp_path) == ["finished"] * 2, done.stderr
+    assert "r?seau [b]" in done.stdout and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("how", ["a pipe and Ctrl-C", "a hangup"])
+def test_a_sweep_that_is_stopped_with_its_terminal_or_its_pipe_ends_with_130_and_says_how_to_go_on(
+    tiny_teacher, tmp_path, how
+):
+    words, log = sweep_of(tiny_teacher, tmp_path, [0.3, 0.5, 0.7, 0.8], num_steps=400), tmp_path / "log"
+    process = started(words, tmp_path, log, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    wait_for(process, lambda: list((tmp_path / "out" / "trials").glob("*.parquet")))
+    if how == "a hangup":
+        os.killpg(process.pid, signal.SIGHUP)  # as the kernel does when a terminal is closed
+    else:
+        process.stdout.close()  # `tee` hears Ctrl-C too
+        os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(LIMIT_S) == 130
+    said = log.read_text()
+    assert "go on with: " in said and "Traceback" not in said and "Exception" not in said, said
+    assert set(statuses(tmp_path)) == {"finished"}
