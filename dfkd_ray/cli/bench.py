@@ -7,7 +7,7 @@ import typer
 
 from dfkd_ray import config as configs
 from dfkd_ray.cli.inputs import load_teacher, open_test
-from dfkd_ray.cli.options import DataRoot, Set, TeacherName, TestData, Trust
+from dfkd_ray.cli.options import DataRoot, Set, TeacherName, TestData, Trust, settled
 from dfkd_ray.cli.show import Progress
 
 app = typer.Typer(no_args_is_help=True, help="Speed as ratios against a plain reference, measured in one run.")
@@ -60,9 +60,8 @@ def bench_recovery(
     if test is None:
         raise ValueError(f"bench recovery needs test data to measure points lost; give --test-data for {loaded.name}")
     data = configs.read_yaml(config) if config else bench.FAST
-    overrides = configs.parse_overrides(set_ or []) | {"teacher": teacher}
-    overrides |= {"synthesis.seed": seed, "distillation.seed": seed}
-    settings = configs.validate(configs.TrialConfig, configs.with_overrides(data, overrides))
+    options = {"TEACHER": {"teacher": teacher}, "--seed": {"synthesis.seed": seed, "distillation.seed": seed}}
+    settings = configs.validate(configs.TrialConfig, settled(data, options, set_, config))
     bench.recovery(loaded, settings, test, sparsity or [0.75, 0.9], scale=scale, seed=seed, progress=Progress())
 
 

@@ -40,9 +40,9 @@ True
 
 from dfkd_ray.sweep.files import About, Job, Plan, SweepConfig, expand, parse, plan, prepare
 from dfkd_ray.sweep.machines import preflight
-from dfkd_ray.sweep.places import Stopped, explained
+from dfkd_ray.sweep.places import Stopped, check_target, explained
 from dfkd_ray.sweep.resuming import rows_in
-from dfkd_ray.sweep.running import LOOK_S, run
+from dfkd_ray.sweep.running import LOOK_S, real_sources, run
 from dfkd_ray.sweep.schema import json_schema
 from dfkd_ray.sweep.search import AshaConfig, SearchConfig, StopConfig
 from dfkd_ray.sweep.working import Seconds, run_job
@@ -58,6 +58,7 @@ __all__ = [
     "StopConfig",
     "Stopped",
     "SweepConfig",
+    "check_target",
     "expand",
     "explained",
     "json_schema",
@@ -65,6 +66,7 @@ __all__ = [
     "plan",
     "preflight",
     "prepare",
+    "real_sources",
     "rows_in",
     "run",
     "run_job",
