@@ -104,9 +104,13 @@ def told(where: Where) -> Iterator[None]:
 def content(folder: Folder, name: str, most: int) -> bytes | None:
     """The content of a file, None where there is none; `ValueError` for more bytes than `most`, or no plain file."""
     if folder.is_local:
-        return untrusted.file_bytes(folder.path / name, most)
-    data = folder.read(name, most + 1)
-    if data is not None:
+        untrusted.plain_file(folder.path / name)
+    found = folder.size(name)
+    if found is None:
+        return None
+    untrusted.check_size(found, most, str(folder / name))
+    data = folder.read(name)
+    if data is not None:  # a store need not say sizes
         untrusted.check_size(len(data), most, str(folder / name))
     return data
 
@@ -116,7 +120,7 @@ def is_bundle(folder: Folder) -> bool:
     with told(folder):
         if folder.is_local:
             return untrusted.plain_file(folder.path / DESCRIPTION) is not None
-        return folder.read(DESCRIPTION, 1) is not None
+        return folder.size(DESCRIPTION) is not None
 
 
 def locate(name: Where) -> Folder:

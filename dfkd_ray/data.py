@@ -153,7 +153,7 @@ def read_idx(path: Path) -> np.ndarray:
             if min(shape, default=0) < 0 or size > MAX_IDX_BYTES:
                 raise ValueError(f"{where}: its shape {shape} is none, or of more than {MAX_IDX_BYTES:,} bytes")
             data = file.read(size + 1) if shape or head[3] == 0 else b""
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, MemoryError, zlib.error) as error:
         raise ValueError(f"{where}: cannot be read: {one_line(error, 120)}") from None
     if len(data) != size:
         many = "more" if len(data) > size else f"{len(data):,}"

@@ -107,17 +107,30 @@ class Folder:
         return Folder(self.where, f"{self.below}/{name}" if self.below else name)
 
     @refusing
-    def read(self, name: str, most: int | None = None) -> bytes | None:
-        """The content of a file, or None when it is not there; with `most` its beginning, so many bytes."""
+    def read(self, name: str) -> bytes | None:
+        """The content of a file, or None when it is not there."""
         try:
             if self.is_local:
                 with open_plain(self.path / name) as file:
-                    return file.read(-1 if most is None else most)
+                    return file.read()
             system, path = self._remote(name)
             with system.open_input_file(path) as file:
-                return file.read(most)
+                return file.read()
         except FileNotFoundError:
             return None
+
+    @refusing
+    def size(self, name: str) -> int | None:
+        """Bytes of a file (0 where its store does not say), or None when it is not there or no plain file."""
+        if self.is_local:
+            local = self.path / name
+            return local.stat().st_size if local.is_file() else None
+        system, path = self._remote(name)
+        handler = getattr(system, "handler", None)
+        if isinstance(handler, fs.FSSpecHandler):
+            handler.fs.invalidate_cache(path.rpartition("/")[0])  # or what others wrote meanwhile would be missed
+        info = system.get_file_info(path)
+        return (info.size or 0) if info.type == fs.FileType.File else None
 
     @refusing
     def write(self, name: str, *data: bytes | memoryview) -> None:

@@ -81,18 +81,6 @@ def plain_file(path: Path, where: str | None = None) -> os.stat_result | None:
     return found
 
 
-def file_bytes(path: Path, most: int, where: str | None = None) -> bytes | None:
-    """The content of a plain file of at most so many bytes, None where there is none; see `plain_file`."""
-    found = plain_file(path, where)
-    if found is None:
-        return None
-    check_size(found.st_size, most, where or str(path))
-    with path.open("rb") as file:
-        data = file.read(min(most, found.st_size) + 1)  # Python takes the memory for all that is asked for at once
-    check_size(len(data), most, where or str(path))
-    return data
-
-
 def check_size(num_bytes: int, most: int, where: str) -> None:
     """`ValueError` for more bytes than are read of such a file."""
     if num_bytes > most:

@@ -14,7 +14,7 @@ import torch
 from conftest import TINY_INFO, tiny_network
 from torch import nn
 
-from dfkd_ray import bundles, pruning, untrusted
+from dfkd_ray import bundles, pruning
 from dfkd_ray.config import PruningConfig
 
 WEIGHTS = "weights.safetensors"
@@ -199,7 +199,7 @@ def test_a_header_that_does_not_fit_its_file_is_refused_by_name(folder, data):
 
 
 def test_a_header_of_too_many_tensors_is_refused(folder, monkeypatch):
-    monkeypatch.setattr(untrusted, "MAX_TENSORS", 100)
+    monkeypatch.setattr("dfkd_ray.untrusted.MAX_TENSORS", 100)
     sealed(folder, framed({f"t{index}": entry(shape=(0,), offsets=(0, 0)) for index in range(101)}))
     refusal(lambda: bundles.load(str(folder)), WEIGHTS, "101 tensors")
 
