@@ -82,7 +82,7 @@ def test_stored_tensors_round_trip_bit_for_bit(dtype, shape, kind):
 def test_a_weight_that_is_strided_or_shared_is_stored_by_value(tmp_path):
     weight = torch.randn(4, 3, 3, 3).contiguous(memory_format=torch.channels_last)
     state = {"a": weight, "b": weight, "c": weight}
-    bundles.write_safetensors(tmp_path / "w.safetensors", bundles.to_stored(state, ["b"]))
+    (tmp_path / "w.safetensors").write_bytes(bundles.safetensors_bytes(bundles.to_stored(state, ["b"])))
     loaded = bundles.read_state_dict(tmp_path / "w.safetensors")
     assert all(torch.equal(loaded[name], weight) for name in state)
 
@@ -381,24 +381,24 @@ def full_disk(*args, **kwargs):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def failing_replace(which):
-    """`os.replace` that works but for the call number `which`."""
-    real, calls = os.replace, []
+def failing(real, which):
+    """A function of `os` that works but for the call number `which`."""
+    calls = []
 
-    def replace(source, target):
-        calls.append(source)
+    def called(*arguments):
+        calls.append(arguments)
         if len(calls) == which:
             full_disk()
-        real(source, target)
+        return real(*arguments)
 
-    return replace
+    return called
 
 
 FAULTS = {
-    "weights": lambda patch: patch.setattr(Path, "write_bytes", full_disk),
-    "description": lambda patch: patch.setattr(Path, "write_text", full_disk),
-    "first_rename": lambda patch: patch.setattr(os, "replace", failing_replace(1)),
-    "second_rename": lambda patch: patch.setattr(os, "replace", failing_replace(2)),
+    "weights": lambda patch: patch.setattr(os, "fsync", failing(os.fsync, 1)),
+    "description": lambda patch: patch.setattr(os, "fsync", failing(os.fsync, 2)),
+    "first_rename": lambda patch: patch.setattr(os, "replace", failing(os.replace, 1)),
+    "second_rename": lambda patch: patch.setattr(os, "replace", failing(os.replace, 2)),
 }
 
 
@@ -423,20 +423,23 @@ def test_a_full_disk_leaves_no_half_of_a_new_bundle(tmp_path, fault):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_saving_over_a_bundle_replaces_it_whole(tmp_path):
+def test_saving_over_a_bundle_replaces_its_files_and_no_other(tmp_path):
     save_tiny(tmp_path / "net")
-    (tmp_path / "net" / "stale").touch()
+    (tmp_path / "net" / "notes.txt").write_text("mine")
     network, names = pruned_network(0.5)
     bundles.save(tmp_path / "net", TINY_INFO, network.state_dict(), names)
     assert [path.name for path in tmp_path.iterdir()] == ["net"]
-    assert {path.name for path in (tmp_path / "net").iterdir()} == {"teacher.json", "weights.safetensors"}
+    assert {path.name for path in (tmp_path / "net").iterdir()} == {"teacher.json", "weights.safetensors", "notes.txt"}
+    assert (tmp_path / "net" / "notes.txt").read_text() == "mine"
     assert pruning.achieved_sparsity(bundles.load(str(tmp_path / "net")).network) == pytest.approx(0.5, abs=1e-4)
 
 
-def test_a_whole_folder_appears_only_when_its_block_has_ended(tmp_path):
-    with bundles.whole_folder(tmp_path / "new" / "a") as partial:
-        (partial / "file").touch()
-        assert not (tmp_path / "new" / "a").exists()
+def test_a_new_folder_appears_only_when_all_its_files_are_there(tmp_path, monkeypatch):
+    seen = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *names: (seen.append((tmp_path / "new" / "a").exists()), replace(*names)))
+    bundles.write_folder(tmp_path / "new" / "a", {"file": [b"1"]})
+    assert seen == [False, False]
     assert [path.name for path in (tmp_path / "new" / "a").iterdir()] == ["file"]
     assert (tmp_path / "new" / "a").stat().st_mode & 0o777 == 0o755
 

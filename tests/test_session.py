@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from commands import SCRIPT, assert_one_line, done, environment, sweep_file
+from ray.exceptions import ActorDiedError
 
 from dfkd_ray import fleet, scratch
 from dfkd_ray.cli.live import descendants
@@ -188,3 +189,11 @@ def test_a_sweep_runs_with_a_long_path_for_temporary_files(tiny_teacher, tmp_pat
     words = [*SCRIPT, "sweep", str(file), "--results", "out", "--cache", "cache", "--test-data", "none"]
     ended = done([*words, "--synthesizers", "1"], tmp_path, TMPDIR=str(tmp_path / ("x" * 100)))
     assert ended.returncode == 0 and not ended.stderr, ended.stderr
+
+
+def test_what_ray_itself_fails_with_is_an_error_of_the_environment_in_one_line(monkeypatch):
+    monkeypatch.setattr(session, "start", lambda _options: None)
+    with pytest.raises(ConnectionError, match="Ray has failed .*the same command goes on from there") as caught:
+        with session.connected():
+            raise ActorDiedError()
+    assert len(str(caught.value).splitlines()) == 1

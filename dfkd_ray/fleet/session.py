@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from dfkd_ray import scratch
 from dfkd_ray.fleet import authentication, watching
@@ -88,7 +88,12 @@ def connected(
         if callable(on_terminate) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own there
         stack.enter_context(watching.watched(on_lost, is_own=chosen == "local"))
-        yield
+        try:
+            yield
+        except RayTaskError:  # an error of what ran there, not of Ray
+            raise
+        except RayError as error:
+            raise ConnectionError(f"Ray has failed ({shown(error)}); {watching.HOW_TO_GO_ON}") from error
 
 
 def start(options: dict[str, Any]) -> None:

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
-from dfkd_ray import results, storage
+from dfkd_ray import parsing, results, storage, targets
 from dfkd_ray.report import aggregates, page, pictures, sections
 from dfkd_ray.report.wording import Frame
 from dfkd_ray.storage import Folder
@@ -42,11 +41,15 @@ def write(place: str | Path | Folder, out: str | Path | None = None) -> Written:
     """
     source = storage.folder(place)
     folder, name = target(source, out)
+    figures = folder / stem_of(name)
+    targets.check_file(folder, name, is_page, "a report")
+    if name not in folder.names():  # then what lies in the folder of its figures is not ours either
+        targets.check(figures, targets.Product("a report's figures", {}))
     html, drawn = build(source)
-    for figure, data in drawn.items():
-        (folder / stem_of(name)).write(figure, data)
     data = html.encode("utf-8", errors="replace")
-    folder.write(name, data)
+    folder.write(name, data)  # first: it says whose the figures are
+    for figure, drawing in drawn.items():
+        figures.write(figure, drawing)
     return Written(folder, name, len(data), tuple(drawn))
 
 
@@ -59,6 +62,11 @@ def target(source: Folder, out: str | Path | None) -> tuple[Folder, str]:
     if not name.lower().endswith((".html", ".htm")) or not stem_of(name).strip("."):
         raise ValueError(f"--out {storage.without_secrets(str(out))}: expected a file name that ends in .html")
     return storage.folder((parent or ("/" if head.startswith("/") else ".")) + mark + query), name
+
+
+def is_page(data: bytes) -> bool:
+    """Whether these bytes are a page of ours."""
+    return page.GENERATOR.encode() in data[:1000]
 
 
 def stem_of(name: str) -> str:
@@ -103,12 +111,12 @@ def picture_names(rows: Frame, folder: Folder) -> list[str]:
 
 def about_of(source: Folder) -> Mapping[str, Any]:
     """What the sweep file says about itself, where it lies beside the tables."""
-    data = source.read("sweep.yaml")
+    data = source.read("sweep.yaml", most=parsing.MOST_BYTES)
     if data is None:
         return {}
     try:
-        content = yaml.safe_load(data)
-    except yaml.YAMLError:
+        content = parsing.parse_yaml(data.decode(errors="replace"), "sweep.yaml")
+    except ValueError:
         return {}
     about = content.get("about") if isinstance(content, dict) else None
     return {str(key): str(value) for key, value in about.items()} if isinstance(about, dict) else {}
