@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import yaml
-from damage import anything, changed, damaged, scalar
+from damage import MARKS, anything, changed, damaged, scalar
 from fuzzing import ANY, TRIED, Case, Desk
 from templates import TINY, sweep_file
 
@@ -59,8 +59,30 @@ def manifests(rng: random.Random, desk: Desk) -> Case:
     bundle = desk.take("teacher")
     path = bundle / "teacher.json"
     info = json.loads(path.read_text())
-    kind = rng.choice(["field"] * 6 + ["changed"] * 3 + ["bytes", "document", "size"])
-    if kind == "field":
+    kind = rng.choice(["field"] * 5 + ["changed"] * 3 + ["notes"] * 3 + ["edge", "edge", "bytes", "document", "size"])
+    if kind == "notes":
+        desk.take("images")
+        values = [anything(rng), -1, 2**62, "x", 1.5, {"attribute": 3}, {"nothing": 1}, {"num_validation": 10**9}]
+        name = rng.choice(["training", "data", "init", "x"])
+        part = rng.choice(["num_validation", "seed", "attribute", "equal_classes", "classes"])
+        notes = rng.choice([{name: rng.choice(values)}, {name: {part: rng.choice(values)}}, rng.choice(values)])
+        info |= {
+            "notes": notes,
+            "dataset": rng.choice(["images", str(desk.work / "images"), "mnist", "celeba", "\x1b[31m"]),
+        }
+        path.write_text(json.dumps(info))
+        words = ["recover", "teacher", *OUT, *TINY, "--test-data", rng.choice(["images", "validation", "auto"])]
+        info_words = ["teacher", "record", "teacher", "--dataset", "images", "--threads", "1", "--kinds", "top"]
+        return Case(rng.choice([words, info_words]), TRIED, writes=[*WRITES, "work/teacher/records"])
+    if kind == "edge":
+        edges: dict[str, list[Any]] = {"mean": [[1e30], [1e-38]], "std": [[1e-38], [1e38]]}
+        edges |= {
+            "pixel_range": [[-1e38, 1e38], [0, 1e-38]],
+            "class_names": [[f"{mark}{i}" for i in range(3)] for mark in MARKS],
+        }
+        for name in rng.sample(sorted(edges), 2):
+            info[name] = rng.choice(edges[name])
+    elif kind == "field":
         info[rng.choice([*info, "class_names", "nothing"])] = anything(rng)
     elif kind == "changed":
         info = changed(rng, info, rng.choice([1, 2]))

@@ -7,7 +7,7 @@ import re
 from damage import HUGE, MARKS, NAMES, NUMBERS, PLACES, anything, scalar, text
 from fuzzing import ANY, TRIED, Case, Desk
 from sweep_files import dumped
-from templates import SETTINGS, TINY, sweep_file
+from templates import EDGES, SETTINGS, TINY, sweep_file
 
 NARROW = ["--set", "batch_size=4", "--arguments", '{"width_multiplier": 0.25}']
 FIELDS = ["pruning.sparsity", "pruning.criterion", "pruning.schedule", "student.architecture", "student.arguments"]
@@ -204,46 +204,6 @@ def secret_places(rng: random.Random, desk: Desk) -> Case:
         ]
     )
     return Case(words, frozenset({2, 3, 77}), writes=["work/target", "work/target-cache"], secret=SECRET)
-
-
-# In range, or nearly so: what is left to the computation to refuse, and to the row to tell.
-EDGES = {
-    "synthesis.bn_weight": ["1e30", "1e38", "0", "1e-30"],
-    "synthesis.learning_rate": ["1e30", "1e-30", "1000"],
-    "synthesis.tv_weight": ["1e38", "0"],
-    "synthesis.l2_weight": ["1e38", "1e-38"],
-    "synthesis.label_weight": ["0", "1e38"],
-    "synthesis.num_steps": ["1", "3"],
-    "synthesis.batch_size": ["2", "3", "5"],
-    "synthesis.storage": ["uint8", "float16", "float32"],
-    "synthesis.precision": ["bfloat16", "float32"],
-    "synthesis.parametrisation": ["pixel"],
-    "synthesis.method": ["noise", "deepinversion", "records"],
-    "synthesis.seed": ["9223372036854775807", "4294967296", "0"],
-    "distillation.seed": ["9223372036854775807", "4294967296"],
-    "distillation.learning_rate": ["1e30", "1e-30", "100"],
-    "distillation.temperature": ["1e-30", "1e30", "1e-3"],
-    "distillation.kl_weight": ["0", "1e38"],
-    "distillation.label_weight": ["1e38", "1"],
-    "distillation.feature_weight": ["1e38", "1"],
-    "distillation.clip_norm": ["1e-30", "1e30"],
-    "distillation.weight_decay": ["1e30", "0"],
-    "distillation.num_steps": ["0", "1"],
-    "distillation.shift": ["15", "16", "17", "1000"],
-    "distillation.mixup": ["0", "1"],
-    "distillation.bn_mode": ["frozen", "reestimated", "trained"],
-    "distillation.num_images": ["1", "3", "5"],
-    "distillation.warmup": ["0.999999"],
-    "distillation.patience": ["1"],
-    "bn_num_images": ["2", "5"],
-    "reference.num_images": ["2", "5"],
-    "pruning.sparsity": ["0", "0.99999999", "0.999", "0.5"],
-    "pruning.criterion": ["lamp", "uniform"],
-    "pruning.schedule": ["cubic"],
-    "pruning.spare_first": ["true"],
-    "student.architecture": ["resnet8", "lenet5", "wrn_16_1", "hinton_800", "json:loads", "nothing:make"],
-    "student.arguments": ['{"width_multiplier": 0.1}', '{"width_multiplier": 1e-9}', '{"depth": 3}'],
-}
 
 
 def trials(rng: random.Random, desk: Desk) -> Case:

@@ -32,7 +32,7 @@ MEMORY_BYTES = 2 << 30  # held by one input, at most
 REFUSED = frozenset({2, 3})
 ANY = frozenset({0, 2, 3, 77})  # may be good: 77 is where Ray would start
 TRIED = frozenset({0, 1, 2, 3, 77})  # 1: a trial ran and failed, or something damaged was found
-PROGRESS = re.compile(r"(\w[\w ]* \d+/\d+\b|note: |trial t-)")
+PROGRESS = re.compile(r"(\w[\w ]* \d+/\d+\b|note: |trial t-|batch \d+ of )")
 ESCAPED = re.compile(r"\\(x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")  # one character, on a terminal that lacks it
 FOREIGN = ("letter.txt", "thesis/chapter.tex", "checkpoints/mine.pt", "student/grades.csv", "row.json", ".config/shell")
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from damage import HUGE, MARKS, PLACES, anything, changed, damaged, deep
 from fuzzing import ANY, REFUSED, TRIED, Case, Desk
-from templates import SETTINGS, TINY, base, sweep_file
+from templates import EDGES, SETTINGS, TINY, base, sweep_file
 
 SWEEPS = Path(__file__).parents[2] / "sweeps"
 BOMB = "\n".join(
@@ -52,6 +52,21 @@ def wrong_field(rng: random.Random, desk: Desk) -> bytes:
         domain = rng.choice([{"uniform": [value, 1]}, {"choice": value}, [value], value, {"magic": [1]}])
         data["search"] = {"space": {name: domain}, "algorithm": "random", "num_trials": rng.choice([2, value])}
     return dumped(data).encode("utf-8", "surrogatepass")
+
+
+def edges(rng: random.Random, desk: Desk) -> bytes:
+    """A sweep over values at the edges of what a config takes."""
+    data = sweep_file()
+    for name in rng.sample(sorted(EDGES), rng.choice([1, 2])):
+        values = [yaml.safe_load(value) for value in rng.sample(EDGES[name], rng.choice([1, len(EDGES[name])]))]
+        data["grid"][name] = values
+    if rng.random() < 0.3:
+        space = {"pruning.sparsity": rng.choice([{"uniform": [0.1, 0.9]}, {"quniform": [0, 0.9, 0.3]}, [0.5, 0.7]])}
+        data["search"] = {"space": space, "algorithm": rng.choice(["random", "optuna"]), "num_trials": 3}
+        del data["grid"]
+    if rng.random() < 0.3:
+        data["stop"] = {"asha": {"grace_looks": rng.choice([1, 10**6]), "reduction_factor": rng.choice([1.0001, 3])}}
+    return dumped(data).encode()
 
 
 def too_many(rng: random.Random, desk: Desk) -> bytes:
@@ -167,7 +182,7 @@ def odd_file(rng: random.Random, desk: Desk) -> str:
 def sweep_files(rng: random.Random, desk: Desk) -> Case:
     """A sweep file of any kind, with options that look into it or not."""
     kinds: list[Callable[[random.Random, Desk], bytes]] = [wrong_value] * 5 + [wrong_field] * 5 + [wrong_document] * 4
-    kind = rng.choice([*kinds, damaged_document, too_many, too_many])
+    kind = rng.choice([*kinds, damaged_document, too_many, too_many, *[edges] * 4])
     desk.take("teacher")
     words = ["sweep", "sweep.yaml", "--results", "target", "--cache", "target-cache", "--test-data", "none"]
     words += rng.choice([[], [], ["--dry-run"], ["--dry-run", "--figures", "target/figures.json"]])
