@@ -193,7 +193,7 @@ def test_a_sweep_runs_with_a_long_path_for_temporary_files(tiny_teacher, tmp_pat
 
 def test_what_ray_itself_fails_with_is_an_error_of_the_environment_in_one_line(monkeypatch):
     monkeypatch.setattr(session, "start", lambda _options: None)
-    with pytest.raises(ConnectionError, match="Ray has failed .*the same command goes on from there") as caught:
-        with session.connected():
-            raise ActorDiedError()
+    said = r"Ray has failed .*the same command goes on from there"
+    with pytest.raises(ConnectionError, match=said) as caught, session.connected():
+        raise ActorDiedError()
     assert len(str(caught.value).splitlines()) == 1
