@@ -12,6 +12,7 @@ floats are pixels. What all images have in common is in the file's metadata.
 `synthesis.json` comes last: where it is, the export is whole. Until then `.synthesis.json` says whose the folder is.
 """
 
+import contextlib
 import io
 import json
 import re
@@ -125,10 +126,9 @@ def check_folder(export: Export) -> None:
 
 def read_record(path: Path) -> dict[str, Any]:
     """What a folder says it holds."""
-    try:
+    record: Any = None
+    with contextlib.suppress(ValueError, RecursionError):
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        record = None
     kinds = {"schema": str, "key": str, "format": str, "num_images": int}
     whole = isinstance(record, dict) and all(type(record.get(name)) is kind for name, kind in kinds.items())
     if not whole or record["schema"] != SCHEMA:

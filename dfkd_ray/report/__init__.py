@@ -111,9 +111,9 @@ def picture_names(rows: Frame, folder: Folder) -> list[str]:
 
 def about_of(source: Folder) -> Mapping[str, Any]:
     """What the sweep file says about itself, where it lies beside the tables."""
-    data = source.read("sweep.yaml", most=parsing.MOST_BYTES)
-    if data is None:
+    if not 0 < (source.size("sweep.yaml") or 0) <= parsing.MOST_BYTES:
         return {}
+    data = source.read("sweep.yaml") or b""
     try:
         content = parsing.parse_yaml(data.decode(errors="replace"), "sweep.yaml")
     except ValueError:

@@ -154,7 +154,9 @@ def mixtures(frame: pd.DataFrame) -> list[str]:
     """
     found = []
     for name, what in MADE_BY.items():
-        values = frame[name].value_counts(dropna=False) if name in frame else []
+        if name not in frame:
+            continue
+        values = frame[name].value_counts(dropna=False)
         if len(values) < 2:
             continue
         shown = [f"{value_shown(value)}: {num} row{'' if num == 1 else 's'}" for value, num in values.items()]

@@ -21,7 +21,7 @@ def looks_in(place: Folder, trial_ids: set[str]) -> list[tuple[str, int, float]]
     if not trial_ids:
         return []
     looks = results.read(place, "epochs", ["trial_id", "step", "agreement"])
-    looks = looks[looks["trial_id"].isin(list(trial_ids))].dropna(subset=["step", "agreement"])
+    looks = looks.loc[looks["trial_id"].isin(list(trial_ids)) & looks["step"].notna() & looks["agreement"].notna()]
     best = looks.groupby("trial_id")["agreement"].cummax()
     return list(zip(looks["trial_id"], looks["step"].astype(int), best, strict=True))
 
