@@ -2,6 +2,7 @@
 
 import os
 import random
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -247,6 +248,25 @@ def test_a_disk_error_that_passes_is_not_noticed_and_one_that_stays_is_told(tmp_
         read_all(running.stream(), spec, range(5))
         with pytest.raises(OSError, match="No space left"):
             read_all(running.stream(), spec, [5])
+
+
+def test_a_cache_that_is_full_when_a_key_is_opened_is_told_and_named(tmp_path):
+    (tmp_path / "small").mkdir()
+    mounted = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(tmp_path / "small")]
+    if os.geteuid() != 0 or subprocess.run(mounted, capture_output=True, check=False).returncode:
+        pytest.skip("a disk that is small and full needs leave to mount one")
+    try:
+        spec = simulated_spec("full", SHAPE)
+        with fleet.started(settings_of(tmp_path / "small")) as running:
+            with (tmp_path / "small" / "others").open("wb", buffering=0) as file, pytest.raises(OSError):
+                while file.write(bytes(4096)):
+                    pass
+            with pytest.raises(OSError, match=f"the cache {tmp_path / 'small'}/.*: No space left on device"):
+                read_all(running.stream(), spec, [0])
+            (tmp_path / "small" / "others").unlink()
+            read_all(running.stream(), simulated_spec("room", SHAPE), [0])
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path / "small")], check=True)
 
 
 def test_a_damaged_shard_is_made_again(tmp_path):
