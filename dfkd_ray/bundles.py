@@ -128,7 +128,7 @@ def locate(name: Where) -> Folder:
 
     `ValueError` says what was expected and lists the bundled ones; `OSError` for a URI that cannot be read.
     """
-    shown = one_line(storage.without_secrets(str(name)), 160)
+    shown = one_line(storage.without_secrets(str(name)), 120)
     if isinstance(name, Folder) or "://" in str(name):
         with told(name):
             folder = storage.folder(name)

@@ -76,7 +76,7 @@ def open_dataset(
     folder = Path(name)
     if is_folder(folder):
         return open_folder(folder / ("train" if train else "test"), image_shape)
-    shown = one_line(name, 160)
+    shown = one_line(name, 120)
     raise ValueError(f"unknown data set {shown!r}; expected one of {', '.join(OPENERS)}, or a folder of class folders")
 
 
@@ -136,7 +136,7 @@ def rows_through(
 
 def read_idx(path: Path) -> np.ndarray:
     """The array of an IDX file of unsigned bytes (LeCun's format), plain or `.gz`; no more is read than it says."""
-    where = one_line(path, 160)
+    where = one_line(path, 120)
     if plain_file(path) is None:
         raise ValueError(f"{where}: no such file")
     shape: list[int] = []

@@ -24,7 +24,7 @@ SIXTEEN_BIT_FORMATS = ("PNG", "PPM")  # older Pillow opens their 16-bit grey as 
 
 def read(path: str | Path) -> Tensor:
     """An image file as uint8 (3, height, width). `ValueError`, naming the file, for one that cannot be read so."""
-    where = one_line(path, 160)
+    where = one_line(path, 120)
     if plain_file(Path(path)) is None:
         raise ValueError(f"{where}: no such image file")
     try:
@@ -68,7 +68,7 @@ def class_folders(folder: Path) -> tuple[list[str], list[str], list[int]]:
 
     `ValueError` where there is no class folder, one has no image or a name that is no text, or a link leads back.
     """
-    expected = f"{one_line(folder, 160)}: expected class folders with images"
+    expected = f"{one_line(folder, 120)}: expected class folders with images"
     try:
         with os.scandir(folder) as entries:
             names = sorted(entry.name for entry in entries if os.path.isdir(entry.path))
@@ -100,9 +100,9 @@ def image_files(folder: str) -> list[str]:
         status = os.stat(place)
         itself = (status.st_dev, status.st_ino)
         if itself in above:
-            raise ValueError(f"{one_line(place, 160)}: a link that leads back to a folder it lies in")
+            raise ValueError(f"{one_line(place, 120)}: a link that leads back to a folder it lies in")
         if len(found) >= MAX_FOLDERS:
-            raise ValueError(f"{one_line(folder, 160)}: more than {MAX_FOLDERS:,} folders, those behind links counted")
+            raise ValueError(f"{one_line(folder, 120)}: more than {MAX_FOLDERS:,} folders, those behind links counted")
         found[place] = []
         for name in os.listdir(place):
             inner = os.path.join(place, name)

@@ -35,7 +35,7 @@ def load(path: Path, largest: int) -> Any:
 
     `largest`: bytes that it may take in memory.
     """
-    where = one_line(path, 160)
+    where = one_line(path, 120)
     with path.open("rb") as file:
         head = file.read(4)
         try:

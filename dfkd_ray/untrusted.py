@@ -64,7 +64,7 @@ def plain_file(path: Path, where: str | None = None) -> os.stat_result | None:
     `ValueError` for a folder, a pipe, a device, and links that lead nowhere but to themselves. `OSError` where the
     disk refuses to answer.
     """
-    where = one_line(where or path, 160)
+    where = one_line(where or path, 120)
     try:
         found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -84,7 +84,7 @@ def plain_file(path: Path, where: str | None = None) -> os.stat_result | None:
 def check_size(num_bytes: int, most: int, where: str) -> None:
     """`ValueError` for more bytes than are read of such a file."""
     if num_bytes > most:
-        raise ValueError(f"{one_line(where, 160)}: {size(num_bytes)} or more, expected at most {size(most)}")
+        raise ValueError(f"{one_line(where, 120)}: {size(num_bytes)} or more, expected at most {size(most)}")
 
 
 def free_bytes() -> int:
@@ -108,7 +108,7 @@ def free_bytes() -> int:
 
 def parse_json(data: bytes, where: str) -> Any:
     """The value of JSON text, strictly: no name twice, no NaN or infinity, no integer beyond 64 bits, bounded depth."""
-    where, found = one_line(where, 160), None
+    where, found = one_line(where, 120), None
     try:
         found = json.loads(data.decode("utf-8"), object_pairs_hook=distinct, parse_constant=float, parse_int=whole)
         problem = fault_of(found)
@@ -155,7 +155,7 @@ def safetensors_header(file: Path | bytes, where: str, what: str = "safetensors 
 
     `ValueError` for one that is not whole, or whose shapes, kinds of numbers and places in the file do not fit.
     """
-    broken = f"{one_line(where, 160)}: not a whole {what}"
+    broken = f"{one_line(where, 120)}: not a whole {what}"
     if isinstance(file, bytes):
         num_bytes, head, rest = len(file), file[:8], file[8 : 8 + MAX_HEADER_BYTES]
     else:
@@ -205,11 +205,11 @@ def read_safetensors(file: Path | bytes, where: str | None = None, what: str = "
     """The tensors of a safetensors file, or of its content; `ValueError`, naming `where`, for a damaged one."""
     where = where or str(file)[:MAX_MESSAGE]
     if not isinstance(file, bytes) and plain_file(file, where) is None:
-        raise ValueError(f"{one_line(where, 160)}: no such file")
+        raise ValueError(f"{one_line(where, 120)}: no such file")
     safetensors_header(file, where, what)
     try:
         return safetensors.torch.load(file) if isinstance(file, bytes) else safetensors.torch.load_file(file)
     except OSError:
         raise
     except Exception as error:  # noqa: BLE001 - of a foreign file, any failure of the library is the same one
-        raise ValueError(f"{one_line(where, 160)}: not a whole {what}: {reason(error)}") from None
+        raise ValueError(f"{one_line(where, 120)}: not a whole {what}: {reason(error)}") from None

@@ -29,9 +29,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """
     found = untrusted.plain_file(path)
     if found is None:
-        raise ValueError(f"{one_line(path, 160)}: no such weights file")
+        raise ValueError(f"{one_line(path, 120)}: no such weights file")
     if path.suffix != ".safetensors" and path.suffix not in ENDINGS:
-        raise ValueError(f"{one_line(path, 160)}: expected .safetensors, .pt or .pth")
+        raise ValueError(f"{one_line(path, 120)}: expected .safetensors, .pt or .pth")
     largest = untrusted.free_bytes() // 2
     untrusted.check_size(found.st_size, largest, str(path))
     if path.suffix == ".safetensors":
@@ -42,7 +42,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     plain = isinstance(data, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in data.items())
     if not plain:
         raise ValueError(
-            f"{one_line(path, 160)}: expected a state dict (name → tensor), got {one_line(type(data).__name__, 60)}"
+            f"{one_line(path, 120)}: expected a state dict (name → tensor), got {one_line(type(data).__name__, 60)}"
         )
     return {key.removeprefix("module."): value for key, value in data.items()}
 
@@ -53,7 +53,7 @@ def from_stored(stored: Mapping[str, Tensor], where: str = "weights", largest: i
     `ValueError` where mask, shape and values do not fit, where a name belongs to nothing, and, before memory is taken,
     where the dense tensors need more than `largest` bytes.
     """
-    where = one_line(where, 160)
+    where = one_line(where, 120)
     masked = {key.removesuffix(MASK) for key in stored if key.endswith(MASK)}
     own = {name + ending for name in masked for ending in (MASK, VALUES, SHAPE)}
     for key in stored:
@@ -107,7 +107,7 @@ def load_state(network: nn.Module, state: Mapping[str, Tensor], where: str) -> N
     Floating-point weights of 16, 32 and 64 bits are taken for one another; integers, truth values, complex, sparse and
     quantised tensors are not, nor are values that the network's own kind of numbers cannot hold.
     """
-    where = one_line(where, 160)
+    where = one_line(where, 120)
     expected = network.state_dict()
     problems = [f"{name} is missing" for name in expected if name not in state]
     problems += [f"{one_line(name, 80)} is not of this architecture" for name in state if name not in expected]

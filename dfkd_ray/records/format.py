@@ -68,7 +68,7 @@ def decode(
     `ValueError` for one that is damaged, of another teacher, of another kind than `kind` where that is given, or whose
     parts do not belong together.
     """
-    where = one_line(where, 160)
+    where = one_line(where, 120)
     # The library tells of metadata only where it opens the file itself.
     metadata = untrusted.safetensors_header(data, where, "record").get("__metadata__")
     text = metadata.get(METADATA) if isinstance(metadata, dict) else None
