@@ -22,6 +22,9 @@ def assignment(rng: random.Random) -> str:
     value = scalar(rng)
     values = [json.dumps(anything(rng))[:200_000], text(rng), "", "[1", "{a: b", "&a [*a]", "[" * 3000, "!!python/x y"]
     values += ["{a: 1, a: 2}", "1:30", "true", "2001-01-01", "null", "9" * 30, "9" * 5000, "1e400", "-0", ".nan"]
+    if rng.random() < 0.3:
+        name = rng.choice(sorted(EDGES))
+        return f"{name}={rng.choice(EDGES[name])}"
     name = rng.choice([name] * 8 + [text(rng)[:400]])
     return rng.choice([f"{name}={rng.choice(values)}"] * 8 + [f"{name}", f"{name}=={value}"])
 

@@ -30,13 +30,13 @@ from dfkd_ray.cli.live import descendants
 HANG_S = 1200.0  # without a new row, an event or an end
 PAUSE_S = 5.0  # between two events, in the mean
 KINDS = {
-    "kill trial": 3,
+    "kill trial": 4,
     "kill synthesizer": 3,
     "kill any worker": 2,
-    "kill driver": 2,
-    "kill raylet": 1,
-    "kill everything": 1,
-    "stop and continue": 5,
+    "kill driver": 3,
+    "kill raylet": 2,
+    "kill everything": 2,
+    "stop and continue": 4,
     "full results disk": 2,
     "full cache disk": 2,
     "full disks": 1,
