@@ -276,10 +276,14 @@ def test_options_that_cannot_act_are_refused(run_cli, tiny_teacher, tmp_path):
 
 
 def test_a_full_disk_is_exit_3_and_leaves_nothing_half_written(run_cli, tiny_teacher, tmp_path, monkeypatch):
-    def full(self, data):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+    replace = os.replace
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    def full(source, target):
+        if Path(target).name == "student":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
     done = run_cli("recover", str(tiny_teacher), "--out", str(tmp_path / "o"), *TINY)
     assert_one_line(done, 3, "No space left", "free some space")
     assert not (tmp_path / "o" / "student").exists() and not list((tmp_path / "o").glob(".student*"))

@@ -204,6 +204,6 @@ def test_what_figures_cannot_say_is_one_line_with_what_to_do(dry, tiny_teacher, 
     ):
         done = dry(*words, grid=grid)
         assert done.code == 2 and len(done.err.splitlines()) == 1 and says in done.err, done.err
-    assert ", and 2 more" in done.err and figures.read(cpu).costs == costs_of(jobs), "nothing was added"
+    assert ", and 4 more" in done.err and figures.read(cpu).costs == costs_of(jobs), "nothing was added"
     done = dry("--figures", str(path), "--gpus", "4", device="cpu")
     assert done.code == 2 and "all trials have device=cpu" in done.err

@@ -25,6 +25,7 @@ from dfkd_ray.config import (
 from dfkd_ray.data import LabelledImages
 from dfkd_ray.models import without_batchnorm
 from dfkd_ray.sweep import estimate, files
+from dfkd_ray.sweep.combinations import applies
 
 SHAPES = {
     "hinton_1200": (1, 28, 28),
@@ -400,15 +401,15 @@ def test_the_default_references_key_and_columns_are_those_of_before():
     fields = {*DeepInversionConfig.model_fields, *RecordsConfig.model_fields, *NoiseConfig.model_fields}
     assert set(names) == {"reference.num_images", *(f"reference.synthesis.{field}" for field in fields)}
     assert len(names) == len(set(names))
-    assert json.loads(str(results.schema("trials").metadata[b"dfkd_ray.schema"].rpartition(b"/")[2].decode())) == 2
+    assert json.loads(str(results.schema("trials").metadata[b"dfkd_ray.schema"].rpartition(b"/")[2].decode())) == 3
 
 
 def test_a_sweep_leaves_out_overrides_of_another_references_method(teacher_folder):
     base = with_overrides(TINY, {"teacher": str(teacher_folder)})
-    assert not files.applies("reference.synthesis.num_steps", base)
-    assert files.applies("reference.synthesis.batch_size", base) and files.applies("reference.num_images", base)
-    assert files.applies("reference.synthesis.num_steps", {"teacher": "t"})
-    assert files.applies("reference.synthesis.nonsense", base)  # an error, told when it is validated
+    assert not applies("reference.synthesis.num_steps", base, {})
+    assert applies("reference.synthesis.batch_size", base, {}) and applies("reference.num_images", base, {})
+    assert applies("reference.synthesis.num_steps", {"teacher": "t"}, {})
+    assert applies("reference.synthesis.nonsense", base, {})  # an error, told when it is validated
 
 
 def test_estimates_count_a_reference_of_noise_as_a_synthesis(teacher, teacher_folder):

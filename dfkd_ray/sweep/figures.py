@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from dfkd_ray import __version__, storage
+from dfkd_ray import __version__, parsing, storage
 from dfkd_ray.config import STRICT, validate
+from dfkd_ray.plain import cut, named
 from dfkd_ray.sweep.estimate import Calibration, Cost, Unit, unit_text
 
 SCHEMA = "dfkd_ray.figures/1"
-SHOWN = 3  # units that an error names
 
 
 class Timing(BaseModel):
@@ -61,12 +61,9 @@ class Figures(BaseModel):
 
 def read(path: Path) -> Figures | None:
     """The figures in a file, None where there is no such file. `ValueError` for one that is no file of figures."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"--figures {path}: not valid JSON: {error}") from None
+    data = parsing.parse_json(parsing.read_text(path), f"--figures {named(path)}")
     found = data.get("schema_version") if isinstance(data, dict) else type(data).__name__
     if found != SCHEMA:
         raise ValueError(f"--figures {path}: schema_version is {found!r}, this version reads {SCHEMA!r}")
@@ -112,16 +109,13 @@ def extended(
 
 def lack(path: Path, figures: Figures, missing: Iterable[Unit], names: Mapping[Unit, str], here: str) -> ValueError:
     """The error for units that a file lacks and this machine, of numerics class `here`, cannot stand in for."""
-    missing = list(missing)
-    told = []
-    for unit in missing[:SHOWN]:
-        fields = {name: value for name, value in json.loads(unit).items() if value not in (None, False, {})}
-        work = fields.pop("work")
-        fields.pop("teacher_hash")
-        told.append(f"{work} with {names[unit]} ({', '.join(f'{name} {value}' for name, value in fields.items())})")
-    more = f", and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+    first, *others = missing
+    fields = {name: value for name, value in json.loads(first).items() if value not in (None, False, {})}
+    work = fields.pop("work")
+    fields.pop("teacher_hash")
+    what = cut(f"{work} with {names[first]} ({', '.join(f'{name} {value}' for name, value in fields.items())})", 60)
+    more = f", and {len(others)} more" if others else ""
     return ValueError(
-        f"--figures {path} lacks {len(missing)} of {len(names)} units of work: {'; '.join(told)}{more}; run this dry "
-        f"run with it on a machine of its kind ({figures.numerics}; this one is {here}), which adds them, or name a "
-        "new file"
+        f"--figures {cut(str(path), 40)} lacks {len(others) + 1} of {len(names)} units of work: {what}{more}; run this "
+        f"dry run with it on a machine of its kind ({cut(figures.numerics, 50)}; this one: {cut(here, 30)})"
     )
