@@ -9,6 +9,7 @@ for everything it names (nothing is imported or called), and its sizes are compa
 import io
 import pickle
 import pickletools
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -55,7 +56,9 @@ def load(path: Path, largest: int) -> Any:
                 raise
             raise refused(where, error) from None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of kinds of tensors that are refused anyway
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - any failure of reading a foreign file is the same one: it is not usable
         raise refused(where, error) from None
 

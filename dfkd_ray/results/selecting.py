@@ -182,4 +182,7 @@ def with_whole_numbers(frame: pd.DataFrame, table: str) -> pd.DataFrame:
     """Integer columns as integers again: pandas reads those with nulls as floats."""
     kinds = schema(table)
     whole = [name for name in frame.columns if name in kinds.names and kinds.field(name).type == pa.int64()]
-    return frame.astype(dict.fromkeys((name for name in whole if frame[name].dtype.kind == "f"), "Int64"))
+    floats = [name for name in whole if frame[name].dtype.kind == "f"]
+    # Beyond 2^53 a float is no exact integer any more, and from 2^63 on it fits into none.
+    small = [name for name in floats if not (np.abs(frame[name].to_numpy()) > 2**53).any()]
+    return frame.astype(dict.fromkeys(small, "Int64"))
