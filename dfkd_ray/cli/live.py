@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dfkd_ray.cli.show import fleet_line, number
+from dfkd_ray.cli.show import fleet_line, number, text_of
 from dfkd_ray.cli.streams import say
 from dfkd_ray.config import TrialConfig, flat, follows
 from dfkd_ray.text import is_null, shown
@@ -232,7 +232,7 @@ class Screen:
         self.view.row(row)
         if not self.is_live or not has_ended_well(row):
             figures, trial_id = self.view.figures(self.clock()), row["trial_id"]
-            say(row_line(row, self.view.names.get(trial_id, str(trial_id)), figures, done, total))
+            say(row_line(row, self.view.names.get(trial_id, text_of(trial_id)), figures, done, total))
 
     def fleet(self, status: Mapping[str, Any]) -> None:
         """How the synthesizers are."""

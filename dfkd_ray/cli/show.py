@@ -156,7 +156,7 @@ def print_failures(rows: Any) -> None:
     """Why trials failed: a line per reason."""
     failed = rows[rows["status"] == "failed"]
     for reason, group in failed.groupby(failed["reason"].fillna("no reason given"), sort=True):
-        names = sorted(map(str, group["trial_id"]))
+        names = sorted(text_of(name) for name in group["trial_id"])
         told = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         say(f"{len(names)} failed: {reason} ({told})")
 
