@@ -27,12 +27,20 @@ HARMLESS = {
     *("buffer_size", "default_block_size", "use_mmap"),
 }
 PLAIN = re.compile(r"[\w.:/+-]*(?=$|[\s\"'`)\]}>]|[,;:.](?:\s|$))")
+# What may hold a secret: a scheme, one slash, and further on an @ or a ?.
+ONE_SLASH = re.compile(r"(?<![\w+.:-])([A-Za-z][A-Za-z0-9+.-]+):/(?=[^/\s][^\s]*[@?])")
 MASKED = re.compile(r"\*\*\*(?!\w)")
 SHORTEST = 4  # characters of a secret that is looked for in what a client library says
 
 
+def with_slashes(text: str) -> str:
+    """A text in which a URI that was taken for a path has the slash again that it lost."""
+    return ONE_SLASH.sub(r"\1://", text) if ":/" in text else text
+
+
 def without_secrets(text: str) -> str:
     """For messages: users with passwords, and the values of queries, become `***` in every URI of a text."""
+    text = with_slashes(text)
     if "://" not in text:
         return text
     return "\n".join(_line(line) if "://" in line else line for line in text.split("\n"))

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from dfkd_ray.masking import with_slashes
 from dfkd_ray.text import shortened
 from dfkd_ray.text import shown as printable
 
@@ -29,6 +30,7 @@ def named(path: object) -> str:
 
 def cut(text: str, most: int) -> str:
     """A text shortened in the middle; where it is a URI, without what opens it, half of which would not be masked."""
+    text = with_slashes(text)
     if len(text) > most and "://" in text:
         text = re.sub(r"://[^/]*@", "://***@", text.partition("?")[0])
     return shortened(text, most)

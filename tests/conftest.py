@@ -21,6 +21,7 @@ os.environ["DFKD_RAY_CACHE"] = SCRATCH.name
 os.environ["XDG_STATE_HOME"] = os.path.join(SCRATCH.name, "state")
 # A shell starts what runs in its background with Ctrl-C ignored, and children inherit that; tests here send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup` has it ignored
 # Tensors here are tiny; on a busy machine threads that wait for each other cost a hundred times more than they give.
 torch.set_num_threads(1)
 

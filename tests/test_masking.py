@@ -1,13 +1,14 @@
 """What is shown of URIs: no part of what opens them, whatever it is called and whatever is in it."""
 
 import random
+from pathlib import Path
 
 import fsspec
 import pytest
 import yaml
 from pyarrow import fs
 
-from dfkd_ray import masking, storage, trial
+from dfkd_ray import masking, plain, storage, trial
 from dfkd_ray.storage import Folder
 
 MARK = "hush"
@@ -134,3 +135,12 @@ def test_the_parameters_called_harmless_are_those_of_file_systems():
     uri = "s3://bucket/x?region=us-east-1&scheme=http&endpoint_override=localhost:9000&allow_bucket_creation=true"
     fs.FileSystem.from_uri(uri)
     assert masking.without_secrets(uri) == uri
+
+
+@pytest.mark.parametrize(
+    "uri", ["https://user:pa55word@host/x", "ftp://host/x.csv?signature=pa55word", "s3://a:pa55word@b"]
+)
+def test_a_uri_that_was_taken_for_a_path_shows_no_secret(uri):
+    assert "pa55word" not in masking.without_secrets(f"error: {Path(uri)}: no such file")
+    assert "pa55word" not in masking.without_secrets(plain.named(Path(uri + "/" + "y" * 500)))
+    assert masking.without_secrets("error: /a/b:/c: no such file") == "error: /a/b:/c: no such file"

@@ -585,7 +585,8 @@ def test_a_place_behind_a_uri_has_its_report_written_there(tmp_path):
     local = report.write(tmp_path)
     page = (tmp_path / "report.html").read_bytes()
     fsspec.filesystem("memory").put(str(tmp_path), "/bucket", recursive=True)
-    fsspec.filesystem("memory").rm("/bucket/report.html")
+    for name in ("report.html", "report"):
+        fsspec.filesystem("memory").rm(f"/bucket/{name}", recursive=True)
     there = report.write("fsspec+memory://bucket")
     assert there.figures == local.figures and str(there.figure_folder) == "fsspec+memory://bucket/report"
     found = fsspec.filesystem("memory").cat("/bucket/report.html")

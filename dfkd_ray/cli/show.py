@@ -46,7 +46,7 @@ def print_ladder(row: Mapping[str, Any], out: Path) -> None:
     from rich.text import Text
 
     sparsity, method = number(row.get("achieved_sparsity"), 1.0, 4), text_of(row.get("synthesis.method"))
-    table = Table(title=Text(shown(f"{row.get('teacher')}, sparsity {sparsity}, {method} images")))
+    table = Table(title=Text(shown(f"{text_of(row.get('teacher'))}, sparsity {sparsity}, {method} images")))
     for heading in ("rung", "test accuracy %", "points lost", "agreement % (reference set)"):
         table.add_column(heading, justify="left" if heading == "rung" else "right")
     teacher = row.get("teacher_accuracy")
