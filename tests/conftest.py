@@ -17,7 +17,7 @@ from dfkd_ray import batchnorm, bundles, cli, models
 # Before any test module is imported: Ray reads its variable once, and no test may touch the user's cache.
 SCRATCH = tempfile.TemporaryDirectory(prefix="dfkd_ray-tests-")
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["DFKD_RAY_CACHE"] = SCRATCH.name
+os.environ["DFKD_RAY_CACHE"] = os.path.join(SCRATCH.name, "cache")
 os.environ["XDG_STATE_HOME"] = os.path.join(SCRATCH.name, "state")
 # A shell starts what runs in its background with Ctrl-C ignored, and children inherit that; tests here send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -38,7 +38,7 @@ def test_batch_7_alone_equals_batch_7_after_the_others_in_another_process(tiny_t
         "_, batch = synthesis.source(bundles.load(sys.argv[1]),\n"
         "    DeepInversionConfig(batch_size=8, num_steps=3, num_threads=1), torch.device('cpu'))\n"
         "made = [batch(index) for index in range(8)]\n"
-        "print(json.dumps(cache.digest(made[7].images, made[7].labels)))\n"
+        "print(json.dumps(cache.digest(7, made[7].images, made[7].labels)))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, str(tiny_teacher)], capture_output=True, text=True, timeout=900, check=True
@@ -46,7 +46,7 @@ def test_batch_7_alone_equals_batch_7_after_the_others_in_another_process(tiny_t
     from dfkd_ray import cache
 
     alone = batch_of(teacher, SMALL, 7)
-    assert cache.digest(alone.images, alone.labels) == json.loads(done.stdout)
+    assert cache.digest(7, alone.images, alone.labels) == json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("parametrisation", ["pyramid", "pixel"])

@@ -206,7 +206,7 @@ def test_in_its_process_a_trial_tells_its_row_and_stages_or_why_not(tiny_teacher
     }
     assert {stage for _, stage, _, _ in board.heard} >= {"reference set", "synthesising", "distilling"}
     monkeypatch.setattr(results, "write", failing(results.write, 10**6, table="trials"))
-    told = working.in_worker(job.id, job.config, job.teacher.hash, shared_with(tmp_path, job.teacher))
+    told = working.in_worker(job.id, job.config, job.teacher.hash, shared_with(tmp_path / "other", job.teacher))
     assert told == {"stopped": "/somewhere/full: No space left on device", **judged}
 
 
@@ -410,8 +410,9 @@ def test_a_cluster_that_is_not_there_is_one_line(run_cli, sweep_file, tmp_path, 
 
 def test_a_cache_that_cannot_be_written_is_found_before_ray_starts(run_cli, sweep_file, tmp_path):
     (tmp_path / "file").write_text("")
-    done = run_cli("sweep", str(sweep_file), "--results", str(tmp_path / "r"), "--cache", str(tmp_path / "file" / "c"))
-    assert done.code == 3 and "the cache" in done.err and len(done.err.splitlines()) == 1
+    for cache, code, says in ((tmp_path / "file" / "c", 2, "expected a folder"), ("/proc/dfkd_ray/c", 3, "the cache")):
+        done = run_cli("sweep", str(sweep_file), "--results", str(tmp_path / "r"), "--cache", str(cache))
+        assert done.code == code and says in done.err and len(done.err.splitlines()) == 1, done.err
     assert not ray.is_initialized()
 
 

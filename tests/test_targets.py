@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import commands
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -64,7 +65,7 @@ def materials(tiny_teacher: Path, tmp_path: Path) -> dict[str, str]:
     return names | {"teacher": str(tiny_teacher)}
 
 
-def commands(materials: dict[str, str], out: str) -> dict[str, list[str]]:
+def command_lines(materials: dict[str, str], out: str) -> dict[str, list[str]]:
     """Every command that writes, writing to `out`."""
     teacher, sets = materials["teacher"], [f for name in TINY_SETS for f in ("--set", name)]
     network = ["--architecture", "resnet8", "--arguments", '{"width_multiplier": 0.5}', "--num-classes", "10"]
@@ -85,7 +86,7 @@ def commands(materials: dict[str, str], out: str) -> dict[str, list[str]]:
     }
 
 
-NAMES = list(commands(dict.fromkeys(("w.pt", "s.yaml", "set", "place", "teacher"), ""), ""))
+NAMES = list(command_lines(dict.fromkeys(("w.pt", "s.yaml", "set", "place", "teacher"), ""), ""))
 FOLDERS = [name for name in NAMES if name not in ("report", "csv", "json")]
 
 
@@ -94,7 +95,7 @@ def test_a_folder_of_foreign_files_is_refused_and_left_as_it_is(name, materials,
     out = tmp_path / "project"
     plant(out)
     before = hashes(tmp_path)
-    done = run_cli(*commands(materials, str(out))[name])
+    done = run_cli(*command_lines(materials, str(out))[name])
     assert done.code == 2, (done.code, done.out, done.err)
     assert len(done.err.splitlines()) == 1 and len(done.err) <= 320, done.err
     assert hashes(tmp_path) == before
@@ -113,7 +114,7 @@ def test_folders_that_are_no_place_of_their_own_are_refused_always(
     monkeypatch.setenv("HOME", str(home))
     out = {"the working folder": ".", "above it": "..", "home": "~", "root": "/", "a mount point": "/proc"}
     before = hashes(tmp_path)
-    done = run_cli(*commands(materials, out.get(special, str(tmp_path / "file")))[name])
+    done = run_cli(*command_lines(materials, out.get(special, str(tmp_path / "file")))[name])
     assert done.code == 2 and len(done.err.splitlines()) == 1, (done.code, done.err)
     assert hashes(tmp_path) == before
 
@@ -165,7 +166,7 @@ def test_a_report_replaces_a_report(materials, run_cli):
 def test_the_training_of_a_teacher_removes_nothing_beside_it(materials, tmp_path, run_cli):
     (tmp_path / ".net-training").mkdir()
     (tmp_path / ".net-training" / "mine").write_text("a")
-    done = run_cli(*commands(materials, str(tmp_path / "net"))["train"])
+    done = run_cli(*command_lines(materials, str(tmp_path / "net"))["train"])
     assert done.code == 2 and ".net-training" in done.err
     assert (tmp_path / ".net-training" / "mine").read_text() == "a"
 
@@ -198,7 +199,7 @@ def test_a_trial_id_of_another_form_removes_nothing(name, tmp_path):
     assert hashes(tmp_path) == before
 
 
-def test_a_row_from_outside_removes_no_folder(tiny_teacher, tmp_path, run_cli):
+def test_a_row_from_outside_removes_no_folder(tiny_teacher, tmp_path):
     victim = tmp_path / "home"
     victim.mkdir()
     (victim / "thesis.tex").write_text("ten years")
@@ -210,8 +211,9 @@ def test_a_row_from_outside_removes_no_folder(tiny_teacher, tmp_path, run_cli):
     pq.write_table(table, place / "trials" / "t-222222222222.parquet")
     sweep = {"base": {"teacher": str(tiny_teacher)}, "grid": {"pruning.sparsity": [0.5]}}
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(sweep))
-    done = run_cli("sweep", str(tmp_path / "s.yaml"), *TINY, "--results", str(place), "--test-data", "none")
-    assert done.code == 0, done.err
+    words = ["sweep", str(tmp_path / "s.yaml"), *TINY, "--results", str(place), "--test-data", "none"]
+    ended = commands.done([*commands.SCRIPT, *words], tmp_path)
+    assert ended.returncode == 0, ended.stderr
     assert (victim / "thesis.tex").read_text() == "ten years"
 
 
@@ -270,7 +272,7 @@ def test_a_second_sweep_that_is_refused_changes_nothing_of_the_first(tiny_teache
     assert after == before
 
 
-def test_a_sweep_writes_down_what_ran_in_its_place(materials, tmp_path, run_cli):
+def test_a_sweep_writes_down_what_ran_in_its_place(materials, tmp_path):
     words = ["sweep", materials["s.yaml"], *TINY, "--results", str(tmp_path / "r"), "--test-data", "none"]
-    assert run_cli(*words).code == 0
+    assert commands.done([*commands.SCRIPT, *words], tmp_path).returncode == 0
     assert yaml.safe_load((tmp_path / "r" / "sweep.yaml").read_text())["grid"] == {"pruning.sparsity": [0.5]}

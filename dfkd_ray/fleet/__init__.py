@@ -18,13 +18,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dfkd_ray.fleet.coordinator import MAX_TIMEOUTS, Coordinator, Settings
 from dfkd_ray.fleet.placement import Node, Placement, added_cpus, first_machines, plan
-from dfkd_ray.fleet.session import connected
+from dfkd_ray.fleet.session import QUIET, connected
 
 if TYPE_CHECKING:
     from dfkd_ray.bundles import Teacher
     from dfkd_ray.fleet.stream import Stream
 
 __all__ = [
+    "QUIET",
     "Fleet",
     "Node",
     "Placement",

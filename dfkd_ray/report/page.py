@@ -164,7 +164,7 @@ def trials_table(rows: Frame, fields: Sequence[str]) -> str:
         '<button type="button" id="after" aria-label="next rows">→</button></span>'
         '<span id="status" role="status"></span></div>'
         + box(f'<table id="trials-table"><thead><tr>{head}</tr></thead><tbody></tbody></table>', "trial")
-        + paragraph(f"{meanings[0].upper()}{meanings[1:]}.", "note")
+        + (paragraph(f"{meanings[:1].upper()}{meanings[1:]}.", "note") if meanings else "")
         + f'<script type="application/json" id="trials-data">{text}</script>'
     )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+from bench import bench as bench  # a fixture
 from bundle_files import manifests, records, weights
 from image_files import images
 from result_files import caches, leftovers, tables

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+from bench import bench as bench  # a fixture
 from command_lines import command_words, odd_names, secret_places, set_words, trials
 from sweep_files import config_files, sweep_files
 from targets import targets

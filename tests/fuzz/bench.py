@@ -1,13 +1,12 @@
-"""One server and its templates for each file of tests."""
+"""One server and its templates for each file of tests.
 
-import sys
+A fixture in a module, not in a `conftest.py`: tests import from the one above by its name, of which there may be one.
+"""
+
 from collections.abc import Iterator
-from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 import fuzzing
+import pytest
 
 
 @pytest.fixture(scope="module")
