@@ -8,12 +8,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from dfkd_ray import untrusted
-from dfkd_ray.bundles import content
+from dfkd_ray.bundles import content, safetensors_bytes
 from dfkd_ray.storage import Folder
 from dfkd_ray.untrusted import one_line
 
@@ -32,8 +31,7 @@ def write(
         momentum = optimiser.state[parameter].get("momentum_buffer")
         if momentum is not None:
             named[f"momentum.{index}"] = momentum
-    named = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
-    folder.write(FILE, safetensors.torch.save(named, {STATE: json.dumps(plain | {COUNT: len(named)})}))
+    folder.write(FILE, safetensors_bytes(named, {STATE: json.dumps(plain | {COUNT: len(named)})}))
 
 
 def read(folder: Folder, network: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
