@@ -8,6 +8,7 @@ import pytest
 from test_sweep_running import jobs_of
 
 from dfkd_ray import results, storage, sweep, trial
+from dfkd_ray.results import finals
 from dfkd_ray.sweep import driving, running, working
 from dfkd_ray.sweep import ledger as ledgers
 
@@ -89,6 +90,18 @@ def test_a_final_row_is_never_replaced_by_a_failed_one(tiny_teacher, tmp_path, s
     working.keep(second, failed, storage.folder(tmp_path), sweep.Seconds())
     assert results.read(tmp_path, "trials").equals(before)
     assert heard == [(first.id, status)] * 2 and results.finished_ids(tmp_path) == {first.id, second.id}
+
+
+def test_a_trial_that_no_file_of_other_trials_holds_has_no_final_row_yet(tiny_teacher, tmp_path):
+    done, other, new = jobs_of(tiny_teacher, **{"pruning.sparsity": [0.5, 0.6, 0.7]})
+    for job in (done, other):
+        results.write(tmp_path, "trials", [final(job)], job.id)
+    assert results.compact(tmp_path) == 2
+    results.write(tmp_path, "trials", [], new.id)
+    assert finals.final_row(tmp_path, new.id) is None
+    ledger_of([new], tmp_path).died(new)
+    rows = results.read(tmp_path, "trials").set_index("trial_id")["status"].to_dict()
+    assert rows == {done.id: "finished", other.id: "finished", new.id: "failed"}
 
 
 def test_a_failed_row_is_replaced_and_a_damaged_part_is_no_row(tiny_teacher, tmp_path):

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dfkd_ray import storage
 from dfkd_ray.results import schemas, tables
@@ -32,6 +33,5 @@ def final_row(place: Where, trial_id: str, merged: bool = True) -> dict[str, Any
 
 def newest(rows: pa.Table, trial_id: str) -> dict[str, Any] | None:
     """The row of a trial that was written last."""
-    own = [index for index, name in enumerate(rows.column("trial_id").to_pylist()) if name == trial_id]
-    found = rows.take(own).to_pylist()
+    found = rows.filter(pc.equal(rows.column("trial_id"), trial_id)).to_pylist()
     return max(found, key=lambda row: row[schemas.WRITTEN_AT] or 0.0, default=None)
