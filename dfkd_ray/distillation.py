@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dfkd_ray import batchnorm, checkpoints, devices, losses, pruning, storage
+from dfkd_ray import batchnorm, checkpoints, devices, losses, storage
 from dfkd_ray.batches import mix_seed
+from dfkd_ray.compression import pruning
 from dfkd_ray.config import DistillationConfig, PruningConfig
 from dfkd_ray.evaluation import Reference
 from dfkd_ray.images import PixelSpace, decode, flip_images, mix_images, shift_images

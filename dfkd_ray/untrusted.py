@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from dfkd_ray.config import validate
-from dfkd_ray.parsing import distinct, whole
+from dfkd_ray.config.parsing import distinct, whole
 from dfkd_ray.plain import LARGEST, MOST_DEPTH, text_fault
 from dfkd_ray.text import shortened, shown
 

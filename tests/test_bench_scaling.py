@@ -2,7 +2,7 @@
 
 import pytest
 
-from dfkd_ray.bench_scaling import Assumed, Cost, Load, carried, cost_of, first_limit, quantile
+from dfkd_ray.bench.scaling import Assumed, Cost, Load, carried, cost_of, first_limit, quantile
 
 ASSUMED = Assumed(batch_s=30.0, num_readers=10, network_bytes_per_s=1e9, store_bytes=1e10)
 

@@ -11,8 +11,9 @@ import torch
 from conftest import TINY_INFO, tiny_network
 from torch import nn
 
-from dfkd_ray import bundles, pruning
+from dfkd_ray import bundles
 from dfkd_ray.bundles import BundleInfo
+from dfkd_ray.compression import pruning
 from dfkd_ray.config import PruningConfig, validate
 
 MODULE = """

@@ -11,9 +11,10 @@ import yaml
 from folders import remove_everything
 from test_records import make_teacher
 
-from dfkd_ray import bundles, recording, storage, sweep, trial
+from dfkd_ray import bundles, storage, sweep, trial
 from dfkd_ray.config import TrialConfig, validate
-from dfkd_ray.sweep import running
+from dfkd_ray.records import fitting
+from dfkd_ray.sweep import runner
 
 SMALL = {"num_steps": 1, "batch_size": 8, "num_threads": 1}
 BASE = {
@@ -63,9 +64,9 @@ def recorded(tmp_path_factory) -> Path:
     made = make_teacher(folder)
     labels, rows = torch.arange(24) % 3, np.arange(24)
     images = torch.randint(0, 256, (24, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    plan = recording.plan(made, labels.numpy(), rows, ["top", "all"])
-    (shard,) = recording.shards(lambda chosen: images[chosen], labels, rows, 1)
-    for record in recording.finish(plan, recording.fit(plan, made.network, shard, num_threads=1), made):
+    plan = fitting.plan(made, labels.numpy(), rows, ["top", "all"])
+    (shard,) = fitting.shards(lambda chosen: images[chosen], labels, rows, 1)
+    for record in fitting.finish(plan, fitting.fit(plan, made.network, shard, num_threads=1), made):
         bundles.save_record(str(folder), record)
     return folder
 
@@ -243,7 +244,7 @@ def test_a_sweep_with_a_secret_in_its_teachers_uri_writes_none_of_it(bucket, tin
         plan = planned.pop()
         (job,) = plan.known_jobs
         assert job.config.teacher == "s3://bucket/teachers/tiny" and SECRET not in repr(job.config)
-        written = running.as_yaml(plan.settings).decode()
+        written = runner.as_yaml(plan.settings).decode()
         assert SECRET not in written and "s3://***@bucket/teachers/tiny?" in written
     wrong = {"base": {**BASE, "teacher": uri, "synthesis": {"precision": "tf32"}}, "grid": {"teacher": uri}}
     for data in (wrong, wrong | {"grid": {"pruning.sparsity": [0.5]}}, wrong | {"exclude": [{"teacher": uri}]}):

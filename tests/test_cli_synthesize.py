@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dfkd_ray import bundles, export, fleet, synthesis
+from dfkd_ray import bundles, fleet, image_sets, synthesis
 from dfkd_ray.cli import synthesize
 from dfkd_ray.config import DeepInversionConfig
 from dfkd_ray.fleet import Node
@@ -99,7 +99,7 @@ def test_an_interrupted_command_goes_on_to_exactly_the_images_of_local_synthesis
     assert done.code == 0, done.err
     record = record_of(out)
     assert record["num_kept"] == num_there and record["num_made"] + record["num_found"] == 21 - num_there
-    batches = [export.read_part(path) for path in sorted(out.glob("part-*.parquet"))]
+    batches = [image_sets.read_part(path) for path in sorted(out.glob("part-*.parquet"))]
     images, labels = images_made_here(tiny_teacher, 161, num_steps=40)
     assert np.array_equal(np.concatenate([batch.images for batch in batches]), images)
     assert np.array_equal(np.concatenate([batch.labels for batch in batches]), labels)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from dfkd_ray import batchnorm, bundles, distillation, evaluation, pruning, storage
+from dfkd_ray import batchnorm, bundles, distillation, evaluation, storage
+from dfkd_ray.compression import pruning
 from dfkd_ray.config import DistillationConfig, PruningConfig
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import yaml
 from test_search import TINY_BASE, costs_of
 
 from dfkd_ray import __version__, bundles, devices, sweep
-from dfkd_ray.sweep import estimate, figures
+from dfkd_ray.sweep import estimate, timings
 
 H200 = "NVIDIA H200, torch 2.15.0"
 SPARSITIES = {"pruning.sparsity": [0.5, 0.7, 0.9]}
@@ -20,10 +20,10 @@ def grid_jobs(teacher, grid=SPARSITIES, on_gpu=False, **base) -> list[sweep.Job]
     return sweep.prepare(settings, bundles.load, on_gpu=on_gpu).jobs
 
 
-def stored_for(jobs, kind="GPU", numerics=H200, **changes) -> figures.Figures:
+def stored_for(jobs, kind="GPU", numerics=H200, **changes) -> timings.Figures:
     """Figures of made-up seconds for all units of these jobs."""
     timed = estimate.Calibration(costs_of(jobs), 1.0, frozenset())
-    return figures.extended(None, timed, estimate.units(jobs), kind, numerics).model_copy(update=changes)
+    return timings.extended(None, timed, estimate.units(jobs), kind, numerics).model_copy(update=changes)
 
 
 @pytest.fixture
@@ -105,9 +105,9 @@ def test_figures_read_back_as_written_and_give_the_same_costs(tiny_teacher, tmp_
     jobs = grid_jobs(tiny_teacher)
     written = stored_for(jobs)
     path = tmp_path / "new" / "h200.json"
-    assert figures.read(path) is None
-    figures.write(path, written)
-    assert figures.read(path) == written and written.costs == costs_of(jobs)
+    assert timings.read(path) is None
+    timings.write(path, written)
+    assert timings.read(path) == written and written.costs == costs_of(jobs)
     data = json.loads(path.read_text())
     assert (data["device"], data["numerics"], data["package_version"]) == ("NVIDIA H200", H200, __version__)
     units = [timing["unit"] for timing in data["timings"]]
@@ -120,7 +120,7 @@ def test_figures_grow_by_what_is_timed_later(tiny_teacher):
     before = stored_for(some)
     new = {unit: cost for unit, cost in costs_of(more).items() if unit not in before.costs}
     timed = estimate.Calibration(new, 1.0, frozenset(new))
-    after = figures.extended(before, timed, estimate.units(more), "GPU", H200)
+    after = timings.extended(before, timed, estimate.units(more), "GPU", H200)
     assert after.costs == costs_of(more) and after.timings[: len(before.timings)] == before.timings
     assert [timing.scaled for timing in after.timings[len(before.timings) :]] == [True]
 
@@ -142,7 +142,7 @@ def test_what_is_no_file_of_figures_is_refused(tiny_teacher, tmp_path, change, s
     changed = change(stored_for(grid_jobs(tiny_teacher)).model_dump(mode="json"))
     path.write_text(changed if isinstance(changed, str) else json.dumps(changed))
     with pytest.raises(ValueError) as caught:
-        figures.read(path)
+        timings.read(path)
     assert f"--figures {path}" in str(caught.value) and says in str(caught.value)
 
 
@@ -152,7 +152,7 @@ def test_what_is_no_file_of_figures_is_refused(tiny_teacher, tmp_path, change, s
 def test_a_sweep_for_gpus_is_planned_on_a_machine_without_one(dry, tiny_teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(estimate, "calibrate", lambda *_a, **_k: pytest.fail("something was timed"))
     path = tmp_path / "h200.json"
-    figures.write(path, stored_for(grid_jobs(tiny_teacher), package_version="0.0.9"))
+    timings.write(path, stored_for(grid_jobs(tiny_teacher), package_version="0.0.9"))
     done = dry("--gpus", "64", "--figures", str(path))
     assert done.code == 0, done.err
     assert "3 trials, 0 already finished" in done.out and "2 distinct syntheses" in done.out
@@ -165,7 +165,7 @@ def test_a_sweep_for_gpus_is_planned_on_a_machine_without_one(dry, tiny_teacher,
 def test_what_only_a_gpu_can_do_is_planned_on_a_machine_without_one(dry, tiny_teacher, tmp_path):
     base = {"device": "cuda", "distillation": {**TINY_BASE["distillation"], "precision": "tf32", "fast": True}}
     path = tmp_path / "h200.json"
-    figures.write(path, stored_for(grid_jobs(tiny_teacher, on_gpu=True, **base)))
+    timings.write(path, stored_for(grid_jobs(tiny_teacher, on_gpu=True, **base)))
     done = dry("--gpus", "8", "--figures", str(path), **base)
     assert done.code == 0 and "on 8 GPUs" in done.out, done.err
     assert dry("--gpus", "8", **base).code == 2
@@ -175,7 +175,7 @@ def test_timings_are_written_where_there_are_none_and_are_used_the_next_time(dry
     path = tmp_path / "cpu.json"
     done = dry("--figures", str(path))
     assert done.code == 0 and f"timings written to {path}" in done.out, done.err
-    written = figures.read(path)
+    written = timings.read(path)
     assert written.kind == "CPU core" and written.numerics == devices.numerics_class(torch.device("cpu"))
     assert len(written.timings) == 2 and all(timing.step_s > 0 for timing in written.timings)
     timed = []
@@ -185,14 +185,14 @@ def test_timings_are_written_where_there_are_none_and_are_used_the_next_time(dry
     assert done.code == 0 and not timed and "bound by: " in done.out and "2 figures of " in done.out
     done = dry("--figures", str(path), grid={"distillation.batch_size": [4, 8]})
     assert done.code == 0 and [len(calibration.costs) for calibration in timed] == [1], "what was lacking, and no more"
-    assert len(figures.read(path).timings) == 3 and figures.read(path).timings[:2] == written.timings
+    assert len(timings.read(path).timings) == 3 and timings.read(path).timings[:2] == written.timings
 
 
 def test_what_figures_cannot_say_is_one_line_with_what_to_do(dry, tiny_teacher, tmp_path):
     path, cpu = tmp_path / "h200.json", tmp_path / "cpu.json"
     jobs = grid_jobs(tiny_teacher)
-    figures.write(path, stored_for(jobs))
-    figures.write(cpu, stored_for(jobs, "CPU core", "x86_64 AVX2, torch 2.0"))
+    timings.write(path, stored_for(jobs))
+    timings.write(cpu, stored_for(jobs, "CPU core", "x86_64 AVX2, torch 2.0"))
     lacking = {"distillation.batch_size": [2, 3, 4, 5, 6]}
     for words, says, grid in (
         (("--gpus", "4"), "this machine has no GPU that the sweep would use", SPARSITIES),
@@ -204,6 +204,6 @@ def test_what_figures_cannot_say_is_one_line_with_what_to_do(dry, tiny_teacher, 
     ):
         done = dry(*words, grid=grid)
         assert done.code == 2 and len(done.err.splitlines()) == 1 and says in done.err, done.err
-    assert ", and 4 more" in done.err and figures.read(cpu).costs == costs_of(jobs), "nothing was added"
+    assert ", and 4 more" in done.err and timings.read(cpu).costs == costs_of(jobs), "nothing was added"
     done = dry("--figures", str(path), "--gpus", "4", device="cpu")
     assert done.code == 2 and "all trials have device=cpu" in done.err

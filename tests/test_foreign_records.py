@@ -12,8 +12,8 @@ import safetensors.torch
 import torch
 from test_foreign_bundles import refusal
 
-from dfkd_ray import bundles, models, recording
-from dfkd_ray.records import format
+from dfkd_ray import bundles, models
+from dfkd_ray.records import fitting, format
 
 INFO = bundles.BundleInfo(
     architecture="lenet5_half", num_classes=3, image_shape=(1, 16, 16), mean=(0.5,), std=(0.25,), trained=False
@@ -34,9 +34,9 @@ def place(tmp_path_factory):
     for name, kinds, storage in (("net", format.KINDS, "gaussian"), ("exemplars", ("spectral",), "exemplars")):
         teacher = bundles.load(str(folder / name))
         rows = np.arange(30)
-        plan = recording.plan(teacher, labels.numpy(), rows, kinds, storage=storage, rank=6, num_exemplars=4)
-        shard = recording.shards(lambda chosen: images[chosen], labels, rows, 1)[0]
-        for record in recording.finish(plan, recording.fit(plan, teacher.network, shard), teacher):
+        plan = fitting.plan(teacher, labels.numpy(), rows, kinds, storage=storage, rank=6, num_exemplars=4)
+        shard = fitting.shards(lambda chosen: images[chosen], labels, rows, 1)[0]
+        for record in fitting.finish(plan, fitting.fit(plan, teacher.network, shard), teacher):
             bundles.save_record(folder / name, record)
     return folder
 

@@ -9,8 +9,8 @@ from test_sweep_running import jobs_of
 
 from dfkd_ray import results, storage, sweep, trial
 from dfkd_ray.results import finals
-from dfkd_ray.sweep import driving, running, working
 from dfkd_ray.sweep import ledger as ledgers
+from dfkd_ray.sweep import runner, tuner, worker
 
 RAISED = [
     BrokenPipeError(32, "Broken pipe"),
@@ -39,7 +39,7 @@ def test_what_shows_progress_can_raise_anything_and_changes_no_row(tiny_teacher,
     first, second = jobs_of(tiny_teacher, **{"pruning.sparsity": [0.5, 0.6]})
     ledger = ledger_of([first, second], tmp_path, raises, on_new=raises)
     results.write(tmp_path, "trials", [final(first)], first.id)
-    told = driving._telling(ledger)
+    told = tuner._telling(ledger)
     ended = type("Ended", (), {"config": {"job": 0}, "trial_id": "x", "last_result": {"row": json.dumps(final(first))}})
     told.on_trial_complete(0, [], ended)
     died = type("Died", (), {"config": {"job": 1}, "trial_id": "y", "num_failures": 3})
@@ -57,7 +57,7 @@ def test_a_look_that_raises_ends_neither_the_watching_nor_the_sweep(caplog):
         looks.append(1)
         raise SystemExit(1)
 
-    with running.watched(look, 0.01):
+    with runner.watched(look, 0.01):
         for _ in range(1000):
             if len(looks) >= 3:
                 break
@@ -86,8 +86,8 @@ def test_a_final_row_is_never_replaced_by_a_failed_one(tiny_teacher, tmp_path, s
     ledger = ledger_of([first, second], tmp_path, lambda row, *_: heard.append((row["trial_id"], row["status"])))
     ledger.died(first)
     ledger.ended(first, {"reason": "ValueError: late"})
-    failed = trial.Outcome(working.failed_row(second, "OSError: late"))
-    working.keep(second, failed, storage.folder(tmp_path), sweep.Seconds())
+    failed = trial.Outcome(worker.failed_row(second, "OSError: late"))
+    worker.keep(second, failed, storage.folder(tmp_path), sweep.Seconds())
     assert results.read(tmp_path, "trials").equals(before)
     assert heard == [(first.id, status)] * 2 and results.finished_ids(tmp_path) == {first.id, second.id}
 
@@ -117,8 +117,8 @@ def test_a_failed_row_is_replaced_and_a_damaged_part_is_no_row(tiny_teacher, tmp
 def test_an_attempt_after_one_that_left_its_row_hands_that_on_and_computes_nothing(tiny_teacher, tmp_path, monkeypatch):
     (job,) = jobs_of(tiny_teacher)
     results.write(tmp_path, "trials", [final(job)], job.id)
-    monkeypatch.setattr(working, "run_job", lambda *_words, **_options: pytest.fail("computed again"))
-    shared = working.Shared(str(tmp_path), None, (), None, None, {}, {}, {})
-    told = working.in_worker(job.id, job.config, job.teacher.hash, shared)
+    monkeypatch.setattr(worker, "run_job", lambda *_words, **_options: pytest.fail("computed again"))
+    shared = worker.Shared(str(tmp_path), None, (), None, None, {}, {}, {})
+    told = worker.in_worker(job.id, job.config, job.teacher.hash, shared)
     row = json.loads(told["row"])
     assert (row["trial_id"], row["status"], told["agreement"], told["failed"]) == (job.id, "finished", 0.5, 0)

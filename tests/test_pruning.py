@@ -6,9 +6,9 @@ import torch
 from conftest import tiny_network
 from torch import nn
 
-from dfkd_ray import pruning
+from dfkd_ray.compression import pruning
+from dfkd_ray.compression.pruning import CRITERIA
 from dfkd_ray.config import PruningConfig
-from dfkd_ray.pruning import CRITERIA
 
 
 def total(network):

@@ -9,9 +9,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from dfkd_ray import bundles, recording, synthesis, trial
+from dfkd_ray import bundles, synthesis, trial
 from dfkd_ray.config import RecordsConfig, TrialConfig, validate
-from dfkd_ray.records import format, taps
+from dfkd_ray.records import fitting, format, taps
 
 LENET = {"architecture": "lenet5", "num_classes": 3, "image_shape": (1, 32, 32)}
 CPU = torch.device("cpu")
@@ -49,11 +49,11 @@ def examples(num=90, num_classes=3, image_shape=(1, 32, 32), seed=0):
 
 def fitted(teacher, images, labels, kinds=format.KINDS, num_shards=1, **options):
     rows = np.arange(len(labels))
-    plan = recording.plan(teacher, labels.numpy(), rows, kinds, rank=32, **options)
-    totals = recording.empty(plan)
-    for shard in recording.shards(lambda chosen: images[chosen], labels, rows, num_shards):
-        totals.merge(recording.fit(plan, teacher.network, shard))
-    return recording.finish(plan, totals, teacher)
+    plan = fitting.plan(teacher, labels.numpy(), rows, kinds, rank=32, **options)
+    totals = fitting.empty(plan)
+    for shard in fitting.shards(lambda chosen: images[chosen], labels, rows, num_shards):
+        totals.merge(fitting.fit(plan, teacher.network, shard))
+    return fitting.finish(plan, totals, teacher)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_a_spectral_record_with_all_coefficients_gives_the_signals_back(tmp_path
     found = taps.find(made.network, (1, 4, 4))
     images, _ = examples(image_shape=(1, 4, 4))
     for kind in format.SPECTRAL:
-        bases = recording.make_bases(kind, made.network, found, rank=2000, seed=0)
+        bases = fitting.make_bases(kind, made.network, found, rank=2000, seed=0)
         with torch.no_grad(), taps.recorded(made.network, found) as values:
             made.network(images.float() / 255)
             for signal, basis in zip(taps.basis_signals(kind, values, 8.0), bases, strict=True):
@@ -302,7 +302,7 @@ def test_a_spectral_loss_is_the_distance_of_coefficients_and_with_the_residual_t
         targets = synthesis.records.targets_of(record, drawn, residual=True)
         with_residual = synthesis.records.record_term(record, values, targets, residual=True)
         without = synthesis.records.record_term(record, values, drawn, residual=False)
-    own = recording.coefficients(signals, record.bases)
+    own = fitting.coefficients(signals, record.bases)
     num_units = sum(signal.shape[1] for signal in signals)
     kept = (drawn[0] - own).square().sum() / (3 * num_units)
     outside = (sum(signal.square().sum() for signal in signals) - own.square().sum()) / (3 * num_units)

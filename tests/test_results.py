@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dfkd_ray import bench_results, bundles, results, storage, sweep, trial
+from dfkd_ray import bundles, results, storage, sweep, trial
+from dfkd_ray.bench import results as bench_results
 from dfkd_ray.config import TrialConfig, flat, validate
 from dfkd_ray.results import METRICS, schemas, tables
 from dfkd_ray.results.schemas import WRITTEN_AT

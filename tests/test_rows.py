@@ -12,7 +12,7 @@ from dfkd_ray import bundles, cache, config, results, storage, sweep, synthesis,
 from dfkd_ray.batches import Batch
 from dfkd_ray.config import DeepInversionConfig, NoiseConfig, TrialConfig, synthesis_key, validate
 from dfkd_ray.results import rows, selecting
-from dfkd_ray.sweep import working
+from dfkd_ray.sweep import worker
 
 TINY = {
     "bn_num_images": 8,
@@ -227,12 +227,12 @@ def test_a_term_that_the_table_does_not_know_costs_no_trial(tiny_teacher, tmp_pa
 
 def test_what_shows_a_trial_does_not_decide_on_its_row(tiny_teacher, tmp_path, monkeypatch):
     for name in ("write_trial", "write_epochs"):
-        monkeypatch.setattr(working.tensorboard, name, lambda *_words: [][0])
+        monkeypatch.setattr(worker.tensorboard, name, lambda *_words: [][0])
     assert run(job_of(tiny_teacher), tmp_path)["status"] == "finished"
 
 
 def test_what_a_trial_leaves_and_cannot_be_written_is_the_reason_of_a_failed_row(tiny_teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(working, "class_grid", lambda *_words: [][0])
+    monkeypatch.setattr(worker, "class_grid", lambda *_words: [][0])
     row = run(job_of(tiny_teacher), tmp_path)
     assert row["status"] == "failed" and row["reason"].startswith("what it leaves cannot be written: IndexError")
     assert results.read(tmp_path, "trials")["status"].tolist() == ["failed"]
@@ -274,12 +274,12 @@ def full_below(root, real):
 
 @pytest.mark.parametrize("full", ["cache", "place"])
 def test_a_full_disk_is_named_by_the_folder_that_lies_on_it(tiny_teacher, tmp_path, monkeypatch, full):
-    monkeypatch.setattr(working.places, "PAUSES_S", ())
+    monkeypatch.setattr(worker.places, "PAUSES_S", ())
     monkeypatch.setattr(storage.Folder, "write", full_below(tmp_path / full, storage.Folder.write))
     with pytest.raises(OSError) as caught:
         run(job_of(tiny_teacher), tmp_path / "place", cache=tmp_path / "cache")
-    assert working.places.is_disk_error(caught.value)
-    told = working.why_stopped(caught.value, storage.folder(tmp_path / "place"))
+    assert worker.places.is_disk_error(caught.value)
+    told = worker.why_stopped(caught.value, storage.folder(tmp_path / "place"))
     what = "the cache" if full == "cache" else "the results folder"
     assert told.startswith(f"{what} {tmp_path / full}") and told.endswith("No space left on device")
     assert (str(tmp_path / "place") in told) == (full == "place")
@@ -292,6 +292,6 @@ def test_a_full_cache_of_a_synthesizer_is_named_where_the_trial_stops(tmp_path):
     with pytest.raises(OSError) as caught, cache.told(folder):
         raise OSError(28, "No space left on device", "/x/.part")
     error = error_of(f"{type(caught.value).__name__}: {caught.value}", "ab" * 32, 3)
-    assert isinstance(error, OSError) and working.places.is_disk_error(error)
-    told = working.why_stopped(error, storage.folder(tmp_path / "place"))
+    assert isinstance(error, OSError) and worker.places.is_disk_error(error)
+    told = worker.why_stopped(error, storage.folder(tmp_path / "place"))
     assert f"the cache {folder}: No space left on device" in told and "results folder" not in told

@@ -12,10 +12,10 @@ import pytest
 import torch
 import typer.main
 
-from dfkd_ray import bundles, cli, config, recording, results, storage, sweep, trial
+from dfkd_ray import bundles, cli, config, results, storage, sweep, trial
 from dfkd_ray.batches import Batch
 from dfkd_ray.cli.inputs import load_teacher
-from dfkd_ray.records import format
+from dfkd_ray.records import fitting, format
 from dfkd_ray.storage import Folder
 
 SWEEPS = {path.stem: path for path in sorted((Path(__file__).parent.parent / "sweeps").glob("*.yaml"))}
@@ -69,10 +69,10 @@ def recorded_on_noise(bundle: str) -> None:
     """All records of a bundle, small ones."""
     teacher = bundles.load(bundle)
     labels, rows = torch.arange(20) % teacher.info.num_classes, np.arange(20)
-    plan = recording.plan(teacher, labels.numpy(), rows, format.KINDS, rank=4)
+    plan = fitting.plan(teacher, labels.numpy(), rows, format.KINDS, rank=4)
     images = torch.randint(0, 256, (20, *teacher.info.image_shape), dtype=torch.uint8)
-    (shard,) = recording.shards(lambda chosen: images[chosen], labels, rows, 1)
-    for record in recording.finish(plan, recording.fit(plan, teacher.network, shard), teacher):
+    (shard,) = fitting.shards(lambda chosen: images[chosen], labels, rows, 1)
+    for record in fitting.finish(plan, fitting.fit(plan, teacher.network, shard), teacher):
         bundles.save_record(bundle, record)
 
 

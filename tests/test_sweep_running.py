@@ -17,7 +17,7 @@ import yaml
 from dfkd_ray import bundles, config, distillation, fleet, models, results, storage, sweep, trial
 from dfkd_ray.cli.live import descendants
 from dfkd_ray.sweep import ledger as ledgers
-from dfkd_ray.sweep import places, working
+from dfkd_ray.sweep import places, worker
 
 ABOUT = {"source": "a test", "command": "none", "cost": "seconds", "expected": "rows"}
 BASE = {
@@ -174,18 +174,18 @@ def test_a_disk_that_stays_full_stops_the_trial_and_spares_the_finished_rows(
     assert results.read(tmp_path, "trials")["trial_id"].tolist() == [first.id]
 
 
-def shared_with(folder: Path, teacher: bundles.Teacher, **more) -> working.Shared:
+def shared_with(folder: Path, teacher: bundles.Teacher, **more) -> worker.Shared:
     teachers = {teacher.hash: [more.pop("arrays", bundles.to_arrays(teacher))]}
-    return working.Shared(str(folder), None, (), None, more.pop("board", None), teachers, {teacher.hash: [None]}, {})
+    return worker.Shared(str(folder), None, (), None, more.pop("board", None), teachers, {teacher.hash: [None]}, {})
 
 
 def test_in_its_process_a_trial_tells_its_row_and_stages_or_why_not(tiny_teacher, tmp_path, monkeypatch, no_pauses):
     monkeypatch.setattr(ray, "get", lambda value: value)
-    monkeypatch.setattr(working, "OPENED", {})
+    monkeypatch.setattr(worker, "OPENED", {})
     job = jobs_of(tiny_teacher)[0]
     broken = bundles.to_arrays(job.teacher)
     broken["state"] = dict(list(broken["state"].items())[1:])
-    told = working.in_worker(job.id, job.config, job.teacher.hash, shared_with(tmp_path, job.teacher, arrays=broken))
+    told = worker.in_worker(job.id, job.config, job.teacher.hash, shared_with(tmp_path, job.teacher, arrays=broken))
     judged = {"step": 0, "agreement": 0.0, "failed": 1}  # as bad as can be
     assert set(told) == {"reason", *judged} and told["reason"].startswith("ValueError: ") and "/" not in told["reason"]
 
@@ -198,7 +198,7 @@ def test_in_its_process_a_trial_tells_its_row_and_stages_or_why_not(tiny_teacher
             self.heard.append(told)
 
     board = Remote()
-    told = working.in_worker(job.id, job.config, job.teacher.hash, shared_with(tmp_path, job.teacher, board=board))
+    told = worker.in_worker(job.id, job.config, job.teacher.hash, shared_with(tmp_path, job.teacher, board=board))
     assert json.loads(told["row"])["status"] == "finished" and set(told["seconds"]) == {
         "results",
         "TensorBoard",
@@ -206,7 +206,7 @@ def test_in_its_process_a_trial_tells_its_row_and_stages_or_why_not(tiny_teacher
     }
     assert {stage for _, stage, _, _ in board.heard} >= {"reference set", "synthesising", "distilling"}
     monkeypatch.setattr(results, "write", failing(results.write, 10**6, table="trials"))
-    told = working.in_worker(job.id, job.config, job.teacher.hash, shared_with(tmp_path / "other", job.teacher))
+    told = worker.in_worker(job.id, job.config, job.teacher.hash, shared_with(tmp_path / "other", job.teacher))
     assert told == {"stopped": "/somewhere/full: No space left on device", **judged}
 
 

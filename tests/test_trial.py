@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from dfkd_ray import bundles, pruning, results, trial
+from dfkd_ray import bundles, results, trial
 from dfkd_ray.batches import Batch
+from dfkd_ray.compression import pruning
 from dfkd_ray.config import TrialConfig, validate, with_overrides
 
 TINY = {

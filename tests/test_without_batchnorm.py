@@ -24,7 +24,7 @@ from dfkd_ray.config import (
 )
 from dfkd_ray.data import LabelledImages
 from dfkd_ray.models import without_batchnorm
-from dfkd_ray.sweep import estimate, files
+from dfkd_ray.sweep import estimate, jobs
 from dfkd_ray.sweep.combinations import applies
 
 SHAPES = {
@@ -413,9 +413,8 @@ def test_a_sweep_leaves_out_overrides_of_another_references_method(teacher_folde
 
 
 def test_estimates_count_a_reference_of_noise_as_a_synthesis(teacher, teacher_folder):
-    job = files.plan([config_of(teacher_folder, **{"student.architecture": "lenet5_half"})], lambda _name: teacher)[0]
-    jobs = [job[0]] if isinstance(job, tuple) else [job]
-    made = estimate.syntheses(jobs)
+    job = jobs.plan([config_of(teacher_folder, **{"student.architecture": "lenet5_half"})], lambda _name: teacher)[0]
+    made = estimate.syntheses([job[0]] if isinstance(job, tuple) else [job])
     assert [(one.domain, one.config.method, one.num_batches) for one in made] == [
         ("reference", "noise", 1),
         ("train", "noise", 2),

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from dfkd_ray.cli import bench, cache, errors, plan, report, results, run, streams, synthesize, teacher
+from dfkd_ray.cli import bench, cache, dry_run, errors, report, results, run, streams, synthesize, teacher
 from dfkd_ray.text import shown
 
 app = typer.Typer(
@@ -31,7 +31,7 @@ app.command()(run.recover)
 app.command()(run.sweep)
 app.command()(results.results)
 app.command()(report.report)
-app.command()(plan.schema)
+app.command()(dry_run.schema)
 app.command()(synthesize.synthesize)
 app.add_typer(teacher.app, name="teacher")
 app.add_typer(bench.app, name="bench")

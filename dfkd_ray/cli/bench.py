@@ -28,14 +28,14 @@ def bench_inversion(
     trust_code: Trust = None,
 ) -> None:
     """Synthesis steps per second: ours, the bare network, and an eager float32 reference with forward hooks."""
-    from dfkd_ray import bench
+    from dfkd_ray.bench import recipe
 
-    loaded = load_teacher(teacher, trust_code) if teacher else bench.default_teacher()
+    loaded = load_teacher(teacher, trust_code) if teacher else recipe.default_teacher()
     settings = configs.validate(
         configs.DeepInversionConfig,
         {"batch_size": batch_size, "precision": precision, "num_threads": threads, "compile": compile_},
     )
-    bench.inversion(loaded, settings, steps=steps, repeats=repeats, device_name=device)
+    recipe.inversion(loaded, settings, steps=steps, repeats=repeats, device_name=device)
 
 
 @app.command("recovery")
@@ -53,16 +53,16 @@ def bench_recovery(
     trust_code: Trust = None,
 ) -> None:
     """Points lost and wall time: ours against the public recipe of the 2025 pruning paper, on the same teacher."""
-    from dfkd_ray import bench
+    from dfkd_ray.bench import recipe
 
     loaded = load_teacher(teacher, trust_code)
     test = open_test(loaded, test_data, data_root)
     if test is None:
         raise ValueError(f"bench recovery needs test data to measure points lost; give --test-data for {loaded.name}")
-    data = configs.read_yaml(config) if config else bench.FAST
+    data = configs.read_yaml(config) if config else recipe.FAST
     options = {"TEACHER": {"teacher": teacher}, "--seed": {"synthesis.seed": seed, "distillation.seed": seed}}
     settings = configs.validate(configs.TrialConfig, settled(data, options, set_, config))
-    bench.recovery(loaded, settings, test, sparsity or [0.75, 0.9], scale=scale, seed=seed, progress=Progress())
+    recipe.recovery(loaded, settings, test, sparsity or [0.75, 0.9], scale=scale, seed=seed, progress=Progress())
 
 
 @app.command("fleet")
@@ -76,7 +76,7 @@ def bench_fleet(
     trust_code: Trust = None,
 ) -> None:
     """The shared synthesis fleet: what it costs beside local work, what sharing saves, and its limits."""
-    from dfkd_ray import bench_fleet
+    from dfkd_ray.bench import fleet as bench_fleet
 
     bench_fleet.run(part or [], load_teacher(teacher, trust_code), teacher, scale, pairs)
 
@@ -94,10 +94,10 @@ def bench_scaling(
     store_gb: Annotated[float, typer.Option(min=0.01, help="model: GB of the smallest node's object store")] = 60.0,
 ) -> None:
     """How large a fleet one coordinator carries: simulated synthesizers, and what limits real ones first."""
-    from dfkd_ray import bench_scaling as bench
+    from dfkd_ray.bench import scaling as bench_scaling
 
-    assumed = bench.Assumed(batch_s, readers, network_gbit * 1e9 / 8, store_gb * 1e9)
-    bench.run(size or [8, 64, 256, 1000], assumed, simulated_s, seconds)
+    assumed = bench_scaling.Assumed(batch_s, readers, network_gbit * 1e9 / 8, store_gb * 1e9)
+    bench_scaling.run(size or [8, 64, 256, 1000], assumed, simulated_s, seconds)
 
 
 @app.command("results")
@@ -106,7 +106,7 @@ def bench_results(
     writers: Annotated[int, typer.Option(min=1, help="that many part files, before compaction")] = 400,
 ) -> None:
     """The tables and the report at size: read, filter and group before and after compaction, beside plain pandas."""
-    from dfkd_ray import bench_results
+    from dfkd_ray.bench import results as bench_results
 
     bench_results.run(rows, min(rows, writers))
 
@@ -128,14 +128,14 @@ def bench_records(
     trust_code: Trust = None,
 ) -> None:
     """Activation records: seconds, bytes and memory of making them; reconstruction beside DeepInversion."""
-    from dfkd_ray import bench_records as bench
+    from dfkd_ray.bench import records as bench_records
     from dfkd_ray.cli.inputs import parse_shape
 
     chosen = kinds.split(",")
     if teacher:
         loaded = load_teacher(teacher, trust_code)
     else:
-        loaded = bench.untrained(architecture, parse_shape(image_shape), num_classes)
-    bench.fit(loaded, chosen, images, threads)
+        loaded = bench_records.untrained(architecture, parse_shape(image_shape), num_classes)
+    bench_records.fit(loaded, chosen, images, threads)
     if repeats:
-        bench.reconstruction(loaded, chosen, batch_size, steps, repeats, threads)
+        bench_records.reconstruction(loaded, chosen, batch_size, steps, repeats, threads)

@@ -10,6 +10,7 @@ import typer
 
 from dfkd_ray import config as configs
 from dfkd_ray.cli import leaving, live
+from dfkd_ray.cli.dry_run import dry_run as print_dry_run
 from dfkd_ray.cli.inputs import images_wanted, load_teacher, open_real, open_test
 from dfkd_ray.cli.options import (
     Address,
@@ -27,7 +28,6 @@ from dfkd_ray.cli.options import (
     range_of,
     settled,
 )
-from dfkd_ray.cli.plan import dry_run as print_dry_run
 from dfkd_ray.cli.show import Progress, print_failures, print_ladder, print_trials
 from dfkd_ray.cli.streams import say
 
@@ -174,7 +174,7 @@ def sweep(
     from dfkd_ray import results as tables
     from dfkd_ray import storage
     from dfkd_ray import sweep as sweeps
-    from dfkd_ray.sweep import figures as stored_figures
+    from dfkd_ray.sweep import timings as stored_figures
 
     stored = None if figures is None else stored_figures.read(figures)
     # What the machines of a cluster have is not known before it is joined, and says nothing of the driver's.

@@ -20,8 +20,8 @@ from dfkd_ray.plain import given
 if TYPE_CHECKING:
     from dfkd_ray.batches import Batch
     from dfkd_ray.bundles import Teacher
-    from dfkd_ray.export import Export
     from dfkd_ray.fleet import Settings
+    from dfkd_ray.image_sets import Export
 
 METHODS = tuple(name for name in configs.SYNTHESIS_CONFIGS if name != "real")
 DEVICES = ("auto", "cpu", "cuda")
@@ -62,21 +62,21 @@ def synthesize(
     num_synthesizers = None if synthesizers == "auto" else number_of(synthesizers)
 
     from dfkd_ray import cache as caches
-    from dfkd_ray import export, targets, trial
+    from dfkd_ray import image_sets, targets, trial
 
-    targets.check(out, export.IMAGE_SET)
+    targets.check(out, image_sets.IMAGE_SET)
     cache_root = caches.check_target(cache or caches.default_folder()).uri
     loaded = load_teacher(teacher, trust_code)
     check(loaded, settings, device)
     settings = trial.pinned_synthesis(settings, loaded)
     todo = export_of(loaded, settings, out, format_, num_images)
-    missing = export.prepare(todo)
+    missing = image_sets.prepare(todo)
     num_kept = todo.num_batches - len(missing)
     counts = {"made": 0, "found": 0}
     progress, start = Progress(), time.monotonic()
 
     def on_batch(batch: "Batch", found: bool) -> None:
-        export.write(todo, batch)
+        image_sets.write(todo, batch)
         counts["found" if found else "made"] += 1
         terms = {name: value for name, value in batch.terms.items() if isinstance(value, float)}
         progress("synthesising", sum(counts.values()), len(missing), {**terms, "cached": counts["found"]})
@@ -86,7 +86,7 @@ def synthesize(
         through_fleet(loaded, settings, missing, on_batch, *fleet_options)
     seconds = time.monotonic() - start
     num_made, num_found = counts["made"], counts["found"]
-    record = export.finish(todo, seconds=seconds, num_made=num_made, num_found=num_found, num_kept=num_kept)
+    record = image_sets.finish(todo, seconds=seconds, num_made=num_made, num_found=num_found, num_kept=num_kept)
     say(
         f"{num_images} images in {seconds:.0f} s: {num_made} batches made, {num_found} found in the cache, "
         f"{num_kept} there already; written: {record}"
@@ -116,7 +116,7 @@ def check(teacher: "Teacher", settings: Any, device: str) -> None:
 
 def export_of(teacher: "Teacher", settings: Any, out: Path, format_: str, num_images: int) -> "Export":
     """What is to be written."""
-    from dfkd_ray.export import Export
+    from dfkd_ray.image_sets import Export
 
     info = teacher.info
     return Export(

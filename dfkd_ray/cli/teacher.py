@@ -196,8 +196,9 @@ def teacher_record(
             "--storage exemplars releases compressed activations of single training examples, from which they can be "
             "partly reconstructed; add --allow-exemplars if that is allowed, or leave --storage out"
         )
-    from dfkd_ray import bundles, recording
+    from dfkd_ray import bundles
     from dfkd_ray.cli.inputs import training_split
+    from dfkd_ray.records import fitting
 
     teacher = load_teacher(bundle, trust_code)
     bundles.check_record_target(bundle, chosen)
@@ -207,7 +208,7 @@ def teacher_record(
         raise ValueError(
             f"--dataset {dataset}: {len(data.class_names)} classes, the teacher has {teacher.info.num_classes}"
         )
-    plan = recording.plan(
+    plan = fitting.plan(
         teacher,
         data.labels.numpy(),
         rows,
@@ -219,7 +220,7 @@ def teacher_record(
         num_exemplars=num_exemplars,
         seed=seed,
     )
-    shards = recording.shards(data.read, data.labels, rows, max(1, workers))
+    shards = fitting.shards(data.read, data.labels, rows, max(1, workers))
     progress = Progress()
     done = 0
 
@@ -229,17 +230,17 @@ def teacher_record(
         progress("recording", done, len(rows), {})
 
     if workers:
-        from dfkd_ray.fleet import recording as over_ray
+        from dfkd_ray.fleet import fitting as over_ray
 
         totals = over_ray.fit(
             plan, teacher, shards, threads, address=address, progress=on_images, on_lost=leaving.at_once
         )
     else:
-        totals = recording.fit(plan, teacher.network, shards[0], num_threads=threads, progress=on_images)
+        totals = fitting.fit(plan, teacher.network, shards[0], num_threads=threads, progress=on_images)
     notes = {"dataset": data.name, "limit": limit, "workers": workers}
-    records = recording.finish(plan, totals, teacher, notes)
+    records = fitting.finish(plan, totals, teacher, notes)
     del totals  # of large layers it takes more memory than the records, which are copied when they are written
-    dense = recording.dense_bytes(plan.taps, teacher.info.num_classes)
+    dense = fitting.dense_bytes(plan.taps, teacher.info.num_classes)
     for record in records:
         size = bundles.save_record(bundle, record)
         say(f"{record.info.kind}: {size / 1e6:.2f} MB; dense covariances of all layers: {dense / size:.1f} times that")
@@ -255,7 +256,8 @@ def teacher_info(
     trust_code: Trust = None,
 ) -> None:
     """Load a bundle, check it, and print what it is."""
-    from dfkd_ray import batchnorm, pruning
+    from dfkd_ray import batchnorm
+    from dfkd_ray.compression import pruning
 
     teacher = load_teacher(bundle, trust_code)
     info, network = teacher.info, teacher.network

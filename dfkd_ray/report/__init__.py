@@ -11,7 +11,8 @@ from typing import Any
 
 import pandas as pd
 
-from dfkd_ray import parsing, results, storage, targets
+from dfkd_ray import results, storage, targets
+from dfkd_ray.config import parsing
 from dfkd_ray.report import aggregates, page, pictures, sections
 from dfkd_ray.report.wording import Frame
 from dfkd_ray.storage import Folder

@@ -3,7 +3,6 @@
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from dfkd_ray import storage
 from dfkd_ray.results import schemas, tables
@@ -33,5 +32,6 @@ def final_row(place: Where, trial_id: str, merged: bool = True) -> dict[str, Any
 
 def newest(rows: pa.Table, trial_id: str) -> dict[str, Any] | None:
     """The row of a trial that was written last."""
-    found = rows.filter(pc.equal(rows.column("trial_id"), trial_id)).to_pylist()
+    own = [name == trial_id for name in rows.column("trial_id").to_pylist()]
+    found = rows.filter(pa.array(own, pa.bool_())).to_pylist()
     return max(found, key=lambda row: row[schemas.WRITTEN_AT] or 0.0, default=None)

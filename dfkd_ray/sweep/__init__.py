@@ -38,14 +38,14 @@ True
 `folder` is a `pathlib.Path`; a URI does too. Both go on where they were left when called again.
 """
 
-from dfkd_ray.sweep.files import About, Job, Plan, SweepConfig, expand, parse, plan, prepare
+from dfkd_ray.sweep.jobs import About, Job, Plan, SweepConfig, expand, parse, plan, prepare
 from dfkd_ray.sweep.machines import preflight
 from dfkd_ray.sweep.places import Stopped, check_target, explained
-from dfkd_ray.sweep.resuming import rows_in
-from dfkd_ray.sweep.running import LOOK_S, real_sources, run
+from dfkd_ray.sweep.resume import rows_in
+from dfkd_ray.sweep.runner import LOOK_S, real_sources, run
 from dfkd_ray.sweep.schema import json_schema
 from dfkd_ray.sweep.search import AshaConfig, SearchConfig, StopConfig
-from dfkd_ray.sweep.working import Seconds, run_job
+from dfkd_ray.sweep.worker import Seconds, run_job
 
 __all__ = [
     "LOOK_S",

@@ -20,10 +20,10 @@ from dfkd_ray.config import (
     flat,
     with_overrides,
 )
-from dfkd_ray.fields import describe
+from dfkd_ray.config.fields import describe
 from dfkd_ray.plain import alike, given, named, value_at
 from dfkd_ray.storage import without_secrets
-from dfkd_ray.sweep.contents import SweepConfig
+from dfkd_ray.sweep.files import SweepConfig
 from dfkd_ray.sweep.search import MOST_TRIALS, Point, StopConfig, can_match, options, probes, random_points, shown
 
 SEED_FIELDS = ("synthesis.seed", "distillation.seed")

@@ -13,10 +13,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from dfkd_ray import devices, distillation, evaluation, pruning, synthesis, trial
+from dfkd_ray import devices, distillation, evaluation, synthesis, trial
 from dfkd_ray.bundles import Teacher
+from dfkd_ray.compression import pruning
 from dfkd_ray.config import PruningConfig, synthesis_key
-from dfkd_ray.sweep.files import Job
+from dfkd_ray.sweep.jobs import Job
 
 START_S = 15.0  # Ray, the fleet and the first trial's process; measured on two cores
 CAP_S = 20.0

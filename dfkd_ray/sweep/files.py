@@ -1,188 +1,161 @@
-"""A sweep file → validated trial configs → jobs with their teachers open. Nothing starts here.
+"""The contents of a sweep file, checked as far as one can without making a trial of them.
 
-A sweep is `base` (a trial config) and `grid` (dotted field → list of values; a list of such grids is their union) or
-`search` (dotted field → domain), with `exclude` (partial points that are left out), `seeds` (a number: that many seeds
-of synthesis and distillation), `stop` (early stopping), `tiny` (a small override) and `about`.
+How many trials a file asks for is computed before any is made, and bounded.
 """
 
-import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, field_validator, model_validator
 
-from dfkd_ray import trial as one_trial
-from dfkd_ray.bundles import Teacher
-from dfkd_ray.config import TrialConfig, nested_models, validate
-from dfkd_ray.fields import first_of
-from dfkd_ray.storage import public_name
-from dfkd_ray.sweep.combinations import MOST_DRAWS, data_at, expanded, matching
-from dfkd_ray.sweep.combinations import expand as expand
-from dfkd_ray.sweep.contents import About as About
-from dfkd_ray.sweep.contents import SweepConfig as SweepConfig
-from dfkd_ray.sweep.contents import parse as parse
-from dfkd_ray.sweep.search import Point, StopConfig, probes, random_points
-from dfkd_ray.sweep.tuning import Suggestions
+from dfkd_ray.config import STRICT, TrialConfig, validate
+from dfkd_ray.config.fields import NUMBER, hint, known_fields, plain, value_fault
+from dfkd_ray.config.parsing import MOST_VALUES, name_fault
+from dfkd_ray.plain import LARGEST, fault, given, named
+from dfkd_ray.sweep.search import MOST_TRIALS, SearchConfig, StopConfig
+
+MOST_AXES_SHOWN = 6
+Line = Annotated[str, plain(1, 20_000)]
 
 
-@dataclass(frozen=True)
-class Job:
-    """One trial of a sweep, with what it needs."""
+class About(BaseModel):
+    """What a reader wants to know before starting a sweep."""
 
-    config: TrialConfig
-    teacher: Teacher
-    id: str
+    model_config = STRICT
+
+    source: Line
+    command: Line
+    cost: Line
+    expected: Line
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A sweep that can run: the trials known beforehand, or Optuna's; and when trials are stopped early."""
+class SweepConfig(BaseModel):
+    """The contents of a sweep file."""
 
-    jobs: list[Job]
-    search: Suggestions | None = None
-    stop: StopConfig | None = None
-    max_concurrent: int | None = None
-    settings: SweepConfig | None = None  # what it was prepared from; none where jobs were handed in
+    model_config = STRICT
+
+    about: About | None = Field(default=None, description="for readers; shipped sweeps have it")
+    base: Annotated[dict[str, Any], plain(2000)] = Field(
+        default_factory=dict, description="a trial config; what it leaves out has defaults"
+    )
+    grid: dict[str, list[Any]] | list[dict[str, list[Any]]] | None = Field(
+        default=None, description="dotted field → values; or several"
+    )
+    search: SearchConfig | None = Field(default=None, description="in place of grid: points drawn from domains")
+    exclude: Annotated[list[dict[str, Any]], plain(10_000)] = Field(
+        default_factory=list,
+        max_length=1000,
+        description="dotted field → value or list of values; what matches all of one is left out",
+    )
+    seeds: Annotated[int, NUMBER] = Field(
+        default=1,
+        ge=1,
+        le=MOST_TRIALS,
+        description="seeds 0 … n - 1 of synthesis and distillation for every combination",
+    )
+    stop: StopConfig | None = Field(default=None, description="early stopping; null: every trial runs to its end")
+    tiny: Annotated[dict[str, Any], plain(2000)] = Field(
+        default_factory=dict, description="dotted field → value, for --tiny"
+    )
+
+    @field_validator("grid", mode="before")
+    @classmethod
+    def _axes_with_values(cls, grid: Any) -> Any:
+        if grid is not None and (wrong := grid_fault(grid)):
+            raise ValueError(wrong)
+        return grid
+
+    @field_validator("exclude")
+    @classmethod
+    def _partial_points(cls, exclude: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        refuse_unknown(name for entry in exclude for name in entry)
+        if {} in exclude:
+            raise ValueError("an entry without fields would leave out every trial")
+        return exclude
+
+    @field_validator("tiny")
+    @classmethod
+    def _known_fields_and_values(cls, tiny: dict[str, Any]) -> dict[str, Any]:
+        refuse_unknown(tiny)
+        wrong = [f"{name}: {found}" for name, value in tiny.items() if (found := value_fault(TrialConfig, name, value))]
+        if wrong:
+            raise ValueError("; ".join(wrong[:3]) + ("; …" if len(wrong) > 3 else ""))
+        return tiny
+
+    @model_validator(mode="after")
+    def _grid_or_search(self) -> "SweepConfig":
+        if (self.grid is None) == (self.search is None):
+            raise ValueError("expected either grid or search, and one of them")
+        if self.search is not None and self.seeds != 1:
+            raise ValueError(
+                f"seeds={self.seeds} goes with grid; a search tries every point with one seed: leave seeds out, and "
+                "run the best points as a grid with several"
+            )
+        if self.num_points > MOST_TRIALS:
+            raise ValueError(
+                f"the grid asks for {count_text(self.num_points)} trials, more than the {MOST_TRIALS:,} that one sweep "
+                f"may have: {axes_text(self)}"
+            )
+        return self
 
     @property
-    def num_trials(self) -> int:
-        """How many trials there will be, at most."""
-        return self.search.config.num_trials if self.search else len(self.jobs)
+    def grids(self) -> list[dict[str, list[Any]]]:
+        """The grids: one, several, or none."""
+        return self.grid if isinstance(self.grid, list) else [] if self.grid is None else [self.grid]
 
     @property
-    def known_jobs(self) -> list[Job]:
-        """The jobs known beforehand, or those at the ends of an Optuna search's space."""
-        return list(self.search.probes) if self.search else self.jobs
-
-    def jobs_in(self, rows: Iterable[Mapping[str, Any]]) -> list[Job]:
-        """This sweep's trials among the rows of a `trials` table; those without a row too, where known beforehand."""
-        return self.search.jobs_in(rows) if self.search else self.jobs
-
-    def likely_jobs(self, num_done: int) -> list[Job]:
-        """All jobs, or as many random ones as an Optuna search with `num_done` trials will still run."""
-        if self.search is None:
-            return self.jobs
-        drawn = map(self.search.job_at, itertools.islice(random_points(self.search.config), MOST_DRAWS))
-        some = [job for job in drawn if job is not None]
-        return list(itertools.islice(itertools.cycle(some), max(0, self.num_trials - num_done))) if some else []
+    def num_points(self) -> int:
+        """How many combinations all grids have with all seeds, equal ones counted each."""
+        return sum(math.prod(map(len, grid.values())) for grid in self.grids) * self.seeds
 
 
-def job_of(config: TrialConfig, teacher: Teacher) -> Job:
-    """The job of a trial. `ValueError` where its teacher lacks an activation record that it asks for."""
-    config = one_trial.pinned(config, teacher)
-    return Job(config, teacher, one_trial.trial_id(config, teacher))
+def parse(data: Mapping[str, Any], where: str = "sweep") -> SweepConfig:
+    """The contents of a sweep file out of plain data; `ValueError` with all errors at once, after `where`."""
+    return validate(SweepConfig, data, where)
 
 
-def plan(
-    configs: Sequence[TrialConfig], open_teacher: Callable[[str], Teacher], trust_code: Sequence[str] = ()
-) -> list[Job]:
-    """Open every teacher once, name and check every trial. `ValueError` with all that cannot run."""
-    teachers, unopened = opened([config.teacher for config in configs], open_teacher)
-    jobs, unfit = checked(configs, teachers, trust_code)
-    refuse([*unopened, *unfit])
-    return jobs
+def grid_fault(grid: Any) -> str | None:
+    """Why this is no grid, nor a list of grids; None where it is."""
+    if wrong := fault(grid, MOST_VALUES):
+        return wrong
+    for one in grid if isinstance(grid, list) and grid else [grid]:
+        if not isinstance(one, Mapping) or not one:
+            return f"expected fields with their values, as in {{pruning.sparsity: [0.5, 0.9]}}, got {given(one)}"
+        places = {name: place for place, name in enumerate(one)}
+        for name, values in one.items():
+            if wrong := name_fault(name):
+                return f"{named(name)}: {wrong}"
+            if not isinstance(values, list):
+                return f"{named(name)}: expected a list of values, got {given(values)}"
+            if not values:
+                return f"{named(name)}: a list without values leaves no trial; leave the field out"
+            for parent in (name[:i] for i, sign in enumerate(name) if sign == "."):
+                if places.get(parent, -1) > places[name]:
+                    return f"{named(name)}: would be replaced by {named(parent)}, of which it is a part; put it below"
+    return None
 
 
-def refuse(errors: Sequence[str]) -> None:
-    """`ValueError` with the first of these lines, and how many there are beside them; nothing where there is none."""
-    if errors:
-        raise ValueError("\n".join(first_of(errors, len(errors))))
+def refuse_unknown(names: Any) -> None:
+    """`ValueError` for the first name that is no field of a trial."""
+    for name in names:
+        if name not in known_fields(TrialConfig) and not name.startswith("student.arguments."):
+            raise ValueError(f"{named(name)}: unknown field{hint(TrialConfig, name)}")
+        if wrong := name_fault(name):
+            raise ValueError(f"{named(name)}: {wrong}")
 
 
-def opened(names: Sequence[str], open_teacher: Callable[[str], Teacher]) -> tuple[dict[str, Teacher], list[str]]:
-    """Teachers by name, and why some cannot be opened."""
-    teachers: dict[str, Teacher] = {}
-    errors: dict[str, None] = {}
-    for name in dict.fromkeys(names):
-        try:
-            teachers[name] = open_teacher(name)
-        except ValueError as error:
-            errors[str(error)] = None
-    return teachers, list(errors)
+def count_text(number: int) -> str:
+    """A count of any size."""
+    return f"{number:,}" if number < LARGEST else f"more than 10^{int(math.log10(number))}"
 
 
-def checked(
-    configs: Sequence[TrialConfig], teachers: Mapping[str, Teacher], trust_code: Sequence[str], on_gpu: bool = False
-) -> tuple[list[Job], list[str]]:
-    """A job for every distinct trial whose teacher is open, and why some cannot run."""
-    jobs: dict[str, Job] = {}
-    errors: dict[str, None] = {}
-    good: set[str] = set()
-    for config in configs:
-        if config.teacher not in teachers:
-            continue
-        try:
-            job = job_of(config, teachers[config.teacher])
-            jobs.setdefault(job.id, job)
-            kind = kind_of(config)
-            if kind not in good:
-                one_trial.check(config, job.teacher, trust_code, on_gpu)
-                good.add(kind)
-        except ValueError as error:
-            errors[f"{public_name(config.teacher)}: {error}"] = None
-    return list(jobs.values()), list(errors)
-
-
-def kind_of(config: TrialConfig) -> str:
-    """What decides whether a trial fits its teacher: every field but seeds and fractions, which never do.
-
-    Looking at a new student takes milliseconds, and a sweep may have a hundred thousand trials.
-    """
-    return config.model_dump_json(exclude=without_numbers(TrialConfig))
-
-
-@lru_cache
-def without_numbers(model: type[BaseModel]) -> Any:
-    """The seeds and fractions below a config, as pydantic wants to be told what is left out."""
-    inner = {name: nested_models(field.annotation) for name, field in model.model_fields.items()}
-    below = {n: {k: v for m in models for k, v in without_numbers(m).items()} for n, models in inner.items() if models}
-    return below | {n: True for n, field in model.model_fields.items() if n == "seed" or field.annotation is float}
-
-
-def prepare(
-    sweep: SweepConfig,
-    open_teacher: Callable[[str], Teacher],
-    overrides: Mapping[str, Any] | None = None,
-    *,
-    tiny: bool = False,
-    trust_code: Sequence[str] = (),
-    on_gpu: bool = False,
-) -> Plan:
-    """Everything that can be checked before a sweep starts, and the sweep ready to run.
-
-    Every combination of a grid, every point of a random search, or the ends and choices of an Optuna search is
-    validated, every teacher opened. `on_gpu`: for machines with GPUs, though this one may have none. `ValueError` with
-    all errors at once.
-    """
-    overrides = overrides or {}
-    configs, names, errors = expanded(sweep, overrides, tiny)
-    teachers, unopened = opened(names, open_teacher)
-    search = None
-    if sweep.search is not None and sweep.search.algorithm == "optuna" and not errors:
-        tried = [job for job in (at(sweep, p, overrides, tiny, teachers) for p in probes(sweep.search)) if job]
-        configs = [job.config for job in tried]
-        if any(config.synthesis.method == "real" for config in configs):
-            errors.append("search.algorithm=optuna: synthesis.method=real is an upper bound, run it as a grid")
-        try:
-            search = Suggestions(sweep.search, lambda point: at(sweep, point, overrides, tiny, teachers), tried)
-        except ValueError as error:
-            errors.append(str(error))
-    jobs, unfit = checked(configs, teachers, trust_code, on_gpu)
-    refuse([*errors, *unopened, *unfit])
-    most = sweep.search.max_concurrent if sweep.search else None
-    return Plan([] if search else jobs, search, sweep.stop, most, sweep)
-
-
-def at(
-    sweep: SweepConfig, point: Point, overrides: Mapping[str, Any], tiny: bool, teachers: Mapping[str, Teacher]
-) -> Job | None:
-    """The job at a point; None where it is excluded, its fields do not go together, or its teacher is not open."""
-    try:
-        if matching(sweep, data_at(sweep, point, overrides)):
-            return None
-        config = validate(TrialConfig, data_at(sweep, point, overrides, tiny), "sweep")
-        return job_of(config, teachers[config.teacher]) if config.teacher in teachers else None
-    except ValueError:
-        return None
+def axes_text(sweep: SweepConfig) -> str:
+    """How many values each axis of the largest grid has."""
+    grid = max(sweep.grids, key=lambda grid: math.prod(map(len, grid.values())))
+    sizes = [(name, len(values)) for name, values in grid.items()] + [("seeds", sweep.seeds)]
+    longest = sorted((size for size in sizes if size[1] > 1), key=lambda size: -size[1])
+    text = " x ".join(f"{num:,} of {named(name)}" for name, num in longest[:MOST_AXES_SHOWN])
+    more = f" x {len(longest) - MOST_AXES_SHOWN} fields more" if len(longest) > MOST_AXES_SHOWN else ""
+    others = f"; and {len(sweep.grids) - 1} grids more" if len(sweep.grids) > 1 else ""
+    return text + more + others

@@ -14,9 +14,9 @@ from dfkd_ray import results
 from dfkd_ray import trial as one_trial
 from dfkd_ray.storage import Folder, in_one_line
 from dfkd_ray.sweep import places, tuning
-from dfkd_ray.sweep.files import Job
+from dfkd_ray.sweep.jobs import Job
 from dfkd_ray.sweep.search import StopConfig
-from dfkd_ray.sweep.working import Seconds, failed_row, keep
+from dfkd_ray.sweep.worker import Seconds, failed_row, keep
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from dfkd_ray.sweep.files import Job
+from dfkd_ray.sweep.jobs import Job
 
 log = logging.getLogger(__name__)
 Asked = int | tuple[int, int] | None  # synthesizers: a number, the fewest and the most, or as many as there is room for

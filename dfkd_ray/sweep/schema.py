@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dfkd_ray.config import SYNTHESIS_CONFIGS, DeepInversionConfig, TrialConfig, field_paths
-from dfkd_ray.sweep.contents import SweepConfig
+from dfkd_ray.sweep.files import SweepConfig
 from dfkd_ray.sweep.search import BOUNDED, FIXED
 
 Schema = dict[str, Any]

@@ -16,8 +16,8 @@ from pydantic import BaseModel, Field, field_validator
 
 from dfkd_ray.batches import mix_seed
 from dfkd_ray.config import STRICT
-from dfkd_ray.fields import LARGEST_FLOAT, NUMBER, Count, Seed, plain
-from dfkd_ray.parsing import name_fault
+from dfkd_ray.config.fields import LARGEST_FLOAT, NUMBER, Count, Seed, plain
+from dfkd_ray.config.parsing import name_fault
 from dfkd_ray.plain import SHOWN_PATH, alike, cut, fault, given, named
 
 Point = dict[str, Any]  # dotted field → value

@@ -15,11 +15,11 @@ from dfkd_ray import devices
 from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import seeds_key, synthesis_key
-from dfkd_ray.synthesis import deepinversion, noise, records
+from dfkd_ray.synthesis import deepinversion, noise, reconstruction
 
 METHODS: dict[str, Callable[[Teacher, Any, str, torch.device], BatchSource]] = {
     "deepinversion": deepinversion.source,
-    "records": records.source,
+    "records": reconstruction.source,
     "noise": noise.source,
 }
 

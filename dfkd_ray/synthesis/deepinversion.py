@@ -29,7 +29,7 @@ from dfkd_ray.batches import BatchSource
 from dfkd_ray.bundles import Teacher, freeze
 from dfkd_ray.config import DeepInversionConfig
 from dfkd_ray.images import PixelSpace
-from dfkd_ray.synthesis.optimising import (
+from dfkd_ray.synthesis.optimiser import (
     batches,
     bn_term,
     compose,

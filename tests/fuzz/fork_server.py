@@ -57,7 +57,7 @@ def import_all() -> None:
     import ray
     import torch
 
-    from dfkd_ray import cache, cli, data, export, recording, report, sweep, teachers, trial  # noqa: F401
+    from dfkd_ray.records import fitting  # noqa: F401
     from dfkd_ray.sweep import estimate
 
     torch.set_num_threads(1)

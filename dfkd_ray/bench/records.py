@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dfkd_ray import batchnorm, bundles, devices, models, recording
-from dfkd_ray.bench import bare_steps, synchronise
+from dfkd_ray import batchnorm, bundles, devices, models
+from dfkd_ray.bench.recipe import bare_steps, synchronise
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import DeepInversionConfig, RecordsConfig
-from dfkd_ray.records import format, taps
-from dfkd_ray.synthesis import deepinversion, records
+from dfkd_ray.records import fitting, format, taps
+from dfkd_ray.synthesis import deepinversion
+from dfkd_ray.synthesis import reconstruction as by_records
 
 
 def untrained(architecture: str, image_shape: tuple[int, int, int], num_classes: int) -> Teacher:
@@ -51,16 +52,16 @@ def fit(teacher: Teacher, kinds: Sequence[str], num_images: int, num_threads: in
     for kind in kinds:
         start = time.perf_counter()
         with devices.numerics("float32", torch.device("cpu"), num_threads):
-            plan = recording.plan(teacher, labels.numpy(), rows, [kind])
+            plan = fitting.plan(teacher, labels.numpy(), rows, [kind])
         planned_s = time.perf_counter() - start
         shape = teacher.info.image_shape
-        (shard,) = recording.shards(lambda chosen: noise(chosen, shape), labels, rows, 1)  # noqa: B023 - used at once
-        totals = recording.fit(plan, teacher.network, shard, num_threads)
-        (record,) = recording.finish(plan, totals, teacher)
+        (shard,) = fitting.shards(lambda chosen: noise(chosen, shape), labels, rows, 1)  # noqa: B023 - used at once
+        totals = fitting.fit(plan, teacher.network, shard, num_threads)
+        (record,) = fitting.finish(plan, totals, teacher)
         del totals
-        size = recording.size_bytes(record)
+        size = fitting.size_bytes(record)
         wall_s, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        dense = recording.dense_bytes(plan.taps, teacher.info.num_classes)
+        dense = fitting.dense_bytes(plan.taps, teacher.info.num_classes)
         teacher.records[kind] = format.from_arrays(format.to_arrays(record))
         print(
             f"  {kind:15}{wall_s:7.1f} s, of that {planned_s:.1f} for its bases; {size / 1e6:.2f} MB, dense "
@@ -79,16 +80,16 @@ def reconstruction(
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(batch_size) % teacher.info.num_classes
     settings = RecordsConfig(batch_size=batch_size, num_steps=num_steps, num_threads=num_threads)
-    parts = records.initial_parts(settings, shape, generator, device)
+    parts = by_records.initial_parts(settings, shape, generator, device)
     images = parts[0].clone()
 
     def side(kind: str) -> Callable[[], None]:
         record = teacher.record(kind)
-        targets = records.targets_of(record, records.draw(record, labels, generator), residual=True)
+        targets = by_records.targets_of(record, by_records.draw(record, labels, generator), residual=True)
         config = settings.model_copy(update={"record": kind})
 
         def run() -> None:
-            records.reconstruct(network, found, record, config, teacher.info.space, parts, targets, labels)
+            by_records.reconstruct(network, found, record, config, teacher.info.space, parts, targets, labels)
 
         return run
 

@@ -19,7 +19,7 @@ from dfkd_ray.results import FINAL
 from dfkd_ray.results.finals import final_row
 from dfkd_ray.storage import Folder, Where
 from dfkd_ray.sweep import places, tuning
-from dfkd_ray.sweep.files import Job
+from dfkd_ray.sweep.jobs import Job
 
 log = logging.getLogger(__name__)
 TOLD_S = 1.0  # between two messages of a trial on one stage

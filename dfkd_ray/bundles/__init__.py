@@ -23,14 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_ray import models, storage, targets, untrusted
+from dfkd_ray.bundles.weights import MASK, SHAPE, VALUES, from_stored, load_state, read_safetensors
+from dfkd_ray.bundles.weights import read_state_dict as read_state_dict
 from dfkd_ray.config import stable_hash
 from dfkd_ray.description import SCHEMA, BundleInfo
 from dfkd_ray.records import format, taps
 from dfkd_ray.records.format import Record
 from dfkd_ray.storage import Folder, Where
 from dfkd_ray.untrusted import one_line
-from dfkd_ray.weights import MASK, SHAPE, VALUES, from_stored, load_state, read_safetensors
-from dfkd_ray.weights import read_state_dict as read_state_dict
 
 BUNDLED = Path(__file__).parent / "bundled"
 DESCRIPTION, WEIGHTS, RECORDS = "teacher.json", "weights.safetensors", "records"

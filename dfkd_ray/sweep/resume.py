@@ -6,7 +6,7 @@ from typing import Any
 from dfkd_ray import results
 from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.storage import Folder
-from dfkd_ray.sweep.files import Job
+from dfkd_ray.sweep.jobs import Job
 
 
 def rows_in(place: Folder, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from dfkd_ray import __version__, parsing, storage
-from dfkd_ray.config import STRICT, validate
+from dfkd_ray import __version__, storage
+from dfkd_ray.config import STRICT, parsing, validate
 from dfkd_ray.plain import cut, named
 from dfkd_ray.sweep.estimate import Calibration, Cost, Unit, unit_text
 

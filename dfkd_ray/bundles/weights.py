@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dfkd_ray import torch_files, untrusted
+from dfkd_ray import untrusted
+from dfkd_ray.bundles import torch_files
 from dfkd_ray.untrusted import one_line, read_safetensors
 
 MASK, VALUES, SHAPE = "::mask", "::values", "::mask::shape"

@@ -14,7 +14,7 @@ from dfkd_ray.fleet.session import connected
 
 if TYPE_CHECKING:
     from dfkd_ray.bundles import Teacher
-    from dfkd_ray.recording import Plan, Shard, Totals
+    from dfkd_ray.records.fitting import Plan, Shard, Totals
 
 
 def fit(
@@ -27,8 +27,9 @@ def fit(
     progress: Callable[[int], None] | None = None,
     on_lost: Callable[[str], None] | None = None,
 ) -> "Totals":
-    """`recording.fit` of every shard by Ray workers, merged; `on_lost` as of `connected`. `ValueError` as there."""
-    from dfkd_ray import bundles, recording
+    """`records.fitting.fit` of every shard by Ray workers, merged; `on_lost` as of `connected`. `ValueError` as there."""
+    from dfkd_ray import bundles
+    from dfkd_ray.records import fitting
 
     with connected(address, on_lost=on_lost):
         task: Any = ray.remote(fit_shard)
@@ -41,7 +42,7 @@ def fit(
             shard = left.pop(ended[0])
             if progress:
                 progress(len(shard.rows))
-        totals = recording.empty(plan)
+        totals = fitting.empty(plan)
         for reference in running:  # in their order, whoever came first: sums in another order differ in the last bits
             try:
                 totals.merge(ray.get(reference))
@@ -54,8 +55,9 @@ def fit(
 
 def fit_shard(read: list[Any], shared: tuple[Any, Any], labels: Any, rows: Any, num_threads: int) -> "Totals":
     """One shard, in a worker."""
-    from dfkd_ray import bundles, recording
+    from dfkd_ray import bundles
+    from dfkd_ray.records import fitting
 
     plan, arrays = shared
-    shard = recording.Shard(ray.get(read[0]), labels, rows)
-    return recording.fit(plan, bundles.from_arrays(arrays).network, shard, num_threads)
+    shard = fitting.Shard(ray.get(read[0]), labels, rows)
+    return fitting.fit(plan, bundles.from_arrays(arrays).network, shard, num_threads)

@@ -21,21 +21,10 @@ import torch
 from torch import nn
 
 import dfkd_ray
-from dfkd_ray import (
-    batchnorm,
-    bundles,
-    cache,
-    commit,
-    devices,
-    distillation,
-    evaluation,
-    models,
-    pruning,
-    storage,
-    synthesis,
-)
+from dfkd_ray import batchnorm, bundles, cache, commit, devices, distillation, evaluation, models, storage, synthesis
 from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.bundles import Teacher
+from dfkd_ray.compression import pruning
 from dfkd_ray.config import TrialConfig, columns_of, stable_hash, versions
 from dfkd_ray.distillation import OnEpochs, Pool, Progress, State
 from dfkd_ray.images import decoded

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfkd_ray import batchnorm, devices, evaluation, models, pruning, trial
+from dfkd_ray import batchnorm, devices, evaluation, models, trial
 from dfkd_ray.batches import Batch
 from dfkd_ray.bundles import BundleInfo, Teacher, freeze, teacher_hash
+from dfkd_ray.compression import pruning
 from dfkd_ray.config import DeepInversionConfig, PruningConfig, TrialConfig
 from dfkd_ray.distillation import Progress
 from dfkd_ray.synthesis import deepinversion

@@ -30,7 +30,7 @@ from dfkd_ray.config import RecordsConfig
 from dfkd_ray.images import PixelSpace
 from dfkd_ray.records import gaussian, spectral, taps
 from dfkd_ray.records.format import SPECTRAL, Record
-from dfkd_ray.synthesis.optimising import (
+from dfkd_ray.synthesis.optimiser import (
     batches,
     bn_term,
     compose,

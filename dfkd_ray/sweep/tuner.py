@@ -8,10 +8,10 @@ from typing import Any
 from dfkd_ray import devices, scratch
 from dfkd_ray.config import TrialConfig
 from dfkd_ray.sweep import tuning
-from dfkd_ray.sweep.files import Job, Plan
+from dfkd_ray.sweep.jobs import Job, Plan
 from dfkd_ray.sweep.ledger import RETRIES, Ledger
 from dfkd_ray.sweep.search import StopConfig
-from dfkd_ray.sweep.working import Shared, in_worker
+from dfkd_ray.sweep.worker import Shared, in_worker
 
 
 def drive(

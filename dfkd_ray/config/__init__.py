@@ -1,7 +1,7 @@
 """Every option, as frozen pydantic models: one place for names, ranges, units and defaults.
 
 A file plus `--set a.b=c` becomes one dict, validated once; all errors come at once, one line each with the path.
-Types and bounds of fields, and the validation, are in `dfkd_ray.fields`; the reading is in `dfkd_ray.parsing`.
+Types and bounds of fields, and the validation, are in `fields`; the reading is in `parsing`.
 Imports pydantic and nothing heavy, so that `--help` and validation need no torch.
 """
 
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
 
-from dfkd_ray.fields import (
+from dfkd_ray.config.fields import (
     LARGEST_FLOAT,
     STRICT,
     Arguments,
@@ -29,10 +29,10 @@ from dfkd_ray.fields import (
     method_of,
     validate,
 )
-from dfkd_ray.fields import field_paths as field_paths
-from dfkd_ray.fields import nested_models as nested_models
-from dfkd_ray.parsing import parse_overrides as parse_overrides
-from dfkd_ray.parsing import read_yaml as read_yaml
+from dfkd_ray.config.fields import field_paths as field_paths
+from dfkd_ray.config.fields import nested_models as nested_models
+from dfkd_ray.config.parsing import parse_overrides as parse_overrides
+from dfkd_ray.config.parsing import read_yaml as read_yaml
 from dfkd_ray.plain import given
 from dfkd_ray.plain import with_overrides as with_overrides
 

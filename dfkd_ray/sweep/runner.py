@@ -21,12 +21,12 @@ from dfkd_ray.config import RealConfig
 from dfkd_ray.results import FINAL, finished_ids
 from dfkd_ray.storage import Where, in_one_line
 from dfkd_ray.sweep import places, tuning
-from dfkd_ray.sweep.driving import drive
-from dfkd_ray.sweep.files import Job, Plan
+from dfkd_ray.sweep.jobs import Job, Plan
 from dfkd_ray.sweep.ledger import Ledger, OnRow, compact, harmless
 from dfkd_ray.sweep.machines import FIRST_MACHINE_S, Asked, first_machine, preflight
-from dfkd_ray.sweep.resuming import check_one_meaning, looks_in, rows_in
-from dfkd_ray.sweep.working import Board, Seconds, Shared
+from dfkd_ray.sweep.resume import check_one_meaning, looks_in, rows_in
+from dfkd_ray.sweep.tuner import drive
+from dfkd_ray.sweep.worker import Board, Seconds, Shared
 
 Stages = Mapping[str, tuple[str, int, int]]  # trial id → (stage, done, total) of the trials that run now
 LOOK_S = 15.0

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from dfkd_ray.sweep import Plan
     from dfkd_ray.sweep.estimate import Estimate, Machine, Synthesis
-    from dfkd_ray.sweep.figures import Figures
+    from dfkd_ray.sweep.timings import Figures
 
 
 def schema() -> None:
@@ -46,7 +46,7 @@ def dry_run(
 
     from dfkd_ray import __version__, cache, devices
     from dfkd_ray.sweep import estimate as estimates
-    from dfkd_ray.sweep import figures
+    from dfkd_ray.sweep import timings
 
     jobs = [job for job in plan.likely_jobs(len(done)) if job.id not in done]
     machine = machine_of(gpus, not jobs or any(job.config.device != "cpu" for job in jobs), stored)
@@ -74,14 +74,14 @@ def dry_run(
         how = []
     if missing:
         if path and stored and here != numerics:
-            raise figures.lack(path, stored, missing, names, here)
+            raise timings.lack(path, stored, missing, names, here)
         say(f"timing a few steps of each kind on this machine, about {estimates.CAP_S:.0f} s …")
         timed = estimates.calibrate(jobs, trust_code, known=costs, cpu_only=machine.kind == "CPU core")
         costs |= timed.costs
         num_scaled += len(timed.scaled)
         how.append(f"{len(timed.costs)} timings in {timed.wall_s:.0f} s on {here}, on a machine as busy as it is now")
         if path:
-            figures.write(path, figures.extended(stored, timed, names, machine.kind, here))
+            timings.write(path, timings.extended(stored, timed, names, machine.kind, here))
             say(f"timings written to {path}")
     if num_scaled:
         how.append(f"{num_scaled} of them on fewer images, and scaled")

@@ -1,0 +1,1 @@
+"""Benches: ratios, each measured in one run."""

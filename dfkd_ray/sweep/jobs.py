@@ -1,0 +1,188 @@
+"""A sweep file → validated trial configs → jobs with their teachers open. Nothing starts here.
+
+A sweep is `base` (a trial config) and `grid` (dotted field → list of values; a list of such grids is their union) or
+`search` (dotted field → domain), with `exclude` (partial points that are left out), `seeds` (a number: that many seeds
+of synthesis and distillation), `stop` (early stopping), `tiny` (a small override) and `about`.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from pydantic import BaseModel
+
+from dfkd_ray import trial as one_trial
+from dfkd_ray.bundles import Teacher
+from dfkd_ray.config import TrialConfig, nested_models, validate
+from dfkd_ray.config.fields import first_of
+from dfkd_ray.storage import public_name
+from dfkd_ray.sweep.combinations import MOST_DRAWS, data_at, expanded, matching
+from dfkd_ray.sweep.combinations import expand as expand
+from dfkd_ray.sweep.files import About as About
+from dfkd_ray.sweep.files import SweepConfig as SweepConfig
+from dfkd_ray.sweep.files import parse as parse
+from dfkd_ray.sweep.search import Point, StopConfig, probes, random_points
+from dfkd_ray.sweep.tuning import Suggestions
+
+
+@dataclass(frozen=True)
+class Job:
+    """One trial of a sweep, with what it needs."""
+
+    config: TrialConfig
+    teacher: Teacher
+    id: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep that can run: the trials known beforehand, or Optuna's; and when trials are stopped early."""
+
+    jobs: list[Job]
+    search: Suggestions | None = None
+    stop: StopConfig | None = None
+    max_concurrent: int | None = None
+    settings: SweepConfig | None = None  # what it was prepared from; none where jobs were handed in
+
+    @property
+    def num_trials(self) -> int:
+        """How many trials there will be, at most."""
+        return self.search.config.num_trials if self.search else len(self.jobs)
+
+    @property
+    def known_jobs(self) -> list[Job]:
+        """The jobs known beforehand, or those at the ends of an Optuna search's space."""
+        return list(self.search.probes) if self.search else self.jobs
+
+    def jobs_in(self, rows: Iterable[Mapping[str, Any]]) -> list[Job]:
+        """This sweep's trials among the rows of a `trials` table; those without a row too, where known beforehand."""
+        return self.search.jobs_in(rows) if self.search else self.jobs
+
+    def likely_jobs(self, num_done: int) -> list[Job]:
+        """All jobs, or as many random ones as an Optuna search with `num_done` trials will still run."""
+        if self.search is None:
+            return self.jobs
+        drawn = map(self.search.job_at, itertools.islice(random_points(self.search.config), MOST_DRAWS))
+        some = [job for job in drawn if job is not None]
+        return list(itertools.islice(itertools.cycle(some), max(0, self.num_trials - num_done))) if some else []
+
+
+def job_of(config: TrialConfig, teacher: Teacher) -> Job:
+    """The job of a trial. `ValueError` where its teacher lacks an activation record that it asks for."""
+    config = one_trial.pinned(config, teacher)
+    return Job(config, teacher, one_trial.trial_id(config, teacher))
+
+
+def plan(
+    configs: Sequence[TrialConfig], open_teacher: Callable[[str], Teacher], trust_code: Sequence[str] = ()
+) -> list[Job]:
+    """Open every teacher once, name and check every trial. `ValueError` with all that cannot run."""
+    teachers, unopened = opened([config.teacher for config in configs], open_teacher)
+    jobs, unfit = checked(configs, teachers, trust_code)
+    refuse([*unopened, *unfit])
+    return jobs
+
+
+def refuse(errors: Sequence[str]) -> None:
+    """`ValueError` with the first of these lines, and how many there are beside them; nothing where there is none."""
+    if errors:
+        raise ValueError("\n".join(first_of(errors, len(errors))))
+
+
+def opened(names: Sequence[str], open_teacher: Callable[[str], Teacher]) -> tuple[dict[str, Teacher], list[str]]:
+    """Teachers by name, and why some cannot be opened."""
+    teachers: dict[str, Teacher] = {}
+    errors: dict[str, None] = {}
+    for name in dict.fromkeys(names):
+        try:
+            teachers[name] = open_teacher(name)
+        except ValueError as error:
+            errors[str(error)] = None
+    return teachers, list(errors)
+
+
+def checked(
+    configs: Sequence[TrialConfig], teachers: Mapping[str, Teacher], trust_code: Sequence[str], on_gpu: bool = False
+) -> tuple[list[Job], list[str]]:
+    """A job for every distinct trial whose teacher is open, and why some cannot run."""
+    jobs: dict[str, Job] = {}
+    errors: dict[str, None] = {}
+    good: set[str] = set()
+    for config in configs:
+        if config.teacher not in teachers:
+            continue
+        try:
+            job = job_of(config, teachers[config.teacher])
+            jobs.setdefault(job.id, job)
+            kind = kind_of(config)
+            if kind not in good:
+                one_trial.check(config, job.teacher, trust_code, on_gpu)
+                good.add(kind)
+        except ValueError as error:
+            errors[f"{public_name(config.teacher)}: {error}"] = None
+    return list(jobs.values()), list(errors)
+
+
+def kind_of(config: TrialConfig) -> str:
+    """What decides whether a trial fits its teacher: every field but seeds and fractions, which never do.
+
+    Looking at a new student takes milliseconds, and a sweep may have a hundred thousand trials.
+    """
+    return config.model_dump_json(exclude=without_numbers(TrialConfig))
+
+
+@lru_cache
+def without_numbers(model: type[BaseModel]) -> Any:
+    """The seeds and fractions below a config, as pydantic wants to be told what is left out."""
+    inner = {name: nested_models(field.annotation) for name, field in model.model_fields.items()}
+    below = {n: {k: v for m in models for k, v in without_numbers(m).items()} for n, models in inner.items() if models}
+    return below | {n: True for n, field in model.model_fields.items() if n == "seed" or field.annotation is float}
+
+
+def prepare(
+    sweep: SweepConfig,
+    open_teacher: Callable[[str], Teacher],
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    tiny: bool = False,
+    trust_code: Sequence[str] = (),
+    on_gpu: bool = False,
+) -> Plan:
+    """Everything that can be checked before a sweep starts, and the sweep ready to run.
+
+    Every combination of a grid, every point of a random search, or the ends and choices of an Optuna search is
+    validated, every teacher opened. `on_gpu`: for machines with GPUs, though this one may have none. `ValueError` with
+    all errors at once.
+    """
+    overrides = overrides or {}
+    configs, names, errors = expanded(sweep, overrides, tiny)
+    teachers, unopened = opened(names, open_teacher)
+    search = None
+    if sweep.search is not None and sweep.search.algorithm == "optuna" and not errors:
+        tried = [job for job in (at(sweep, p, overrides, tiny, teachers) for p in probes(sweep.search)) if job]
+        configs = [job.config for job in tried]
+        if any(config.synthesis.method == "real" for config in configs):
+            errors.append("search.algorithm=optuna: synthesis.method=real is an upper bound, run it as a grid")
+        try:
+            search = Suggestions(sweep.search, lambda point: at(sweep, point, overrides, tiny, teachers), tried)
+        except ValueError as error:
+            errors.append(str(error))
+    jobs, unfit = checked(configs, teachers, trust_code, on_gpu)
+    refuse([*errors, *unopened, *unfit])
+    most = sweep.search.max_concurrent if sweep.search else None
+    return Plan([] if search else jobs, search, sweep.stop, most, sweep)
+
+
+def at(
+    sweep: SweepConfig, point: Point, overrides: Mapping[str, Any], tiny: bool, teachers: Mapping[str, Teacher]
+) -> Job | None:
+    """The job at a point; None where it is excluded, its fields do not go together, or its teacher is not open."""
+    try:
+        if matching(sweep, data_at(sweep, point, overrides)):
+            return None
+        config = validate(TrialConfig, data_at(sweep, point, overrides, tiny), "sweep")
+        return job_of(config, teachers[config.teacher]) if config.teacher in teachers else None
+    except ValueError:
+        return None
