@@ -1,10 +1,13 @@
-"""A batch of images, the seam `batch(i)`, and the seeds behind it.
+"""A batch of images, the seam `batch(i)`, the state of a round, and the seeds behind them.
 
 Without torch: processes that only pass batches on start faster and stay small without it.
 """
 
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,8 @@ class Batch:
 
     `images` is (batch, channels, height, width) in the storage type, `labels` int64 (batch,), -1 without a label;
     `terms` are what its making measured: unweighted losses, teacher confidence, class histogram, seconds.
-    Both arrays are read-only views: batches are shared between trials, a write into one raises `ValueError`.
+    `contribution` is what it adds to the state of the next round, by name; empty for a stationary method.
+    All arrays are read-only views: batches are shared between trials, a write into one raises `ValueError`.
     """
 
     index: int
@@ -26,12 +30,52 @@ class Batch:
     labels: np.ndarray
     key: str
     terms: dict[str, Any] = field(default_factory=dict)
+    contribution: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self):
         for name in ("images", "labels"):
-            view = np.asarray(getattr(self, name)).view()
-            view.flags.writeable = False
-            object.__setattr__(self, name, view)
+            object.__setattr__(self, name, read_only(getattr(self, name)))
+        object.__setattr__(self, "contribution", {k: read_only(v) for k, v in self.contribution.items()})
+
+
+@dataclass(frozen=True)
+class RoundState:
+    """What the batches of one round depend on beside teacher, config and index.
+
+    `arrays` are the method's own; `student` is the state dict of the student that the round looks at, None where it
+    looks at none. Round 0 of every method has seen no student.
+    """
+
+    number: int
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+    student: Mapping[str, np.ndarray] | None = None
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 over the number and all arrays: their names, types, shapes and bytes."""
+        sha = hashlib.sha256(f"{self.number} {self.student is not None}".encode())
+        for part in (self.arrays, self.student or {}):
+            for name in sorted(part):
+                array = np.ascontiguousarray(part[name])
+                sha.update(json.dumps([name, str(array.dtype), list(array.shape)]).encode())
+                sha.update(array.reshape(-1).view(np.uint8).data)
+        return sha.hexdigest()
+
+
+def read_only(array: Any) -> np.ndarray:
+    """A view that cannot be written to."""
+    view = np.asarray(array).view()
+    view.flags.writeable = False
+    return view
+
+
+def summed(contributions: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The sum of what batches contribute, by name, added up in the order given: the same bytes wherever it is done."""
+    total: dict[str, np.ndarray] = {}
+    for one in contributions:
+        for name, array in one.items():
+            total[name] = total[name] + array if name in total else np.array(array)
+    return total
 
 
 # The seam of every synthesis method, of the cache and of what streams them: batch i, whatever came before.

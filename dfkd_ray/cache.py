@@ -15,7 +15,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ LEFTOVER_S = 600.0  # a shard is written in seconds: an older temporary file has
 DAY_S = 86400.0
 
 SCHEMA = "dfkd_ray.cache/1"
+CONTRIBUTION = "contribution."  # what the names of a batch's contributions to the next round begin with
+NOTHING: Mapping[str, np.ndarray] = {}
 MANIFEST = "manifest.json"
 NAMED = "the cache "  # what an error of the cache's disk or store begins with
 TEXTS = ("key", "numerics", "teacher_hash", "teacher", "domain", "package_version")
@@ -95,7 +97,13 @@ def indices(folder: Where) -> set[int]:
     return {int(match[1]) for match in matches if match}
 
 
-def digest(index: int, images: np.ndarray, labels: np.ndarray, terms: str = "") -> str:
+def digest(
+    index: int,
+    images: np.ndarray,
+    labels: np.ndarray,
+    terms: str = "",
+    contribution: Mapping[str, np.ndarray] = NOTHING,
+) -> str:
     """SHA-256 over a batch's index, types, shapes and bytes of its arrays, and its terms as JSON text.
 
     With the index, a shard that lies under the name of another one of its key is damage.
@@ -104,15 +112,21 @@ def digest(index: int, images: np.ndarray, labels: np.ndarray, terms: str = "") 
     for array in (images, labels):
         # A view of the bytes: a copy would double the memory of a batch.
         sha.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    for name, array in sorted(contribution.items()):
+        sha.update(f"{name} {array.dtype}{array.shape}".encode())
+        sha.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return sha.hexdigest()
 
 
 def write(folder: Where, batch: Batch) -> None:
     """Write one batch whole."""
     terms = json.dumps(batch.terms)
-    meta = {"key": batch.key, "terms": terms, "sha256": digest(batch.index, batch.images, batch.labels, terms)}
+    sha256 = digest(batch.index, batch.images, batch.labels, terms, batch.contribution)
+    meta = {"key": batch.key, "terms": terms, "sha256": sha256}
+    arrays = {"labels": batch.labels, "images": batch.images}
+    arrays |= {CONTRIBUTION + name: array for name, array in sorted(batch.contribution.items())}
     with told(folder):
-        storage.folder(folder).write(name_of(batch.index), *pack(meta, batch.labels, batch.images))
+        storage.folder(folder).write(name_of(batch.index), *pack(meta, arrays))
 
 
 @contextlib.contextmanager
@@ -127,12 +141,13 @@ def told(folder: Where) -> Iterator[None]:
         raise (OSError(message) if error.errno is None else OSError(error.errno, message)) from error
 
 
-def pack(meta: Mapping[str, str], labels: np.ndarray, images: np.ndarray) -> list[bytes | memoryview]:
+def pack(meta: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> list[bytes | memoryview]:
     """A shard as parts to write one after the other: the inverse of `parse`, and as free of copies."""
     header: dict[str, Any] = {"__metadata__": meta}
     parts: list[bytes | memoryview] = []
     offset = 0
-    for name, array in (("labels", np.ascontiguousarray(labels)), ("images", np.ascontiguousarray(images))):
+    for name, given in arrays.items():
+        array = np.ascontiguousarray(given).reshape(np.shape(given))
         dtype = next(word for word, kind in DTYPES.items() if kind == array.dtype)
         header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [offset, offset + array.nbytes]}
         offset += array.nbytes
@@ -153,18 +168,20 @@ def read(folder: Where, index: int, key: str) -> Batch | None:
 def unpack(data: bytes, index: int) -> Batch | None:
     """Batch `index`, its arrays views of `data`; None for anything that is not its whole shard."""
     try:
-        meta, images, labels = parse(data)
+        meta, arrays = parse(data)
+        images, labels = arrays.pop("images"), arrays.pop("labels")
+        contribution = {name.removeprefix(CONTRIBUTION): array for name, array in arrays.items()}
         key, terms = meta["key"], meta["terms"]
-        if not isinstance(key, str) or meta["sha256"] != digest(index, images, labels, terms):
+        if not isinstance(key, str) or meta["sha256"] != digest(index, images, labels, terms, contribution):
             return None
         values = json.loads(terms)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # each can come of one wrong byte
         return None
-    return Batch(index, images, labels, key, values) if isinstance(values, dict) else None
+    return Batch(index, images, labels, key, values, contribution) if isinstance(values, dict) else None
 
 
-def parse(data: bytes) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
-    """Metadata, images and labels of a shard without a copy.
+def parse(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Metadata and arrays of a shard without a copy.
 
     The format: 8 bytes of header size (little-endian), a JSON header, the arrays one after the other. Source:
     safetensors, "Format" in its README. The library's own reader copies every array.
@@ -173,49 +190,49 @@ def parse(data: bytes) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     if len(data) < max(begin, 8):
         raise ValueError("shorter than its header")
     header = json.loads(data[8:begin])
-    arrays, spans = [], []
-    for name in ("images", "labels"):
+    arrays, spans = {}, []
+    for name in header:
+        if name == "__metadata__":
+            continue
         dtype, shape = DTYPES[header[name]["dtype"]], header[name]["shape"]
         start, stop = header[name]["data_offsets"]
         if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
             raise ValueError(f"{name}: sizes that are no sizes")
         if math.prod(shape) * dtype.itemsize != stop - start or begin + stop > len(data):
             raise ValueError(f"{name}: sizes that do not fit")
-        arrays.append(np.frombuffer(data, dtype, math.prod(shape), begin + start).reshape(shape))
+        arrays[name] = np.frombuffer(data, dtype, math.prod(shape), begin + start).reshape(shape)
         spans.append((start, stop))
-    (first, middle), (next_, last) = sorted(spans)
-    if (first, middle, last) != (0, next_, len(data) - begin):
+    end = 0
+    for start, stop in sorted(spans):
+        if start != end:
+            raise ValueError("bytes that belong to no array, or to two")
+        end = stop
+    if end != len(data) - begin:
         raise ValueError("bytes that belong to no array")
-    return header["__metadata__"], arrays[0], arrays[1]
+    return header["__metadata__"], arrays
 
 
-def fetch(
-    indices: Iterable[int],
-    key: str,
-    make: BatchSource,
-    folder: Where | None,
-    on_batch: Callable[[Batch, bool], None] | None = None,
-) -> list[Batch]:
-    """Batches by index, from `folder` or made; without a folder, just made.
+def fetched(indices: Iterable[int], key: str, make: BatchSource, folder: Where | None) -> Iterator[tuple[Batch, bool]]:
+    """Batches from `folder` or made, each once, in any order, and whether it was cached; without a folder, just made.
 
-    `on_batch(batch, was_cached)` is told of each. A lock is the operating system's: it goes with its process, so a
-    killed maker cannot block the others.
+    A lock is the operating system's: it goes with its process, so a killed maker cannot block the others.
     """
-    wanted = list(indices)
-    found: dict[int, Batch] = {}
-    while len(found) < len(set(wanted)):
-        progress = False
-        for index in wanted:
-            if index in found:
-                continue
+    left = list(dict.fromkeys(indices))
+    while left:
+        before = len(left)
+        for index in list(left):
             batch, cached = obtain(index, key, make, folder)
-            if batch is None:
-                continue
-            found[index], progress = batch, True
-            if on_batch:
-                on_batch(batch, cached)
-        if not progress:
+            if batch is not None:
+                left.remove(index)
+                yield batch, cached
+        if len(left) == before:
             time.sleep(POLL_S)
+
+
+def fetch(indices: Iterable[int], key: str, make: BatchSource, folder: Where | None) -> list[Batch]:
+    """Those batches in the order of their indices."""
+    wanted = list(indices)
+    found = {batch.index: batch for batch, _ in fetched(wanted, key, make, folder)}
     return [found[index] for index in wanted]
 
 

@@ -3,11 +3,33 @@
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from dfkd_ray.images import PixelSpace
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how networks run on images of a pixel space: what decides the last bits of a result."""
+
+    device: torch.device
+    space: PixelSpace
+    precision: str = "float32"
+    num_threads: int = 1
+    fast: bool = False
+
+    def autocast(self) -> Any:
+        """The context in which a network runs."""
+        return autocast(self.precision, self.device)
+
+    def numerics(self) -> AbstractContextManager[None]:
+        """Threads, TF32 and determinism of a piece of work: see `numerics`."""
+        return numerics(self.precision, self.device, self.num_threads, self.fast)
 
 
 def resolve(device: str) -> torch.device:

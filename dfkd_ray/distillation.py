@@ -9,17 +9,19 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dfkd_ray import batchnorm, checkpoints, devices, losses, storage
+from dfkd_ray import batchnorm, checkpoints, losses, storage
 from dfkd_ray.batches import mix_seed
 from dfkd_ray.compression import pruning
 from dfkd_ray.config import DistillationConfig, PruningConfig
+from dfkd_ray.devices import Runtime
 from dfkd_ray.evaluation import Reference
-from dfkd_ray.images import PixelSpace, decode, flip_images, mix_images, shift_images
+from dfkd_ray.images import decode, flip_images, mix_images, shift_images
 from dfkd_ray.storage import Folder, Where
 
 log = logging.getLogger(__name__)
@@ -37,6 +39,10 @@ class Pool:
     labels: np.ndarray
 
 
+# Which images step `step` sees, given the student as it is before that step: all of them, or of the rounds so far.
+PoolAt = Callable[[int, nn.Module], Pool]
+
+
 @dataclass
 class State:
     """Where a distillation stands: what a checkpoint holds."""
@@ -48,6 +54,24 @@ class State:
     looks_since_best: int = 0
     best: Snapshot = field(default_factory=dict)
     epochs: list[dict[str, float | int | None]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Observer:
+    """Who is told what on the way. `row` holds the columns of the trial so far, and goes with each look."""
+
+    progress: Progress | None = None
+    look: Callable[[Mapping[str, Any], State], None] | None = None
+    epochs: OnEpochs | None = None
+    row: Mapping[str, Any] = field(default_factory=dict)
+
+    def looked(self, state: State) -> None:
+        """There was a look at the reference set."""
+        if self.look:
+            self.look(self.row, state)
+
+
+NOBODY = Observer()
 
 
 def learning_rate(config: DistillationConfig, step: int) -> float:
@@ -95,27 +119,24 @@ def set_mode(student: nn.Module, bn_mode: str) -> None:
 def distil(
     student: nn.Module,
     teacher: nn.Module,
-    pool: Pool,
+    pool_at: PoolAt,
     config: DistillationConfig,
-    pruning_config: PruningConfig,
-    masks: pruning.Masks,
+    pruned: pruning.Pruned,
     reference: Reference,
-    space: PixelSpace,
-    device: torch.device,
     *,
     checkpoint: Where | None = None,
-    progress: Progress | None = None,
-    on_look: Callable[[State], None] | None = None,
-    on_epochs: OnEpochs | None = None,
+    observer: Observer = NOBODY,
 ) -> State:
     """Train `student` in place (eval mode at the end, the selected weights loaded); returns what was measured.
 
-    `masks` hold the pruned weights at zero after every step; with the cubic schedule they are made anew on the way.
-    `on_look` is called after every look at the reference set, before a checkpoint is written.
-    `checkpoint` is a folder or URI. `on_epochs` gets all looks so far just before each checkpoint: whoever writes them
-    has written them when the checkpoint is there. `FloatingPointError` when the loss is no longer finite.
+    The masks of `pruned` hold the pruned weights at zero after every step; with the cubic schedule they are made anew
+    on the way. Networks run as the `reference` set does. `checkpoint` is a folder or URI. The observer's `look` is
+    called after every look at the reference set, before a checkpoint is written; its `epochs` gets all looks so far
+    just before each checkpoint: whoever writes them has written them when the checkpoint is there.
+    `FloatingPointError` when the loss is no longer finite.
     """
-    place = None if checkpoint is None else storage.folder(checkpoint)
+    runtime, masks, progress = reference.runtime, pruned.masks, observer.progress
+    device, place = runtime.device, None if checkpoint is None else storage.folder(checkpoint)
     optimiser = torch.optim.SGD(
         decay_groups(student, config.weight_decay), lr=config.learning_rate, momentum=config.momentum, nesterov=False
     )
@@ -123,32 +144,31 @@ def distil(
     state = found or State()
     if found:
         masks = {name: weight.detach() != 0 for name, weight in pruning.prunable(student).items() if name in masks}
-    precision = config.precision
     gpus = [device] if device.type == "cuda" else []
-    last_pruning = last_pruning_step(pruning_config, config.num_steps)
+    last_pruning = last_pruning_step(pruned.config, config.num_steps)
     with (
-        devices.numerics(precision, device, config.num_threads, config.fast),
+        runtime.numerics(),
         torch.random.fork_rng(devices=gpus),
         last_linear_inputs(student, config.feature_weight > 0) as student_features,
         last_linear_inputs(teacher, config.feature_weight > 0) as teacher_features,
     ):
         if state.step == 0:
-            look(state, student, config, reference, space, device, {}, candidate=last_pruning < 0)
-            if on_look:
-                on_look(state)
+            look(state, student, config, reference, {}, candidate=last_pruning < 0)
+            observer.looked(state)
         sums: dict[str, Tensor] = {}
         while state.step < config.num_steps:
             step = state.step
-            if step == last_pruning or (step < last_pruning and step % pruning_config.schedule_every == 0):
-                masks = cubic_masks(student, pruning_config, step, config.num_steps, final=step == last_pruning)
+            if step == last_pruning or (step < last_pruning and step % pruned.config.schedule_every == 0):
+                masks = cubic_masks(student, pruned.config, step, config.num_steps, final=step == last_pruning)
             generator = torch.Generator().manual_seed(mix_seed(config.seed, 2, step))
+            pool = pool_at(step, student)
             rows = rows_of(config, len(pool.labels), step)
-            images, weight, partner = augmented(pool, rows, config, space, device, generator)
+            images, weight, partner = augmented(pool, rows, config, runtime, generator)
             set_mode(student, config.bn_mode)
             torch.manual_seed(mix_seed(config.seed, 3, step))  # dropout draws from the global generator
             student_features.clear()
             teacher_features.clear()
-            with devices.autocast(precision, device):
+            with runtime.autocast():
                 with torch.no_grad():
                     teacher_logits = teacher(images).float()
                 student_logits = student(images).float()
@@ -172,17 +192,16 @@ def distil(
                 if not all(math.isfinite(value) for value in means.values()):
                     raise FloatingPointError(f"distillation: the loss is not finite by step {state.step}: {means}")
                 # A student that is still being pruned is no candidate: it has not the sparsity asked for.
-                look(state, student, config, reference, space, device, means, candidate=step >= last_pruning)
-                if on_look:
-                    on_look(state)
+                look(state, student, config, reference, means, candidate=step >= last_pruning)
+                observer.looked(state)
                 if config.patience and state.looks_since_best >= config.patience:
                     break
             if progress:
                 shown = {name: value for name, value in state.epochs[-1].items() if value is not None}
                 progress("distilling", state.step, config.num_steps, shown)
             if place and (state.step % config.checkpoint_every == 0) and state.step % config.eval_every == 0:
-                if on_epochs:
-                    on_epochs(state.epochs)
+                if observer.epochs:
+                    observer.epochs(state.epochs)
                 write_checkpoint(place, student, optimiser, state)
     student.load_state_dict(state.best)
     student.eval()
@@ -200,11 +219,11 @@ def augmented(
     pool: Pool,
     rows: Tensor,
     config: DistillationConfig,
-    space: PixelSpace,
-    device: torch.device,
+    runtime: Runtime,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The images of a step, normalised, shifted, flipped and mixed; with mixing weights and partners."""
+    space, device = runtime.space, runtime.device
     images = decode(pool.images[rows.numpy()], space, device)
     images = shift_images(images, config.shift, space.bounds(device)[0], generator)
     if config.flip:
@@ -267,14 +286,12 @@ def look(
     student: nn.Module,
     config: DistillationConfig,
     reference: Reference,
-    space: PixelSpace,
-    device: torch.device,
     means: dict[str, float],
     *,
     candidate: bool = True,
 ) -> None:
     """Compare with the teacher on the reference set, and keep a copy of the student if it is the best so far."""
-    agreement, kl = reference.compare(student, space, device, config.precision)
+    agreement, kl = reference.compare(student)
     rate = learning_rate(config, state.step - 1) if state.step else None
     measured = {"step": state.step, "agreement": agreement, "reference_kl": kl, **means}
     state.epochs.append({**measured, "learning_rate": rate, "sparsity": pruning.achieved_sparsity(student)})

@@ -10,32 +10,31 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dfkd_ray import devices, losses
+from dfkd_ray import losses
 from dfkd_ray.batches import Batch
-from dfkd_ray.images import PixelSpace, decoded
+from dfkd_ray.devices import Runtime
+from dfkd_ray.images import decoded
 
 EVALUATION_BATCH = 500
 
 
 @torch.no_grad()
-def logits(network: nn.Module, images: np.ndarray, space: PixelSpace, device: torch.device, precision: str) -> Tensor:
-    """Float32 logits of stored images, (num_images, classes), on `device`; the network is in eval mode."""
+def logits(network: nn.Module, images: np.ndarray, runtime: Runtime) -> Tensor:
+    """Float32 logits of stored images, (num_images, classes), on its device; the network is in eval mode."""
     network.eval()
     parts = []
     slices = (images[start : start + EVALUATION_BATCH] for start in range(0, len(images), EVALUATION_BATCH))
-    for x in decoded(slices, space, device):
-        with devices.autocast(precision, device):
+    for x in decoded(slices, runtime.space, runtime.device):
+        with runtime.autocast():
             parts.append(network(x.contiguous(memory_format=torch.channels_last)).float())
     return torch.cat(parts)
 
 
-def accuracy(
-    network: nn.Module, batches: Iterable[Batch], space: PixelSpace, device: torch.device, precision: str
-) -> float:
+def accuracy(network: nn.Module, batches: Iterable[Batch], runtime: Runtime) -> float:
     """Share of labels hit, in [0, 1]. `ValueError` for labels outside the network's classes, or no image at all."""
     hits = total = 0
     for batch in batches:
-        predicted = logits(network, batch.images, space, device, precision)
+        predicted = logits(network, batch.images, runtime)
         if int(batch.labels.max()) >= predicted.shape[1] or int(batch.labels.min()) < 0:
             raise ValueError(
                 f"the test set has labels up to {int(batch.labels.max())}, the network has {predicted.shape[1]} classes"
@@ -49,22 +48,19 @@ def accuracy(
 
 @dataclass(frozen=True)
 class Reference:
-    """The held-out synthetic set with the teacher's float32 logits on it."""
+    """The held-out synthetic set, the teacher's float32 logits on it, and how students run on it."""
 
     images: np.ndarray
     teacher_logits: Tensor
+    runtime: Runtime
 
-    def compare(
-        self, network: nn.Module, space: PixelSpace, device: torch.device, precision: str
-    ) -> tuple[float, float]:
+    def compare(self, network: nn.Module) -> tuple[float, float]:
         """Agreement (share of equal argmax, in [0, 1]) and KL(teacher || network) in nats at temperature 1."""
-        student = logits(network, self.images, space, device, precision)
+        student = logits(network, self.images, self.runtime)
         same = float((student.argmax(dim=1) == self.teacher_logits.argmax(dim=1)).float().mean())
         return same, float(losses.distillation_kl(student, self.teacher_logits, 1.0))
 
 
-def reference(
-    teacher: nn.Module, images: np.ndarray, space: PixelSpace, device: torch.device, precision: str
-) -> Reference:
+def reference(teacher: nn.Module, images: np.ndarray, runtime: Runtime) -> Reference:
     """The reference set out of its stored images."""
-    return Reference(images, logits(teacher, images, space, device, precision))
+    return Reference(images, logits(teacher, images, runtime), runtime)

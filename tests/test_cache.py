@@ -74,17 +74,28 @@ def test_a_strided_array_is_written_by_value(root):
 
 
 def test_a_batch_is_made_once_and_then_found(root):
-    counted, told = Counted(), []
-
-    def on_batch(batch, was_cached):
-        told.append((batch.index, was_cached))
-
-    first = cache.fetch(range(3), KEY, counted, root, on_batch)
-    again = cache.fetch(range(4), KEY, counted, root, on_batch)
+    counted = Counted()
+    told = [(batch.index, cached) for num in (3, 4) for batch, cached in cache.fetched(range(num), KEY, counted, root)]
+    first, again = (cache.fetch(range(num), KEY, counted, root) for num in (3, 4))
     assert counted.indices == [0, 1, 2, 3]
     assert told == [(0, False), (1, False), (2, False), (0, True), (1, True), (2, True), (3, False)]
     for one, two in zip(first, again[:3], strict=True):
         assert_equal(one, two)
+
+
+def test_what_a_batch_contributes_is_kept_with_it_and_damage_to_it_is_noticed(root):
+    parts = {"gradient": np.arange(6, dtype=np.float32).reshape(2, 3), "count": np.asarray(3.0)}
+    batch = Batch(0, make(0).images, make(0).labels, KEY, {"bn": 1.0}, parts)
+    cache.write(root, batch)
+    found = cache.read(root, 0, KEY)
+    assert found is not None and list(found.contribution) == ["count", "gradient"]
+    for name, array in parts.items():
+        assert np.array_equal(found.contribution[name], array) and found.contribution[name].dtype == array.dtype
+        assert found.contribution[name].shape == array.shape
+    data = storage.folder(root).read(cache.name_of(0))
+    assert data is not None
+    storage.folder(root).write(cache.name_of(0), data[:-1] + bytes([data[-1] ^ 1]))
+    assert cache.read(root, 0, KEY) is None
 
 
 def test_batches_come_in_the_order_asked_for(root):
@@ -632,7 +643,7 @@ def test_a_shard_from_before_the_index_was_in_its_checksum_counts_as_damaged(roo
     )
     old.update(batch.images.tobytes() + batch.labels.tobytes())
     meta = {"key": KEY, "terms": "{}", "sha256": old.hexdigest()}
-    folder.write(cache.name_of(1), *cache.pack(meta, batch.labels, batch.images))
+    folder.write(cache.name_of(1), *cache.pack(meta, {"labels": batch.labels, "images": batch.images}))
     assert [finding.name for finding in cache.verify(root)] == [cache.name_of(1)]
     assert cache.read(folder, 1, KEY) is None
 

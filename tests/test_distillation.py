@@ -12,6 +12,7 @@ from torch import nn
 from dfkd_ray import batchnorm, bundles, distillation, evaluation, storage
 from dfkd_ray.compression import pruning
 from dfkd_ray.config import DistillationConfig, PruningConfig
+from dfkd_ray.devices import Runtime
 
 CPU = torch.device("cpu")
 SMALL = DistillationConfig(num_steps=6, batch_size=8, eval_every=2, checkpoint_every=2, num_threads=1)
@@ -46,20 +47,17 @@ def run(
     if pruning_config.schedule == "one_shot":
         pruning.apply(student, masks)
     images = a_pool(16).images[::-1].copy()
-    reference = evaluation.Reference(images, evaluation.logits(teacher.network, images, space, CPU, config.precision))
+    runtime = Runtime(CPU, space, config.precision, config.num_threads, config.fast)
+    reference = evaluation.reference(teacher.network, images, runtime)
     state = distillation.distil(
         student,
         teacher.network,
-        pool or a_pool(),
+        lambda _step, _student: pool or a_pool(),
         config,
-        pruning_config,
-        masks,
+        pruning.Pruned(pruning_config, masks),
         reference,
-        space,
-        CPU,
         checkpoint=checkpoint,
-        progress=progress,
-        on_epochs=on_epochs,
+        observer=distillation.Observer(progress=progress, epochs=on_epochs),
     )
     return student, state
 

@@ -58,7 +58,7 @@ def test_twelve_trials_killed_five_times_end_with_the_table_of_an_undisturbed_ru
     jobs = sweep.plan(sweep.expand(config.validate(sweep.SweepConfig, data), {}), bundles.load)
     alone = tmp_path / "alone"
     for job in jobs:
-        sweep.run_job(job, trial.made_here(tmp_path / "other cache"), None, None, alone, ())
+        sweep.run_job(job, trial.Inputs(images=trial.Local(tmp_path / "other cache")), alone)
     wanted = results.read(alone, "trials")
     assert len(wanted) == 12 and (wanted["status"] == "finished").all()
 

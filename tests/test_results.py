@@ -531,7 +531,7 @@ def test_a_trial_leaves_all_it_leaves_in_a_bucket_as_on_a_disk(bucket, tiny_teac
 
     monkeypatch.setattr(storage.Folder, "write", write)
     for place in (bucket("run"), str(tmp_path)):
-        row = sweep.run_job(job, trial.made_here(None), None, None, place, ())
+        row = sweep.run_job(job, trial.Inputs(images=trial.Local()), place)
         assert row["status"] == "finished", row
         root = storage.folder(place)
         assert results.read(place, "epochs")["step"].tolist() == [0, 1, 2, 3, 4]

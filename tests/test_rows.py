@@ -47,7 +47,7 @@ def job_of(teacher, **more):
 
 
 def run(job, place, **more):
-    return sweep.run_job(job, trial.made_here(more.pop("cache", None)), None, None, place, (), **more)
+    return sweep.run_job(job, trial.Inputs(images=trial.Local(more.pop("cache", None))), place, **more)
 
 
 # ---- versions ------------------------------------------------------------------------------------------------------

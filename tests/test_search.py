@@ -219,7 +219,11 @@ def test_a_trial_reports_each_look_and_its_numbers_do_not_depend_on_being_asked(
     config = sweep.expand(settings_of(tiny_teacher, num_trials=1), {})[0]
     teacher = bundles.load(str(tiny_teacher))
     seen = []
-    told = trial.run(config, teacher, on_look=lambda row, state: seen.append((state.step, tuning.look(row, state))))
+
+    def look(row, state):
+        seen.append((state.step, tuning.look(row, state)))
+
+    told = trial.run(config, teacher, observer=trial.Observer(look=look))
     assert [step for step, _ in seen] == [0, 1, 2, 3, 4, 5, 6]
     assert seen[-1][1]["agreement"] == told.row["agreement"]
     assert json.loads(seen[1][1]["so_far"])["synthesis_key"] == told.row["synthesis_key"]

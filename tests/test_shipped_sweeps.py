@@ -106,7 +106,7 @@ def test_every_trial_of_a_files_tiny_size_finishes(name, untrained, tmp_path):
         pixels = np.random.default_rng(0).integers(0, 256, (8, *info.image_shape), dtype=np.uint8)
         real = Batch(0, pixels, np.arange(8) % info.num_classes, "handed in")
         injected = (lambda index: replace(real, index=index)) if job.config.synthesis.method == "real" else None  # noqa: B023
-        sweep.run_job(job, trial.made_here(tmp_path / "cache"), None, injected, tmp_path / "out", ())
+        sweep.run_job(job, trial.Inputs(real=injected, images=trial.Local(tmp_path / "cache")), tmp_path / "out")
     check_results(storage.folder(tmp_path / "out"), len(jobs))
 
 

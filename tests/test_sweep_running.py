@@ -47,7 +47,7 @@ def no_pauses(monkeypatch):
 
 
 def run(job: sweep.Job, folder: Path, cache: Path | None = None, **options):
-    return sweep.run_job(job, trial.made_here(cache), None, None, folder, (), **options)
+    return sweep.run_job(job, trial.Inputs(images=trial.Local(cache)), folder, **options)
 
 
 # ---- reasons -------------------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def finished(tmp_path_factory, tiny_teacher):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trial, "run", watched)
-        row = sweep.run_job(job, trial.made_here(None), None, None, place, ())
+        row = sweep.run_job(job, trial.Inputs(images=trial.Local()), place)
     tensorboard.write_sweep(place, [job.config, config_of(**{"pruning.sparsity": 0.9})])
     return place, row, seen["outcome"].epochs
 

@@ -48,7 +48,7 @@ def teacher(tiny_teacher: Path) -> bundles.Teacher:
 
 
 def test_a_trial_fills_its_row_and_its_student_has_the_sparsity(teacher, tiny_teacher, tmp_path):
-    outcome = trial.run(config_of(tiny_teacher, **{"pruning.sparsity": 0.9}), teacher, test=a_test_set())
+    outcome = trial.run(config_of(tiny_teacher, **{"pruning.sparsity": 0.9}), teacher, trial.Inputs(test=a_test_set()))
     row = outcome.row
     assert row["status"] == "finished" and not row["real_data"] and row["num_images"] == 16
     for rung in ("teacher", "pruned", "bn_reestimated", "recovered"):
@@ -71,7 +71,7 @@ def test_without_test_data_accuracies_are_null_and_agreement_is_there(teacher, t
 
 
 def test_selection_and_student_do_not_depend_on_test_data(teacher, tiny_teacher):
-    with_test = trial.run(config_of(tiny_teacher), teacher, test=a_test_set())
+    with_test = trial.run(config_of(tiny_teacher), teacher, trial.Inputs(test=a_test_set()))
     without = trial.run(config_of(tiny_teacher), teacher)
     assert with_test.row["best_step"] == without.row["best_step"]
     assert with_test.student is not None and without.student is not None
@@ -81,7 +81,7 @@ def test_selection_and_student_do_not_depend_on_test_data(teacher, tiny_teacher)
 
 def test_the_same_config_gives_the_same_deterministic_row(teacher, tiny_teacher, tmp_path):
     rows = [
-        trial.run(config_of(tiny_teacher), teacher, test=a_test_set(), images=trial.made_here(folder)).row
+        trial.run(config_of(tiny_teacher), teacher, trial.Inputs(test=a_test_set(), images=trial.Local(folder))).row
         for folder in (None, tmp_path, tmp_path)
     ]
     assert [row["num_cached_batches"] for row in rows] == [0, 0, 2]
@@ -98,7 +98,7 @@ def test_the_whole_trial_leaves_the_teacher_bit_identical(teacher, tiny_teacher)
 
 def test_batchnorm_reestimation_is_a_step_of_its_own_and_changes_the_student(teacher, tiny_teacher):
     config = config_of(tiny_teacher, **{"pruning.sparsity": 0.9, "distillation.num_steps": 0})
-    outcome = trial.run(config, teacher, test=a_test_set())
+    outcome = trial.run(config, teacher, trial.Inputs(test=a_test_set()))
     assert outcome.row["bn_reestimated_accuracy"] == outcome.row["recovered_accuracy"]
     assert outcome.student is not None
     buffers = dict(teacher.network.named_buffers())
@@ -129,14 +129,14 @@ def test_noise_is_a_method_and_real_needs_an_injected_source(teacher, tiny_teach
     def real(index: int) -> Batch:
         return Batch(index, rng.integers(0, 256, (8, 1, 16, 16), dtype=np.uint8), np.arange(8), "real")
 
-    assert trial.run(config, teacher, real=real).row["real_data"] is True
+    assert trial.run(config, teacher, trial.Inputs(real=real)).row["real_data"] is True
 
 
 def test_real_images_are_not_used_unless_the_config_asks(teacher, tiny_teacher):
     def real(index: int) -> Batch:
         raise AssertionError("real data was read")
 
-    assert trial.run(config_of(tiny_teacher), teacher, real=real).row["real_data"] is False
+    assert trial.run(config_of(tiny_teacher), teacher, trial.Inputs(real=real)).row["real_data"] is False
 
 
 def test_another_architecture_can_be_the_student_pruned_or_not(teacher, tiny_teacher, tmp_path):

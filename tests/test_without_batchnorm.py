@@ -226,7 +226,7 @@ def real(index):
 @pytest.mark.parametrize("student", ["lenet5_half", "hinton_800", None])
 def test_a_trial_without_batchnorm_runs_and_has_no_batchnorm_rung(teacher, teacher_folder, tmp_path, method, student):
     config = config_of(teacher_folder, **{"synthesis.method": method, "student.architecture": student})
-    outcome = trial.run(config, teacher, test=[Batch(0, *labelled(20), "test")], real=real)
+    outcome = trial.run(config, teacher, trial.Inputs(test=[Batch(0, *labelled(20), "test")], real=real))
     row = outcome.row
     assert row["status"] == "finished" and row["num_images"] == 16
     assert row["bn_reestimated_accuracy"] is None and row["bn_reestimated_agreement"] is None
@@ -283,7 +283,7 @@ def test_training_on_real_labels_alone_learns_them_and_is_selected_by_agreement(
         **{"distillation.shift": 0, "distillation.precision": "float32"},
     }
     test = [source(100)]
-    outcome = trial.run(config_of(teacher_folder, **fields), teacher, test=test, real=source)
+    outcome = trial.run(config_of(teacher_folder, **fields), teacher, trial.Inputs(test=test, real=source))
     looks = outcome.epochs
     assert [look["loss"] == look["label"] for look in looks[1:]] == [True] * 3
     assert looks[-1]["label"] < 0.5 * looks[1]["label"]
@@ -355,7 +355,7 @@ def test_a_resumed_training_with_dropout_gives_the_same_weights(tmp_path):
 def test_tables_ladder_and_report_show_a_rung_that_is_not_there(teacher, teacher_folder, tmp_path, capsys):
     changes = [{"student.architecture": "lenet5_half"}, {"pruning.sparsity": 0.5}]
     outcomes = [
-        trial.run(config_of(teacher_folder, **change), teacher, test=[Batch(0, *labelled(20), "test")])
+        trial.run(config_of(teacher_folder, **change), teacher, trial.Inputs(test=[Batch(0, *labelled(20), "test")]))
         for change in changes
     ]
     rows = [outcome.row for outcome in outcomes]

@@ -210,7 +210,7 @@ def one_trial(teacher: Teacher, teacher_name: str, scale: float, pairs: int) -> 
             for name in ("local", "fleet") if pair % 2 else ("fleet", "local"):
                 folder = f"{root}/{pair}-{name}"
                 if name == "local":
-                    rows[name] = trial.run(config, teacher, images=trial.made_here(folder)).row
+                    rows[name] = trial.run(config, teacher, trial.Inputs(images=trial.Local(folder))).row
                     continue
                 settings = fleet.Settings(num_synthesizers=1, cpus=0.5, cache_root=folder, device="cpu")
                 begun = time.perf_counter()
@@ -218,8 +218,10 @@ def one_trial(teacher: Teacher, teacher_name: str, scale: float, pairs: int) -> 
                     started_s = time.perf_counter() - begun
                     stream = running.stream()
                     warm = config.synthesis.model_copy(update={"seed": 10**6, "num_steps": 1})
-                    stream.source(teacher, warm)(0)  # loads torch and the teacher: start-up, stated apart
-                    rows[name] = trial.run(config, teacher, images=stream).row
+                    stream.source(trial.Round(teacher, warm, torch.device("cpu")))(
+                        0
+                    )  # loads torch and the teacher: start-up, stated apart
+                    rows[name] = trial.run(config, teacher, trial.Inputs(images=stream)).row
                     share = stream.call_s / rows[name]["wall_s"]
             if pair:
                 ratios.append(rows["fleet"]["wall_s"] / rows["local"]["wall_s"])
@@ -277,10 +279,10 @@ def grid(teacher: Teacher, teacher_name: str, scale: float, without: bool = True
 def alone(jobs: list[sweep.Job], teacher: Teacher, root: Path) -> tuple[float, float, int]:
     """Seconds of the distinct syntheses, of all trials without them, and how many keys; one thread, nothing else."""
     torch.set_num_threads(1)
-    images, rows = trial.made_here(root), []
+    inputs, rows = trial.Inputs(images=trial.Local(root)), []
     for job in jobs:
         begun = time.perf_counter()
-        outcome = trial.run(job.config, teacher, images=images)
+        outcome = trial.run(job.config, teacher, inputs)
         assert outcome.student is not None, outcome.row
         rows.append((time.perf_counter() - begun, outcome))
     made = {

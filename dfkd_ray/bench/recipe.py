@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -203,9 +204,10 @@ def recovery(
     the recipe's images are made once and their time counted for every sparsity, ours are made anew each time.
     """
     device = devices.resolve(config.device)
-    space, kd = teacher.info.space, config.distillation
+    kd = config.distillation
+    plain_runtime = devices.Runtime(device, teacher.info.space, "float32", kd.num_threads)
     network = trial.on_device(teacher.network, device)
-    base = evaluation.accuracy(network, test, space, device, "float32")
+    base = evaluation.accuracy(network, test, plain_runtime)
     print(f"bench recovery: {teacher.name}, test accuracy {100 * base:.2f} %, seed {seed}", flush=True)
     print(f"machine: {devices.numerics_class(device)}, {kd.num_threads} threads")
 
@@ -213,11 +215,12 @@ def recovery(
     for sparsity in sparsities:
         pruned = config.pruning.model_copy(update={"sparsity": sparsity})
         start = time.perf_counter()
-        outcome = trial.run(config.model_copy(update={"pruning": pruned}), teacher, progress=progress)
+        outcome = trial.run(config.model_copy(update={"pruning": pruned}), teacher, observer=trial.Observer(progress))
         wall = time.perf_counter() - start
         if outcome.student is None:
             raise FloatingPointError(f"bench recovery at sparsity {sparsity}: {outcome.row['reason']}")
-        accuracy = evaluation.accuracy(trial.on_device(outcome.student, device), test, space, device, kd.precision)
+        runtime = replace(plain_runtime, precision=kd.precision)
+        accuracy = evaluation.accuracy(trial.on_device(outcome.student, device), test, runtime)
         ours.append((accuracy, wall))
         print(f"  ours    {sparsity:.2f}: lost {100 * (base - accuracy):6.2f} points, {wall:7.1f} s", flush=True)
 
@@ -235,7 +238,7 @@ def recovery(
             epochs = max(1, round(RECIPE["num_epochs"] * scale))
             reference_distillation(student, plain, images, masks, epochs, seed)
             wall = synthesis_s + time.perf_counter() - start
-            accuracy = evaluation.accuracy(student, test, space, device, "float32")
+            accuracy = evaluation.accuracy(student, test, plain_runtime)
             print(f"  recipe  {sparsity:.2f}: lost {100 * (base - accuracy):6.2f} points, {wall:7.1f} s", flush=True)
             row = {
                 "sparsity": sparsity,

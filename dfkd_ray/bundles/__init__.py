@@ -32,7 +32,7 @@ from dfkd_ray.records.format import Record
 from dfkd_ray.storage import Folder, Where
 from dfkd_ray.untrusted import one_line
 
-BUNDLED = Path(__file__).parent / "bundled"
+BUNDLED = Path(__file__).parents[1] / "bundled"
 DESCRIPTION, WEIGHTS, RECORDS = "teacher.json", "weights.safetensors", "records"
 ENDING = ".safetensors"
 MAX_GROWTH = 16  # a weights file has at most so many times the bytes of its architecture's tensors

@@ -98,16 +98,9 @@ def recover(
         real = open_real(loaded, real_data, data_root, settings.synthesis, download, images_wanted([settings]))
     trial.check(settings, loaded, tuple(trust_code or ()))
     targets.claim(place, UNFINISHED, SCHEMA)
-    outcome = trial.run(
-        settings,
-        loaded,
-        test=test,
-        real=real,
-        images=trial.made_here(root),
-        checkpoint=place / "checkpoints",
-        progress=Progress(),
-        trust_code=tuple(trust_code or ()),
-    )
+    inputs = trial.Inputs(test, real, trial.Local(root), trust_code=tuple(trust_code or ()))
+    observer = trial.Observer(progress=Progress())
+    outcome = trial.run(settings, loaded, inputs, checkpoint=place / trial.CHECKPOINTS, observer=observer)
     row = results.kept(outcome.row)
     if row["status"] == "finished":
         outcome.save_student(place / "student")

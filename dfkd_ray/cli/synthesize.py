@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dfkd_ray.fleet import Settings
     from dfkd_ray.image_sets import Export
 
-METHODS = tuple(name for name in configs.SYNTHESIS_CONFIGS if name != "real")
+METHODS = tuple(name for name, row in configs.METHODS.items() if row.is_data_free)
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -38,7 +38,7 @@ def synthesize(
     ] = "folder",
     config: Annotated[Path | None, typer.Option(help="YAML file with a synthesis config")] = None,
     set_: Set = None,
-    method: Annotated[str | None, typer.Option(help="deepinversion, records or noise")] = None,
+    method: Annotated[str | None, typer.Option(help=", ".join(METHODS))] = None,
     seed: Annotated[int | None, typer.Option(help="of the images")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     synthesizers: Synthesizers = "auto",
@@ -62,13 +62,13 @@ def synthesize(
     num_synthesizers = None if synthesizers == "auto" else number_of(synthesizers)
 
     from dfkd_ray import cache as caches
-    from dfkd_ray import image_sets, targets, trial
+    from dfkd_ray import image_sets, synthesis, targets
 
     targets.check(out, image_sets.IMAGE_SET)
     cache_root = caches.check_target(cache or caches.default_folder()).uri
     loaded = load_teacher(teacher, trust_code)
     check(loaded, settings, device)
-    settings = trial.pinned_synthesis(settings, loaded)
+    settings = synthesis.pinned(loaded, settings)
     todo = export_of(loaded, settings, out, format_, num_images)
     missing = image_sets.prepare(todo)
     num_kept = todo.num_batches - len(missing)
@@ -106,12 +106,11 @@ def settings_of(file: Path | None, method: str | None, seed: int | None, assignm
 
 def check(teacher: "Teacher", settings: Any, device: str) -> None:
     """What can be known to go wrong before Ray starts: `ValueError` with the reason."""
-    from dfkd_ray import batchnorm, devices
+    from dfkd_ray import devices, synthesis
 
     precision, fast = getattr(settings, "precision", "float32"), getattr(settings, "fast", False)
     devices.check_precision(precision, devices.resolve(device), fast)
-    if settings.method == "deepinversion":
-        batchnorm.require_layers(teacher.network)
+    synthesis.check(teacher, settings)
 
 
 def export_of(teacher: "Teacher", settings: Any, out: Path, format_: str, num_images: int) -> "Export":
@@ -149,12 +148,14 @@ def through_fleet(
 ) -> None:
     """Have a fleet of its own make some batches: `on_batch(batch, found)` for each, then say how it fared."""
     from dfkd_ray import devices, fleet
+    from dfkd_ray.trial import Round
 
     with fleet.connected(on_lost=leaving.at_once):
         chosen = fleet_settings(settings, device, num_synthesizers, gpus_per_synthesizer, cache_root)
         with fleet.started(replace(chosen, batch_timeout_s=batch_timeout_s), [teacher]) as running:
             stream = running.stream(in_flight=max(4, 2 * chosen.num_synthesizers))
-            stream(teacher, settings, "train", indices, devices.resolve(chosen.device), on_batch)
+            for batch, found in stream.read(Round(teacher, settings, devices.resolve(chosen.device)), indices):
+                on_batch(batch, found)
             status = running.status()
             if status is not None:
                 print_fleet(status)

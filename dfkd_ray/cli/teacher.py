@@ -67,8 +67,8 @@ def teacher_train(
     test_set = datasets.open_dataset(dataset, root, train=False, image_shape=shape, **options)
     targets.claim(checkpoint, TRAINING, TRAINING_SCHEMA)
     info, network = teachers.train(settings, train_set, checkpoint=checkpoint.path, progress=Progress())
-    device = devices.resolve(settings.device)
-    accuracy = evaluation.accuracy(network.to(device), as_batches(test_set), info.space, device, settings.precision)
+    runtime = devices.Runtime(devices.resolve(settings.device), info.space, settings.precision)
+    accuracy = evaluation.accuracy(network.to(runtime.device), as_batches(test_set), runtime)
     notes = {**info.notes, "data": options} if options else info.notes  # for who opens this data set for this teacher
     info = info.model_copy(update={"test_accuracy": accuracy, "class_names": train_set.class_names, "notes": notes})
     bundles.save(out, info, network.cpu().state_dict())

@@ -6,6 +6,7 @@ Adding a criterion is one function and one line in `CRITERIA`.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,16 @@ from dfkd_ray.config import PruningConfig
 
 Weights = dict[str, Tensor]
 Masks = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """How a network is pruned: by which config, and its masks so far (1 where a weight is kept)."""
+
+    config: PruningConfig
+    masks: Masks = field(default_factory=dict)
+
+
 KINDS = (
     nn.Conv1d,
     nn.Conv2d,

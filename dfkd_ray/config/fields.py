@@ -8,14 +8,13 @@ import difflib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from dfkd_ray.plain import LARGEST, MOST_SIGNS, fault, given, named, text_fault
 
 STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-METHODS = ("deepinversion", "records", "noise", "real")  # of synthesis: tags of a union, no parts of a path
 MOST_ERRORS = 20  # lines of one refusal
 
 
@@ -56,6 +55,8 @@ Weight = Annotated[float, Field(ge=0, le=LARGEST_FLOAT), NUMBER]
 Threads = Annotated[
     int, Field(ge=1, le=1024, description="CPU threads; gradients differ in the last bits with it"), NUMBER
 ]
+Precision = Literal["bfloat16", "tf32", "float32"]
+Storage = Literal["uint8", "float16", "float32"]
 Name = Annotated[str, Field(min_length=1), AfterValidator(_a_text)]
 Arguments = Annotated[dict[str, Any], plain(1000)]
 
@@ -91,7 +92,7 @@ def first_of(lines: Iterable[str], num: int) -> list[str]:
 
 def describe(model: type[BaseModel], error: Mapping[str, Any], where: str) -> str:
     """One pydantic error as one line: where, what was given, what was expected."""
-    path = ".".join(str(part) for part in error["loc"] if part not in METHODS)
+    path = path_of(model, error["loc"])
     value = error.get("input")
     message = error["msg"].removeprefix("Value error, ").replace(f"{LARGEST_FLOAT:.0f}", f"{LARGEST_FLOAT:g}")
     message = message[0].lower() + message[1:]
@@ -109,6 +110,19 @@ def describe(model: type[BaseModel], error: Mapping[str, Any], where: str) -> st
     elif not isinstance(value, Mapping | BaseModel):
         message += f" (given: {given(value)})"
     return ": ".join([*(named(part) for part in (where, path) if part), message])
+
+
+def path_of(model: type[BaseModel], places: Iterable[int | str]) -> str:
+    """The dotted field that pydantic means by `places`: the tag by which it chose one of several models is no field."""
+    path, models = [], [model]
+    for place in places:
+        tags = {one.model_fields["method"].default for one in models if "method" in one.model_fields}
+        if len(models) > 1 and place in tags:
+            continue
+        path.append(str(place))
+        fields = [one.model_fields[place] for one in models if place in one.model_fields]
+        models = [inner for field in fields for inner in nested_models(field.annotation)]
+    return ".".join(path)
 
 
 @lru_cache(maxsize=1000)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ObjectLostError, RayError, RayTaskError
 from ray.util import metrics
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -25,7 +25,7 @@ from dfkd_ray import cache
 from dfkd_ray.fleet import growth
 from dfkd_ray.fleet.placement import Node, automatic
 from dfkd_ray.fleet.schedule import Key, Schedule
-from dfkd_ray.fleet.synthesizer import NotOpened, Spec, Synthesizer, note, read_shard
+from dfkd_ray.fleet.synthesizer import NotOpened, Spec, Synthesizer, is_over, note, read_shard
 
 MAX_READS = 8  # shards read from the cache at a time
 MAX_DEATHS = 20  # synthesizers that may die over one batch before it is called impossible
@@ -91,6 +91,8 @@ class Coordinator:
         self.schedule = Schedule(settings.budget_bytes)
         self.specs: dict[str, Spec] = {}
         self.opening: dict[str, asyncio.Task] = {}
+        self.stale: set[str] = set()  # keys whose state is lost: whoever wants them next brings it again
+        self.closing: set[str] = set()  # keys that go as soon as nothing of them is being made
         self.arrived: dict[tuple[str, int], list[asyncio.Future]] = {}
         self.deaths: dict[tuple[str, int], int] = {}
         self.timeouts: dict[tuple[str, int], int] = {}
@@ -141,16 +143,23 @@ class Coordinator:
         if self.restarted and self.numerics is None:
             self.numerics = numerics
             self.numerics_known.set()
+        if spec.state is not None and spec.key in self.specs:  # who opens it again brings a state that is not lost
+            self.specs[spec.key] = spec
+            self.stale.discard(spec.key)
+            for worker in self.workers:
+                worker.opened.discard(spec.key)
         if spec.key not in self.specs:
             if spec.key not in self.opening:
                 self.opening[spec.key] = self.spawn(self._open(spec))
             await asyncio.wait([self.opening[spec.key]], timeout=HOLD_S)
+        for key in [key for key, other in self.specs.items() if is_over(other, spec)]:
+            self.drop(key)
         return self.where(spec.key, 0) | {"held_s": time.monotonic() - start}
 
     async def _open(self, spec: Spec) -> None:
         await self.numerics_known.wait()
         state = Key()
-        if self.settings.cache_root:
+        if self.settings.cache_root and not spec.owner:
             assert self.numerics is not None
             folder = cache.folder_of(self.settings.cache_root, spec.key, self.numerics)
             try:
@@ -160,6 +169,28 @@ class Coordinator:
                 log.warning("key %s: %s", spec.key[:12], in_one_line(error))
         self.schedule.keys[spec.key] = state
         self.specs[spec.key] = spec
+        del self.opening[spec.key]
+
+    async def prepare(self, spec: Spec, numerics: str, num_batches: int) -> None:
+        """Make the first batches of a key ahead of its reader, as far as the window goes."""
+        await self.open(spec, numerics)
+        if spec.key in self.specs:
+            window = max(self.settings.window, 2 * self.settings.slots * len(self.workers))
+            self.schedule.look_ahead(spec.key, 0, num_batches, window)
+            self.pump()
+
+    async def close(self, owner: str) -> None:
+        """Forget the rounds that are a trial's own."""
+        for key in [key for key, spec in self.specs.items() if owner and spec.owner == owner]:
+            self.drop(key)
+
+    def drop(self, key: str) -> None:
+        """Forget a key that nobody will ask for, as soon as nothing of it is being made or waited for."""
+        if self.schedule.drop(key):
+            self.closing.discard(key)
+            self.specs.pop(key, None)
+        else:
+            self.closing.add(key)
 
     async def take(
         self, key: str, indices: list[int], until: int, node: str, hold_s: float, lost: list[int] | None = None
@@ -171,7 +202,7 @@ class Coordinator:
         `waiting_for`, `alone_s` where there is neither; `unknown` for a key that is not open.
         """
         start = time.monotonic()
-        if key not in self.specs:
+        if key not in self.specs or key in self.stale:
             return {"unknown": True, "held_s": 0.0}
         for index in lost or ():
             self.schedule.forget(key, index)
@@ -421,7 +452,8 @@ class Coordinator:
         except RayError as error:
             self.died(worker, key, index, " ".join(str(error).split())[:300])
         else:
-            found, in_cache = info["found"], self.settings.cache_root is not None
+            found = info["found"]
+            in_cache = self.settings.cache_root is not None and not self.specs[key].owner
             self.schedule.hold(key, index, reference, info["size_bytes"], cached=in_cache, fresh=not found)
             self.counts["found" if info["found"] else "made"] += 1
             if not info["found"]:
@@ -439,11 +471,16 @@ class Coordinator:
             if worker.up:
                 self.last_alive = time.monotonic()
         self.tell(key, index)
+        if key in self.closing:
+            self.drop(key)
 
     def failed(self, worker: Worker, key: str, index: int, error: RayTaskError) -> None:
         """Making a batch raised: some errors pass, the others are the batch's own."""
         if isinstance(error.cause, NotOpened):
             worker.opened.discard(key)
+            self.schedule.not_there(key, index)
+        elif isinstance(error.cause, ObjectLostError) and self.specs[key].state is not None:
+            self.stale.add(key)  # the trial that had put the state there is gone
             self.schedule.not_there(key, index)
         elif isinstance(error.cause, OSError) and self.disk_errors.get((key, index), 0) + 1 < MAX_DISK_ERRORS:
             self.disk_errors[key, index] = self.disk_errors.get((key, index), 0) + 1
@@ -547,9 +584,9 @@ class Coordinator:
             self.add_worker(in_group=False)
 
 
-def fetch_first(teacher: list[Any]) -> Any:
-    """The teacher behind the reference in a spec."""
-    return ray.get(teacher[0])
+def fetch_first(given: list[Any]) -> Any:
+    """What is behind the reference in a spec: a teacher, or the state of a round."""
+    return ray.get(given[0])
 
 
 def in_one_line(error: BaseException) -> str:

@@ -27,7 +27,10 @@ def fit(
     progress: Callable[[int], None] | None = None,
     on_lost: Callable[[str], None] | None = None,
 ) -> "Totals":
-    """`records.fitting.fit` of every shard by Ray workers, merged; `on_lost` as of `connected`. `ValueError` as there."""
+    """`records.fitting.fit` of every shard by Ray workers, merged; `on_lost` as of `connected`.
+
+    `ValueError` as there.
+    """
     from dfkd_ray import bundles
     from dfkd_ray.records import fitting
 

@@ -123,6 +123,9 @@ class Schedule:
         for name, queue in self.queues.items():
             while queue:
                 best = queue[0][2]
+                if best not in self.keys:  # dropped
+                    heapq.heappop(queue)
+                    continue
                 state = self.keys[best]
                 if not self._tidy(best, state, name):
                     heapq.heappop(queue)
@@ -216,6 +219,22 @@ class Schedule:
         """A batch cannot be made: everybody who asks is told why."""
         self.keys[key].in_flight.discard(index)
         self.keys[key].errors[index] = reason
+
+    def drop(self, key: str) -> bool:
+        """Forget a key and all its references, unless a batch of it is in flight or waited for: then nothing is done
+        but to make no more ahead. Whether it is gone."""
+        state = self.keys.get(key)
+        if state is None:
+            return True
+        state.ahead.clear()
+        state.listed_ahead.clear()
+        if state.in_flight or state.waiting:
+            return False
+        for held_key, index in list(self.held):
+            if held_key == key:
+                self.forget(key, index)
+        del self.keys[key]
+        return True
 
     @property
     def queue_depth(self) -> int:

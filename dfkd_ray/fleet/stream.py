@@ -1,19 +1,17 @@
 """The trial's side of the fleet: batches by index, a few always on their way, every wait with a deadline."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
-import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
-from dfkd_ray import cache, devices, synthesis
+from dfkd_ray import cache, devices, models
 from dfkd_ray.batches import Batch, BatchSource
-from dfkd_ray.bundles import Teacher
-from dfkd_ray.config import synthesis_key
 from dfkd_ray.fleet.coordinator import HOLD_S
 from dfkd_ray.fleet.synthesizer import Spec
+from dfkd_ray.trial.images import Round
 
 PAUSE_S = 0.2
 ANSWER_S = 60.0  # the coordinator answers within HOLD_S, if only with what is being waited for
@@ -21,7 +19,7 @@ FETCH_S = 300.0  # a batch that exists is on this node within this time, or is a
 
 
 class Stream:
-    """Batches of any key, through the coordinator.
+    """Batches of any round, through the coordinator: what a trial takes its images from (`trial.Images`).
 
     `teachers` maps a teacher's hash to a list with a reference to its `bundles.to_arrays`. `call_s` counts the seconds
     inside Ray calls, `wait_s` those of waiting for images that are still being made.
@@ -44,35 +42,52 @@ class Stream:
         self.node = ray.get_runtime_context().get_node_id()
         self.call_s = self.wait_s = 0.0
         self.num_alone = 0
+        self.specs: dict[str, Spec] = {}  # of rounds: each refers to a state in the object store
 
-    def __call__(
-        self,
-        teacher: Teacher,
-        settings: Any,
-        domain: str,
-        indices: Sequence[int],
-        device: torch.device,
-        on_batch: Callable[[Batch, bool], None],
-    ) -> str:
-        """What a trial takes its images from (`trial.Images`): `on_batch(batch, found)` for each; returns the key."""
-        spec = self.spec(teacher, settings, domain)
-        for batch, found in self.batches(spec, indices, self.made_here(spec, teacher, settings, device)):
-            on_batch(batch, found)
-        return spec.key
+    def read(self, wanted: Round, indices: Sequence[int]) -> Iterator[tuple[Batch, bool]]:
+        """As of `trial.Images`, in the order of `indices`."""
+        spec = self.spec(wanted)
+        return self.batches(spec, indices, self.made_here(spec, wanted))
 
-    def spec(self, teacher: Teacher, settings: Any, domain: str = "train") -> Spec:
-        """What the key of (teacher, config, domain) stands for."""
-        key = synthesis_key(teacher.hash, settings, domain)
-        config = settings.model_dump(mode="json")
-        return Spec(key, config, domain, teacher.hash, teacher.name, self.teachers[teacher.hash])
+    def prepare(self, wanted: Round, num_batches: int) -> None:
+        """Have the first batches of a round made ahead; nothing is waited for."""
+        self.coordinator.prepare.remote(self.spec(wanted), self.numerics, num_batches)
 
-    def source(
-        self, teacher: Teacher, settings: Any, device: torch.device | None = None, domain: str = "train"
-    ) -> BatchSource:
+    def close(self, owner: str) -> None:
+        """The rounds that are a trial's own are not wanted any more."""
+        if self.specs:
+            self.specs.clear()
+            self.coordinator.close.remote(owner)
+
+    def spec(self, wanted: Round) -> Spec:
+        """What the key of a round stands for. Its state is put into the object store, once."""
+        if wanted.key in self.specs:
+            return self.specs[wanted.key]
+        teacher, state = wanted.teacher, wanted.state
+        config, student = wanted.config.model_dump(mode="json"), None
+        if state is not None and state.student is not None and wanted.student is not None:
+            student = wanted.student.model_dump(mode="json")
+        spec = Spec(
+            wanted.key,
+            config,
+            wanted.domain,
+            teacher.hash,
+            teacher.name,
+            self.teachers[teacher.hash],
+            state=None if state is None else [ray.put(state)],
+            student=student,
+            owner=wanted.owner,
+            number=0 if state is None else state.number,
+            code=models.code_folder() if student and ":" in (student["architecture"] or "") else None,
+        )
+        if state is not None:
+            self.specs = {key: other for key, other in self.specs.items() if other.number + 1 >= state.number}
+            self.specs[wanted.key] = spec
+        return spec
+
+    def source(self, wanted: Round) -> BatchSource:
         """Random access, `batch(i)`: the seam that local synthesis has too."""
-        spec = self.spec(teacher, settings, domain)
-        alone = self.made_here(spec, teacher, settings, device or torch.device("cpu"))
-        return lambda index: next(self.batches(spec, [index], alone))[0]
+        return lambda index: next(self.read(wanted, [index]))[0]
 
     def batches(
         self, spec: Spec, indices: Iterable[int], alone: BatchSource | None = None
@@ -163,15 +178,16 @@ class Stream:
         finally:
             self.call_s += time.monotonic() - start
 
-    def made_here(self, spec: Spec, teacher: Teacher, settings: Any, device: torch.device) -> BatchSource:
+    def made_here(self, spec: Spec, wanted: Round) -> BatchSource:
         """Batches of `spec` made by this process, through the cache."""
 
         def batch(index: int) -> Batch:
-            folder = cache.folder_of(self.cache_root, spec.key, self.numerics) if self.cache_root else None
-            if devices.numerics_class(device) != self.numerics:
+            folder = None
+            if self.cache_root and not spec.owner:
+                folder = cache.folder_of(self.cache_root, spec.key, self.numerics)
+            if devices.numerics_class(wanted.device) != self.numerics:
                 raise TimeoutError(f"no synthesizer for {self.alone_s:.0f} s, and this trial computes otherwise")
-            _, make = synthesis.source(teacher, settings, device, spec.domain)
-            return cache.fetch([index], spec.key, make, folder)[0]
+            return cache.fetch([index], spec.key, wanted.source(), folder)[0]
 
         return batch
 

@@ -35,12 +35,25 @@ class Spec:
     teacher_hash: str
     teacher_name: str
     teacher: Any
+    state: Any = None
+    """Of a method that goes by rounds: a list with a `RoundState`, or with a reference to one."""
+    student: Mapping[str, Any] | None = None
+    """What network the student in the state is: a `StudentConfig` as plain data."""
+    owner: str = ""
+    """The trial whose student the round looks at: nobody else can use its batches, and no cache keeps them."""
+    number: int = 0
+    """Of the round."""
+    code: str | None = None
+    """Where the student's code lies, if it is named by an import path: `models.code_folder`."""
 
 
 class Synthesizer:
-    """Makes `batch(key, index)` for any key that was opened; each batch is in the cache before it is returned."""
+    """Makes `batch(key, index)` for any key that was opened; each batch is in the cache before it is returned.
 
-    def __init__(self, cache_root: str | None, device: str, fetch: Callable[[Any], Any] = lambda teacher: teacher):
+    Batches that one trial alone can use are in no cache.
+    """
+
+    def __init__(self, cache_root: str | None, device: str, fetch: Callable[[Any], Any] = lambda given: given):
         from dfkd_ray import devices
 
         self.cache_root = cache_root
@@ -56,7 +69,10 @@ class Synthesizer:
         return {"numerics": self.numerics, **whereabouts()}
 
     def open(self, spec: Spec) -> None:
-        """Say what a key stands for; nothing is loaded before its first batch."""
+        """Say what a key stands for; nothing is loaded before its first batch. A trial's rounds before that one go."""
+        for key in [key for key, other in self.specs.items() if is_over(other, spec)]:
+            del self.specs[key]
+            self.sources.pop(key, None)
         self.specs[spec.key] = spec
 
     def batch(self, key: str, index: int) -> tuple[Batch, dict[str, Any]]:
@@ -67,7 +83,9 @@ class Synthesizer:
         if key not in self.specs:
             raise NotOpened(key)
         spec, start = self.specs[key], time.perf_counter()
-        folder = cache.folder_of(self.cache_root, key, self.numerics) if self.cache_root else None
+        folder = None
+        if self.cache_root and not spec.owner:
+            folder = cache.folder_of(self.cache_root, key, self.numerics)
         if folder and key not in self.noted:
             note(folder, spec, self.numerics)
             self.noted.add(key)
@@ -82,18 +100,27 @@ class Synthesizer:
 
     def source(self, spec: Spec) -> BatchSource:
         """The source of a key; the last few stay loaded."""
-        from dfkd_ray import bundles, synthesis
-        from dfkd_ray.config import parse_synthesis
+        from dfkd_ray import bundles, models, synthesis
+        from dfkd_ray.config import StudentConfig, parse_synthesis
 
         if spec.key not in self.sources:
             while len(self.sources) >= HELD_SOURCES:
                 self.sources.popitem(last=False)
             teacher = bundles.from_arrays(self.fetch(spec.teacher))
-            key, make = synthesis.source(teacher, parse_synthesis(spec.config), self.device, spec.domain)
+            state = None if spec.state is None else self.fetch(spec.state)
+            student = None if spec.student is None else StudentConfig.model_validate(spec.student)
+            config = parse_synthesis(spec.config)
+            with models.code_from(spec.code):
+                key, make = synthesis.source(teacher, config, self.device, spec.domain, state, student)
             assert key == spec.key, f"key {spec.key} was opened with what gives {key}"
             self.sources[spec.key] = make
         self.sources.move_to_end(spec.key)
         return self.sources[spec.key]
+
+
+def is_over(spec: Spec, other: Spec) -> bool:
+    """Whether a round is not wanted any more once a trial asks for another."""
+    return bool(spec.owner) and spec.owner == other.owner and spec.number < other.number
 
 
 def whereabouts() -> dict[str, Any]:

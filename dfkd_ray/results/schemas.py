@@ -15,6 +15,7 @@ import pyarrow as pa
 from pydantic import BaseModel
 
 from dfkd_ray.config import TrialConfig, nested_models
+from dfkd_ray.config.methods import METHODS, term_columns
 
 Columns = dict[str, tuple[pa.DataType, bool, str]]
 SCHEMA = b"dfkd_ray.schema"
@@ -24,7 +25,7 @@ SCHEMA = b"dfkd_ray.schema"
 RENAMED: dict[str, list[Mapping[str, str]]] = {
     "trials": [{}, {}],  # 2: written_at_s; 3: trial_version, synthesis_version
     "epochs": [],
-    "synthesis": [{}, {}, {}],  # 2: written_at_s; 3: record; 4: synthesis_version
+    "synthesis": [{}, {}, {}, {}],  # 2: written_at_s; 3: record; 4: synthesis_version; 5: round
 }
 # What makes two rows one: of such rows readers keep the one written last.
 KEYS = {"trials": ["trial_id"], "epochs": ["trial_id", "step"], "synthesis": ["synthesis_key", "batch_index"]}
@@ -105,17 +106,14 @@ EPOCHS: Columns = {
 SYNTHESIS: Columns = {
     "synthesis_key": (pa.string(), True, "of teacher hash, synthesis config and domain"),
     "batch_index": (pa.int64(), True, "which batch of the key"),
+    "round": (pa.int64(), True, "of a method that goes by rounds, from 0; 0 for others"),
     "synthesis_version": (pa.int64(), True, SYNTHESIS_VERSION_MEANING),
     "teacher_hash": (pa.string(), True, "of architecture, normalisation and weights"),
     "domain": (pa.string(), True, "train, or reference for the held-out set"),
-    "method": (pa.string(), True, "synthesis method"),
+    "method": (pa.string(), True, f"synthesis method: {', '.join(METHODS)}"),
     "num_images": (pa.int64(), True, "images in the batch"),
     "images_sha256": (pa.string(), True, "of its images as stored"),
-    "label": (pa.float64(), True, "unweighted label loss of the stored images"),
-    "bn": (pa.float64(), True, "unweighted BatchNorm statistics term"),
-    "record": (pa.float64(), True, "unweighted term of the activation record"),
-    "tv": (pa.float64(), True, "unweighted total variation"),
-    "l2": (pa.float64(), True, "mean squared normalised pixel"),
+    **{name: (pa.float64(), True, meaning) for name, meaning in term_columns().items()},
     "confidence": (pa.float64(), True, "teacher's mean top probability"),
     "label_agreement": (pa.float64(), True, "share of images that the teacher sees as their label"),
     "class_histogram": (pa.string(), True, "teacher's argmax, counts as JSON"),

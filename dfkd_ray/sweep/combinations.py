@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dfkd_ray.config import (
-    SYNTHESIS_CONFIGS,
+    METHODS,
     DeepInversionConfig,
     ReferenceConfig,
     TrialConfig,
@@ -231,10 +231,10 @@ def applies(name: str, data: Mapping[str, Any], fixed: Mapping[str, Any]) -> boo
     section = value_at(data, parent)
     method = section.get("method", "deepinversion") if isinstance(section, Mapping) else "deepinversion"
     method = fixed.get(f"{parent}.method", method)
-    own = SYNTHESIS_CONFIGS.get(method) if isinstance(method, str) else None
+    own = METHODS.get(method) if isinstance(method, str) else None
     if own is None:  # the validation will refuse it
         return True
-    return leaf in own.model_fields or not any(leaf in other.model_fields for other in SYNTHESIS_CONFIGS.values())
+    return leaf in own.config.model_fields or not any(leaf in row.config.model_fields for row in METHODS.values())
 
 
 def matching(sweep: SweepConfig, data: Mapping[str, Any]) -> list[int]:
@@ -269,15 +269,13 @@ def filled(data: Mapping[str, Any]) -> dict[str, Any]:
 @lru_cache
 def defaults_of(method: str, reference_method: str) -> dict[str, Any]:
     """The defaults of all fields of a trial with these methods of synthesis; not to be changed."""
-    reference = ReferenceConfig.model_construct(synthesis=SYNTHESIS_CONFIGS[reference_method]())
-    return TrialConfig.model_construct(synthesis=SYNTHESIS_CONFIGS[method](), reference=reference).model_dump(
-        mode="json"
-    )
+    reference = ReferenceConfig.model_construct(synthesis=METHODS[reference_method].config())
+    return TrialConfig.model_construct(synthesis=METHODS[method].config(), reference=reference).model_dump(mode="json")
 
 
 def defaults(*methods: str) -> dict[str, Any]:
     """As `defaults_of`; what is no method counts as the default."""
-    return defaults_of(*(name if name in SYNTHESIS_CONFIGS else DeepInversionConfig().method for name in methods))
+    return defaults_of(*(name if name in METHODS else DeepInversionConfig().method for name in methods))
 
 
 def stop_errors(stop: StopConfig | None, configs: Sequence[TrialConfig]) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 from dfkd_ray import devices, distillation, evaluation, synthesis, trial
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.compression import pruning
-from dfkd_ray.config import PruningConfig, synthesis_key
+from dfkd_ray.config import METHODS, PruningConfig, synthesis_key
 from dfkd_ray.sweep.jobs import Job
 
 START_S = 15.0  # Ray, the fleet and the first trial's process; measured on two cores
@@ -123,14 +123,14 @@ def wanted(job: Job) -> list[tuple[str, Any, int]]:
     """(domain, config, images) of what a trial has synthesised, as `trial.steps` asks for it."""
     config = job.config
     needs: list[tuple[str, Any, int]] = [("reference", config.reference.synthesis, config.reference.num_images)]
-    if config.synthesis.method != "real":
+    if METHODS[config.synthesis.method].is_data_free:
         needs.append(("train", config.synthesis, max(config.distillation.num_images, config.bn_num_images)))
     return needs
 
 
 def unit_text(unit: Mapping[str, Any]) -> Unit:
-    """The same text for the same unit, in every process and in files."""
-    return json.dumps(unit, sort_keys=True)
+    """The same text for the same unit, in every process and in files. A field that is null is as none."""
+    return json.dumps({name: value for name, value in unit.items() if value is not None}, sort_keys=True)
 
 
 def units(jobs: Iterable[Job]) -> dict[Unit, str]:
@@ -145,17 +145,7 @@ def units(jobs: Iterable[Job]) -> dict[Unit, str]:
 
 def synthesis_unit(teacher: Teacher, config: Any) -> Unit:
     """What decides how long a batch takes, but for its number of steps."""
-    fields = (
-        "method",
-        "record",
-        "precision",
-        "batch_size",
-        "num_threads",
-        "parametrisation",
-        "storage",
-        "channels_last",
-        "fast",
-    )
+    fields = ("method", "batch_size", "num_threads", "storage", *METHODS[config.method].cost_fields)
     given = {name: getattr(config, name, None) for name in fields}
     return unit_text({"work": "synthesis", "teacher_hash": teacher.hash, **given})
 
@@ -286,7 +276,8 @@ def synthesis_cost(teacher: Teacher, config: Any, device: torch.device, share_s:
 
 def trial_cost(job: Job, device: torch.device, trust_code: Sequence[str], share_s: float) -> tuple[Cost, bool]:
     """Cost of a trial's steps and of images through its network."""
-    config, kd, space = job.config, job.config.distillation, job.teacher.info.space
+    config, kd = job.config, job.config.distillation
+    runtime = devices.Runtime(device, job.teacher.info.space, kd.precision, kd.num_threads, kd.fast)
     network = trial.on_device(job.teacher.network, device)
     draws = np.random.default_rng(0)
 
@@ -299,16 +290,15 @@ def trial_cost(job: Job, device: torch.device, trust_code: Sequence[str], share_
         pool = distillation.Pool(images(batch_size), np.zeros(batch_size, np.int64))
         changes = {"num_steps": steps, "batch_size": batch_size, "eval_every": steps, "patience": 0}
         settings = kd.model_copy(update=changes)
-        reference = evaluation.reference(network, images(2), space, device, kd.precision)
-        return lambda: distillation.distil(
-            student, network, pool, settings, PruningConfig(sparsity=0.5), masks, reference, space, device
-        )
+        reference = evaluation.reference(network, images(2), runtime)
+        pruned = pruning.Pruned(PruningConfig(sparsity=0.5), masks)
+        return lambda: distillation.distil(student, network, lambda *_: pool, settings, pruned, reference)
 
     def ready_images(_steps: int, num: int) -> Callable[[], Any]:
         given = images(num)
-        return lambda: evaluation.logits(network, given, space, device, kd.precision)
+        return lambda: evaluation.logits(network, given, runtime)
 
-    with devices.numerics(kd.precision, device, kd.num_threads, kd.fast):
+    with runtime.numerics():
         steps, scaled = per_step(ready_steps, kd.batch_size, 0.7 * share_s)
         forward, forward_scaled = per_step(ready_images, evaluation.EVALUATION_BATCH, 0.3 * share_s, most_steps=1)
     return Cost(0.0, steps.step_s, forward.fixed_s / evaluation.EVALUATION_BATCH), scaled or forward_scaled

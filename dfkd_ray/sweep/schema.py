@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dfkd_ray.config import SYNTHESIS_CONFIGS, DeepInversionConfig, TrialConfig, field_paths
+from dfkd_ray.config import METHODS, DeepInversionConfig, TrialConfig, field_paths
 from dfkd_ray.sweep.files import SweepConfig
 from dfkd_ray.sweep.search import BOUNDED, FIXED
 
@@ -14,7 +14,7 @@ def json_schema() -> Schema:
     """A schema (JSON Schema 2020-12) of `base`, `grid`, `search`, `exclude`, `seeds`, `stop`, `tiny` and `about`."""
     trial = TrialConfig.model_json_schema()
     definitions = trial.pop("$defs")
-    for model in SYNTHESIS_CONFIGS.values():
+    for model in (row.config for row in METHODS.values()):
         if model is not DeepInversionConfig:  # what names no method is DeepInversion's
             definitions[model.__name__]["required"] = ["method"]
     # A base may leave to the grid what a trial needs.

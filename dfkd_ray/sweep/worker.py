@@ -5,15 +5,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dfkd_ray import bundles, cache, models, results, storage, tensorboard
 from dfkd_ray import trial as one_trial
-from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import TrialConfig
-from dfkd_ray.distillation import Progress, State
+from dfkd_ray.distillation import State
 from dfkd_ray.images import class_grid
 from dfkd_ray.results import FINAL
 from dfkd_ray.results.finals import final_row
@@ -47,14 +46,10 @@ class Seconds(dict[str, float]):
 
 def run_job(
     job: Job,
-    images: one_trial.Images,
-    test: Sequence[Batch] | None,
-    real: BatchSource | None,
+    inputs: one_trial.Inputs,
     place: Where,
-    trust_code: Sequence[str],
     *,
-    progress: Progress | None = None,
-    on_look: one_trial.OnLook | None = None,
+    observer: one_trial.Observer = one_trial.NOBODY,
     seconds: Seconds | None = None,
 ) -> dict[str, Any]:
     """Run one trial and write what it leaves: student, picture, events, rows (its own last: then all else is there).
@@ -63,7 +58,7 @@ def run_job(
     pauses, and `OSError` where it stays. `seconds` is added to.
     """
     place, seconds = storage.folder(place), Seconds() if seconds is None else seconds
-    kd = job.config.distillation
+    kd, test = job.config.distillation, inputs.test
 
     def write_epochs(looks: Sequence[Mapping[str, float | int | None]]) -> None:
         with seconds.spent("results"):
@@ -81,15 +76,9 @@ def run_job(
         return one_trial.run(
             job.config,
             job.teacher,
-            test=test,
-            real=real,
-            images=images,
-            teacher_accuracy=TEACHER_ACCURACIES.get(known),
-            checkpoint=place / "checkpoints",
-            on_look=on_look,
-            on_epochs=write_epochs,
-            progress=progress,
-            trust_code=trust_code,
+            replace(inputs, teacher_accuracy=TEACHER_ACCURACIES.get(known)),
+            checkpoint=place / one_trial.CHECKPOINTS,
+            observer=replace(observer, epochs=write_epochs),
         )
 
     try:
@@ -101,7 +90,8 @@ def run_job(
         log.exception("trial %s", job.id)
         outcome = one_trial.Outcome(failed_row(job, one_trial.reason_of(error)))
     row = outcome.row
-    row |= {"fleet_call_s": getattr(images, "call_s", None), "fleet_wait_s": getattr(images, "wait_s", None)}
+    for name in ("call_s", "wait_s"):
+        row[f"fleet_{name}"] = getattr(inputs.images, name, None)
     if row.get("teacher_accuracy") is not None:
         TEACHER_ACCURACIES[known] = row["teacher_accuracy"]
     try:
@@ -209,7 +199,8 @@ def in_worker(
         job = Job(config, OPENED[teacher_hash], trial_id)
         test: Any = ray.get(shared.tests[teacher_hash][0])
         real: Any = ray.get(shared.reals[trial_id][0]) if trial_id in shared.reals else None
-        images = shared.fleet.stream() if shared.fleet else one_trial.made_here(shared.cache_root)
+        images = shared.fleet.stream() if shared.fleet else one_trial.Local(shared.cache_root)
+        inputs = one_trial.Inputs(test, real, images, trust_code=shared.trust_code)
     except Exception as error:
         log.exception("trial %s", trial_id)
         return tuning.result(None, num_steps) | {"reason": one_trial.reason_of(error)}
@@ -221,17 +212,8 @@ def in_worker(
 
     try:
         with models.code_from(shared.code):
-            row = run_job(
-                job,
-                images,
-                test,
-                real,
-                shared.place,
-                shared.trust_code,
-                progress=progress,
-                on_look=on_look if report else None,
-                seconds=seconds,
-            )
+            observer = one_trial.Observer(progress, on_look if report else None)
+            row = run_job(job, inputs, shared.place, observer=observer, seconds=seconds)
     except OSError as error:
         log.exception("trial %s", trial_id)
         return tuning.result(None, num_steps) | {"stopped": why_stopped(error, storage.folder(shared.place))}

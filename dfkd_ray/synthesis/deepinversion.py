@@ -63,6 +63,16 @@ def source(teacher: Teacher, config: DeepInversionConfig, key: str, device: torc
     return batches(teacher, config, key, device, make)
 
 
+def check(teacher: Teacher, config: DeepInversionConfig, where: str) -> None:
+    """`ValueError` for a teacher without BatchNorm statistics; `where` is the dotted name of the config."""
+    try:
+        batchnorm.require_layers(teacher.network)
+    except ValueError as error:
+        raise ValueError(
+            f"{where}.method={config.method}: {error}; or {where}.method=records, where it has some, or noise"
+        ) from None
+
+
 def compiled(network: nn.Module) -> Callable[[Tensor], Tensor]:
     """The compiled network where that can work, else the network itself, with a line in the log that says so."""
     if next(network.parameters()).device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):

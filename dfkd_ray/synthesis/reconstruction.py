@@ -72,6 +72,26 @@ def source(teacher: Teacher, config: RecordsConfig, key: str, device: torch.devi
     return batches(teacher, config, key, device, make)
 
 
+def check(teacher: Teacher, config: RecordsConfig, where: str) -> None:
+    """`ValueError` for `bn_weight` and a teacher without BatchNorm; `where` is the dotted name of the config."""
+    if config.bn_weight:
+        try:
+            batchnorm.require_layers(teacher.network)
+        except ValueError as error:
+            raise ValueError(f"{where}.bn_weight={config.bn_weight:g}: {error}; set it to 0") from None
+
+
+def pin(teacher: Teacher, config: RecordsConfig) -> RecordsConfig:
+    """The config with the hash of the record that it uses; `ValueError` where a hash is there already, of another."""
+    sha256 = teacher.record(config.record).sha256
+    if config.record_sha256 not in (None, sha256):
+        raise ValueError(
+            f"record_sha256 is {config.record_sha256[:12]}…, the {config.record} record of {teacher.name} has "
+            f"{sha256[:12]}…: it is another one"
+        )
+    return config.model_copy(update={"record_sha256": sha256})
+
+
 def draw(record: Record, labels: Tensor, generator: torch.Generator) -> list[Tensor]:
     """A target per image and part: (images, units) each; for spectral records one part, (images, coefficients)."""
     info, tensors = record.info, record.tensors

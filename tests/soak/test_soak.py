@@ -45,7 +45,7 @@ def undisturbed(data: dict, folder: Path) -> tuple[list[str], Path, Path]:
     """The same trials one after the other in this process, without Ray: ids, results, cache."""
     jobs = sweep.plan(sweep.expand(config.validate(sweep.SweepConfig, data), {}), bundles.load)
     for job in jobs:
-        sweep.run_job(job, trial.made_here(folder / "cache"), None, None, folder / "results", ())
+        sweep.run_job(job, trial.Inputs(images=trial.Local(folder / "cache")), folder / "results")
     return [job.id for job in jobs], folder / "results", folder / "cache"
 
 

@@ -1,0 +1,229 @@
+"""The synthesis methods: a config each, and the table of what the rest of the package needs to know of them.
+
+Adding a method touches three places: its config here, its row in `METHODS`, and the module that the row names. Config
+unions, the schema of sweep files, the columns of the table `synthesis`, the estimate of a dry run, checks and help are
+derived from the table.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
+
+from dfkd_ray.config.fields import (
+    LARGEST_FLOAT,
+    STRICT,
+    BatchSize,
+    Count,
+    Name,
+    Number,
+    Pixels,
+    Precision,
+    Seed,
+    Storage,
+    Threads,
+    Weight,
+    method_of,
+    validate,
+)
+from dfkd_ray.plain import given
+
+RecordKind = Literal["top", "all", "spectral", "spectral_pairs"]  # of activation records; methods in `dfkd_ray.records`
+
+
+class DeepInversionConfig(BaseModel):
+    """Images by gradient descent on the teacher. Source: Yin et al. 2020, arXiv 1912.08795, equations 1 to 4."""
+
+    model_config = STRICT
+
+    method: Literal["deepinversion"] = "deepinversion"
+    seed: Seed = Field(default=0, description="seed of every batch, together with the teacher and the batch index")
+    batch_size: BatchSize = Field(default=256, description="images per batch; they share their BatchNorm statistics")
+    num_steps: Count = Field(default=60, ge=1, description="optimiser steps per batch")
+    parametrisation: Literal["pyramid", "pixel"] = Field(
+        default="pyramid",
+        description="what Adam moves: a sum of images at halved resolutions, or the pixels themselves",
+    )
+    learning_rate: Number = Field(default=0.1, gt=0, description="Adam learning rate, in units of normalised pixels")
+    schedule: Literal["cosine", "constant"] = Field(default="cosine", description="learning rate over the steps")
+    label_loss: Literal["cross_entropy", "entropy"] = Field(
+        default="cross_entropy", description="cross-entropy to balanced labels, or entropy of the teacher's own output"
+    )
+    label_weight: Weight = Field(default=1.0, description="weight of the label loss")
+    bn_weight: Weight = Field(default=0.2, description="weight of the BatchNorm statistics term")
+    bn_first_multiplier: Weight = Field(default=1.0, description="extra factor on the first BatchNorm layer's term")
+    tv_weight: Weight = Field(
+        default=0.01, description="weight of total variation, mean-reduced (free of batch and resolution)"
+    )
+    l2_weight: Weight = Field(default=0.0, description="weight of the mean squared normalised pixel")
+    jitter: Pixels = Field(default=2, description="largest cyclic shift per step, pixels")
+    flip: bool = Field(default=True, description="flip the batch left to right in half of the steps")
+    precision: Precision = Field(
+        default="bfloat16", description="of the network; statistics and images stay in float32"
+    )
+    channels_last: bool = True
+    compile: bool = Field(
+        default=False, description="torch.compile the network; without a compiler it is said and left out"
+    )
+    fast: bool = Field(default=False, description="CUDA: autotuned, non-deterministic kernels")
+    plateau_patience: Count = Field(
+        default=0,
+        ge=0,
+        description="stop a batch when the loss has not improved for this many checks (every 25 steps); 0: never",
+    )
+    storage: Storage = Field(
+        default="uint8", description="type of a stored image, uint8 over the teacher's pixel range"
+    )
+    num_threads: Threads = 2
+
+    @model_validator(mode="after")
+    def _something_to_minimise(self) -> "DeepInversionConfig":
+        if not self.label_weight and not self.bn_weight:
+            raise ValueError("label_weight and bn_weight are both 0: nothing ties the images to the teacher")
+        return self
+
+
+class RecordsConfig(BaseModel):
+    """Images from activation records released with the teacher. Source: Lopes et al. 2017, arXiv 1710.07535, section 4.
+
+    The defaults are the paper's for 28x28 and 32x32 grey images; for CelebA it starts at N(0.44, 0.29), lr 0.05.
+    """
+
+    model_config = STRICT
+
+    method: Literal["records"] = "records"
+    record: RecordKind = Field(default="spectral_pairs", description="which of the teacher's records")
+    record_sha256: Name | None = Field(
+        default=None, description="of the record's file; null: whatever lies in the bundle, filled in before a trial"
+    )
+    seed: Seed = Field(default=0, description="seed of every batch, together with the teacher and the batch index")
+    batch_size: BatchSize = Field(default=500, description="images made at once; they do not touch each other")
+    num_steps: Count = Field(default=1000, ge=1, description="optimiser steps per batch")
+    learning_rate: Number = Field(default=0.07, gt=0, description="Adam learning rate, in pixel units")
+    schedule: Literal["cosine", "constant"] = Field(default="constant", description="learning rate over the steps")
+    init_mean: Number = Field(
+        default=0.15, ge=-LARGEST_FLOAT, description="images start as N(init_mean, init_std), in pixel units"
+    )
+    init_std: Number = Field(default=0.1, ge=0)
+    record_weight: Number = Field(default=1.0, gt=0, description="weight of the record's term")
+    residual: bool = Field(
+        default=True,
+        description="spectral records: also what lies outside the kept coefficients counts (the paper's loss)",
+    )
+    dropout: Literal["off", "frozen"] = Field(
+        default="off",
+        description="dropout filters of the teacher: none, or one drawn per batch and kept (the paper's variant)",
+    )
+    bn_weight: Weight = Field(default=0.0, description="DeepInversion's term beside it, for a teacher that has both")
+    label_weight: Weight = Field(default=0.0, description="cross-entropy to the labels; an extra, not in the paper")
+    tv_weight: Weight = Field(default=0.0, description="total variation, mean-reduced; an extra, not in the paper")
+    clamp: bool = Field(
+        default=False, description="keep pixels in their range at every step; an extra, not in the paper"
+    )
+    parametrisation: Literal["pixel", "pyramid"] = Field(
+        default="pixel", description="pixels, or a sum of images at halved resolutions (an image prior; an extra)"
+    )
+    precision: Precision = Field(default="float32", description="of the network; the record's term stays in float32")
+    channels_last: bool = True
+    storage: Storage = Field(default="uint8", description="type of a stored image")
+    num_threads: Threads = 2
+
+
+class NoiseConfig(BaseModel):
+    """Gaussian images of the teacher's channel mean and standard deviation: the lower baseline."""
+
+    model_config = STRICT
+
+    method: Literal["noise"] = "noise"
+    seed: Seed = Field(default=0)
+    batch_size: BatchSize = Field(default=256)
+    storage: Storage = "uint8"
+
+
+class RealConfig(BaseModel):
+    """Real training images, injected by the command line: the upper bound. Not data-free; marked in every row."""
+
+    model_config = STRICT
+
+    method: Literal["real"] = "real"
+    seed: Seed = Field(default=0, description="which images, and their order")
+    batch_size: BatchSize = Field(default=256)
+    storage: Storage = "uint8"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A synthesis method, as far as others than its own module need to know it.
+
+    `module` is imported where images are made. It has `source(teacher, config, key, device)`, which returns `batch(i)`,
+    and where they are needed `check(teacher, config)` and `pin(teacher, config)`: see `dfkd_ray.synthesis`. Real images
+    have none: they are injected.
+    """
+
+    config: type[BaseModel]
+    title: str
+    module: str | None
+    terms: Mapping[str, str] = field(default_factory=dict)
+    """What it measures of a batch, unweighted: name → meaning. Each is a column of the table `synthesis`."""
+    cost_fields: tuple[str, ...] = ()
+    """Config fields that decide how long a step takes, beside those that all methods share."""
+    has_labels: bool = True
+    is_data_free: bool = True
+    is_stationary: bool = True
+    """Whether batch i is a function of (teacher, config, i). Others go by rounds: their config has the fields
+    `num_rounds` and `lag`, their module `first_state` and `advance`, their `source` takes the state of a round."""
+    looks_at_student: Callable[[Any], bool] = lambda _config: False
+    """Whether images of a config depend on the student; where they do, only one trial can use them."""
+
+
+LABEL, BN = "label loss of the stored images", "BatchNorm statistics term"
+TV, L2 = "total variation", "mean squared normalised pixel"
+METHODS: dict[str, Method] = {
+    "deepinversion": Method(
+        DeepInversionConfig,
+        "gradient descent until the BatchNorm statistics and the labels fit",
+        "dfkd_ray.synthesis.deepinversion",
+        terms={"label": LABEL, "bn": BN, "tv": TV, "l2": L2},
+        cost_fields=("precision", "parametrisation", "channels_last", "fast"),
+    ),
+    "records": Method(
+        RecordsConfig,
+        "the same on activation records released with the teacher",
+        "dfkd_ray.synthesis.reconstruction",
+        terms={"label": LABEL, "bn": BN, "tv": TV, "record": "term of the activation record"},
+        cost_fields=("precision", "parametrisation", "channels_last", "record"),
+    ),
+    "noise": Method(NoiseConfig, "Gaussian images: the lower baseline", "dfkd_ray.synthesis.noise", has_labels=False),
+    "real": Method(RealConfig, "real images: the upper bound, not data-free", None, is_data_free=False),
+}
+
+
+def union_of(methods: Mapping[str, Method], wanted: Callable[[Method], bool] = lambda _method: True) -> Any:
+    """The type of a field that holds the config of one of these methods, told by its `method`."""
+    members = [Annotated[row.config, Tag(name)] for name, row in methods.items() if wanted(row)]
+    return Annotated[reduce(or_, members), Discriminator(method_of)]
+
+
+if TYPE_CHECKING:
+    SynthesisConfig: TypeAlias = Any
+    ReferenceSynthesisConfig: TypeAlias = Any
+else:
+    SynthesisConfig = union_of(METHODS)
+    # The held-out set is data-free whatever the trial's own images are, and the same for every student.
+    ReferenceSynthesisConfig = union_of(METHODS, lambda row: row.is_data_free and row.is_stationary)
+
+
+def parse_synthesis(data: Mapping[str, Any]) -> BaseModel:
+    """A synthesis config out of its plain data, by its method. `ValueError` for a method that there is not."""
+    method = method_of(data)
+    if method not in METHODS:
+        raise ValueError(f"synthesis.method: unknown method {given(method)}; expected {', '.join(METHODS)}")
+    return validate(METHODS[method].config, data, "synthesis")
+
+
+def term_columns() -> dict[str, str]:
+    """Every term that some method measures → its meaning, as columns of the table `synthesis`."""
+    return {name: f"unweighted {meaning}" for row in METHODS.values() for name, meaning in row.terms.items()}

@@ -1,0 +1,179 @@
+"""A trial's config, and that of a teacher's training."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+from dfkd_ray.config.fields import (
+    STRICT,
+    Arguments,
+    BatchSize,
+    Count,
+    ImageSize,
+    Name,
+    Number,
+    Pixels,
+    Precision,
+    Seed,
+    Share,
+    Threads,
+    Weight,
+)
+from dfkd_ray.config.methods import METHODS, DeepInversionConfig, ReferenceSynthesisConfig, SynthesisConfig
+
+
+class PruningConfig(BaseModel):
+    """Unstructured pruning of the student's convolution and linear weights."""
+
+    model_config = STRICT
+
+    criterion: Literal["global_magnitude", "uniform", "lamp"] = Field(
+        default="global_magnitude",
+        description="what is pruned first: smallest |w| overall, per layer, or by LAMP score",
+    )
+    sparsity: Number = Field(default=0.75, ge=0, lt=1, description="share of zeros over all Conv and Linear weights")
+    schedule: Literal["one_shot", "cubic"] = Field(
+        default="one_shot", description="all at once before distillation, or cubic during it (Zhu and Gupta 2017)"
+    )
+    schedule_end: Share = Field(
+        default=0.5, gt=0, description="cubic: share of the distillation steps until full sparsity"
+    )
+    schedule_every: Count = Field(default=10, ge=1, description="cubic: steps between two prunings")
+    spare_first: bool = Field(default=False, description="leave the first convolution dense")
+    spare_last: bool = Field(default=False, description="leave the last linear layer dense")
+
+    @field_validator("schedule_end", "schedule_every")
+    @classmethod
+    def _acts_with_cubic_only(cls, value: float | int, info: Any) -> float | int:
+        name = str(info.field_name)
+        if info.data.get("schedule") == "one_shot" and value != cls.model_fields[name].default:
+            raise ValueError(f"{name} acts with schedule=cubic only; leave it out or set schedule=cubic")
+        return value
+
+
+class StudentConfig(BaseModel):
+    """What is trained: the pruned teacher, or another architecture from scratch."""
+
+    model_config = STRICT
+
+    architecture: Name | None = Field(
+        default=None, description="null: the teacher itself; else a name or package.module:factory"
+    )
+    arguments: Arguments = Field(default_factory=dict, description="arguments of the architecture")
+
+    @model_validator(mode="after")
+    def _arguments_need_an_architecture(self) -> "StudentConfig":
+        if self.architecture is None and self.arguments:
+            raise ValueError("arguments are given but no architecture; set student.architecture")
+        return self
+
+
+class DistillationConfig(BaseModel):
+    """Knowledge distillation. Source: Hinton et al. 2015, arXiv 1503.02531, section 2 (the T² factor included)."""
+
+    model_config = STRICT
+
+    seed: Seed = Field(default=0, description="seed of order, augmentation and a new student's weights")
+    num_images: Count = Field(default=1024, ge=1, description="distinct images; taken as whole batches, rounded up")
+    num_steps: Count = Field(
+        default=300, ge=0, description="optimiser steps; 0 leaves the student as BatchNorm re-estimation left it"
+    )
+    batch_size: BatchSize = Field(default=128)
+    learning_rate: Number = Field(default=0.05, gt=0, description="peak SGD learning rate, cosine to zero")
+    warmup: Number = Field(default=0.05, ge=0, lt=1, description="share of the steps with a linear rise")
+    momentum: Number = Field(default=0.9, ge=0, lt=1)
+    weight_decay: Number = Field(default=5e-4, ge=0)
+    clip_norm: Number = Field(default=1.0, gt=0, description="largest norm of the gradient")
+    temperature: Number = Field(default=4.0, gt=0, description="softmax temperature of teacher and student")
+    kl_weight: Weight = 1.0
+    label_weight: Weight = Field(default=0.0, description="weight of cross-entropy to the synthesis labels")
+    feature_weight: Weight = Field(
+        default=0.0, description="weight of the mean squared error of the last linear layer's input"
+    )
+    bn_mode: Literal["frozen", "reestimated", "trained"] = Field(
+        default="trained",
+        description="BatchNorm: the teacher's statistics, re-estimated ones held fixed, or batch statistics",
+    )
+    shift: Pixels = Field(default=2, description="augmentation: largest shift with zero padding, pixels")
+    flip: bool = Field(default=True, description="augmentation: left to right, each image with probability 1/2")
+    mixup: Share = Field(
+        default=0.5, ge=0, description="augmentation: share of images mixed with another, weight U(0, 1)"
+    )
+    precision: Precision = "bfloat16"
+    fast: bool = Field(default=False, description="CUDA: autotuned, non-deterministic kernels")
+    eval_every: Count = Field(default=100, ge=1, description="steps between two looks at the reference set")
+    patience: Count = Field(
+        default=0, ge=0, description="stop after this many looks without a better agreement; 0: never"
+    )
+    checkpoint_every: Count = Field(
+        default=200, ge=1, description="steps between two checkpoints, where a folder is given"
+    )
+    num_threads: Threads = 2
+
+
+class ReferenceConfig(BaseModel):
+    """The held-out synthetic set on which students are selected: one per teacher, the same for every trial."""
+
+    model_config = STRICT
+
+    num_images: Count = Field(default=256, ge=2)
+    synthesis: ReferenceSynthesisConfig = DeepInversionConfig()
+
+
+class TrialConfig(BaseModel):
+    """One trial: prune, re-estimate BatchNorm, distil, evaluate."""
+
+    model_config = STRICT
+
+    teacher: Name = Field(description="bundle folder or URI, or the name of a bundled teacher")
+    pruning: PruningConfig = PruningConfig()
+    student: StudentConfig = StudentConfig()
+    synthesis: SynthesisConfig = DeepInversionConfig()
+    bn_num_images: Count = Field(
+        default=1024, ge=2, description="images for BatchNorm re-estimation, rounded up to batches"
+    )
+    distillation: DistillationConfig = DistillationConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="after")
+    def _options_can_act(self) -> "TrialConfig":
+        method = self.synthesis.method
+        if self.distillation.label_weight and not METHODS[method].has_labels:
+            raise ValueError(f"distillation.label_weight needs labels; synthesis.method={method} has none")
+        if self.pruning.schedule == "cubic" and self.distillation.num_steps == 0:
+            raise ValueError("pruning.schedule=cubic prunes during distillation; distillation.num_steps is 0")
+        if not METHODS[method].is_stationary and self.synthesis.num_rounds > max(1, self.distillation.num_steps):
+            raise ValueError(
+                f"synthesis.num_rounds={self.synthesis.num_rounds} needs a step of distillation each; "
+                f"distillation.num_steps is {self.distillation.num_steps}"
+            )
+        new_student = self.student.architecture is not None
+        if new_student and self.distillation.bn_mode != "trained":
+            raise ValueError("a student from scratch has no BatchNorm statistics yet; set distillation.bn_mode=trained")
+        return self
+
+
+class TeacherTrainingConfig(BaseModel):
+    """Training of a teacher on real images: SGD with OneCycle learning rate."""
+
+    model_config = STRICT
+
+    architecture: Name
+    arguments: Arguments = Field(default_factory=dict)
+    dataset: Name
+    image_size: ImageSize | None = Field(default=None, description="pixels; null: the data set's own, 28 padded to 32")
+    num_epochs: Count = Field(default=20, ge=1)
+    batch_size: BatchSize = Field(default=256)
+    learning_rate: Number = Field(default=0.2, gt=0, description="peak of OneCycle, for the whole batch")
+    momentum: Number = Field(default=0.9, ge=0, lt=1)
+    weight_decay: Number = Field(default=5e-4, ge=0)
+    shift: Pixels = Field(default=2, description="largest shift with zero padding, pixels")
+    flip: bool = True
+    num_validation: Count = Field(
+        default=0, ge=0, description="training images held out of training (the last ones of a seeded shuffle)"
+    )
+    precision: Precision = "bfloat16"
+    seed: Seed = Field(default=0)
+    num_threads: Threads = 2
+    device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -1,0 +1,406 @@
+"""Where a trial's images come from: batch i of a round, whoever makes it.
+
+A stationary method has one round, whose state is empty: batch i is a function of (teacher, config, i). A method that
+looks at the student has several. Batch i of round r is a function of (teacher, config, state of round r, i), and what
+the batches of a round contribute, summed in the order of i, makes the state of the next. So a round can be made by one
+process or by many, and a trial that was killed goes on from the last round it has finished.
+"""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import safetensors.numpy
+import torch
+from torch import nn
+
+from dfkd_ray import bundles, cache, checkpoints, devices, synthesis, untrusted
+from dfkd_ray.batches import Batch, BatchSource, RoundState, summed
+from dfkd_ray.bundles import Teacher
+from dfkd_ray.config import METHODS, StudentConfig, TrialConfig, stable_hash, versions
+from dfkd_ray.distillation import Pool, Progress
+from dfkd_ray.storage import Folder, Where
+
+log = logging.getLogger(__name__)
+ROUND_FILE = re.compile(r"round-\d{6}\.safetensors")
+STATE_FILE = "rounds.safetensors"
+PLAIN = "plain"  # metadata key of what is no array
+
+
+@dataclass(frozen=True)
+class Round:
+    """All that decides the batches of one round. `owner` is the trial whose student it looks at, "" where none's."""
+
+    teacher: Teacher
+    config: Any
+    device: torch.device
+    domain: str = "train"
+    state: RoundState | None = None
+    student: StudentConfig | None = None
+    owner: str = ""
+
+    @cached_property
+    def key(self) -> str:
+        """The synthesis key: equal keys, equal batches."""
+        return synthesis.key_of(self.teacher, self.config, self.domain, self.state, self.student)
+
+    def source(self) -> BatchSource:
+        """Its batches, made by this process."""
+        return synthesis.source(self.teacher, self.config, self.device, self.domain, self.state, self.student)[1]
+
+
+@runtime_checkable
+class Images(Protocol):
+    """Makes the batches of rounds, or has them made."""
+
+    def read(self, wanted: Round, indices: Sequence[int]) -> Iterator[tuple[Batch, bool]]:
+        """Each batch once, in any order, and whether it was found rather than made for this reader."""
+        ...
+
+    def prepare(self, wanted: Round, num_batches: int) -> None:
+        """That many batches of a round will be wanted soon."""
+        ...
+
+    def close(self, owner: str) -> None:
+        """A trial has ended: the rounds that are its own are not wanted any more."""
+        ...
+
+
+class Local:
+    """Made by this process, through the cache in `cache_root` (a folder or URI) unless that is None.
+
+    Rounds that look at a trial's own student are kept in no cache: nobody else could use them.
+    """
+
+    def __init__(self, cache_root: Where | None = None):
+        self.cache_root = cache_root
+
+    def read(self, wanted: Round, indices: Sequence[int]) -> Iterator[tuple[Batch, bool]]:
+        """As of `Images`."""
+        folder = None
+        if self.cache_root is not None and not wanted.owner:
+            numerics = devices.numerics_class(wanted.device)
+            folder = cache.folder_of(self.cache_root, wanted.key, numerics)
+            cache.write_manifest(
+                folder,
+                key=wanted.key,
+                numerics=numerics,
+                teacher_hash=wanted.teacher.hash,
+                teacher=wanted.teacher.name,
+                domain=wanted.domain,
+                config=wanted.config.model_dump(mode="json"),
+            )
+        yield from cache.fetched(indices, wanted.key, wanted.source(), folder)
+
+    def prepare(self, wanted: Round, num_batches: int) -> None:
+        """Nothing is made ahead: the student trains in this process."""
+
+    def close(self, owner: str) -> None:
+        """Nothing is kept."""
+
+
+class Injected:
+    """Batches from outside, such as real images."""
+
+    def __init__(self, source: BatchSource):
+        self.source = source
+
+    def read(self, wanted: Round, indices: Sequence[int]) -> Iterator[tuple[Batch, bool]]:
+        """As of `Images`."""
+        return ((self.source(index), False) for index in indices)
+
+    def prepare(self, wanted: Round, num_batches: int) -> None:
+        """They are there."""
+
+    def close(self, owner: str) -> None:
+        """Nothing is kept."""
+
+
+@dataclass
+class Gathered:
+    """The first `num_batches` batches of a round, in one array each for images and labels."""
+
+    num_batches: int
+    config: Any
+    domain: str
+    number: int = 0
+    key: str = ""
+    pool: Pool = field(default_factory=lambda: Pool(np.empty(0), np.empty(0)))
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    contributions: dict[int, Mapping[str, np.ndarray]] = field(default_factory=dict)
+    total: dict[str, np.ndarray] = field(default_factory=dict)
+    """What its batches contribute to the state of the next round, summed in the order of their indices."""
+    num_found: int = 0
+
+    def add(self, batch: Batch, found: bool) -> None:
+        """Copy a batch to its place: what is shared between trials is not held while this one trains."""
+        size, full_size = len(batch.labels), self.config.batch_size
+        if not self.rows:
+            shape = (self.num_batches * full_size, *batch.images.shape[1:])
+            self.pool = Pool(np.empty(shape, batch.images.dtype), np.empty(shape[0], np.int64))
+        place = slice(batch.index * full_size, batch.index * full_size + size)
+        self.pool.images[place], self.pool.labels[place] = batch.images, batch.labels
+        self.contributions[batch.index] = {name: np.array(array) for name, array in batch.contribution.items()}
+        terms = {**batch.terms, "class_histogram": json.dumps(batch.terms.get("class_histogram"))}
+        what = {"domain": self.domain, "method": self.config.method, "num_images": size, "round": self.number}
+        what |= {"batch_index": self.number * self.num_batches + batch.index, "images_sha256": batch_sha256(batch)}
+        what |= {"synthesis_version": versions()["synthesis_version"], "synthesis_key": batch.key}
+        self.rows.append({**terms, **what})
+        self.num_found += found
+        self.key = batch.key
+
+
+def mean_term(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """A term's mean over batches; None where no batch has it."""
+    values = [float(row[name]) for row in rows if row.get(name) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def wall_s(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds of making these batches, whoever made them and whenever."""
+    return sum(float(row.get("wall_s") or 0.0) for row in rows)
+
+
+def batch_sha256(batch: Batch) -> str:
+    """SHA-256 of a batch's images as stored."""
+    return hashlib.sha256(np.ascontiguousarray(batch.images).data.cast("B")).hexdigest()
+
+
+def gather(source: Images, wanted: Round, num_batches: int, stage: str, report: Progress) -> Gathered:
+    """The first batches of a round, with progress."""
+    number = wanted.state.number if wanted.state else 0
+    gathered = Gathered(num_batches, wanted.config, wanted.domain, number)
+    report(stage, 0, num_batches, {})
+    for batch, found in source.read(wanted, range(num_batches)):
+        gathered.add(batch, found)
+        shown = {name: value for name, value in batch.terms.items() if isinstance(value, float)}
+        report(stage, len(gathered.rows), num_batches, {**shown, "cached": gathered.num_found})
+    total = sum(row["num_images"] for row in gathered.rows)  # the last batch of real images may be smaller
+    gathered.pool = Pool(gathered.pool.images[:total], gathered.pool.labels[:total])
+    gathered.total = summed([gathered.contributions[index] for index in sorted(gathered.contributions)])
+    for row in gathered.rows:
+        row["teacher_hash"] = wanted.teacher.hash
+    gathered.rows.sort(key=lambda row: row["batch_index"])
+    return gathered
+
+
+class RoundsLostError(Exception):
+    """A distillation goes on in a round whose images or state are not there any more: it has to start anew."""
+
+
+def is_own_file(name: str) -> bool:
+    """Whether a file among a trial's checkpoints is of its rounds."""
+    return name == STATE_FILE or ROUND_FILE.fullmatch(name) is not None
+
+
+class Rounds:
+    """The images that a trial distils on: round after round, each from the state that the one before has left.
+
+    Rounds of equal size begin at equally spaced steps, and a step sees the images of its round and of all before it.
+    With `lag` 0 round r + 1 looks at the student at the end of round r. With `lag` 1 it looks at the student as round r
+    began, so that its images can be made while the student trains. `folder`: where a trial of several rounds keeps
+    their images, and the state of the last one; None keeps nothing.
+    """
+
+    def __init__(
+        self, config: TrialConfig, first: Round, source: Images, folder: Folder | None, report: Progress, owner: str
+    ):
+        self.first, self.source, self.report, self.owner = first, source, report, owner
+        settings, row = config.synthesis, METHODS[config.synthesis.method]
+        self.config, self.folder = settings, folder
+        self.looks = row.looks_at_student(settings)
+        self.num_rounds = 1 if row.is_stationary else settings.num_rounds
+        self.lag = 0 if row.is_stationary else settings.lag
+        wanted = -(-max(config.distillation.num_images, config.bn_num_images) // settings.batch_size)
+        self.num_batches = -(-wanted // self.num_rounds)
+        self.starts = [
+            round(config.distillation.num_steps * number / self.num_rounds) for number in range(self.num_rounds)
+        ]
+        self.gathered: list[Gathered] = []
+        self.saved: set[int] = set()
+        self.state: RoundState | None = None  # of the last round gathered
+        self.next: RoundState | None = None
+        if not row.is_stationary:
+            module = synthesis.module_of(settings)
+            assert module is not None
+            self.next = RoundState(0, module.first_state(first.teacher, settings))
+            self.load()
+
+    def first_pool(self) -> Pool:
+        """The images of round 0, which looks at no student."""
+        if not self.gathered:
+            self.enter()
+        return self.gathered[0].pool
+
+    def pool_at(self, step: int, student: nn.Module) -> Pool:
+        """The images that a step of the distillation sees; `student` as it is before that step."""
+        number = max(i for i, start in enumerate(self.starts) if start <= step)
+        while len(self.gathered) <= number:
+            if self.gathered and self.next is None:
+                self.advance(step, len(self.gathered), student)
+            self.enter()
+        last = len(self.gathered) - 1
+        if self.lag and number == last and self.next is None and number + 1 < self.num_rounds:
+            self.advance(step, number, student)
+            assert self.next is not None
+            self.source.prepare(self.round_of(self.next), self.num_batches)
+        return self.pool(number + 1)
+
+    def pool(self, num_rounds: int | None = None) -> Pool:
+        """The images of the first so many rounds (None: of all that there are)."""
+        pools = [one.pool for one in self.gathered[:num_rounds]]
+        if len(pools) == 1:
+            return pools[0]
+        if getattr(self, "_joined", (0, None))[0] != len(pools):
+            images, labels = (np.concatenate([getattr(one, name) for one in pools]) for name in ("images", "labels"))
+            self._joined = (len(pools), Pool(images, labels))
+        return self._joined[1]
+
+    def round_of(self, state: RoundState | None) -> Round:
+        """The round that a state belongs to."""
+        seen = state is not None and state.student is not None
+        return replace(self.first, state=state, owner=self.owner if seen else "")
+
+    def enter(self) -> None:
+        """Gather the next round."""
+        self.state, self.next = self.next, None
+        stage = "synthesising" if self.num_rounds == 1 else f"round {len(self.gathered) + 1}/{self.num_rounds}"
+        self.gathered.append(gather(self.source, self.round_of(self.state), self.num_batches, stage, self.report))
+        self.save()
+
+    def advance(self, step: int, at_round: int, student: nn.Module) -> None:
+        """The state of the round after the last, with the student as it is at the beginning of round `at_round`."""
+        if step != self.starts[at_round]:
+            raise RoundsLostError(f"step {step}: the state of round {len(self.gathered)} is not there")
+        module, last = synthesis.module_of(self.config), self.gathered[-1]
+        assert module is not None and self.state is not None
+        looked_at = devices.place(deepcopy(student), self.first.device).eval() if self.looks else None
+        arrays = module.advance(self.first.teacher, self.config, self.state, last.total, looked_at)
+        snapshot = None
+        if looked_at is not None:
+            snapshot = {name: tensor.cpu().numpy() for name, tensor in looked_at.state_dict().items()}
+        self.next = RoundState(self.state.number + 1, arrays, snapshot)
+        self.save()
+
+    def save(self) -> None:
+        """Write down the images of the last round where that is not done yet, then the states."""
+        if self.folder is None or self.num_rounds == 1 or self.state is None:
+            return
+        last = self.gathered[-1]
+        if last.number not in self.saved:
+            plain = {"key": last.key, "rows": last.rows, "num_found": last.num_found, "sha256": pool_sha256(last.pool)}
+            arrays = {"images": last.pool.images, "labels": last.pool.labels}
+            self.folder.write(round_file(last.number), as_safetensors(arrays, plain))
+            self.saved.add(last.number)
+        arrays = {f"contribution.{name}": array for name, array in last.total.items()}
+        plain: dict[str, Any] = {"number": self.state.number}
+        for what, state in (("state", self.state), ("next", self.next)):
+            if state is not None:
+                arrays |= {f"{what}.{name}": array for name, array in state.arrays.items()}
+                arrays |= {f"{what}_student.{name}": array for name, array in (state.student or {}).items()}
+                plain[what] = {"hash": state.hash, "has_student": state.student is not None}
+        self.folder.write(STATE_FILE, as_safetensors(arrays, plain))
+
+    def load(self) -> None:
+        """Go on from what an attempt before this one has written down, where all of it is there and whole."""
+        if self.folder is None or self.num_rounds == 1:
+            return
+        try:
+            found = from_safetensors(self.folder, STATE_FILE)
+            if found is None:
+                return
+            arrays, plain = found
+            number = checkpoints.counter(plain, "number", self.num_rounds - 1)
+            state, after = read_state(arrays, plain, "state", number), read_state(arrays, plain, "next", number + 1)
+            gathered = [self.read_round(n) for n in range(number + 1)]
+            gathered[-1].total = below(arrays, "contribution.")
+        except (ValueError, KeyError, TypeError) as error:
+            log.warning("%s: the rounds there are not used, and made anew: %s", self.folder, error)
+            return
+        self.gathered, self.state, self.next, self.saved = gathered, state, after, set(range(number + 1))
+
+    def read_round(self, number: int) -> Gathered:
+        """A round that was written down; `ValueError` where it is not there, or damaged."""
+        assert self.folder is not None
+        found = from_safetensors(self.folder, round_file(number))
+        if found is None:
+            raise ValueError(f"{round_file(number)} is missing")
+        arrays, plain = found
+        pool = Pool(arrays["images"], arrays["labels"])
+        if pool_sha256(pool) != plain["sha256"]:
+            raise ValueError(f"{round_file(number)} is damaged")
+        gathered = Gathered(self.num_batches, self.config, self.first.domain, number, plain["key"], pool)
+        gathered.rows, gathered.num_found = plain["rows"], plain["num_found"]
+        return gathered
+
+    @property
+    def key(self) -> str:
+        """The key of the images: that of the round, or a hash of the keys of all rounds in their order."""
+        keys = [one.key for one in self.gathered]
+        return keys[0] if len(keys) == 1 else stable_hash(keys)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows of the table `synthesis`, in the order of the images."""
+        rows = [row for one in self.gathered for row in one.rows]
+        return rows if len(self.gathered) == 1 else [row | {"synthesis_key": self.key} for row in rows]
+
+    @property
+    def num_found(self) -> int:
+        """Batches that were there: in the cache, or made for another trial."""
+        return sum(one.num_found for one in self.gathered)
+
+
+def round_file(number: int) -> str:
+    """The file of a round's images."""
+    return f"round-{number:06d}.safetensors"
+
+
+def pool_sha256(pool: Pool) -> str:
+    """SHA-256 of images and labels."""
+    sha = hashlib.sha256(np.ascontiguousarray(pool.images).data.cast("B"))
+    sha.update(np.ascontiguousarray(pool.labels).data.cast("B"))
+    return sha.hexdigest()
+
+
+def below(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """The arrays whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def read_state(arrays: Mapping[str, np.ndarray], plain: Mapping[str, Any], what: str, number: int) -> RoundState | None:
+    """A state that was written down, None where none was; `ValueError` where it is not what it was."""
+    if what not in plain:
+        return None
+    student = below(arrays, f"{what}_student.") if plain[what]["has_student"] else None
+    state = RoundState(number, below(arrays, f"{what}."), student)
+    if state.hash != plain[what]["hash"]:
+        raise ValueError(f"{STATE_FILE} is damaged")
+    return state
+
+
+def as_safetensors(arrays: Mapping[str, np.ndarray], plain: Mapping[str, Any]) -> bytes:
+    """A file of arrays, and of plain data as JSON in its header."""
+    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    return safetensors.numpy.save(whole, {PLAIN: json.dumps(plain)})
+
+
+def from_safetensors(folder: Folder, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+    """The inverse of `as_safetensors`; None where there is no such file, `ValueError` for one that is damaged."""
+    data, where = bundles.content(folder, name, untrusted.free_bytes() // 2), str(folder / name)
+    if data is None:
+        return None
+    metadata = untrusted.safetensors_header(data, where, "round").get("__metadata__")
+    text = metadata.get(PLAIN) if isinstance(metadata, dict) else None
+    plain = untrusted.parse_json(text.encode(), where) if isinstance(text, str) else None
+    if not isinstance(plain, dict):
+        raise ValueError(f"{where} has no counters")
+    tensors = untrusted.read_safetensors(data, where, "round")
+    return {name: tensor.numpy() for name, tensor in tensors.items()}, plain

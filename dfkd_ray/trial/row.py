@@ -1,0 +1,56 @@
+"""What a trial measured, as columns of its row, and as the description of its student."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from dfkd_ray import bundles, evaluation
+from dfkd_ray.bundles import Teacher
+from dfkd_ray.compression import pruning
+from dfkd_ray.config import TrialConfig
+from dfkd_ray.devices import Runtime
+from dfkd_ray.distillation import Pool
+from dfkd_ray.trial.images import mean_term
+
+
+def image_columns(
+    pool: Pool, rows: Sequence[Mapping[str, Any]], network: nn.Module, num_classes: int, runtime: Runtime
+) -> dict[str, Any]:
+    """What the images are: their hash, the teacher's confidence and argmax over them, their BN term."""
+    logits = evaluation.logits(network, pool.images, runtime)
+    histogram = torch.bincount(logits.argmax(dim=1), minlength=num_classes).tolist()
+    return {
+        "num_images": len(pool.labels),
+        "images_sha256": hashlib.sha256(pool.images.data.cast("B")).hexdigest(),
+        "image_confidence": float(logits.softmax(dim=1).amax(dim=1).mean()),
+        "class_histogram": json.dumps(histogram),
+        "image_bn": mean_term(rows, "bn"),
+    }
+
+
+def size_columns(student: nn.Module, pruned: Sequence[str]) -> dict[str, Any]:
+    """Sparsity, parameter counts and bytes of a student whose tensors named in `pruned` are stored sparse."""
+    state = student.state_dict()
+    return {
+        "achieved_sparsity": pruning.achieved_sparsity(student),
+        "num_parameters": sum(parameter.numel() for parameter in student.parameters()),
+        "num_nonzero": pruning.num_nonzero(student),
+        "dense_bytes": sum(tensor.numel() * tensor.element_size() for tensor in state.values()),
+        "stored_bytes": bundles.stored_bytes(state, pruned),
+    }
+
+
+def student_info(config: TrialConfig, teacher: Teacher, row: Mapping[str, Any]) -> bundles.BundleInfo:
+    """The student's `teacher.json`: the teacher's, but for the architecture and how it was made."""
+    changes: dict[str, Any] = {
+        "test_accuracy": row.get("recovered_accuracy"),
+        "trained": True,
+        "notes": {"student_of": teacher.hash, "trial_id": row["trial_id"], "config": config.model_dump(mode="json")},
+    }
+    if config.student.architecture is not None:
+        changes |= {"architecture": config.student.architecture, "arguments": config.student.arguments}
+    return teacher.info.model_copy(update=changes)
