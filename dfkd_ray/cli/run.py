@@ -256,7 +256,7 @@ def sweep(
             raise SystemExit(130) from None
     table = tables.read(place, "trials")
     table = table[table["trial_id"].isin(view.names)]
-    print_trials(table)
+    print_trials(table, place)
     print_failures(table)
     wall_s = time.monotonic() - start
     say(f"{len(table)} trials, {num_failed} failed, {wall_s:.0f} s; table: {place / 'trials'}")
