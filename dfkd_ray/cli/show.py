@@ -1,6 +1,5 @@
 """What the commands show: progress, the ladder of one trial, the table of a sweep."""
 
-import re
 import shlex
 import sys
 import time
@@ -27,7 +26,6 @@ MEASURED: dict[str, tuple[str, float, int, int]] = {
     "kB": ("stored_bytes", 1e-3, 0, 3),
     "s": ("wall_s", 1.0, 0, 4),
 }
-NUMBER = re.compile(r"-|[-+]?[0-9.]+(e[-+]?[0-9]+)?")
 
 
 class Progress:
@@ -123,7 +121,7 @@ def trials_table(rows: Any, fields: Sequence[str], width: int | None, place: obj
         notes += told
         fitted = tables.fits(columns, width, tables.ROOMY)
         if fitted is None:
-            columns, told = teachers_said_once(rows, columns)
+            columns, told = teachers_said_once(columns)
             notes += told
             fitted = tables.fits(columns, width, tables.TIGHT) or tables.squeezed(columns, width)
     assert fitted
@@ -137,14 +135,13 @@ def trials_table(rows: Any, fields: Sequence[str], width: int | None, place: obj
 
 def trial_columns(rows: Any, fields: Sequence[str]) -> list[tables.Column]:
     """What the final table tells of each trial, all of it."""
-    values = {"network": [Path(text_of(name)).name for name in rows["teacher"]]}
-    names = short_names(fields)
-    values |= {name: [text_of(value) for value in rows[field]] for name, field in zip(names, fields, strict=True)}
+    named = [("network", [Path(text_of(name)).name for name in rows["teacher"]])]
+    for name, field in zip(short_names(fields), fields, strict=True):
+        named.append((name, [text_of(value) for value in rows[field]]))
     columns = []
-    for name, cells in values.items():
-        is_text = not all(NUMBER.fullmatch(cell) for cell in cells)
+    for name, cells in named:
         told = tuple(shown(cell) for cell in cells)
-        columns.append(tables.Column(shown(name), told, is_text=is_text, is_field=True))
+        columns.append(tables.Column(shown(name), told, tables.is_text(told), is_field=True))
     statuses = [text_of(status) for status in rows["status"]]
     for heading, (name, scale, digits, rank) in MEASURED.items():
         cells = [number(value, scale, digits) for value in rows[name]]
@@ -157,15 +154,15 @@ def trial_columns(rows: Any, fields: Sequence[str]) -> list[tables.Column]:
     return columns
 
 
-def teachers_said_once(rows: Any, columns: Sequence[tables.Column]) -> tuple[list[tables.Column], list[str]]:
+def teachers_said_once(columns: Sequence[tables.Column]) -> tuple[list[tables.Column], list[str]]:
     """The columns without the accuracies of the teachers, where there are few of them, and a line that says these."""
-    named = {column.heading: column.cells for column in columns}
-    networks = named.get("network", ("all",) * len(rows))
-    pairs = sorted({pair for pair in zip(networks, named["teacher"], strict=True) if pair[1]})
+    teacher = next(column for column in columns if column.heading == "teacher" and not column.is_field)
+    network = columns[0].cells if columns[0].heading == "network" else ("",) * len(teacher.cells)
+    pairs = sorted({pair for pair in zip(network, teacher.cells, strict=True) if pair[1] not in ("", "-")})
     if not pairs or len(pairs) > 6 or len(dict(pairs)) < len(pairs):
         return list(columns), []
-    told = ", ".join(f"{network} {accuracy}" for network, accuracy in pairs)
-    return [column for column in columns if column.heading != "teacher"], [f"accuracies of the teachers: {told}"]
+    told = ", ".join(f"{network} {accuracy}".strip() for network, accuracy in pairs)
+    return [column for column in columns if column is not teacher], [f"accuracy of the teacher: {told}"]
 
 
 def short_names(columns: Sequence[str]) -> list[str]:

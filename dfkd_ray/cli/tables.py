@@ -26,6 +26,7 @@ SACRIFICES = ((4, None), (3, None), (2, None), (2, 8), (1, 8), (0, 7))
 WORDS = "agree-ment bright-ness con-trast cri-te-rion de-cay im-ages learn-ing meth-od mo-men-tum net-work prun-ed "
 WORDS += "re-cov-ered se-lec-tion spar-sity stu-dent syn-thesis teach-er tem-per-ature"
 BROKEN = {word.replace("-", ""): word.split("-") for word in WORDS.split()}
+NUMBER = re.compile(r"-|[-+]?[0-9.]+(e[-+]?[0-9]+)?")
 SYLLABLE = re.compile(r"(?<=[a-z])(?=[bcdfghjklmnpqrstvwxz][aeiouy])")
 
 
@@ -238,6 +239,11 @@ def shared(texts: Sequence[str]) -> tuple[str, str]:
     if any(text == start for text in texts):
         start = ""
     return (start if len(start) > 2 else ""), (end if len(end) > 2 else "")
+
+
+def is_text(cells: Iterable[str]) -> bool:
+    """Whether some cells hold more than numbers."""
+    return not all(NUMBER.fullmatch(cell) for cell in cells)
 
 
 def beginning(texts: Sequence[str]) -> str:
