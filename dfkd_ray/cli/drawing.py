@@ -71,7 +71,7 @@ class Running:
     def __init__(self, figures: Figures, title: str, height: int, stage: str):
         self.figures, self.title, self.height, self.stage = figures, title, height, stage
 
-    def __rich_console__(self, _console: Any, options: Any) -> Iterator["RenderableType"]:
+    def __rich_console__(self, console: Any, options: Any) -> Iterator["RenderableType"]:
         """As rich asks for it."""
         from rich.text import Text
 

@@ -161,7 +161,7 @@ def heading_forms(column: Column) -> tuple[str, str, str, str]:
     """A heading as it is, folded at signs, folded within words, and that as narrow as can be."""
     heading = column.heading
     if "\n" in heading:
-        return (heading,) * 4
+        return heading, heading, heading, heading
     body, whole = column.body, widest((heading,))
     forms = [heading]
     for within_words, num_lines in ((False, HEADING_LINES), (True, 2), (True, HEADING_LINES)):
