@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from dfkd_ray import config
-from dfkd_ray.cli import live
+from dfkd_ray.cli import drawing, live, names
 
 NAMES = {"a": "net sparsity 0.5", "b": "net sparsity 0.7", "c": "net sparsity 0.9", "d": "net sparsity 0.95"}
 STATUS = {
@@ -108,10 +109,10 @@ def test_names_tell_all_trials_apart_by_what_differs():
     points = [{"distillation": {"temperature": t}, "synthesis": {"bn_weight": w}} for t in (2, 4) for w in (1, 2)]
     points.append({"synthesis": {"method": "noise"}, "distillation": {"temperature": 2}})
     trials = {str(i): config.validate(config.TrialConfig, {**base, **point}) for i, point in enumerate(points)}
-    names = live.names_of(trials)
-    assert len(set(names.values())) == 5
-    assert names["0"].startswith("tiny deepinversion sparsity 0.5") and "bn_weight 1 " in names["0"]
-    assert "bn_weight" not in names["4"] and "seed" not in names["0"]
+    called = names.names_of(trials)
+    assert len(set(called.values())) == 5
+    assert called["0"].startswith("tiny deepinversion sparsity 0.5") and "bn_weight 1 " in called["0"]
+    assert "bn_weight" not in called["4"] and "seed" not in called["0"]
 
 
 @pytest.mark.parametrize(
@@ -132,11 +133,50 @@ def test_the_table_holds_counts_time_left_best_fleet_and_running_trials():
     assert "-" in shown(live.View(NAMES, [], 0.0).figures(0.0))
 
 
+def running_view(num_trials: int = 16) -> live.View:
+    """A sweep over networks and five fields, of which all trials run."""
+    trials = {}
+    for i in range(num_trials):
+        point = {"teacher": f"fashion_mnist_resnet{(20, 8)[i & 1]}", "pruning": {"sparsity": (0.75, 0.5)[i >> 1 & 1]}}
+        point |= {"synthesis": {"bn_weight": (2.0, 0.2)[i >> 2 & 1], "seed": i}}
+        point |= {"distillation": {"temperature": 2.0 + i}}
+        trials[f"t-{i}"] = config.validate(config.TrialConfig, point)
+    parts = names.parts_of(trials)
+    view = live.View({name: names.name_from(each) for name, each in parts.items()}, [], 0.0, parts=parts)
+    view.stages({name: ("synthesising", i, 128) for i, name in enumerate(trials)}, 0.0)
+    return view
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (80, 40), (100, 40), (140, 60)])
+def test_running_trials_have_a_column_for_each_field_that_varies(width, height):
+    lines = shown(running_view().figures(100.0), width, height).splitlines()
+    assert len(lines) < height and max(map(len, lines)) <= width
+    assert sum("fashion_mnist_…" in line for line in lines) == 1, "what names share is said once"
+    rows = [line.split() for line in lines if line.startswith("resnet")]
+    assert len(rows) == min(16, height - drawing.FRAME_LINES - 1)
+    for i, row in enumerate(rows):
+        network, sparsity = ("resnet20", "resnet8")[i & 1], ("0.75", "0.5")[i >> 1 & 1]
+        weight = ("2", "0.2")[i >> 2 & 1]
+        assert row == [network, sparsity, str(i), weight, str(2 + i), "synthesising", f"{i}/128", "100"]
+    assert ("more" in "".join(lines)) == (len(rows) < 16)
+
+
+@pytest.mark.parametrize("name", ["[red]x[/red]", "a\x1b[31mb", "x" * 500, "網" * 90])
+@pytest.mark.parametrize("width", [20, 60, 80])
+def test_hostile_parts_of_names_stay_text_within_the_width(width, name):
+    parts = {str(i): {"network": f"{name}{i}", "method": name, "sparsity": "0.5", "student.x": name} for i in range(3)}
+    view = live.View({key: names.name_from(each) for key, each in parts.items()}, [], 0.0, parts=parts)
+    view.stages({key: (name, 1, 2) for key in parts}, 0.0)
+    text = shown(view.figures(1.0), width, 24)
+    assert max(cell_len(line) for line in text.splitlines()) <= width and "\x1b" not in text
+    assert len(text.splitlines()) < 24
+
+
 @pytest.mark.parametrize(("width", "height"), [(40, 14), (60, 20), (200, 50)])
 def test_the_table_fits_the_terminal_however_many_trials_run(width, height):
-    names = {str(i): f"a network with a very long name and many fields that differ {i}" for i in range(300)}
-    view = live.View(names, [], now=0.0)
-    view.stages({name: ("distilling", 12, 345) for name in names}, 0.0)
+    called = {str(i): f"a network with a very long name and many fields that differ {i}" for i in range(300)}
+    view = live.View(called, [], now=0.0)
+    view.stages({name: ("distilling", 12, 345) for name in called}, 0.0)
     view.fleet(STATUS)
     lines = shown(view.figures(1.0), width, height).splitlines()
     assert len(lines) < height and max(map(len, lines)) <= width

@@ -11,7 +11,7 @@ from test_cli_results import trial_row
 from test_report import trial
 
 from dfkd_ray import bundles, cache, report, results
-from dfkd_ray.cli import live, show
+from dfkd_ray.cli import live, names, show
 from dfkd_ray.report import figures
 from dfkd_ray.storage import folder
 
@@ -67,7 +67,7 @@ def test_the_final_table_the_ladder_and_the_failures_show_names_as_text(capsys, 
 @pytest.mark.parametrize("name", HOSTILE, ids=NAMES)
 def test_the_live_view_and_the_plain_lines_show_names_as_text(capsys, name):
     values = {"teacher": name, "synthesis.method": "noise", "pruning.sparsity": 0.5, "student.arguments": name}
-    called = live.name_of(values, ["student.arguments"])
+    called = names.name_of(values, ["student.arguments"])
     view = live.View({"a": called, "b": name}, [], 0.0)
     view.stages({"b": (name, 0, 1)}, 0.0)
     view.row({"trial_id": "a", "status": "finished", "agreement": 0.5, "wall_s": 1.0})

@@ -12,13 +12,14 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dfkd_ray.cli.drawing import Figures, duration, table
+from dfkd_ray.cli.names import Parts, differing_parts, name_of, parts_of_one
 from dfkd_ray.cli.show import fleet_line, number, text_of
 from dfkd_ray.cli.streams import say
-from dfkd_ray.config import TrialConfig, flat, follows
+from dfkd_ray.config import TrialConfig, flat
 from dfkd_ray.text import is_null, shown
 
 if TYPE_CHECKING:
@@ -26,35 +27,26 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 DRAW_S = 1.0
-FRAME_LINES = 12  # of the table besides its running trials
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What there is to show of a sweep at one moment."""
-
-    total: int
-    done: int
-    failed: int
-    to_do: int
-    elapsed_s: float
-    left_s: float | None
-    best: tuple[float, str] | None  # agreement in [0, 1] and whose it is
-    running: tuple[tuple[str, str, float], ...]  # name, stage, seconds
-    fleet: Mapping[str, Any] | None
 
 
 class View:
     """The state of a sweep as told by events: rows, stages of running trials, how the fleet is."""
 
     def __init__(
-        self, names: Mapping[str, str], finished: Iterable[Mapping[str, Any]], now: float, total: int | None = None
+        self,
+        names: Mapping[str, str],
+        finished: Iterable[Mapping[str, Any]],
+        now: float,
+        total: int | None = None,
+        parts: Mapping[str, Parts] | None = None,
     ):
         """`names`: what to call each trial, by id; `finished`: rows of an earlier run; `now` in seconds.
 
-        `total` is given where a search comes up with more trials on the way, whose names are added then.
+        `total` is given where a search comes up with more trials on the way, whose names are added then; `parts` are
+        those of the names, for a column of each.
         """
         self.names, self.start = dict(names), now
+        self.parts, self.once = differing_parts(parts or {})
         self.total = len(self.names) if total is None else total
         self.done: set[str] = set()
         self.failed: set[str] = set()
@@ -70,7 +62,8 @@ class View:
     def add(self, trial_id: str, config: TrialConfig, fields: Sequence[str]) -> None:
         """A search, over these fields, has come up with a trial."""
         with self.lock:
-            self.names[trial_id] = name_of(flat(config.model_dump(mode="json")), fields)
+            values = flat(config.model_dump(mode="json"))
+            self.names[trial_id], self.parts[trial_id] = name_of(values, fields), parts_of_one(values, fields)
 
     def _finished(self, row: Mapping[str, Any]) -> None:
         name: str = row["trial_id"]
@@ -120,51 +113,14 @@ class View:
                 (self.names.get(name, str(name)), stage, now - since) for name, (stage, since) in self.running.items()
             )
             counts = (self.total, len(self.done), len(self.failed), to_do)
-            return Figures(*counts, now - self.start, left_s, self.best, running, self.status)
+            parts = tuple(self.parts[name] for name in self.running if name in self.parts)
+            return Figures(*counts, now - self.start, left_s, self.best, running, self.status, parts, self.once)
 
 
 def has_ended_well(row: Mapping[str, Any]) -> bool:
     """Whether a row is that of a trial which finished, or was stopped early."""
     status = row.get("status")
     return not is_null(status) and status != "failed"
-
-
-def names_of(trials: Mapping[str, TrialConfig]) -> dict[str, str]:
-    """What to call each trial: its teacher, its method, and every field in which the trials differ."""
-    plain = {name: flat(config.model_dump(mode="json")) for name, config in trials.items()}
-    fields = dict.fromkeys(field for values in plain.values() for field in values)
-    named = ("teacher", "synthesis.method", "pruning.sparsity")
-    differing = [
-        field
-        for field in fields
-        if field not in named and len({str(v[field]) for v in plain.values() if field in v}) > 1
-    ]
-    return {name: name_of(values, differing) for name, values in plain.items()}
-
-
-def name_of(values: Mapping[str, Any], differing: Sequence[str]) -> str:
-    """What to call a trial with these fields (dotted), of which some differ between the trials."""
-    named = ("teacher", "synthesis.method", "pruning.sparsity")
-    network = Path(str(values["teacher"])).name
-    parts = [network, str(values["synthesis.method"]), f"sparsity {short(values[named[2]])}"]
-    fields = [field for field in differing if field in values and field not in named and not follows(field)]
-    # Two fields of one name and value, as the seeds of synthesis and distillation, are said once.
-    told = dict.fromkeys(f"{field.rpartition('.')[2]} {short(values[field])}" for field in fields)
-    return shown(" ".join([*parts, *told]))
-
-
-def short(value: Any) -> str:
-    """A value in few characters."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds in words; `-` where they are not known."""
-    if seconds is None:
-        return "-"
-    minutes, seconds = divmod(round(max(0.0, seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
 def row_line(row: Mapping[str, Any], name: str, figures: Figures, done: int, total: int) -> str:
@@ -179,40 +135,6 @@ def row_line(row: Mapping[str, Any], name: str, figures: Figures, done: int, tot
         what = f"agreement {number(row.get('agreement'), 100.0)} %{tested}{stopped}"
     left = f", {duration(figures.left_s)} left" if done < total and figures.left_s is not None else ""
     return shown(f"[{done}/{total}, {figures.elapsed_s:.0f} s{left}] {name}: {what}")
-
-
-def table(figures: Figures, title: str, height: int, stopping: bool = False) -> "RenderableType":
-    """The table of a running sweep, for a terminal of `height` lines."""
-    from rich import box
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    counts = Table.grid(padding=(0, 1))
-    counts.add_row(*(Text(name, "dim", no_wrap=True) for name in ("done", "running", "failed", "to do")))
-    numbers = (figures.done, len(figures.running), figures.failed, figures.to_do)
-    counts.add_row(*(str(count) for count in numbers))
-    clock = f"{duration(figures.elapsed_s)}, left {duration(figures.left_s)}"
-    best = "-" if figures.best is None else f"agreement {100 * figures.best[0]:.2f} %, {figures.best[1]}"
-    fleet = "-" if figures.fleet is None else fleet_line(figures.fleet).removeprefix("fleet: ")
-    top = Table.grid(padding=(0, 1), expand=True)
-    top.add_column(style="dim", no_wrap=True)
-    top.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
-    told = {"trials": counts, "time": clock, "best": Text(shown(best)), "fleet": Text(shown(fleet))}
-    for name, what in told.items():
-        top.add_row(name, what)
-
-    trials = Table(box=box.SIMPLE_HEAD, expand=True, pad_edge=False)
-    trials.add_column(Text(shown(title)), no_wrap=True, overflow="ellipsis", ratio=1)
-    trials.add_column("stopping" if stopping else "stage", no_wrap=True)
-    trials.add_column("s", justify="right", no_wrap=True)
-    room = max(1, height - FRAME_LINES)
-    for name, stage, seconds in figures.running[:room]:
-        trials.add_row(Text(shown(name)), Text(shown(stage)), f"{seconds:.0f}")
-    if len(figures.running) > room:
-        trials.add_row(f"and {len(figures.running) - room} more")
-    # The terminal's echo of Ctrl-C behind a full line would start another, which the next drawing would not clear.
-    return Group(top, trials, Text())
 
 
 class Screen:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dfkd_ray import config as configs
-from dfkd_ray.cli import leaving, live
+from dfkd_ray.cli import leaving, live, names
 from dfkd_ray.cli.dry_run import dry_run as print_dry_run
 from dfkd_ray.cli.inputs import images_wanted, load_teacher, open_real, open_test
 from dfkd_ray.cli.options import (
@@ -213,7 +213,10 @@ def sweep(
         return
     say(f"{file}: {plan.num_trials} trials, {len(finished)} already finished; results in {place}")
     start = time.monotonic()
-    view = live.View(live.names_of({job.id: job.config for job in known}), finished, start, plan.num_trials)
+    parts = names.parts_of({job.id: job.config for job in known})
+    called = {name: names.name_from(each) for name, each in parts.items()}
+    # A search's trials come one by one: what all of their names share is not known.
+    view = live.View(called, finished, start, plan.num_trials, None if settings.search else parts)
     screen, seconds = live.Screen(view, str(file)), sweeps.Seconds()
     searched = tuple(settings.search.space) if settings.search else ()
 
@@ -249,7 +252,7 @@ def sweep(
             raise SystemExit(130) from None
     table = tables.read(place, "trials")
     table = table[table["trial_id"].isin(view.names)]
-    print_trials(table)
+    print_trials(table, place)
     print_failures(table)
     wall_s = time.monotonic() - start
     say(f"{len(table)} trials, {num_failed} failed, {wall_s:.0f} s; table: {place / 'trials'}")

@@ -1,13 +1,31 @@
 """What the commands show: progress, the ladder of one trial, the table of a sweep."""
 
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dfkd_ray.cli import tables
 from dfkd_ray.cli.streams import say
 from dfkd_ray.text import is_null, shown
+
+TITLE = "best agreement with the teacher first; accuracies in % of the test set"
+LEGEND = (
+    "agreement: on the reference set; BN: BatchNorm re-estimated on synthetic images, no training; kB: stored weights; "
+    "s: wall time of the trial"
+)
+# heading of the final table: (column, scale, digits, rank); of the highest rank is what first has to go
+MEASURED: dict[str, tuple[str, float, int, int]] = {
+    "teacher": ("teacher_accuracy", 100.0, 2, 3),
+    "pruned": ("pruned_accuracy", 100.0, 2, 1),
+    "BN": ("bn_reestimated_accuracy", 100.0, 2, 2),
+    "recovered": ("recovered_accuracy", 100.0, 2, 0),
+    "agreement": ("agreement", 100.0, 2, 0),
+    "kB": ("stored_bytes", 1e-3, 0, 3),
+    "s": ("wall_s", 1.0, 0, 4),
+}
 
 
 class Progress:
@@ -72,59 +90,79 @@ def print_ladder(row: Mapping[str, Any], out: Path) -> None:
     say(f"written: {out / 'student'}, {out / 'row.json'}, {out / 'images.png'}")
 
 
-def print_trials(rows: Any) -> None:
+def print_trials(rows: Any, place: object = "PLACE") -> None:
     """The final table, best agreement first; of the config only the fields that differ between trials are shown."""
     from rich.console import Console
+    from rich.text import Text
 
     from dfkd_ray.results import varied_fields
 
-    fields = varied_fields(rows)
     console = Console()
-    table = trials_table(rows, fields, is_narrow=False)
-    width = console.measure(table, options=console.options.update(max_width=10_000)).maximum
-    if width > console.width:
-        if console.is_terminal:
-            table = trials_table(rows, fields, is_narrow=True)
-        else:  # a table cut to a narrow pipe hides what it is for
-            console.width = width
+    # A table cut to a narrow pipe hides what it is for.
+    table, notes = trials_table(rows, varied_fields(rows), console.width if console.is_terminal else None, place)
+    if not console.is_terminal:
+        console.width = max(
+            console.width, console.measure(table, options=console.options.update(max_width=10**6)).maximum
+        )
     console.print(table)
-    say("BN: BatchNorm re-estimated on synthetic images, no training; kB: stored weights; s: wall time of the trial")
+    for note in notes:
+        console.print(Text(note), soft_wrap=not console.is_terminal)
 
 
-def trials_table(rows: Any, fields: Sequence[str], *, is_narrow: bool) -> Any:
-    """A row per trial: a column per field, or where there is no room for that all of them in one, folded."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
+def trials_table(rows: Any, fields: Sequence[str], width: int | None, place: object = "PLACE") -> tuple[Any, list[str]]:
+    """A row per trial and a column per field, for a terminal of so many columns; and what is to be said below it.
 
-    title = "best agreement with the teacher first (on the reference set); accuracies in % of the test set"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    names = short_names(fields)
-    if is_narrow:
-        table.add_column("trial", ratio=1, overflow="fold")
-    else:
-        for heading in ("network", *names):
-            table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("teacher", "pruned", "BN", "recovered", "agreement", "kB", "s"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for _, row in rows.iterrows():
-        network, values = Path(text_of(row["teacher"])).name, [text_of(row[name]) for name in fields]
-        if is_narrow:
-            told = [f"{name} {value}" for name, value in zip(names, values, strict=True) if value != "-"]
-            cells = [" ".join([network, *told])]
-        else:
-            cells = [network, *values]
-        status = text_of(row["status"])
-        if status not in ("finished", "stopped"):
-            cells.append("FAILED")  # why is told below the table
-        else:
-            rungs = ("teacher", "pruned", "bn_reestimated", "recovered")
-            cells += [number(row[name], 100.0) for name in (*(f"{rung}_accuracy" for rung in rungs), "agreement")]
-            if status == "stopped":
-                cells[-2] = "stopped"
-            cells += [number(row["stored_bytes"], 1e-3, 0), number(row["wall_s"], 1.0, 0)]
-        table.add_row(*(Text(shown(cell)) for cell in cells))
-    return table
+    Without a width everything is there as it is.
+    """
+    columns, notes = trial_columns(rows, fields), [LEGEND]
+    fitted = tables.fits(columns, 10**9 if width is None else width, tables.AS_THEY_ARE)
+    if fitted is None and width is not None:
+        columns, told = tables.said_once(columns)
+        notes += told
+        fitted = tables.fits(columns, width, tables.ROOMY)
+        if fitted is None:
+            columns, told = teachers_said_once(columns)
+            notes += told
+            fitted = tables.fits(columns, width, tables.TIGHT) or tables.squeezed(columns, width)
+    assert fitted
+    missing = {"not shown": fitted.left_out, "shortened": fitted.cut}
+    told = [f"{how}: {', '.join(names)}" for how, names in missing.items() if names]
+    if told:
+        told.append(f"all of it: dfkd-ray results {shlex.quote(str(place))}")
+        notes.append(f"at {width} columns {'; '.join(told)}")
+    return tables.drawn(fitted, TITLE, width), [shown(note) for note in notes]
+
+
+def trial_columns(rows: Any, fields: Sequence[str]) -> list[tables.Column]:
+    """What the final table tells of each trial, all of it."""
+    named = [("network", [Path(text_of(name)).name for name in rows["teacher"]])]
+    for name, field in zip(short_names(fields), fields, strict=True):
+        named.append((name, [text_of(value) for value in rows[field]]))
+    columns = []
+    for name, cells in named:
+        told = tuple(shown(cell) for cell in cells)
+        columns.append(tables.Column(shown(name), told, tables.is_text(told), is_field=True))
+    statuses = [text_of(status) for status in rows["status"]]
+    for heading, (name, scale, digits, rank) in MEASURED.items():
+        cells = [number(value, scale, digits) for value in rows[name]]
+        for index, status in enumerate(statuses):
+            if status not in ("finished", "stopped"):  # why is told below the table
+                cells[index] = "FAILED" if heading == "recovered" else ""
+            elif status == "stopped" and heading == "recovered":
+                cells[index] = "stopped"
+        columns.append(tables.Column(heading, tuple(cells), rank=rank))
+    return columns
+
+
+def teachers_said_once(columns: Sequence[tables.Column]) -> tuple[list[tables.Column], list[str]]:
+    """The columns without the accuracies of the teachers, where there are few of them, and a line that says these."""
+    teacher = next(column for column in columns if column.heading == "teacher" and not column.is_field)
+    network = columns[0].cells if columns[0].heading == "network" else ("",) * len(teacher.cells)
+    pairs = sorted({pair for pair in zip(network, teacher.cells, strict=True) if pair[1] not in ("", "-")})
+    if not pairs or len(pairs) > 6 or len(dict(pairs)) < len(pairs):
+        return list(columns), []
+    told = ", ".join(f"{network} {accuracy}".strip() for network, accuracy in pairs)
+    return [column for column in columns if column is not teacher], [f"accuracy of the teacher: {told}"]
 
 
 def short_names(columns: Sequence[str]) -> list[str]:

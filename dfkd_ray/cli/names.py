@@ -1,0 +1,75 @@
+"""What to call a trial: its teacher, its method, and every field in which the trials of a sweep differ."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dfkd_ray.cli import tables
+from dfkd_ray.config import TrialConfig, flat, follows
+from dfkd_ray.text import shown
+
+Parts = Mapping[str, str]  # heading: text; the parts of a name in their order
+NAMED = ("teacher", "synthesis.method", "pruning.sparsity")
+
+
+def names_of(trials: Mapping[str, TrialConfig]) -> dict[str, str]:
+    """What to call each trial."""
+    return {name: name_from(parts) for name, parts in parts_of(trials).items()}
+
+
+def name_of(values: Mapping[str, Any], differing: Sequence[str]) -> str:
+    """What to call a trial with these fields (dotted), of which some differ between the trials."""
+    return name_from(parts_of_one(values, differing))
+
+
+def name_from(parts: Parts) -> str:
+    """The parts as one line."""
+    bare = ("network", "method")
+    told = (value if name in bare else f"{name.rpartition('.')[2]} {value}" for name, value in parts.items())
+    # Two fields of one name and value, as the seeds of synthesis and distillation, are said once.
+    return shown(" ".join(dict.fromkeys(told)))
+
+
+def parts_of(trials: Mapping[str, TrialConfig]) -> dict[str, Parts]:
+    """The parts of each trial's name."""
+    plain = {name: flat(config.model_dump(mode="json")) for name, config in trials.items()}
+    fields = dict.fromkeys(field for values in plain.values() for field in values)
+    differing = [
+        field
+        for field in fields
+        if field not in NAMED and len({str(v[field]) for v in plain.values() if field in v}) > 1
+    ]
+    return {name: parts_of_one(values, differing) for name, values in plain.items()}
+
+
+def parts_of_one(values: Mapping[str, Any], differing: Sequence[str]) -> Parts:
+    """The parts of the name of a trial with these fields."""
+    parts = {"network": Path(str(values["teacher"])).name, "method": str(values["synthesis.method"])}
+    parts["sparsity"] = short(values["pruning.sparsity"])
+    fields = [field for field in differing if field in values and field not in NAMED and not follows(field)]
+    return parts | {field: short(values[field]) for field in fields}
+
+
+def differing_parts(parts: Mapping[str, Parts]) -> tuple[dict[str, Parts], str]:
+    """The parts in which trials differ, without what the networks' names share; and what all of them share."""
+    networks = sorted({each["network"] for each in parts.values()})
+    start, end = tables.shared(networks)
+    once = [f"{start}…{end}"] if start or end else []
+    same = set()
+    if len(parts) > 1:
+        for heading in ("network", "method"):
+            told = {each[heading] for each in parts.values()}
+            if len(told) == 1:
+                same.add(heading)
+                once += told
+    kept: dict[str, Parts] = {}
+    for name, each in parts.items():
+        network = each["network"]
+        whole = {**each, "network": network[len(start) : len(network) - len(end)]}
+        kept[name] = {heading: value for heading, value in whole.items() if heading not in same}
+    return kept, ", ".join(once)
+
+
+def short(value: Any) -> str:
+    """A value in few characters."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
