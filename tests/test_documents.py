@@ -8,6 +8,7 @@ import shlex
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,14 @@ def wrong_words(words: list[str]) -> str | None:
     return None
 
 
+SECTIONS = {"pruning", "student", "synthesis", "distillation", "reference"}
+FOREIGN = {
+    "--help",
+    "--block",
+    "--soak-minutes",
+    "--fuzz-seed",
+    "--fuzz-only",
+}  # of every command, of Ray, of the tests
 FIELDS = fields.known_fields(config.TrialConfig) | fields.known_fields(config.TeacherTrainingConfig)
 
 
@@ -205,6 +214,26 @@ def wrong_commands(text: str) -> list[str]:
         except ValueError as error:
             found.append(f"{line}: {error}")
     return found
+
+
+def options_of(command: Any) -> set[str]:
+    """Every option of a command and of those below it."""
+    own = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    return own.union(*map(options_of, getattr(command, "commands", {}).values()))
+
+
+def wrong_names(text: str) -> list[str]:
+    """Options and dotted fields of a trial in inline code, outside of any command, that there are not."""
+    known = options_of(typer.main.get_command(cli.app)) | FOREIGN
+    wrong = []
+    for span in spans(text):
+        words = span.split()
+        if span.startswith("--"):
+            wrong += [f"no option {word}" for word in words if word.startswith("--") and word not in known]
+        names = [after for word, after in pairwise(words) if word == "--set"] or words[:1]
+        found = [name.partition("=")[0] for name in names]
+        wrong += [f"no field {name}" for name in found if name.partition(".")[0] in SECTIONS and name not in FIELDS]
+    return wrong
 
 
 def wrong_places(text: str) -> list[str]:
@@ -254,7 +283,7 @@ def test_every_page_is_looked_at():
 def test_a_page_is_true_of_the_repository(document):
     text = document.read_text(encoding="utf-8")
     wrong = wrong_links(text, document) + wrong_paths(text, document) + wrong_yaml(text) + wrong_python(text)
-    wrong += wrong_commands(text) + wrong_places(text)
+    wrong += wrong_commands(text) + wrong_names(text) + wrong_places(text)
     assert not wrong, "\n".join(wrong)
 
 
@@ -380,6 +409,20 @@ def test_a_command_that_there_is_not_is_found(line):
 )
 def test_a_command_that_there_is_is_not(line):
     assert wrong_commands(f"```sh\n{line}\n```\n") == []
+
+
+@pytest.mark.parametrize(
+    "span", ["--synthesiser 1-8", "synthesis.bn_wight", "--set pruning.kind=lamp", "student.arch=a"]
+)
+def test_an_option_or_field_that_there_is_not_is_found(span):
+    assert len(wrong_names(f"see `{span}`")) == 1
+
+
+@pytest.mark.parametrize(
+    "span", ["--synthesizers 1-8", "synthesis.bn_weight", "--set pruning.criterion=lamp", "synthesis"]
+)
+def test_an_option_or_field_that_there_is_is_not(span):
+    assert wrong_names(f"see `{span}`") == []
 
 
 @pytest.mark.parametrize("text", ["in /home/me/runs", "`/tmp/x`", "(/work/y)", "TODO: more", "to be done (FIXME)"])
