@@ -1,16 +1,17 @@
 """The file of a record: `records/<kind>.safetensors` in a teacher's bundle, readable and writable by any tool.
 
 The header is JSON under the metadata key `dfkd_ray.record` (its schema: `record.schema.json` beside this module); the
-tensors are named by the parts below it. Sizes: C classes, d units of a part, r columns of a factor, K coefficients.
+tensors are named below. The whole specification: README.md beside this module, "The format".
+Sizes: C classes, d units of a part, r columns of a factor, K columns of all bases, n exemplars of k coefficients.
 
-* `gaussian`: per part `<part>.mean` (C, d) and `<part>.factor` (C, d, r), float32: class c is N(mean_c, factor_c
-  factor_c^T). `top` and `all` have a part per layer over its outputs (the last layer's are logits / temperature); the
-  spectral kinds have one part, `coefficients`, over all bases jointly (d = K).
-* `exemplars` (spectral kinds): `labels` (n,) int64, `indices` (n, k) int32 and `values` (n, k) float16: the k
-  strongest coefficients of n training examples.
-* `basis.<i>` (units, r) float16 (spectral kinds): orthonormal columns, numbered through from one basis to
-  the other. `spectral`: one signal, the activations of all layers. `spectral_pairs`: for each layer but the first
-  its input, and for each its activation.
+* `gaussian`: `<part>.mean` (C, d) and `<part>.factor` (C, d, r), float32: class c is N(mean_c, factor_c factor_c^T).
+  `all` has a part per layer, over its outputs (the last one's are logits / temperature); `top` has the last layer's;
+  the spectral kinds have one part, `coefficients`, over all bases jointly (d = K).
+* `exemplars` (spectral kinds, no parts): `labels` (n,) int64, `indices` (n, k) int32 and `values` (n, k) float16: the k
+  strongest coefficients of n training examples. `indices` number the columns through, from one basis to the next.
+* `basis.<i>` (units, columns) float16 (spectral kinds): orthonormal columns, a basis per signal, in the header's order.
+  `spectral`: one signal, the activations of all layers. `spectral_pairs`: the first layer's activation, then of each
+  other layer its input and its activation.
 """
 
 import hashlib

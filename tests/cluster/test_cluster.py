@@ -1,6 +1,6 @@
-"""The README's way to a cluster, on three hosts: `ray up`, a job, a host that is lost, one that joins, `ray down`.
+"""The guide's way to a cluster, on three hosts: `ray up`, a job, a host that is lost, one that joins, `ray down`.
 
-Commands and the cluster file are the README's own; only names are filled in. The hosts are network namespaces (`bed`).
+Commands and the cluster file are the guide's own; only names are filled in. The hosts are network namespaces (`bed`).
 """
 
 import logging
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 import bed
 from autoscaling import free_ports
-from readme import REPOSITORY, block
+from guide import HOSTS, REPOSITORY, block
 
 from dfkd_ray import results
 
@@ -131,7 +131,7 @@ def store() -> Iterator[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def laptop(tmp_path_factory, store) -> Iterator[Laptop]:
-    """Three hosts, and a laptop on which the README's preparation has been done."""
+    """Three hosts, and a laptop on which the guide's preparation has been done."""
     root = tmp_path_factory.mktemp("bed")
     with bed.made(root, store) as made:
         for name in ("head", "one", "two"):
@@ -147,8 +147,8 @@ def laptop(tmp_path_factory, store) -> Iterator[Laptop]:
 
 
 def write_files(laptop: Laptop, workers: list[str]) -> None:
-    """The README's cluster file with names filled in, and a sweep."""
-    config = yaml.safe_load(block("hosts.yaml"))
+    """The guide's cluster file with names filled in, and a sweep."""
+    config = yaml.safe_load(HOSTS)
     config["provider"] |= {"head_ip": ADDRESSES["head"], "worker_ips": [ADDRESSES[name] for name in workers]}
     config["auth"] = {"ssh_user": "root", "ssh_private_key": str(laptop.bed.key)}
     # As many trials at a time as two cores can run, wherever the test runs.
@@ -158,7 +158,7 @@ def write_files(laptop: Laptop, workers: list[str]) -> None:
     (laptop.folder / "sweeps/grid.yaml").write_text(yaml.safe_dump(SWEEP))
 
 
-def test_the_readmes_commands_run_a_sweep_through_the_loss_of_a_host_and_go_on_on_a_new_cluster(
+def test_the_guides_commands_run_a_sweep_through_the_loss_of_a_host_and_go_on_on_a_new_cluster(
     laptop, store, monkeypatch, tmp_path
 ):
     for name, value in store.items():
@@ -215,7 +215,7 @@ def test_the_readmes_commands_run_a_sweep_through_the_loss_of_a_host_and_go_on_o
 
 @contextmanager
 def watched(laptop: Laptop, up: str, dashboard: str, url: str, num_workers: int) -> Iterator[None]:
-    """A cluster that is up, with all its workers, while the README's `ray dashboard` runs in the background."""
+    """A cluster that is up, with all its workers, while the guide's `ray dashboard` runs in the background."""
     laptop.run(up)
     process = laptop.start(dashboard)
     try:
@@ -237,7 +237,7 @@ def ray_processes(host: bed.Host) -> list[str]:
 
 
 def join(laptop: Laptop, host: bed.Host) -> None:
-    """What the README says of a host that joins later: the set-up, and the start command with the head's address."""
+    """What the guide says of a host that joins later: the set-up, and the start command with the head's address."""
     config = yaml.safe_load((laptop.folder / "cluster.yaml").read_text())
     ssh = f"ssh -i {laptop.bed.key} -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
     for there, here in config["file_mounts"].items():

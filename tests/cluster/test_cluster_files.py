@@ -1,4 +1,4 @@
-"""What a cluster is started from: cluster.yaml, and the README's files for hosts of one's own and for Kubernetes."""
+"""What a cluster is started from: cluster.yaml, and the files for hosts of one's own and for Kubernetes."""
 
 import copy
 import re
@@ -11,13 +11,13 @@ import pytest
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
-from readme import REPOSITORY, block
+from guide import HOSTS, RAYJOB, REPOSITORY, block
 
 from dfkd_ray import sweep
 from dfkd_ray.cli import app
 
 CLUSTER = (REPOSITORY / "cluster.yaml").read_text(encoding="utf-8")
-# The fields of KubeRay's RayJob that the README's file may use; source: KubeRay's API reference, ray.io/v1.
+# The fields of KubeRay's RayJob that rayjob.yaml may use; source: KubeRay's API reference, ray.io/v1.
 STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
 POD = {
     "type": "object",
@@ -60,7 +60,7 @@ def fields(required: list[str], **properties: dict) -> dict:
     return {"type": "object", "required": required, "additionalProperties": False, "properties": properties}
 
 
-RAYJOB = fields(
+RAYJOB_FIELDS = fields(
     ["apiVersion", "kind", "metadata", "spec"],
     apiVersion={"const": "ray.io/v1"},
     kind={"const": "RayJob"},
@@ -111,8 +111,8 @@ def test_ray_up_refuses_nothing_in_cluster_yaml():
     assert "spot" in CLUSTER and sum("MarketType" in line for line in CLUSTER.splitlines()) == 1, "spot is one line"
 
 
-def test_ray_up_refuses_nothing_in_the_readmes_file_for_hosts_of_ones_own():
-    config = validated(block("hosts.yaml"))
+def test_ray_up_refuses_nothing_in_the_file_for_hosts_of_ones_own():
+    config = validated(HOSTS)
     assert [kind["max_workers"] for kind in config["available_node_types"].values()] == [2]
 
 
@@ -121,7 +121,7 @@ def test_ray_up_refuses_a_misspelt_field():
         validated(CLUSTER.replace("idle_timeout_minutes", "idle_timeout"))
 
 
-@pytest.mark.parametrize("text", [CLUSTER, block("hosts.yaml")], ids=["cluster.yaml", "hosts"])
+@pytest.mark.parametrize("text", [CLUSTER, HOSTS], ids=["cluster.yaml", "hosts.yaml"])
 def test_nodes_get_token_and_wheel_and_nothing_else_listens_to_the_world(text):
     config = yaml.safe_load(text)
     assert config["file_mounts"] == {"~/dist": "dist", "~/.ray/auth_token": "~/.ray/auth_token"}
@@ -132,8 +132,8 @@ def test_nodes_get_token_and_wheel_and_nothing_else_listens_to_the_world(text):
 
 
 def test_the_rayjob_has_only_fields_that_kuberay_knows_and_begins_without_gpus():
-    job = yaml.safe_load(block("rayjob.yaml"))
-    jsonschema.validate(job, RAYJOB)
+    job = yaml.safe_load(RAYJOB)
+    jsonschema.validate(job, RAYJOB_FIELDS)
     cluster = job["spec"]["rayClusterSpec"]
     (group,) = cluster["workerGroupSpecs"]
     assert group["minReplicas"] <= group["replicas"] == 0 < group["maxReplicas"]
@@ -141,13 +141,13 @@ def test_the_rayjob_has_only_fields_that_kuberay_knows_and_begins_without_gpus()
     broken = copy.deepcopy(job)
     broken["spec"]["rayClusterSpec"]["autoscaling"] = True
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(broken, RAYJOB)
+        jsonschema.validate(broken, RAYJOB_FIELDS)
 
 
-def test_what_the_readme_submits_are_commands_and_sweeps_that_exist():
+def test_what_the_guide_submits_are_commands_and_sweeps_that_exist():
     import typer.main
 
-    submitted = [block("rayjob.yaml"), block("cluster commands")]
+    submitted = [RAYJOB, block("cluster commands")]
     known = typer.main.get_command(app).commands["sweep"]  # type: ignore[attr-defined]
     options = {name for parameter in known.params for name in parameter.opts}
     for text in submitted:
@@ -189,7 +189,7 @@ def aws(monkeypatch, tmp_path):
         yield
 
 
-def test_on_a_simulated_aws_the_launcher_starts_a_head_and_spot_machines_with_the_readmes_profiles(aws):
+def test_on_a_simulated_aws_the_launcher_starts_a_head_and_spot_machines_with_the_guides_profiles(aws):
     import boto3
     from ray.autoscaler._private.aws.config import bootstrap_aws
     from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
