@@ -1,11 +1,15 @@
 """The command line in processes of its own: tiny commands, and what they start."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import yaml
+
+from dfkd_ray.cli.live import descendants
 
 LIMIT_S = 900.0  # for hangs
 SCRIPT = [str(Path(sys.executable).parent / "dfkd-ray")]
@@ -62,3 +66,36 @@ def assert_one_line(done: subprocess.CompletedProcess[str], code: int, *parts: s
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert all(part in lines[0] for part in parts), lines[0]
+
+
+# ---- processes ------------------------------------------------------------------------------------------------------
+
+
+def trials_of(pid: int) -> list[int]:
+    """The processes below one that run a Tune trial now."""
+    return [child for child in descendants(pid) if b"ImplicitFunc.train" in command_of(child)]
+
+
+def command_of(pid: int) -> bytes:
+    """The command line of a process; empty where it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def kill(pids: list[int]) -> None:
+    """SIGKILL to each."""
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def wait_gone(pids: list[int], seconds: float = 600.0) -> list[int]:
+    """Wait for processes to end; returns those that have not."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and any(command_of(pid) for pid in pids):
+        time.sleep(0.05)
+    return [pid for pid in pids if command_of(pid)]

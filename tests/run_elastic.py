@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 
 import ray
-from run_fleet_sweeps import jobs_of
 
 from dfkd_ray import fleet, sweep
 from dfkd_ray.fleet.simulated import Simulated, simulated_spec
+from run_fleet_sweeps import jobs_of
 
 LIMIT_S = 600.0
 

@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray
-import run_killed_sweep
-from run_killed_sweep import command_of
 
+from commands import command_of, kill
 from dfkd_ray import bundles, config, fleet, results, sweep
 from dfkd_ray.cli.live import descendants
 
@@ -100,14 +99,14 @@ def between(teacher: str, folder: Path) -> None:
     """Processes that have ended a trial, and would be given the next one, die (with their machine, it may be)."""
     killed: list[int] = []
 
-    def kill(row: dict, num_done: int, total: int) -> None:
+    def kill_those(row: dict, num_done: int, total: int) -> None:
         if num_done < total:
             pids = [pid for pid in descendants(os.getpid()) if command_of(pid).startswith(b"ray::ImplicitFunc")]
-            run_killed_sweep.kill(pids)
+            kill(pids)
             killed.extend(pids)
 
     with fleet.connected(num_cpus=1, object_store_memory=100_000_000):
-        failed = sweep.run(jobs_of(teacher)[:3], folder / "between", None, synthesizers=0, on_row=kill)
+        failed = sweep.run(jobs_of(teacher)[:3], folder / "between", None, synthesizers=0, on_row=kill_those)
     (folder / "told.json").write_text(json.dumps({"failed": failed, "killed": len(killed)}))
 
 

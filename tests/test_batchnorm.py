@@ -3,9 +3,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import randomise_statistics, tiny_network
 from torch import nn
 
+from conftest import randomise_statistics, tiny_network
 from dfkd_ray import batchnorm, losses, models
 from dfkd_ray.bundles import freeze
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY_INFO, tiny_network
 from torch import nn
 
+from conftest import TINY_INFO, tiny_network
 from dfkd_ray import bundles
 from dfkd_ray.bundles import BundleInfo
 from dfkd_ray.compression import pruning

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from folders import remove_everything
-from test_records import make_teacher
 
 from dfkd_ray import bundles, storage, sweep, trial
 from dfkd_ray.config import TrialConfig, validate
 from dfkd_ray.records import fitting
 from dfkd_ray.sweep import runner
+from folders import remove_everything
+from test_records import make_teacher
 
 SMALL = {"num_steps": 1, "batch_size": 8, "num_threads": 1}
 BASE = {

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from folders import remove_everything
 
 import dfkd_ray
 from dfkd_ray import cache, storage
 from dfkd_ray.batches import Batch
+from folders import remove_everything
 
 KEY = "0123456789abcdef" * 4
 TERMS = {"bn": 1.25, "seconds": 0.5, "histogram": [1, 2], "label": float("nan")}

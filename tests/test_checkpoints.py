@@ -7,12 +7,12 @@ import random
 import pytest
 import safetensors.torch
 import torch
-from conftest import tiny_network
-from test_distillation import SMALL, run, same
-from test_teachers import CONFIG
 
+from conftest import tiny_network
 from dfkd_ray import bundles, distillation, teachers
 from dfkd_ray.data import LabelledImages
+from test_distillation import SMALL, run, same
+from test_teachers import CONFIG
 
 
 @pytest.fixture(scope="module")

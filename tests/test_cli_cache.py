@@ -6,11 +6,11 @@ import uuid
 
 import numpy as np
 import pytest
-from folders import remove_everything
 
 from dfkd_ray import cache, storage
 from dfkd_ray.batches import Batch
 from dfkd_ray.cli import cache as commands
+from folders import remove_everything
 
 KEY, OTHER = "0123456789abcdef" * 4, "f" * 64
 

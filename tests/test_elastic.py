@@ -8,13 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from autoscaling import autoscaled
 from dfkd_ray import devices, fleet, results
 from dfkd_ray.cli.options import range_of
 from dfkd_ray.fleet.placement import Node
 from dfkd_ray.sweep import machines
-
-sys.path.insert(0, str(Path(__file__).parent))
-from autoscaling import autoscaled
 from run_fleet_sweeps import jobs_of
 
 

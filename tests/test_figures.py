@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 import yaml
-from test_search import TINY_BASE, costs_of
 
 from dfkd_ray import __version__, bundles, devices, sweep
 from dfkd_ray.sweep import estimate, timings
+from test_search import TINY_BASE, costs_of
 
 H200 = "NVIDIA H200, torch 2.15.0"
 SPARSITIES = {"pruning.sparsity": [0.5, 0.7, 0.9]}

@@ -10,8 +10,6 @@ import pandas as pd
 import yaml
 
 from dfkd_ray import bundles, cache, config, devices, fleet, results, synthesis
-
-sys.path.insert(0, str(Path(__file__).parent))
 from run_fleet_sweeps import ABOUT, BASE
 
 NUM_BATCHES = 2 * 8 + 2  # of two syntheses, and of the reference set

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY_INFO, tiny_network
 from torch import nn
 
+from conftest import TINY_INFO, tiny_network
 from dfkd_ray import bundles
 from dfkd_ray.compression import pruning
 from dfkd_ray.config import PruningConfig

@@ -10,10 +10,10 @@ import zipfile
 
 import pytest
 import torch
-from conftest import tiny_network
-from test_foreign_bundles import refusal
 
+from conftest import tiny_network
 from dfkd_ray import bundles
+from test_foreign_bundles import refusal
 
 
 def state_file(path, legacy=False):

@@ -1,7 +1,10 @@
 """A sweep killed again and again ends with the table of one that was not."""
 
 import random
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -9,10 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from commands import command_of, kill, trials_of, wait_gone
 from dfkd_ray import bundles, config, results, sweep, trial
-
-sys.path.insert(0, str(Path(__file__).parent))
-from run_killed_sweep import disturbed
+from dfkd_ray.cli.live import descendants
 
 DATA = {
     "about": {"source": "a test", "command": "none", "cost": "seconds", "expected": "rows"},
@@ -41,6 +43,49 @@ DATA = {
 def comparable(rows: pd.DataFrame) -> pd.DataFrame:
     """The deterministic columns, in an order of their own."""
     return rows[results.deterministic_columns()].sort_values("trial_id").reset_index(drop=True)
+
+
+def start(words: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """`dfkd-ray` with some words, its output in a file."""
+    with log.open("ab") as out:
+        command = [sys.executable, "-m", "dfkd_ray", *words]
+        return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def rows_of(folder: Path) -> int:
+    """Parts of the trials table."""
+    return len(list((folder / "trials").glob("*.parquet")))
+
+
+def disturbed(words: list[str], folder: Path, log: Path, plan: list[list[str]], rng: random.Random) -> list[str]:
+    """A session for each list of `plan`: its targets are killed one after the other, at random moments while trials
+    run. The last session of a plan that ends with `[]` is left alone. Returns what was killed."""
+    killed = []
+    for targets in plan:
+        driver = start(words, log)
+        for target in targets:
+            wanted = rows_of(folder) + rng.choice([0, 1])
+            while rows_of(folder) < wanted or not trials_of(driver.pid):
+                assert driver.poll() is None, log.read_text()[-3000:]
+                time.sleep(0.02)
+            time.sleep(rng.uniform(0.0, 0.7))
+            own = descendants(driver.pid)
+            if target == "trial":
+                victims = trials_of(driver.pid)
+                while not victims:
+                    assert driver.poll() is None, log.read_text()[-3000:]
+                    victims = trials_of(driver.pid)
+                kill([rng.choice(victims)])
+            else:
+                kill([driver.pid] if target == "driver" else [driver.pid, *own])
+                driver.wait()
+                # Ray's two agents notice within a minute; what computes or writes is gone at once.
+                left = wait_gone([pid for pid in own if b"Agent" not in command_of(pid)])
+                assert not left, [command_of(pid)[:60] for pid in left]
+            killed.append(target)
+        code = driver.wait(timeout=900)
+        assert code == (-signal.SIGKILL if set(targets) & {"driver", "everything"} else 0), log.read_text()[-3000:]
+    return killed
 
 
 @pytest.mark.timeout(2400)

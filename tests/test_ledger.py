@@ -5,12 +5,12 @@ import time
 from pathlib import Path
 
 import pytest
-from test_sweep_running import jobs_of
 
 from dfkd_ray import results, storage, sweep, trial
 from dfkd_ray.results import finals
 from dfkd_ray.sweep import ledger as ledgers
 from dfkd_ray.sweep import runner, tuner, worker
+from test_sweep_running import jobs_of
 
 RAISED = [
     BrokenPipeError(32, "Broken pipe"),

@@ -7,8 +7,6 @@ import math
 import pandas as pd
 import pytest
 from rich.console import Console
-from test_cli_results import trial_row
-from test_report import batches, trial
 
 from dfkd_ray import report, results, tensorboard
 from dfkd_ray.cli import live, show
@@ -16,6 +14,8 @@ from dfkd_ray.cli.results import FORMATS, main_columns
 from dfkd_ray.report import figures
 from dfkd_ray.results.selecting import with_whole_numbers
 from dfkd_ray.storage import folder
+from test_cli_results import trial_row
+from test_report import batches, trial
 
 COLUMNS = {name: results.schema(name).names for name in results.TABLES}
 NULLS = {"None": None, "NaN": math.nan, "NA": pd.NA}

@@ -2,9 +2,9 @@
 
 import pytest
 import yaml
-from test_cli import TINY, TINY_SETS, assert_one_line, write_idx_set
 
 from dfkd_ray.cli.options import number_of, range_of, settled
+from test_cli import TINY, TINY_SETS, assert_one_line, write_idx_set
 
 OPTIONS = {
     "TEACHER": {"teacher": "a"},

@@ -3,9 +3,9 @@ import itertools
 
 import pytest
 import torch
-from conftest import tiny_network
 from torch import nn
 
+from conftest import tiny_network
 from dfkd_ray.compression import pruning
 from dfkd_ray.compression.pruning import CRITERIA
 from dfkd_ray.config import PruningConfig

@@ -13,9 +13,9 @@ import fsspec
 import numpy as np
 import pandas as pd
 import pytest
-from devtools import CHROMIUM, Browser
 from PIL import Image
 
+from devtools import CHROMIUM, Browser
 from dfkd_ray import report, results
 from dfkd_ray.config import TrialConfig, flat, validate
 from dfkd_ray.report import aggregates, figures, pictures, wording

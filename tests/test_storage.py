@@ -8,10 +8,10 @@ import uuid
 from pathlib import Path
 
 import pytest
-from folders import remove_everything
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from dfkd_ray import storage
+from folders import remove_everything
 
 
 @pytest.fixture(params=["disk", "file_uri", "memory", "real_folders"])

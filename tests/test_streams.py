@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_cli_results import trial_row
 
 from dfkd_ray import results
+from test_cli_results import trial_row
 
 LIMIT_S = 900.0  # for hangs
 TRIAL = {

@@ -4,18 +4,18 @@ import json
 import os
 from pathlib import Path
 
-import commands
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from folders import hashes
 from PIL import Image
-from test_cli import TINY, TINY_SETS
 
+import commands
 from dfkd_ray import bundles, cache, distillation, results, storage, targets, trial
 from dfkd_ray.sweep import places
+from folders import hashes
+from test_cli import TINY, TINY_SETS
 
 FOREIGN = {
     "thesis.tex": b"ten years",

@@ -7,13 +7,13 @@ import unicodedata
 import pandas as pd
 import pytest
 from rich.console import Console
-from test_cli_results import trial_row
-from test_report import trial
 
 from dfkd_ray import bundles, cache, report, results
 from dfkd_ray.cli import live, show
 from dfkd_ray.report import figures
 from dfkd_ray.storage import folder
+from test_cli_results import trial_row
+from test_report import trial
 
 HOSTILE = [
     "[/b]",

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import MODULE, SCRIPT, TINY, done, sweep_file
 
+from commands import MODULE, SCRIPT, TINY, done, sweep_file
 from dfkd_ray import bundles
 
 IMPORTING = (

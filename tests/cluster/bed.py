@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from readme import REPOSITORY
+from cluster.readme import REPOSITORY
 
 BRIDGE = "dfkdbr0"
 LAPTOP = "10.77.0.1"

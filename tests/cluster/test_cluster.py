@@ -19,12 +19,9 @@ import pandas as pd
 import pytest
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))
-import bed
 from autoscaling import free_ports
-from readme import REPOSITORY, block
-
+from cluster import bed
+from cluster.readme import REPOSITORY, block
 from dfkd_ray import results
 
 pytestmark = [

@@ -10,9 +10,7 @@ import jsonschema
 import pytest
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parent))
-from readme import REPOSITORY, block
-
+from cluster.readme import REPOSITORY, block
 from dfkd_ray import sweep
 from dfkd_ray.cli import app
 

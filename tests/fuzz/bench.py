@@ -5,8 +5,9 @@ A fixture in a module, not in a `conftest.py`: tests import from the one above b
 
 from collections.abc import Iterator
 
-import fuzzing
 import pytest
+
+from fuzz import fuzzing
 
 
 @pytest.fixture(scope="module")

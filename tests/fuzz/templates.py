@@ -11,7 +11,7 @@ from PIL import Image
 from dfkd_ray import results
 
 if TYPE_CHECKING:
-    from fuzzing import Server
+    from fuzz.fuzzing import Server
 
 CLASSES = ("ant", "bee", "cat")
 SETTINGS = {
@@ -134,7 +134,7 @@ def write_place(place: Path, row: dict) -> None:
 
 def build(folder: Path, server: "Server") -> None:
     """Make all templates in a folder. `AssertionError` where a good command line does not end well."""
-    from fuzzing import Case
+    from fuzz.fuzzing import Case
 
     folder.mkdir(parents=True)
     write_images(folder / "images")

@@ -10,7 +10,6 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -21,9 +20,7 @@ from pathlib import Path
 
 import pandas as pd
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from run_killed_sweep import command_of
-
+from commands import command_of
 from dfkd_ray import results
 from dfkd_ray.cli.live import descendants
 

@@ -10,9 +10,7 @@ import pytest
 import yaml
 
 from dfkd_ray import bundles, cache, config, devices, results, storage, sweep, trial
-
-sys.path.insert(0, str(Path(__file__).parent))
-from soaking import Figures, Soak, comparable, disks, files_below
+from soak.soaking import Figures, Soak, comparable, disks, files_below
 
 NUM_EVENTS = 100  # at least, in a soak of full length
 FULL_MINUTES = 30.0
