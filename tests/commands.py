@@ -7,29 +7,12 @@ import sys
 import time
 from pathlib import Path
 
-import yaml
-
 from dfkd_ray.cli.live import descendants
+from helpers import tiny_sweep, write_yaml
 
 LIMIT_S = 900.0  # for hangs
 SCRIPT = [str(Path(sys.executable).parent / "dfkd-ray")]
 MODULE = [sys.executable, "-m", "dfkd_ray"]
-TINY_SETS = {
-    "bn_num_images": 8,
-    "device": "cpu",
-    "synthesis.batch_size": 8,
-    "synthesis.num_steps": 1,
-    "synthesis.num_threads": 1,
-    "distillation.num_images": 8,
-    "distillation.num_steps": 2,
-    "distillation.batch_size": 8,
-    "distillation.num_threads": 1,
-    "reference.num_images": 8,
-    "reference.synthesis.batch_size": 8,
-    "reference.synthesis.num_steps": 1,
-    "reference.synthesis.num_threads": 1,
-}
-TINY = [word for name, value in TINY_SETS.items() for word in ("--set", f"{name}={value}")]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -47,16 +30,7 @@ def done(words: list[str], folder: Path, **more: str) -> subprocess.CompletedPro
 
 def sweep_file(path: Path, teacher: str, **more: object) -> Path:
     """A sweep file with one tiny trial."""
-    base: dict[str, object] = {"teacher": teacher}
-    for name, value in (TINY_SETS | more).items():
-        at = base
-        *outer, last = name.split(".")
-        for part in outer:
-            at = at.setdefault(part, {})  # type: ignore[assignment]
-        at[last] = value
-    about = {"source": "a test", "command": "none", "cost": "seconds", "expected": "rows"}
-    path.write_text(yaml.safe_dump({"about": about, "base": base, "grid": {"pruning.sparsity": [0.5]}}))
-    return path
+    return write_yaml(path, tiny_sweep(teacher, {"pruning.sparsity": [0.5]}, **more))
 
 
 def assert_one_line(done: subprocess.CompletedProcess[str], code: int, *parts: str) -> None:

@@ -9,7 +9,7 @@ import ray
 
 from dfkd_ray import fleet, sweep
 from dfkd_ray.fleet.simulated import Simulated, simulated_spec
-from run_fleet_sweeps import jobs_of
+from helpers import jobs_of, sweep_of_four
 
 LIMIT_S = 600.0
 
@@ -29,7 +29,7 @@ def main(address: str, teacher: str, folder: Path) -> dict:
     told: dict = {"refused": "", "statuses": []}
     with fleet.connected(address):
         told["at first"] = machines()
-        jobs = jobs_of(teacher)[:2]
+        jobs = jobs_of(sweep_of_four(teacher))[:2]
         try:
             sweep.run(jobs, folder / "refused", None, synthesizers=1)
         except ValueError as error:

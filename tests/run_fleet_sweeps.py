@@ -11,23 +11,9 @@ from pathlib import Path
 import ray
 
 from commands import command_of, kill
-from dfkd_ray import bundles, config, fleet, results, sweep
+from dfkd_ray import fleet, results, sweep
 from dfkd_ray.cli.live import descendants
-
-ABOUT = {"source": "a test", "command": "none", "cost": "seconds", "expected": "rows"}
-BASE = {
-    "bn_num_images": 64,
-    "device": "cpu",
-    "synthesis": {"num_steps": 20, "batch_size": 8, "num_threads": 1},
-    "distillation": {"num_images": 64, "num_steps": 3, "batch_size": 8, "num_threads": 1},
-    "reference": {"num_images": 16, "synthesis": {"batch_size": 8, "num_steps": 2, "num_threads": 1}},
-}
-GRID = {"synthesis.bn_weight": [0.2, 2.0], "pruning.sparsity": [0.5, 0.9]}
-
-
-def jobs_of(teacher_folder: str) -> list[sweep.Job]:
-    data = {"about": ABOUT, "base": {**BASE, "teacher": teacher_folder}, "grid": GRID}
-    return sweep.plan(sweep.expand(config.validate(sweep.SweepConfig, data), {}), bundles.load)
+from helpers import jobs_of, sweep_of_four
 
 
 @contextmanager
@@ -70,7 +56,7 @@ def killing(num_kills: int, seed: int):
 
 def same(teacher: str, folder: Path) -> None:
     """One synthesizer; three on its warm cache; three on a cold one, with at least ten kills."""
-    jobs, statuses = jobs_of(teacher), {}
+    jobs, statuses = jobs_of(sweep_of_four(teacher)), {}
 
     def run(name: str, cache_name: str, synthesizers: int) -> None:
         told = {"on_status": lambda status: statuses.update({name: status})}
@@ -89,7 +75,7 @@ def same(teacher: str, folder: Path) -> None:
 
 def one_cpu(teacher: str, folder: Path) -> None:
     """On one CPU two trials of two syntheses through the fleet, then two of one synthesis without it."""
-    jobs = jobs_of(teacher)
+    jobs = jobs_of(sweep_of_four(teacher))
     with fleet.connected(num_cpus=1, object_store_memory=100_000_000):
         assert sweep.run(jobs[::3], folder / "shared", str(folder / "cache")) == 0
         assert sweep.run(jobs[:2], folder / "unshared", None, synthesizers=0) == 0
@@ -106,7 +92,9 @@ def between(teacher: str, folder: Path) -> None:
             killed.extend(pids)
 
     with fleet.connected(num_cpus=1, object_store_memory=100_000_000):
-        failed = sweep.run(jobs_of(teacher)[:3], folder / "between", None, synthesizers=0, on_row=kill_those)
+        failed = sweep.run(
+            jobs_of(sweep_of_four(teacher))[:3], folder / "between", None, synthesizers=0, on_row=kill_those
+        )
     (folder / "told.json").write_text(json.dumps({"failed": failed, "killed": len(killed)}))
 
 

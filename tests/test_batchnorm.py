@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from conftest import randomise_statistics, tiny_network
 from dfkd_ray import batchnorm, losses, models
 from dfkd_ray.bundles import freeze
+from helpers import randomise_statistics, tiny_network
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 

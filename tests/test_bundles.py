@@ -10,11 +10,11 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from conftest import TINY_INFO, tiny_network
 from dfkd_ray import bundles
 from dfkd_ray.bundles import BundleInfo
 from dfkd_ray.compression import pruning
 from dfkd_ray.config import PruningConfig, validate
+from helpers import TINY_INFO, tiny_network
 
 MODULE = """
 from pathlib import Path

@@ -10,20 +10,13 @@ import torch
 import yaml
 
 from dfkd_ray import bundles, storage, sweep, trial
-from dfkd_ray.config import TrialConfig, validate
+from dfkd_ray.config import TrialConfig, validate, with_overrides
 from dfkd_ray.records import fitting
 from dfkd_ray.sweep import runner
 from folders import remove_everything
-from test_records import make_teacher
+from helpers import TINY_TRIAL, make_teacher
 
-SMALL = {"num_steps": 1, "batch_size": 8, "num_threads": 1}
-BASE = {
-    "bn_num_images": 8,
-    "device": "cpu",
-    "synthesis": SMALL,
-    "distillation": {**SMALL, "num_images": 8, "eval_every": 1},
-    "reference": {"num_images": 8, "synthesis": SMALL},
-}
+BASE = with_overrides(TINY_TRIAL, {"distillation.num_steps": 1, "distillation.eval_every": 1})
 SECRET = "test:test"  # of the bucket's URI
 
 

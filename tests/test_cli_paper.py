@@ -11,18 +11,12 @@ import torchvision
 from PIL import Image
 
 from dfkd_ray import bundles
+from dfkd_ray.config import flat, with_overrides
+from helpers import TINY_NOISE, TINY_TRIAL, set_words
 
-TINY_SETS = [
-    "synthesis.batch_size=8",
-    "distillation.num_images=8",
-    "bn_num_images=8",
-    "distillation.num_steps=2",
-    "distillation.batch_size=8",
-    "reference.num_images=8",
-    "reference.synthesis.method=noise",
-    "reference.synthesis.batch_size=8",
-]
-TINY = [word for field in TINY_SETS for word in ("--set", field)]
+# Of networks without BatchNorm: no steps of a synthesis that looks at it.
+TINY_SETS = with_overrides(TINY_TRIAL, {"synthesis": {"batch_size": 8}, "reference.synthesis": TINY_NOISE})
+TINY = set_words(flat(TINY_SETS))
 NUM_PORTRAITS = {"0": 14, "1": 2, "2": 8}  # for training, validation, testing
 
 

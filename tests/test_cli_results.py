@@ -10,18 +10,7 @@ import pandas as pd
 import pytest
 
 from dfkd_ray import results
-from dfkd_ray.config import TrialConfig, flat, validate
-
-ACCURACIES = [0.9, 0.8, 0.7, 0.88, 0.79, 0.66]
-
-
-def trial_row(index, sparsity, seed, **changes):
-    config = {"teacher": "some/where/net_20", "pruning": {"sparsity": sparsity}}
-    config |= {"synthesis": {"seed": seed, "bn_weight": 0.2}, "distillation": {"seed": seed}}
-    values = flat(validate(TrialConfig, config).model_dump(mode="json"))
-    own = {"trial_id": f"t-{index}", "status": "finished", "agreement": ACCURACIES[index], "wall_s": 10.0 + index}
-    own |= {"teacher_hash": "ab" * 32, "teacher_architecture": "resnet20", "real_data": False, "stored_bytes": 1000}
-    return values | own | changes
+from table_rows import ACCURACIES, trial_row
 
 
 @pytest.fixture(scope="module")

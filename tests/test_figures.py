@@ -8,15 +8,15 @@ import yaml
 
 from dfkd_ray import __version__, bundles, devices, sweep
 from dfkd_ray.sweep import estimate, timings
-from test_search import TINY_BASE, costs_of
+from helpers import costs_of, tiny_trial
 
 H200 = "NVIDIA H200, torch 2.15.0"
 SPARSITIES = {"pruning.sparsity": [0.5, 0.7, 0.9]}
-BASE = {**TINY_BASE, "device": "auto"}
+FIELDS = {"device": "auto", "distillation.num_steps": 6, "distillation.eval_every": 1}
 
 
 def grid_jobs(teacher, grid=SPARSITIES, on_gpu=False, **base) -> list[sweep.Job]:
-    settings = sweep.parse({"base": {**BASE, **base, "teacher": str(teacher)}, "grid": grid})
+    settings = sweep.parse({"base": tiny_trial(teacher, **FIELDS | base), "grid": grid})
     return sweep.prepare(settings, bundles.load, on_gpu=on_gpu).jobs
 
 
@@ -35,7 +35,7 @@ def dry(tiny_teacher, tmp_path, run_cli, monkeypatch):
     monkeypatch.setattr(estimate, "CAP_S", 0.5)
 
     def run(*words, grid=SPARSITIES, **base):
-        data = {"base": {**BASE, **base, "teacher": str(tiny_teacher)}, "grid": grid}
+        data = {"base": tiny_trial(tiny_teacher, **FIELDS | base), "grid": grid}
         (tmp_path / "s.yaml").write_text(yaml.safe_dump(data))
         places = ("--results", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--test-data", "none")
         return run_cli("sweep", str(tmp_path / "s.yaml"), "--dry-run", *places, *words)
@@ -163,7 +163,7 @@ def test_a_sweep_for_gpus_is_planned_on_a_machine_without_one(dry, tiny_teacher,
 
 
 def test_what_only_a_gpu_can_do_is_planned_on_a_machine_without_one(dry, tiny_teacher, tmp_path):
-    base = {"device": "cuda", "distillation": {**TINY_BASE["distillation"], "precision": "tf32", "fast": True}}
+    base = {"device": "cuda", "distillation.precision": "tf32", "distillation.fast": True}
     path = tmp_path / "h200.json"
     timings.write(path, stored_for(grid_jobs(tiny_teacher, on_gpu=True, **base)))
     done = dry("--gpus", "8", "--figures", str(path), **base)

@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 
 import pandas as pd
-import yaml
 
 from dfkd_ray import bundles, cache, config, devices, fleet, results, synthesis
-from run_fleet_sweeps import ABOUT, BASE
+from helpers import sweep_of_four, tiny_sweep, write_yaml
 
 NUM_BATCHES = 2 * 8 + 2  # of two syntheses, and of the reference set
 
@@ -46,7 +45,8 @@ def test_one_or_three_synthesizers_kills_or_none_warm_or_cold_the_tables_are_the
     assert results.read(tmp_path / "warm", "trials")["num_cached_batches"].tolist() == [8] * 4
     # And they are what one process makes by itself.
     teacher, device = bundles.load(str(tiny_teacher)), devices.resolve("cpu")
-    settings = config.DeepInversionConfig.model_validate(BASE["synthesis"] | {"bn_weight": 2.0})
+    plain = sweep_of_four(tiny_teacher)["base"]["synthesis"] | {"bn_weight": 2.0}
+    settings = config.DeepInversionConfig.model_validate(plain)
     key, make = synthesis.source(teacher, settings, device)
     folder = cache.folder_of(tmp_path / "cold", key, devices.numerics_class(device))
     assert cache.read(folder, 3, key).images.tobytes() == make(3).images.tobytes()
@@ -138,8 +138,7 @@ def test_on_three_nodes_the_fleet_spreads_and_a_lost_node_costs_only_its_batches
 
 
 def test_a_refusal_of_placement_is_wrong_input(tiny_teacher, tmp_path, run_cli):
-    data = {"about": ABOUT, "base": {**BASE, "teacher": str(tiny_teacher)}, "grid": {"pruning.sparsity": [0.5]}}
-    (tmp_path / "s.yaml").write_text(yaml.safe_dump(data))
+    write_yaml(tmp_path / "s.yaml", tiny_sweep(tiny_teacher, {"pruning.sparsity": [0.5]}))
     words = ["sweep", str(tmp_path / "s.yaml"), "--results", str(tmp_path / "r"), "--cache", str(tmp_path / "c")]
     done = run_cli(*words, "--synthesizers", "many")
     assert (

@@ -13,10 +13,10 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from conftest import TINY_INFO, tiny_network
 from dfkd_ray import bundles
 from dfkd_ray.compression import pruning
 from dfkd_ray.config import PruningConfig
+from helpers import TINY_INFO, refusal, tiny_network
 
 WEIGHTS = "weights.safetensors"
 
@@ -25,17 +25,6 @@ WEIGHTS = "weights.safetensors"
 def folder(tmp_path, tiny_teacher):
     shutil.copytree(tiny_teacher, tmp_path / "net")
     return tmp_path / "net"
-
-
-def refusal(call, *parts):
-    """The one line of a refusal, which names these parts."""
-    with pytest.raises(ValueError) as caught:
-        call()
-    text = str(caught.value)
-    assert len(text) <= 420 and "\n" not in text, text
-    for part in parts:
-        assert str(part) in text, text
-    return text
 
 
 def described(folder, **fields):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from dfkd_ray import data, teachers
-from test_foreign_bundles import refusal
+from helpers import refusal
 
 SHAPE = (3, 16, 16)
 GREY = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dfkd_ray import bundles, models
-from test_foreign_bundles import refusal
+from helpers import refusal
 
 
 def build(architecture, arguments=None, num_classes=10, image_shape=(1, 16, 16)):

@@ -11,9 +11,8 @@ import zipfile
 import pytest
 import torch
 
-from conftest import tiny_network
 from dfkd_ray import bundles
-from test_foreign_bundles import refusal
+from helpers import refusal, tiny_network
 
 
 def state_file(path, legacy=False):

@@ -10,34 +10,11 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-import yaml
 
 from commands import command_of, kill, trials_of, wait_gone
-from dfkd_ray import bundles, config, results, sweep, trial
+from dfkd_ray import results, sweep, trial
 from dfkd_ray.cli.live import descendants
-
-DATA = {
-    "about": {"source": "a test", "command": "none", "cost": "seconds", "expected": "rows"},
-    "base": {
-        "bn_num_images": 16,
-        "device": "cpu",
-        "synthesis": {"num_steps": 10, "batch_size": 8, "num_threads": 1},
-        "distillation": {
-            "num_images": 16,
-            "num_steps": 60,
-            "batch_size": 8,
-            "eval_every": 5,
-            "checkpoint_every": 5,
-            "num_threads": 1,
-        },
-        "reference": {"num_images": 16, "synthesis": {"batch_size": 8, "num_steps": 2, "num_threads": 1}},
-    },
-    "grid": {
-        "synthesis.bn_weight": [0.2, 2.0],
-        "pruning.sparsity": [0.5, 0.7, 0.9],
-        "distillation.temperature": [2.0, 6.0],
-    },
-}
+from helpers import jobs_of, sweep_of_twelve, write_yaml
 
 
 def comparable(rows: pd.DataFrame) -> pd.DataFrame:
@@ -90,8 +67,8 @@ def disturbed(words: list[str], folder: Path, log: Path, plan: list[list[str]], 
 
 @pytest.mark.timeout(2400)
 def test_twelve_trials_killed_five_times_end_with_the_table_of_an_undisturbed_run(tiny_teacher, tmp_path):
-    data = {**DATA, "base": {**DATA["base"], "teacher": str(tiny_teacher)}}
-    (tmp_path / "twelve.yaml").write_text(yaml.safe_dump(data))
+    data = sweep_of_twelve(tiny_teacher)
+    write_yaml(tmp_path / "twelve.yaml", data)
     folder, log = tmp_path / "killed", tmp_path / "log"
     words = ["sweep", str(tmp_path / "twelve.yaml"), "--results", str(folder), "--cache", str(tmp_path / "cache")]
     words += ["--test-data", "none", "--synthesizers", "1"]
@@ -100,7 +77,7 @@ def test_twelve_trials_killed_five_times_end_with_the_table_of_an_undisturbed_ru
     assert len(killed) == 5 and set(killed) == {"driver", "trial", "everything"}
 
     # Undisturbed: one process, one trial after the other, no Ray.
-    jobs = sweep.plan(sweep.expand(config.validate(sweep.SweepConfig, data), {}), bundles.load)
+    jobs = jobs_of(data)
     alone = tmp_path / "alone"
     for job in jobs:
         sweep.run_job(job, trial.made_here(tmp_path / "other cache"), None, None, alone, ())

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import tiny_network
 from dfkd_ray.compression import pruning
 from dfkd_ray.compression.pruning import CRITERIA
 from dfkd_ray.config import PruningConfig
+from helpers import tiny_network
 
 
 def total(network):

@@ -12,28 +12,10 @@ import torch
 from dfkd_ray import bundles, synthesis, trial
 from dfkd_ray.config import RecordsConfig, TrialConfig, validate
 from dfkd_ray.records import fitting, format, taps
+from helpers import make_teacher
 
 LENET = {"architecture": "lenet5", "num_classes": 3, "image_shape": (1, 32, 32)}
 CPU = torch.device("cpu")
-
-
-def make_teacher(folder: Path, architecture="lenet5", image_shape=(1, 32, 32), num_classes=3, seed=0, **arguments):
-    """An untrained teacher whose classes differ in their activations."""
-    from dfkd_ray import models
-
-    torch.manual_seed(seed)
-    network = models.build(architecture, arguments, num_classes=num_classes, image_shape=image_shape)
-    info = bundles.BundleInfo(
-        architecture=architecture,
-        arguments=arguments,
-        num_classes=num_classes,
-        image_shape=image_shape,
-        mean=(0.3,) * image_shape[0],
-        std=(0.3,) * image_shape[0],
-        trained=False,
-    )
-    bundles.save(folder, info, network.state_dict())
-    return bundles.load(str(folder))
 
 
 def examples(num=90, num_classes=3, image_shape=(1, 32, 32), seed=0):

@@ -17,6 +17,7 @@ from dfkd_ray.bench import results as bench_results
 from dfkd_ray.config import TrialConfig, flat, validate
 from dfkd_ray.results import METRICS, schemas, tables
 from dfkd_ray.results.schemas import WRITTEN_AT
+from helpers import tiny_trial
 
 
 def row(trial_id="t-1", **changes):
@@ -510,15 +511,8 @@ def test_tables_in_a_bucket_are_written_read_and_compacted(bucket):
 
 
 def test_a_trial_leaves_all_it_leaves_in_a_bucket_as_on_a_disk(bucket, tiny_teacher, tmp_path, monkeypatch):
-    small = {"num_steps": 1, "batch_size": 8, "num_threads": 1}
-    data = {
-        "teacher": str(tiny_teacher),
-        "bn_num_images": 8,
-        "device": "cpu",
-        "synthesis": small,
-        "distillation": {**small, "num_images": 8, "num_steps": 4, "eval_every": 1, "checkpoint_every": 2},
-        "reference": {"num_images": 8, "synthesis": small},
-    }
+    looks = {"distillation.num_steps": 4, "distillation.eval_every": 1, "distillation.checkpoint_every": 2}
+    data = tiny_trial(tiny_teacher, **looks)
     teacher = bundles.load(str(tiny_teacher))
     (job,) = sweep.plan([validate(TrialConfig, data)], lambda _name: teacher)
     checkpoints = []

@@ -13,14 +13,9 @@ from dfkd_ray.batches import Batch
 from dfkd_ray.config import DeepInversionConfig, NoiseConfig, TrialConfig, synthesis_key, validate
 from dfkd_ray.results import rows, selecting
 from dfkd_ray.sweep import worker
+from helpers import TINY_NOISE, TINY_TRIAL, tiny_trial
 
-TINY = {
-    "bn_num_images": 8,
-    "device": "cpu",
-    "synthesis": {"method": "noise", "batch_size": 8},
-    "distillation": {"num_images": 8, "num_steps": 2, "batch_size": 8, "eval_every": 1, "num_threads": 1},
-    "reference": {"num_images": 8, "synthesis": {"method": "noise", "batch_size": 8}},
-}
+FIELDS = {"synthesis": TINY_NOISE, "reference.synthesis": TINY_NOISE, "distillation.eval_every": 1}
 HUGE, HALF = 10**5000, "r\ud800seau"
 UNFIT = [
     ("no_such_column", 1.0, "no such column"),
@@ -41,7 +36,7 @@ UNFIT = [
 def job_of(teacher, **more):
     """A trial of a few seconds."""
     loaded = bundles.load(str(teacher))
-    settings = validate(TrialConfig, {"teacher": str(teacher), **TINY, **more})
+    settings = validate(TrialConfig, tiny_trial(teacher, **FIELDS | more))
     (job,) = sweep.plan([settings], lambda _name: loaded)
     return job
 
@@ -239,7 +234,7 @@ def test_what_a_trial_leaves_and_cannot_be_written_is_the_reason_of_a_failed_row
 
 
 def test_recover_leaves_a_row_whatever_it_measured(tiny_teacher, tmp_path, run_cli, monkeypatch):
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump({k: v for k, v in TINY.items() if k != "teacher"}))
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config.with_overrides(TINY_TRIAL, FIELDS)))
     words = ["recover", str(tiny_teacher), "--config", str(tmp_path / "c.yaml"), "--test-data", "none"]
     real = trial.run
 

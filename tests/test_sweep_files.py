@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from dfkd_ray import bundles, sweep
+from helpers import ABOUT
 
 SWEEPS = sorted((Path(__file__).parent.parent / "sweeps").glob("*.yaml"))
-ABOUT = {"source": "a test", "command": "none", "cost": "seconds", "expected": "rows"}
 
 
 def load(**parts) -> sweep.SweepConfig:

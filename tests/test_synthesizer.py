@@ -14,10 +14,11 @@ from dfkd_ray import bundles, cache, devices, storage, synthesis
 from dfkd_ray.config import DeepInversionConfig, synthesis_key
 from dfkd_ray.fleet import schedule, synthesizer
 from dfkd_ray.fleet.synthesizer import HELD_SOURCES, NotOpened, Spec, Synthesizer
+from helpers import TINY_TRIAL
 
 CPU = torch.device("cpu")
 NUMERICS = devices.numerics_class(CPU)
-TINY = DeepInversionConfig(batch_size=8, num_steps=1, num_threads=1)
+TINY = DeepInversionConfig.model_validate(TINY_TRIAL["synthesis"])
 
 
 @pytest.fixture(scope="module")

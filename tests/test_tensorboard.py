@@ -20,19 +20,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
 from dfkd_ray import bundles, storage, sweep, tensorboard, trial
-from dfkd_ray.config import TrialConfig, columns_of, validate, with_overrides
+from dfkd_ray.config import TrialConfig, columns_of, validate
+from helpers import tiny_trial
 
-TINY = {
-    "bn_num_images": 8,
-    "device": "cpu",
-    "synthesis": {"num_steps": 1, "batch_size": 8, "num_threads": 1},
-    "distillation": {"num_images": 8, "num_steps": 5, "batch_size": 8, "eval_every": 1, "num_threads": 1},
-    "reference": {"num_images": 8, "synthesis": {"batch_size": 8, "num_steps": 1, "num_threads": 1}},
-}
+LOOKS = {"distillation.num_steps": 5, "distillation.eval_every": 1}
 
 
 def config_of(teacher: str | Path = "t", **overrides) -> TrialConfig:
-    return validate(TrialConfig, with_overrides(TINY, {"teacher": str(teacher), **overrides}))
+    return validate(TrialConfig, tiny_trial(teacher, **LOOKS | overrides))
 
 
 def looks(num: int) -> list[dict]:

@@ -20,12 +20,12 @@ from dfkd_ray.config import (
     TeacherTrainingConfig,
     TrialConfig,
     validate,
-    with_overrides,
 )
 from dfkd_ray.data import LabelledImages
 from dfkd_ray.models import without_batchnorm
 from dfkd_ray.sweep import estimate, jobs
 from dfkd_ray.sweep.combinations import applies
+from helpers import TINY_NOISE, tiny_trial
 
 SHAPES = {
     "hinton_1200": (1, 28, 28),
@@ -42,14 +42,8 @@ NUM_PARAMETERS = {
     "lenet5": 6 * 26 + 16 * (6 * 25 + 1) + 120 * 401 + 84 * 121 + 10 * 85,
     "lenet5_half": 3 * 26 + 8 * (3 * 25 + 1) + 120 * 201 + 84 * 121 + 10 * 85,
 }
-TINY = {
-    "bn_num_images": 16,
-    "device": "cpu",
-    "pruning": {"sparsity": 0.0},
-    "synthesis": {"method": "noise", "batch_size": 8},
-    "distillation": {"num_images": 16, "num_steps": 3, "batch_size": 8, "eval_every": 2, "num_threads": 1},
-    "reference": {"num_images": 8, "synthesis": {"method": "noise", "batch_size": 8}},
-}
+FIELDS = {"pruning.sparsity": 0.0, "synthesis": TINY_NOISE, "reference.synthesis": TINY_NOISE, "bn_num_images": 16}
+FIELDS |= {"distillation.num_images": 16, "distillation.num_steps": 3, "distillation.eval_every": 2}
 HINTON_LIKE_TEACHER = {"student": {"architecture": "hinton_800", "arguments": {"hidden_dropout": 0.5}}}
 
 
@@ -210,7 +204,7 @@ def teacher(teacher_folder):
 
 
 def config_of(folder, **overrides):
-    return validate(TrialConfig, with_overrides(TINY, {"teacher": str(folder), **overrides}))
+    return validate(TrialConfig, tiny_trial(folder, **FIELDS | overrides))
 
 
 def labelled(num, seed=0):
@@ -405,7 +399,7 @@ def test_the_default_references_key_and_columns_are_those_of_before():
 
 
 def test_a_sweep_leaves_out_overrides_of_another_references_method(teacher_folder):
-    base = with_overrides(TINY, {"teacher": str(teacher_folder)})
+    base = tiny_trial(teacher_folder, **FIELDS)
     assert not applies("reference.synthesis.num_steps", base, {})
     assert applies("reference.synthesis.batch_size", base, {}) and applies("reference.num_images", base, {})
     assert applies("reference.synthesis.num_steps", {"teacher": "t"}, {})

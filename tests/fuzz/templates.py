@@ -9,6 +9,8 @@ import numpy as np
 from PIL import Image
 
 from dfkd_ray import results
+from dfkd_ray.config import with_overrides
+from helpers import ABOUT, set_words
 
 if TYPE_CHECKING:
     from fuzz.fuzzing import Server
@@ -29,7 +31,7 @@ SETTINGS = {
     "reference.synthesis.batch_size": 4,
     "reference.synthesis.num_threads": 1,
 }
-TINY = [word for name, value in SETTINGS.items() for word in ("--set", f"{name}={value}")]
+TINY = set_words(SETTINGS)
 TINY += ["--test-data", "none", "--device", "cpu"]
 NUM_ROWS = 4
 
@@ -75,21 +77,13 @@ EDGES = {
 
 def base(teacher: str) -> dict:
     """A trial of seconds, as nested data."""
-    data: dict = {"teacher": teacher, "device": "cpu"}
-    for name, value in SETTINGS.items():
-        *parents, leaf = name.split(".")
-        node = data
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return data
+    return with_overrides({"teacher": teacher, "device": "cpu"}, SETTINGS)
 
 
 def sweep_file(teacher: str = "teacher") -> dict:
     """A sweep of four trials, as nested data."""
-    about = {"source": "a test", "command": "none", "cost": "seconds", "expected": "rows"}
     grid = {"pruning.sparsity": [0.5, 0.7], "distillation.temperature": [2.0, 6.0]}
-    return {"about": about, "base": base(teacher), "grid": grid, "tiny": {"synthesis.num_steps": 1}}
+    return {"about": ABOUT, "base": base(teacher), "grid": grid, "tiny": {"synthesis.num_steps": 1}}
 
 
 def write_images(folder: Path, size: int = 16) -> None:
