@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -45,9 +46,10 @@ def main(address: str, teacher: str, folder: Path) -> dict:
         )
         with fleet.started(settings, start_s=LIMIT_S) as running:
             actor = ray.remote(Trial)
-            held = actor.options(num_cpus=0.95).remote()
+            held: Any = actor.options(num_cpus=0.95).remote()  # Ray's types know no handle of a class without methods
             ray.get(held.__ray_ready__.remote(), timeout=LIMIT_S)
             spec = simulated_spec("elastic", (4, 1, 8, 8), (0.5, 0.5))
+            status: dict[str, Any] = {}
             for batch, _ in running.stream(timeout_s=LIMIT_S).batches(spec, range(2000)):
                 status = running.status() or {}
                 if status.get("synthesizers_up") == 2 or batch.index == 1999:

@@ -5,10 +5,13 @@ import os
 import random
 import sys
 import threading
+from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from commands import command_of, kill
 from dfkd_ray import fleet, results, sweep
@@ -36,7 +39,7 @@ def killing(num_kills: int, seed: int):
                         victim = rng.choice([*actors, running.coordinator])
                         ray.kill(victim, no_restart=False)
                         kills.append("coordinator" if victim is running.coordinator else "synthesizer")
-                    except ray.exceptions.RayError:
+                    except RayError:
                         continue
 
             thread = threading.Thread(target=killer)
@@ -59,8 +62,8 @@ def same(teacher: str, folder: Path) -> None:
     jobs, statuses = jobs_of(sweep_of_four(teacher)), {}
 
     def run(name: str, cache_name: str, synthesizers: int) -> None:
-        told = {"on_status": lambda status: statuses.update({name: status})}
-        failed = sweep.run(jobs, folder / name, str(folder / cache_name), synthesizers=synthesizers, **told)
+        cache, told = str(folder / cache_name), lambda status: statuses.update({name: status})
+        failed = sweep.run(jobs, folder / name, cache, synthesizers=synthesizers, on_status=told)
         assert failed == 0, results.read(folder / name, "trials")["reason"].tolist()
 
     with fleet.connected(num_cpus=2, object_store_memory=200_000_000):
@@ -85,7 +88,7 @@ def between(teacher: str, folder: Path) -> None:
     """Processes that have ended a trial, and would be given the next one, die (with their machine, it may be)."""
     killed: list[int] = []
 
-    def kill_those(row: dict, num_done: int, total: int) -> None:
+    def kill_those(row: Mapping[str, Any], num_done: int, total: int) -> None:
         if num_done < total:
             pids = [pid for pid in descendants(os.getpid()) if command_of(pid).startswith(b"ray::ImplicitFunc")]
             kill(pids)

@@ -1,10 +1,14 @@
-"""Made-up rows of the tables, as trials would leave them."""
+"""Rows of the tables: made up, as trials would leave them; and what of them is the same in every run."""
 
 import functools
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from dfkd_ray import results
 from dfkd_ray.config import TrialConfig, flat, validate
 
 ACCURACIES = [0.9, 0.8, 0.7, 0.88, 0.79, 0.66]
@@ -30,9 +34,9 @@ def plain_config(method: str) -> dict[str, Any]:
 def full_row(
     number: int,
     *,
-    network: str = "resnet20",
+    network: Any = "resnet20",
     sparsity: Any = 0.9,
-    seed: int = 0,
+    seed: Any = 0,
     method: Any = "deepinversion",
     bn_weight: Any = 0.2,
     temperature: Any = 4.0,
@@ -90,3 +94,15 @@ def batch_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 made[row["synthesis_key"], index] = common | {"domain": "train"}
         made["r" + row["teacher_hash"][1:], 0] = common | {"domain": "reference"}
     return [row | {"synthesis_key": key, "batch_index": index} for (key, index), row in made.items()]
+
+
+def deterministic(rows: pd.DataFrame, table: str = "trials") -> pd.DataFrame:
+    """The columns of a table that are the same in every run."""
+    columns = rows[results.deterministic_columns(table)]
+    assert isinstance(columns, pd.DataFrame)
+    return columns
+
+
+def comparable(place: str | Path, table: str, order: list[str]) -> pd.DataFrame:
+    """The deterministic columns of a table in a place, in an order of their own."""
+    return deterministic(results.read(place, table), table).sort_values(order).reset_index(drop=True)

@@ -249,7 +249,7 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(tmp_path, value):
     network = tiny_network()
-    network.fc.bias.data[3] = value
+    network.get_parameter("fc.bias").data[3] = value
     bundles.save(tmp_path / "net", TINY_INFO, network.state_dict())
     with pytest.raises(ValueError, match=r"fc\.bias has values that are not finite"):
         bundles.load(str(tmp_path / "net"))

@@ -3,9 +3,11 @@
 import uuid
 from copy import deepcopy
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
+from torch import nn
 
 from dfkd_ray import batchnorm, bundles, distillation, evaluation, storage
 from dfkd_ray.compression import pruning
@@ -89,7 +91,7 @@ def test_the_looks_are_handed_out_before_the_checkpoint_that_has_them(teacher, t
 def test_a_look_says_what_was_minimised_at_which_rate_and_how_sparse_the_student_was(teacher):
     config = SMALL_DISTILLATION.model_copy(update={"label_weight": 0.5, "kl_weight": 2.0})
     student, state = distilled(teacher, config=config)
-    first, *others = state.epochs
+    first, *others = cast(list[dict[str, Any]], state.epochs)
     assert first["learning_rate"] is None and "loss" not in first
     for look in others:
         assert look["loss"] == pytest.approx(2.0 * look["kl"] + 0.5 * look["label"])
@@ -124,15 +126,20 @@ def test_patience_stops_early(teacher, monkeypatch):
     assert state.step == 2 and state.best_step == 0
 
 
+def running_means(network: nn.Module) -> list[torch.Tensor]:
+    means = [layer.running_mean for layer in batchnorm.layers(network)]
+    return [mean for mean in means if mean is not None]
+
+
 @pytest.mark.parametrize("mode, moves", [("frozen", False), ("reestimated", False), ("trained", True)])
 def test_batchnorm_statistics_move_only_when_trained(teacher, mode, moves):
     student = deepcopy(teacher.network).requires_grad_(True)
-    before = [layer.running_mean.clone() for layer in batchnorm.layers(student)]
+    before = [one.clone() for one in running_means(student)]
     config = SMALL_DISTILLATION.model_copy(update={"bn_mode": mode})
     state_student, state = distilled(teacher, config=config, student=student)
     if state.best_step == 0:
         pytest.fail("the run selected its start; the property is not exercised")
-    after = [layer.running_mean for layer in batchnorm.layers(state_student)]
+    after = running_means(state_student)
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) == moves
 
 
@@ -198,7 +205,8 @@ def test_distillation_brings_a_new_student_towards_the_teacher(teacher):
     student = models.build("resnet8", {"width_multiplier": 0.25}, num_classes=10, image_shape=(1, 16, 16))
     config = SMALL_DISTILLATION.model_copy(update={"num_steps": 40, "eval_every": 20})
     _, state = distilled(teacher, config=config, pruning_config=PruningConfig(sparsity=0), student=student)
-    assert state.epochs[-1]["kl"] < 0.7 * state.epochs[1]["kl"] or state.best_kl < 0.7 * state.epochs[0]["reference_kl"]
+    looks = cast(list[dict[str, float]], state.epochs)
+    assert looks[-1]["kl"] < 0.7 * looks[1]["kl"] or state.best_kl < 0.7 * looks[0]["reference_kl"]
 
 
 def test_feature_term_of_unequal_widths_is_refused(teacher):

@@ -32,7 +32,7 @@ def test_machines_come_with_waiting_images_and_go_when_they_are_idle(tiny_teache
     told = json.loads((tmp_path / "told.json").read_text())
     assert told["at first"] == 0 and "no CPU is free" in told["refused"] and "--synthesizers 1-8" in told["refused"]
     assert "no machine has CPUs yet: waiting up to 900 s" in done.stderr
-    assert told["failed"] == 0 and (results.read(tmp_path / "results", "trials")["status"] == "finished").all()
+    assert told["failed"] == 0 and set(results.read(tmp_path / "results", "trials")["status"]) == {"finished"}
     assert told["grown"] == [2, 2], "one more synthesizer, on one more machine"
     assert told["shrunk"] and told["first stays up"] == 1 and told["all gone"]
 
@@ -60,8 +60,9 @@ HEAD, CPUS, GPUS = Node(0.0), Node(8.0), Node(8.0, 2.0)
 
 
 def preflight(jobs, synthesizers, shares=(None, None), limit_s=60.0):
-    with machines.first_machine(jobs, synthesizers, *shares, limit_s):
-        return machines.preflight(jobs, None, synthesizers, *shares)
+    of_synthesizer, of_trial = shares
+    with machines.first_machine(jobs, synthesizers, of_synthesizer, of_trial, limit_s):
+        return machines.preflight(jobs, None, synthesizers, of_synthesizer, of_trial)
 
 
 def on_device(jobs, device):

@@ -279,9 +279,9 @@ def test_weights_of_another_kind_than_the_networks_are_refused_by_name(name, mak
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_floating_point_weights_of_other_sizes_are_taken(dtype):
     network = loaded_with(changed("fc.weight", lambda w: w.to(dtype)))
-    expected = tiny_network().fc.weight
-    assert network.fc.weight.dtype == torch.float32
-    assert torch.allclose(network.fc.weight, expected, rtol=1e-2)
+    weight, expected = network.get_parameter("fc.weight"), tiny_network().get_parameter("fc.weight")
+    assert weight.dtype == torch.float32
+    assert torch.allclose(weight, expected, rtol=1e-2)
 
 
 def test_damaged_bundles_load_or_are_refused(tmp_path):

@@ -89,7 +89,9 @@ def test_the_width_multiplier_of_vgg_scales_its_convolutions():
         widths = [
             [
                 module.out_channels
-                for module in build("vgg11_bn", stem="cifar", width_multiplier=width).features
+                for module in build("vgg11_bn", stem="cifar", width_multiplier=width)
+                .get_submodule("features")
+                .children()
                 if hasattr(module, "out_channels")
             ]
             for width in (0.5, 1.0)
@@ -220,7 +222,7 @@ def own_module(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("own_module")
 def test_a_users_factory_is_called_with_its_arguments_alone():
     network = build("own_architectures:make", image_shape=(1, 16, 16), width=6)
-    assert network[1].out_features == 6 and not network.training
+    assert network.get_submodule("1").out_features == 6 and not network.training
 
 
 @pytest.mark.usefixtures("own_module")

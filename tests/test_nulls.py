@@ -12,6 +12,7 @@ from dfkd_ray import report, results, tensorboard
 from dfkd_ray.cli import live, show
 from dfkd_ray.cli.results import FORMATS, main_columns
 from dfkd_ray.report import figures
+from dfkd_ray.results import schemas
 from dfkd_ray.results.selecting import with_whole_numbers
 from dfkd_ray.storage import folder
 from table_rows import batch_rows, full_row, trial_row
@@ -36,7 +37,7 @@ def full_rows(table: str) -> list[dict]:
 
 def with_nulls(rows: list[dict], table: str) -> list[dict]:
     """Rows of a table, and for each column one more in which it is null."""
-    key = results.tables.schemas.KEYS[table][-1]
+    key = schemas.KEYS[table][-1]
     number = itertools.count(100)
     more = [rows[0] | {key: f"t-{next(number)}" if table == "trials" else next(number)} for _ in COLUMNS[table]]
     return [*rows, *(row | {column: None} for row, column in zip(more, COLUMNS[table], strict=True))]

@@ -6,6 +6,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -132,7 +133,7 @@ def test_configurations_are_means_and_sample_deviations_over_seeds():
     assert len(configs) == len(rows) / 3 and (configs["num_seeds"] == 3).all()
     plain = pd.DataFrame(rows)
     for config in wording.dicts(configs):
-        own = plain[
+        own: Any = plain[
             (plain["teacher_architecture"] == config["network"]) & (plain["pruning.sparsity"] == config["level"])
         ]
         own = own[own["real_data"] == config["real_data"]]
@@ -261,7 +262,7 @@ def test_the_ladder_shows_means_with_deviations_of_every_rung_and_the_bound():
             assert lines[label][0] == pytest.approx((100 * part[name]).tolist())
             assert lines[label][1] == pytest.approx((100 * part[f"{name}_std"]).tolist(), abs=1e-9)
         (teacher,) = [line for line in axes.lines if line.get_label() == "teacher"]
-        assert teacher.get_ydata()[0] == pytest.approx(94.0)
+        assert np.asarray(teacher.get_ydata())[0] == pytest.approx(94.0)
 
 
 def test_the_close_view_holds_the_recovered_rung_and_its_bars_whole():
@@ -411,7 +412,7 @@ def test_the_same_rows_give_the_same_page(place, built):
     ],
 )
 def test_what_is_missing_is_left_out_with_a_reason(tmp_path, missing, gone, words, no_png):
-    one = {"bn_weights": (0.2,), "temperatures": (4.0,)} if missing == "weights" else {}
+    one: dict[str, Any] = {"bn_weights": (0.2,), "temperatures": (4.0,)} if missing == "weights" else {}
     rows = grid(networks=("resnet20",), seeds=2, **one)
     if missing == "accuracy":
         rows = [row | {name: None for name in row if name.endswith("_accuracy")} for row in rows]
@@ -440,7 +441,9 @@ def test_one_trial_has_a_report_without_spread(tmp_path, no_png):
 
 
 def test_a_sweep_that_failed_whole_says_so_and_why(tmp_path):
-    empty = {name: None for name in full_row(0) if name.endswith(("_accuracy", "agreement", "_s", "_bytes"))}
+    empty: dict[str, Any] = {
+        name: None for name in full_row(0) if name.endswith(("_accuracy", "agreement", "_s", "_bytes"))
+    }
     rows = [full_row(n, **empty, status="failed", reason="RuntimeError: no", synthesis_key=None) for n in range(3)]
     write(tmp_path, "trials", rows)
     page, _, drawn = build(tmp_path)

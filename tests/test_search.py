@@ -389,7 +389,7 @@ def test_a_stopped_trial_leaves_its_numbers_so_far_and_no_student(ran):
     folder, _, _ = ran
     rows = [row for name in ("search", "optuna") for row in sweep.rows_in(storage.folder(folder / name))]
     looks = pd.concat(results.read(folder / name, "epochs") for name in ("search", "optuna"))
-    last = looks.groupby("trial_id")["agreement"].max()
+    last: dict = looks.groupby("trial_id")["agreement"].max().to_dict()
     assert any(row["status"] == "finished" for row in rows)
     for row in rows:
         students = [folder / name / "students" / row["trial_id"] for name in ("search", "optuna")]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -232,11 +233,11 @@ def test_a_thread_that_ends_in_an_error_leaves_a_line(place, state):
 # ---- signals -------------------------------------------------------------------------------------------------------
 
 
-def started(words: list[str], folder: Path, log: Path, **options) -> subprocess.Popen[bytes]:
+def started(words: list[str], folder: Path, log: Path, **options: Any) -> subprocess.Popen[bytes]:
     """Our command in a session of its own, its output in a file."""
     with log.open("wb") as out:
         command = [sys.executable, "-m", "dfkd_ray", *words]
-        where = {"cwd": folder, "env": environment(), "start_new_session": True}
+        where: dict[str, Any] = {"cwd": folder, "env": environment(), "start_new_session": True}
         return subprocess.Popen(command, **{"stdout": out, "stderr": out, **where, **options})
 
 

@@ -38,17 +38,17 @@ def test_a_sweep_writes_every_trial_and_fails_only_the_failing(finished_sweep):
     folder, (first, _) = finished_sweep
     assert first.returncode == 1, first.stderr
     rows = results.read(folder / "out", "trials")
-    assert len(rows) == 4 and (rows["status"] == "finished").sum() == 2
-    assert rows[rows["status"] == "failed"]["reason"].str.contains("FloatingPointError").all()
+    assert sorted(rows["status"]) == ["failed", "failed", "finished", "finished"]
+    assert all("FloatingPointError" in row["reason"] for row in rows.to_dict("records") if row["status"] == "failed")
     assert rows["agreement"].iloc[:2].notna().all(), "finished trials come first"
 
 
 def test_trials_with_one_key_synthesise_once(finished_sweep):
     folder, _ = finished_sweep
     rows = results.read(folder / "out", "trials")
-    rows = rows[rows["status"] == "finished"]
-    assert rows["synthesis_key"].nunique() == 1 and rows["images_sha256"].nunique() == 1
-    assert rows["num_cached_batches"].sum() == 1, "of the two trials that want one batch, one makes it"
+    done = [row for row in rows.to_dict("records") if row["status"] == "finished"]
+    assert len({row["synthesis_key"] for row in done}) == 1 and len({row["images_sha256"] for row in done}) == 1
+    assert sum(row["num_cached_batches"] for row in done) == 1, "of the two trials that want one batch, one makes it"
 
 
 def test_students_and_pictures_lie_beside_the_table(finished_sweep):

@@ -440,8 +440,8 @@ def cluster(tmp_path_factory):
     patch.setenv("RAY_AUTH_MODE", "disabled")  # to an address that is named, Ray shows no token of its own accord
     patch.syspath_prepend(str(code))
     process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdin is not None
     try:
-        assert process.stdout is not None and process.stdin is not None
         address = next(line.split()[1] for line in process.stdout if line.startswith("at "))
         yield address
     finally:
@@ -490,7 +490,7 @@ def test_faults_interrupt_and_resume_on_a_running_cluster(cluster, tiny_teacher,
     assert second.stderr == "" and "(raylet)" not in second.stdout, "no storm of logs"
     rows = results.read(tmp_path / "out", "trials")
     reasons = {Path(row["teacher"]).name: row["reason"] for row in rows.to_dict("records") if row["status"] == "failed"}
-    assert len(rows) == 5 and (rows["status"] == "finished").sum() == 1
+    assert len(rows) == 5 and rows["status"].tolist().count("finished") == 1
     assert reasons["die"] == "the trial's process died 3 times (killed, or out of memory)"
     assert reasons["memory"] == "RuntimeError: can't allocate memory: pid … at 0x…"
     assert reasons["gone"].startswith("ValueError: architecture ")

@@ -250,7 +250,7 @@ def test_pruning_a_cache_keeps_what_is_not_of_it(tmp_path):
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/etc", "a\0b"])
 def test_a_folder_has_no_inner_folder_of_a_name_that_leads_elsewhere(name, tmp_path):
     with pytest.raises(ValueError, match="no name of a file or folder"):
-        storage.folder(tmp_path) / name
+        _ = storage.folder(tmp_path) / name
 
 
 @pytest.mark.parametrize("text", ['{"schema": "dfkd_ray.result/1"}', "{}", "[]", "x", '{"schema": 1}', "[" * 100_000])

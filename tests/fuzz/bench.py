@@ -14,6 +14,6 @@ from fuzz import fuzzing
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[fuzzing.Bench]:
     """Runs the inputs of a family, as `--fuzz-seed` and `--fuzz-only` want them."""
     folder = tmp_path_factory.mktemp("fuzz")
-    seed, only = request.config.getoption("--fuzz-seed"), request.config.getoption("--fuzz-only")
-    with fuzzing.opened(folder, seed, only) as bench:
+    option = request.config.option
+    with fuzzing.opened(folder, option.fuzz_seed, option.fuzz_only) as bench:
         yield bench

@@ -112,14 +112,15 @@ def write_idx(folder: Path) -> None:
 def write_place(place: Path, row: dict) -> None:
     """The results of a sweep of a few trials, from the row of one."""
     for index in range(NUM_ROWS):
-        own = {name: row.get(name) for name in results.schemas.schema("trials").names if name != "written_at_s"}
-        own |= {"trial_id": f"t-{index:012x}", "pruning.sparsity": 0.5 + index / 10, "agreement": 0.25 * index}
+        own = {column: row.get(column) for column in results.schema("trials").names if column != "written_at_s"}
+        name = f"t-{index:012x}"
+        own |= {"trial_id": name, "pruning.sparsity": 0.5 + index / 10, "agreement": 0.25 * index}
         if index == NUM_ROWS - 1:
-            own = {name: own[name] for name in ("trial_id", "teacher", "pruning.sparsity", "synthesis.method")}
+            own = {column: own[column] for column in ("trial_id", "teacher", "pruning.sparsity", "synthesis.method")}
             own |= {"status": "failed", "reason": "FloatingPointError: loss is nan"}
-        results.write(place, "trials", [own], own["trial_id"])
-        looks = [{"trial_id": own["trial_id"], "step": step, "agreement": 0.5} for step in (0, 1, 2)]
-        results.write(place, "epochs", looks, own["trial_id"])
+        results.write(place, "trials", [own], name)
+        looks = [{"trial_id": name, "step": step, "agreement": 0.5} for step in (0, 1, 2)]
+        results.write(place, "epochs", looks, name)
     batch = {"synthesis_key": row["synthesis_key"], "batch_index": 0, "teacher_hash": row["teacher_hash"]}
     batch |= {"domain": "train", "method": "deepinversion", "num_images": 4, "wall_s": 0.1}
     results.write_batches(place, [batch])

@@ -18,8 +18,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pandas as pd
-
 from commands import command_of
 from dfkd_ray import results
 from dfkd_ray.cli.live import descendants
@@ -319,11 +317,6 @@ class Soak:
         for disk in chosen:
             disk.free()
         return True
-
-
-def comparable(place: Path, table: str, order: list[str]) -> pd.DataFrame:
-    """The deterministic columns of a table, in an order of their own."""
-    return results.read(place, table)[results.deterministic_columns(table)].sort_values(order).reset_index(drop=True)
 
 
 def files_below(folder: Path) -> dict[str, bytes]:

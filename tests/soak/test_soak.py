@@ -10,7 +10,8 @@ import pytest
 
 from dfkd_ray import cache, devices, results, storage, sweep, trial
 from helpers import jobs_of, sweep_of_twelve, write_yaml
-from soak.soaking import Figures, Soak, comparable, disks, files_below
+from soak.soaking import Figures, Soak, disks, files_below
+from table_rows import comparable
 
 NUM_EVENTS = 100  # at least, in a soak of full length
 FULL_MINUTES = 30.0
