@@ -12,7 +12,7 @@ import torch
 from dfkd_ray import bundles, synthesis, trial
 from dfkd_ray.config import RecordsConfig, TrialConfig, validate
 from dfkd_ray.records import fitting, format, taps
-from dfkd_ray.synthesis import records as reconstruction
+from dfkd_ray.synthesis import reconstruction
 from helpers import make_teacher
 
 LENET = {"architecture": "lenet5", "num_classes": 3, "image_shape": (1, 32, 32)}

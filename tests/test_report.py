@@ -413,7 +413,7 @@ def test_the_same_rows_give_the_same_page(place, built):
 )
 def test_what_is_missing_is_left_out_with_a_reason(tmp_path, missing, gone, words, no_png):
     one: dict[str, Any] = {"bn_weights": (0.2,), "temperatures": (4.0,)} if missing == "weights" else {}
-    rows = grid(networks=("resnet20",), seeds=2, **one)
+    rows: list[dict[str, Any]] = grid(networks=("resnet20",), seeds=2, **one)
     if missing == "accuracy":
         rows = [row | {name: None for name in row if name.endswith("_accuracy")} for row in rows]
     if missing != "failures":

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -389,7 +390,8 @@ def test_a_stopped_trial_leaves_its_numbers_so_far_and_no_student(ran):
     folder, _, _ = ran
     rows = [row for name in ("search", "optuna") for row in sweep.rows_in(storage.folder(folder / name))]
     looks = pd.concat(results.read(folder / name, "epochs") for name in ("search", "optuna"))
-    last: dict = looks.groupby("trial_id")["agreement"].max().to_dict()
+    by_trial: Any = looks.groupby("trial_id")["agreement"].max()
+    last = by_trial.to_dict()
     assert any(row["status"] == "finished" for row in rows)
     for row in rows:
         students = [folder / name / "students" / row["trial_id"] for name in ("search", "optuna")]

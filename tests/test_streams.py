@@ -237,8 +237,9 @@ def started(words: list[str], folder: Path, log: Path, **options: Any) -> subpro
     """Our command in a session of its own, its output in a file."""
     with log.open("wb") as out:
         command = [sys.executable, "-m", "dfkd_ray", *words]
-        where: dict[str, Any] = {"cwd": folder, "env": environment(), "start_new_session": True}
-        return subprocess.Popen(command, **{"stdout": out, "stderr": out, **where, **options})
+        where: dict[str, Any] = {"stdout": out, "stderr": out, "cwd": folder, "env": environment()}
+        process: subprocess.Popen[Any] = subprocess.Popen(command, start_new_session=True, **{**where, **options})
+        return process
 
 
 def wait_for(process: subprocess.Popen[bytes], is_there) -> None:
