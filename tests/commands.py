@@ -1,31 +1,18 @@
 """The command line in processes of its own: tiny commands, and what they start."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-import yaml
+from dfkd_ray.cli.live import descendants
+from helpers import tiny_sweep, write_yaml
 
 LIMIT_S = 900.0  # for hangs
 SCRIPT = [str(Path(sys.executable).parent / "dfkd-ray")]
 MODULE = [sys.executable, "-m", "dfkd_ray"]
-TINY_SETS = {
-    "bn_num_images": 8,
-    "device": "cpu",
-    "synthesis.batch_size": 8,
-    "synthesis.num_steps": 1,
-    "synthesis.num_threads": 1,
-    "distillation.num_images": 8,
-    "distillation.num_steps": 2,
-    "distillation.batch_size": 8,
-    "distillation.num_threads": 1,
-    "reference.num_images": 8,
-    "reference.synthesis.batch_size": 8,
-    "reference.synthesis.num_steps": 1,
-    "reference.synthesis.num_threads": 1,
-}
-TINY = [word for name, value in TINY_SETS.items() for word in ("--set", f"{name}={value}")]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -43,16 +30,7 @@ def done(words: list[str], folder: Path, **more: str) -> subprocess.CompletedPro
 
 def sweep_file(path: Path, teacher: str, **more: object) -> Path:
     """A sweep file with one tiny trial."""
-    base: dict[str, object] = {"teacher": teacher}
-    for name, value in (TINY_SETS | more).items():
-        at = base
-        *outer, last = name.split(".")
-        for part in outer:
-            at = at.setdefault(part, {})  # type: ignore[assignment]
-        at[last] = value
-    about = {"source": "a test", "command": "none", "cost": "seconds", "expected": "rows"}
-    path.write_text(yaml.safe_dump({"about": about, "base": base, "grid": {"pruning.sparsity": [0.5]}}))
-    return path
+    return write_yaml(path, tiny_sweep(teacher, {"pruning.sparsity": [0.5]}, **more))
 
 
 def assert_one_line(done: subprocess.CompletedProcess[str], code: int, *parts: str) -> None:
@@ -62,3 +40,36 @@ def assert_one_line(done: subprocess.CompletedProcess[str], code: int, *parts: s
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert all(part in lines[0] for part in parts), lines[0]
+
+
+# ---- processes ------------------------------------------------------------------------------------------------------
+
+
+def trials_of(pid: int) -> list[int]:
+    """The processes below one that run a Tune trial now."""
+    return [child for child in descendants(pid) if b"ImplicitFunc.train" in command_of(child)]
+
+
+def command_of(pid: int) -> bytes:
+    """The command line of a process; empty where it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def kill(pids: list[int]) -> None:
+    """SIGKILL to each."""
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def wait_gone(pids: list[int], seconds: float = 600.0) -> list[int]:
+    """Wait for processes to end; returns those that have not."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and any(command_of(pid) for pid in pids):
+        time.sleep(0.05)
+    return [pid for pid in pids if command_of(pid)]

@@ -5,14 +5,13 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
-from dfkd_ray import batchnorm, bundles, cli, models
+from dfkd_ray import bundles, cli
+from helpers import TINY_INFO, Done, tiny_network
 
 # Before any test module is imported: Ray reads its variable once, and no test may touch the user's cache.
 SCRATCH = tempfile.TemporaryDirectory(prefix="dfkd_ray-tests-")
@@ -46,37 +45,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in long]
 
 
-TINY_INFO = bundles.BundleInfo(
-    architecture="resnet8",
-    arguments={"width_multiplier": 0.5},
-    num_classes=10,
-    image_shape=(1, 16, 16),
-    mean=(0.5,),
-    std=(0.25,),
-    trained=False,
-)
-
-
-def randomise_statistics(network: nn.Module, seed: int = 0) -> None:
-    """Give every BatchNorm layer running statistics, weights and biases that look like those of a trained network."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for layer in batchnorm.layers(network):
-            layer.running_mean.normal_(0, 0.3, generator=generator)
-            layer.running_var.uniform_(0.5, 1.5, generator=generator)
-            if layer.affine:
-                layer.weight.uniform_(0.5, 1.5, generator=generator)
-                layer.bias.normal_(0, 0.3, generator=generator)
-
-
-def tiny_network(seed: int = 0) -> nn.Module:
-    """An untrained ResNet-8 of half width for 10 classes of 1x16x16 images."""
-    torch.manual_seed(seed)
-    network = models.build("resnet8", TINY_INFO.arguments, num_classes=10, image_shape=(1, 16, 16))
-    randomise_statistics(network, seed)
-    return network
-
-
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an untrained teacher's bundle; read it, do not write into it."""
@@ -100,15 +68,6 @@ def bucket() -> Iterator[Callable[[str], str]]:
     query = f"?scheme=http&region=us-east-1&endpoint_override={host}:{port}"
     yield lambda name: f"s3://test:test@bucket/{name}{query}"
     server.stop()
-
-
-@dataclass(frozen=True)
-class Done:
-    """What a command line left: exit code, standard output, standard error."""
-
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture

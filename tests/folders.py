@@ -1,6 +1,8 @@
 """What the tests do with folders of any file system."""
 
 import hashlib
+import os
+import time
 from pathlib import Path
 
 from dfkd_ray.storage import Folder
@@ -11,6 +13,19 @@ def remove_everything(folder: Folder) -> None:
     for inner in folder.folders():
         remove_everything(inner)
     folder.clear(lambda _name: True)
+
+
+def content(folder: Folder, name: str) -> bytes:
+    """What a file holds that is there."""
+    data = folder.read(name)
+    assert data is not None, f"{folder} has no {name}"
+    return data
+
+
+def put_back(path: Path, seconds: float) -> None:
+    """Let a file have been used so long ago."""
+    then = time.time() - seconds
+    os.utime(path, (then, then))
 
 
 def hashes(root: Path) -> dict[str, str]:

@@ -4,12 +4,13 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import ray
-from run_fleet_sweeps import jobs_of
 
 from dfkd_ray import fleet, sweep
 from dfkd_ray.fleet.simulated import Simulated, simulated_spec
+from helpers import jobs_of, sweep_of_four
 
 LIMIT_S = 600.0
 
@@ -29,7 +30,7 @@ def main(address: str, teacher: str, folder: Path) -> dict:
     told: dict = {"refused": "", "statuses": []}
     with fleet.connected(address):
         told["at first"] = machines()
-        jobs = jobs_of(teacher)[:2]
+        jobs = jobs_of(sweep_of_four(teacher))[:2]
         try:
             sweep.run(jobs, folder / "refused", None, synthesizers=1)
         except ValueError as error:
@@ -45,9 +46,10 @@ def main(address: str, teacher: str, folder: Path) -> dict:
         )
         with fleet.started(settings, start_s=LIMIT_S) as running:
             actor = ray.remote(Trial)
-            held = actor.options(num_cpus=0.95).remote()
+            held: Any = actor.options(num_cpus=0.95).remote()  # Ray's types know no handle of a class without methods
             ray.get(held.__ray_ready__.remote(), timeout=LIMIT_S)
             spec = simulated_spec("elastic", (4, 1, 8, 8), (0.5, 0.5))
+            status: dict[str, Any] = {}
             for batch, _ in running.stream(timeout_s=LIMIT_S).batches(spec, range(2000)):
                 status = running.status() or {}
                 if status.get("synthesizers_up") == 2 or batch.index == 1999:

@@ -5,30 +5,18 @@ import os
 import random
 import sys
 import threading
+from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
-import run_killed_sweep
-from run_killed_sweep import command_of
+from ray.exceptions import RayError
 
-from dfkd_ray import bundles, config, fleet, results, sweep
+from commands import command_of, kill
+from dfkd_ray import fleet, results, sweep
 from dfkd_ray.cli.live import descendants
-
-ABOUT = {"source": "a test", "command": "none", "cost": "seconds", "expected": "rows"}
-BASE = {
-    "bn_num_images": 64,
-    "device": "cpu",
-    "synthesis": {"num_steps": 20, "batch_size": 8, "num_threads": 1},
-    "distillation": {"num_images": 64, "num_steps": 3, "batch_size": 8, "num_threads": 1},
-    "reference": {"num_images": 16, "synthesis": {"batch_size": 8, "num_steps": 2, "num_threads": 1}},
-}
-GRID = {"synthesis.bn_weight": [0.2, 2.0], "pruning.sparsity": [0.5, 0.9]}
-
-
-def jobs_of(teacher_folder: str) -> list[sweep.Job]:
-    data = {"about": ABOUT, "base": {**BASE, "teacher": teacher_folder}, "grid": GRID}
-    return sweep.plan(sweep.expand(config.validate(sweep.SweepConfig, data), {}), bundles.load)
+from helpers import jobs_of, sweep_of_four
 
 
 @contextmanager
@@ -51,7 +39,7 @@ def killing(num_kills: int, seed: int):
                         victim = rng.choice([*actors, running.coordinator])
                         ray.kill(victim, no_restart=False)
                         kills.append("coordinator" if victim is running.coordinator else "synthesizer")
-                    except ray.exceptions.RayError:
+                    except RayError:
                         continue
 
             thread = threading.Thread(target=killer)
@@ -71,11 +59,11 @@ def killing(num_kills: int, seed: int):
 
 def same(teacher: str, folder: Path) -> None:
     """One synthesizer; three on its warm cache; three on a cold one, with at least ten kills."""
-    jobs, statuses = jobs_of(teacher), {}
+    jobs, statuses = jobs_of(sweep_of_four(teacher)), {}
 
     def run(name: str, cache_name: str, synthesizers: int) -> None:
-        told = {"on_status": lambda status: statuses.update({name: status})}
-        failed = sweep.run(jobs, folder / name, str(folder / cache_name), synthesizers=synthesizers, **told)
+        cache, told = str(folder / cache_name), lambda status: statuses.update({name: status})
+        failed = sweep.run(jobs, folder / name, cache, synthesizers=synthesizers, on_status=told)
         assert failed == 0, results.read(folder / name, "trials")["reason"].tolist()
 
     with fleet.connected(num_cpus=2, object_store_memory=200_000_000):
@@ -90,7 +78,7 @@ def same(teacher: str, folder: Path) -> None:
 
 def one_cpu(teacher: str, folder: Path) -> None:
     """On one CPU two trials of two syntheses through the fleet, then two of one synthesis without it."""
-    jobs = jobs_of(teacher)
+    jobs = jobs_of(sweep_of_four(teacher))
     with fleet.connected(num_cpus=1, object_store_memory=100_000_000):
         assert sweep.run(jobs[::3], folder / "shared", str(folder / "cache")) == 0
         assert sweep.run(jobs[:2], folder / "unshared", None, synthesizers=0) == 0
@@ -100,14 +88,16 @@ def between(teacher: str, folder: Path) -> None:
     """Processes that have ended a trial, and would be given the next one, die (with their machine, it may be)."""
     killed: list[int] = []
 
-    def kill(row: dict, num_done: int, total: int) -> None:
+    def kill_those(row: Mapping[str, Any], num_done: int, total: int) -> None:
         if num_done < total:
             pids = [pid for pid in descendants(os.getpid()) if command_of(pid).startswith(b"ray::ImplicitFunc")]
-            run_killed_sweep.kill(pids)
+            kill(pids)
             killed.extend(pids)
 
     with fleet.connected(num_cpus=1, object_store_memory=100_000_000):
-        failed = sweep.run(jobs_of(teacher)[:3], folder / "between", None, synthesizers=0, on_row=kill)
+        failed = sweep.run(
+            jobs_of(sweep_of_four(teacher))[:3], folder / "between", None, synthesizers=0, on_row=kill_those
+        )
     (folder / "told.json").write_text(json.dumps({"failed": failed, "killed": len(killed)}))
 
 

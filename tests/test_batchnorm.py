@@ -3,11 +3,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import randomise_statistics, tiny_network
 from torch import nn
 
 from dfkd_ray import batchnorm, losses, models
 from dfkd_ray.bundles import freeze
+from helpers import randomise_statistics, tiny_network
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -82,7 +82,7 @@ def test_a_fused_layer_gives_values_and_gradients_of_autograd(name, affine):
     for forward in (lambda x: batchnorm.fused(x, layer), lambda x: (layer(x), *autograd_moments(x))):
         x = normal(*shape).requires_grad_()
         outputs = forward(x)
-        sum((a * b).sum() for a, b in zip(outputs, cotangents, strict=True)).backward()
+        torch.stack([(a * b).sum() for a, b in zip(outputs, cotangents, strict=True)]).sum().backward()
         results.append((*[output.detach() for output in outputs], x.grad))
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
 
@@ -232,7 +232,7 @@ def test_a_network_in_train_mode_is_refused():
 
 def test_reestimated_statistics_are_the_mean_over_batches():
     network = nn.Sequential(nn.BatchNorm1d(3))
-    network[0].num_batches_tracked.fill_(50)  # as after training
+    network.get_buffer("0.num_batches_tracked").fill_(50)  # as after training
     batches = [normal(6, 3, seed=1) * 2 + 1, normal(10, 3, seed=2), normal(4, 3, seed=3) - 5]
     batchnorm.reestimate(network, batches)
     mean = sum(batch.mean(dim=0) for batch in batches) / 3
@@ -246,9 +246,10 @@ def test_reestimated_statistics_do_not_depend_on_the_old_ones():
     randomise_statistics(other, seed=9)
     other.load_state_dict({k: v for k, v in one.state_dict().items() if "running" not in k}, strict=False)
     for layer in batchnorm.layers(other):
+        assert layer.num_batches_tracked is not None
         layer.num_batches_tracked.fill_(50)
     batches = [normal(8, 1, 16, 16, seed=seed) for seed in range(2)]
-    assert not torch.equal(one.bn1.running_mean, other.bn1.running_mean)
+    assert not torch.equal(one.get_buffer("bn1.running_mean"), other.get_buffer("bn1.running_mean"))
     batchnorm.reestimate(one, batches)
     batchnorm.reestimate(other, iter(batches))
     assert all(torch.equal(one.state_dict()[name], tensor) for name, tensor in other.state_dict().items())

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY_INFO, tiny_network
 from torch import nn
 
 from dfkd_ray import bundles
 from dfkd_ray.bundles import BundleInfo
 from dfkd_ray.compression import pruning
 from dfkd_ray.config import PruningConfig, validate
+from helpers import TINY_INFO, tiny_network
 
 MODULE = """
 from pathlib import Path
@@ -249,7 +249,7 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(tmp_path, value):
     network = tiny_network()
-    network.fc.bias.data[3] = value
+    network.get_parameter("fc.bias").data[3] = value
     bundles.save(tmp_path / "net", TINY_INFO, network.state_dict())
     with pytest.raises(ValueError, match=r"fc\.bias has values that are not finite"):
         bundles.load(str(tmp_path / "net"))

@@ -8,22 +8,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from folders import remove_everything
-from test_records import make_teacher
 
 from dfkd_ray import bundles, storage, sweep, trial
-from dfkd_ray.config import TrialConfig, validate
+from dfkd_ray.config import TrialConfig, validate, with_overrides
 from dfkd_ray.records import fitting
 from dfkd_ray.sweep import runner
+from folders import content, remove_everything
+from helpers import TINY_TRIAL, make_teacher
 
-SMALL = {"num_steps": 1, "batch_size": 8, "num_threads": 1}
-BASE = {
-    "bn_num_images": 8,
-    "device": "cpu",
-    "synthesis": SMALL,
-    "distillation": {**SMALL, "num_images": 8, "eval_every": 1},
-    "reference": {"num_images": 8, "synthesis": SMALL},
-}
+BASE = with_overrides(TINY_TRIAL, {"distillation.num_steps": 1, "distillation.eval_every": 1})
 SECRET = "test:test"  # of the bucket's URI
 
 
@@ -123,7 +116,7 @@ def test_a_record_is_written_into_a_bundle_under_a_uri(memory, recorded):
 def test_a_damaged_record_under_a_uri_is_refused(memory, recorded):
     copied(recorded, memory)
     records = storage.folder(memory) / "records"
-    data = records.read("top.safetensors")
+    data = content(records, "top.safetensors")
     for broken in (data[:-1], data[:6], b"", b"\xff" * 64):
         records.write("top.safetensors", broken)
         with pytest.raises(ValueError, match=r"records/top\.safetensors: not a whole record"):
@@ -133,7 +126,7 @@ def test_a_damaged_record_under_a_uri_is_refused(memory, recorded):
 def test_weights_under_a_uri_are_checked_before_they_are_looked_at(bucket, tiny_teacher, monkeypatch):
     place = storage.folder(copied(tiny_teacher, bucket("teachers/bad")))
     monkeypatch.setattr(bundles, "read_safetensors", lambda *_: pytest.fail("it was parsed"))
-    for data in (place.read("weights.safetensors")[:-1], b"\x80\x04."):
+    for data in (content(place, "weights.safetensors")[:-1], b"\x80\x04."):
         place.write("weights.safetensors", data)
         with pytest.raises(ValueError, match="truncated or not the one of this bundle") as caught:
             bundles.load(place)
@@ -184,6 +177,7 @@ def test_a_trial_whose_teacher_is_a_uri_is_the_same_trial_and_tells_no_secret(bu
     assert there.row["teacher"] == "s3://bucket/teachers/secretive"
     assert there.row["trial_id"] == here.row["trial_id"] and there.row["agreement"] == here.row["agreement"]
     assert here.row["teacher"] == str(tiny_teacher)
+    assert there.student_info is not None
     assert SECRET not in json.dumps(there.row) + there.student_info.model_dump_json()
 
 

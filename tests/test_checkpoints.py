@@ -7,12 +7,10 @@ import random
 import pytest
 import safetensors.torch
 import torch
-from conftest import tiny_network
-from test_distillation import SMALL, run, same
-from test_teachers import CONFIG
 
 from dfkd_ray import bundles, distillation, teachers
 from dfkd_ray.data import LabelledImages
+from helpers import SMALL_DISTILLATION, TEACHER_TRAINING, distilled, same_weights, tiny_network
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +22,9 @@ def teacher(tiny_teacher):
 def undisturbed(teacher, tmp_path_factory):
     """A student and its state from a run that was not disturbed, and its last checkpoint."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    short = SMALL.model_copy(update={"num_steps": 4})
-    run(teacher, short, checkpoint=folder)
-    return *run(teacher, short), (folder / distillation.CHECKPOINT).read_bytes(), short
+    short = SMALL_DISTILLATION.model_copy(update={"num_steps": 4})
+    distilled(teacher, short, checkpoint=folder)
+    return *distilled(teacher, short), (folder / distillation.CHECKPOINT).read_bytes(), short
 
 
 def changed(data, change, counted=True):
@@ -80,8 +78,8 @@ def test_a_checkpoint_that_does_not_fit_is_not_used_and_said_so(teacher, tmp_pat
     student, state, data, short = undisturbed
     (tmp_path / distillation.CHECKPOINT).write_bytes(changed(data, CHANGES[name], name != "momentum_gone"))
     with caplog.at_level(logging.WARNING):
-        found, again = run(teacher, short, checkpoint=tmp_path)
-    assert same(found, student) and again.epochs == state.epochs
+        found, again = distilled(teacher, short, checkpoint=tmp_path)
+    assert same_weights(found, student) and again.epochs == state.epochs
     assert "is not used, the trial starts anew" in caplog.text and len(caplog.records[-1].getMessage()) < 500
 
 
@@ -89,8 +87,8 @@ def test_a_damaged_checkpoint_is_not_used_and_the_trial_starts_anew(teacher, tmp
     student, state, data, short = undisturbed
     for damaged in (b"", data[:100], data[:-1], b"\0" * 50):
         (tmp_path / distillation.CHECKPOINT).write_bytes(damaged)
-        found, again = run(teacher, short, checkpoint=tmp_path)
-        assert same(found, student) and again.epochs == state.epochs
+        found, again = distilled(teacher, short, checkpoint=tmp_path)
+        assert same_weights(found, student) and again.epochs == state.epochs
 
 
 def test_damaged_checkpoints_are_used_or_not_and_nothing_else(tmp_path, undisturbed, teacher):
@@ -129,11 +127,11 @@ TRAINING = {
 
 @pytest.mark.parametrize("kind", TRAINING)
 def test_a_training_checkpoint_that_does_not_fit_is_not_used_and_said_so(images, tmp_path, caplog, kind):
-    config = CONFIG.model_copy(update={"num_epochs": 2})
+    config = TEACHER_TRAINING.model_copy(update={"num_epochs": 2})
     expected = teachers.train(config, images, checkpoint=tmp_path)[1]
     path = tmp_path / "state.safetensors"
     whole, change = path.read_bytes(), TRAINING[kind]
     path.write_bytes(changed(whole, change) if change else whole[:-7])
     with caplog.at_level(logging.WARNING):
         again = teachers.train(config, images, checkpoint=tmp_path)[1]
-    assert "is not used, the training starts anew" in caplog.text and same(again, expected)
+    assert "is not used, the training starts anew" in caplog.text and same_weights(again, expected)

@@ -1,42 +1,24 @@
 """The command line: its errors are one line and an exit code, its results are files."""
 
 import errno
-import gzip
 import json
 import os
 import pickle
-import struct
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
 
 from dfkd_ray import bundles
+from helpers import TINY_SETS, assert_one_error, set_words, write_idx_set
 
-TINY_SETS = [
-    "synthesis.batch_size=8",
-    "synthesis.num_steps=1",
-    "distillation.num_images=8",
-    "bn_num_images=8",
-    "distillation.num_steps=2",
-    "distillation.batch_size=8",
-    "reference.num_images=8",
-    "reference.synthesis.batch_size=8",
-    "reference.synthesis.num_steps=1",
-]
-TINY = [word for field in TINY_SETS for word in ("--set", field)]
-
-
-def assert_one_line(done, code: int, *parts: str):
-    assert done.code == code, (done.code, done.err)
-    lines = [line for line in done.err.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1 and "Traceback" not in done.err, done.err
-    assert all(part in lines[0] for part in parts), lines[0]
+# Without the device: some tests name it, and it may be said once.
+SETS = {name: value for name, value in TINY_SETS.items() if name != "device"}
+TINY = set_words(SETS)
 
 
 def import_words(weights: Path, out: Path, *, architecture="resnet8", classes="10", shape="1x16x16") -> list[str]:
@@ -84,30 +66,17 @@ def test_seed_option_sets_both_seeds(run_cli, tiny_teacher, tmp_path):
 
 def test_real_images_are_refused_unless_asked_for_and_marked_when_used(run_cli, tiny_teacher, tmp_path):
     alone = run_cli("recover", str(tiny_teacher), "--method", "real", "--out", str(tmp_path / "o"))
-    assert_one_line(alone, 2, "--real-data")
+    assert_one_error(alone, 2, "--real-data")
     unasked = run_cli("recover", str(tiny_teacher), "--real-data", "mnist", "--out", str(tmp_path / "o"))
-    assert_one_line(unasked, 2, "--method real")
+    assert_one_error(unasked, 2, "--method real")
     write_idx_set(tmp_path / "data")
-    sets = [w for f in TINY_SETS if "reference" in f or "distil" in f or "bn_" in f for w in ("--set", f)]
+    sets = set_words({name: value for name, value in SETS.items() if not name.startswith("synthesis.")})
     sets += ["--set", "synthesis.batch_size=8"]
     words = ["--method", "real", "--real-data", "mnist", "--data-root", str(tmp_path / "data")]
     done = run_cli("recover", str(tiny_teacher), "--out", str(tmp_path / "o"), *words, *sets)
     assert done.code == 0, done.err
     assert json.loads((tmp_path / "o" / "row.json").read_text())["real_data"] is True
     assert "upper bound" in done.out
-
-
-def write_idx_set(root: Path, num_images: int = 40) -> None:
-    rng = np.random.default_rng(0)
-    folder = root / "MNIST" / "raw"
-    folder.mkdir(parents=True)
-    for stem in ("train", "t10k"):
-        labels = np.arange(num_images, dtype=np.uint8) % 10
-        images = rng.integers(0, 60, (num_images, 28, 28), dtype=np.uint8) + labels[:, None, None] * 19
-        for name, array in (("images-idx3", images.astype(np.uint8)), ("labels-idx1", labels)):
-            header = struct.pack(f">I{array.ndim}I", 0x800 | array.ndim, *array.shape)
-            with gzip.open(folder / f"{stem}-{name}-ubyte.gz", "wb") as file:
-                file.write(header + array.tobytes())
 
 
 def test_teacher_train_makes_a_bundle_with_test_accuracy_and_held_out_images(run_cli, tmp_path):
@@ -149,21 +118,21 @@ def test_import_of_an_own_network_by_import_path_and_the_trust_it_needs(run_cli,
     words = import_words(tmp_path / "own.pth", tmp_path / "b", architecture="my_nets:make")
     assert run_cli(*words, "--arguments", '{"width": 6}').code == 0
     refused = run_cli("recover", str(tmp_path / "b"), "--out", str(tmp_path / "o"), *TINY)
-    assert_one_line(refused, 2, "my_nets", "--trust-code")
+    assert_one_error(refused, 2, "my_nets", "--trust-code")
     done = run_cli("recover", str(tmp_path / "b"), "--out", str(tmp_path / "o"), "--trust-code", "my_nets", *TINY)
     assert done.code == 0, done.err
 
 
 def test_bad_input_missing_weights(run_cli, tmp_path):
-    assert_one_line(run_cli(*import_words(tmp_path / "no.pt", tmp_path / "b")), 2, "no.pt", "no such")
+    assert_one_error(run_cli(*import_words(tmp_path / "no.pt", tmp_path / "b")), 2, "no.pt", "no such")
 
 
 def test_bad_input_truncated_weights(run_cli, weights, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
-    assert_one_line(run_cli(*import_words(weights, tmp_path / "b")), 2, "weights.pt", "cannot be read")
+    assert_one_error(run_cli(*import_words(weights, tmp_path / "b")), 2, "weights.pt", "cannot be read")
     short = tmp_path / "short.safetensors"
     short.write_bytes(safetensors.torch.save({"x": torch.zeros(100)})[:-10])
-    assert_one_line(run_cli(*import_words(short, tmp_path / "b")), 2, "short.safetensors")
+    assert_one_error(run_cli(*import_words(short, tmp_path / "b")), 2, "short.safetensors")
 
 
 def test_bad_input_truncated_bundle(run_cli, tiny_teacher, tmp_path):
@@ -172,18 +141,18 @@ def test_bad_input_truncated_bundle(run_cli, tiny_teacher, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(tiny_teacher, copy)
     (copy / "weights.safetensors").write_bytes((copy / "weights.safetensors").read_bytes()[:-7])
-    assert_one_line(run_cli("recover", str(copy), "--out", str(tmp_path / "o")), 2, "truncated")
+    assert_one_error(run_cli("recover", str(copy), "--out", str(tmp_path / "o")), 2, "truncated")
     (copy / "weights.safetensors").unlink()
-    assert_one_line(run_cli("recover", str(copy), "--out", str(tmp_path / "o")), 2, "missing")
+    assert_one_error(run_cli("recover", str(copy), "--out", str(tmp_path / "o")), 2, "missing")
     assert not (tmp_path / "o").exists()
 
 
 def test_bad_input_wrong_shape_and_wrong_class_count(run_cli, weights, tmp_path):
     done = run_cli(*import_words(weights, tmp_path / "b", classes="100"))
-    assert_one_line(done, 2, "fc.weight", "10x32", "100x32", "class count")
+    assert_one_error(done, 2, "fc.weight", "10x32", "100x32", "class count")
     other = import_words(weights, tmp_path / "b")
     other[-1] = '{"width_multiplier": 1.0}'
-    assert_one_line(run_cli(*other), 2, "does not fit")
+    assert_one_error(run_cli(*other), 2, "does not fit")
     assert not (tmp_path / "b").exists()
 
 
@@ -197,9 +166,9 @@ class Payload:
 
 def test_bad_input_a_pickle_that_runs_code_is_refused_and_does_not_run(run_cli, tmp_path):
     torch.save({"fc.weight": Payload(tmp_path / "ran")}, tmp_path / "evil.pt")
-    assert_one_line(run_cli(*import_words(tmp_path / "evil.pt", tmp_path / "b")), 2, "evil.pt", "refused")
+    assert_one_error(run_cli(*import_words(tmp_path / "evil.pt", tmp_path / "b")), 2, "evil.pt", "refused")
     (tmp_path / "raw.pt").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
-    assert_one_line(run_cli(*import_words(tmp_path / "raw.pt", tmp_path / "b")), 2, "raw.pt")
+    assert_one_error(run_cli(*import_words(tmp_path / "raw.pt", tmp_path / "b")), 2, "raw.pt")
     assert not (tmp_path / "ran").exists()
 
 
@@ -212,12 +181,12 @@ def test_bad_input_a_network_without_batchnorm(run_cli, tmp_path, monkeypatch):
     done = run_cli(*import_words(tmp_path / "w.pt", tmp_path / "b", architecture="plain_nets:make"))
     assert done.code == 0 and "no BatchNorm" in done.out
     words = ["recover", str(tmp_path / "b"), "--out", str(tmp_path / "o"), "--trust-code", "plain_nets"]
-    assert_one_line(run_cli(*words, *TINY), 2, "no BatchNorm layer", "activation records")
+    assert_one_error(run_cli(*words, *TINY), 2, "no BatchNorm layer", "activation records")
 
 
 def test_bad_input_sparsity_of_one_and_a_half(run_cli, tiny_teacher, tmp_path):
     done = run_cli("recover", str(tiny_teacher), "--sparsity", "1.5", "--out", str(tmp_path / "o"))
-    assert_one_line(done, 2, "pruning.sparsity", "less than 1", "1.5")
+    assert_one_error(done, 2, "pruning.sparsity", "less than 1", "1.5")
 
 
 def test_bad_input_two_typos_are_told_at_once(run_cli, tiny_teacher, tmp_path):
@@ -231,10 +200,10 @@ def test_bad_input_two_typos_are_told_at_once(run_cli, tiny_teacher, tmp_path):
 
 def test_bad_input_unknown_dataset_and_missing_dataset(run_cli, tmp_path, tiny_teacher):
     words = ["teacher", "train", "resnet8", "--out", str(tmp_path / "t"), "--data-root", str(tmp_path)]
-    assert_one_line(run_cli(*words, "--dataset", "imagnet"), 2, "imagnet", "cifar10")
-    assert_one_line(run_cli(*words, "--dataset", "cifar10"), 2, str(tmp_path), "--download")
+    assert_one_error(run_cli(*words, "--dataset", "imagnet"), 2, "imagnet", "cifar10")
+    assert_one_error(run_cli(*words, "--dataset", "cifar10"), 2, str(tmp_path), "--download")
     done = run_cli("recover", str(tiny_teacher), "--test-data", "nonsense", "--out", str(tmp_path / "o"))
-    assert_one_line(done, 2, "nonsense")
+    assert_one_error(done, 2, "nonsense")
 
 
 @pytest.mark.parametrize(
@@ -257,14 +226,14 @@ def test_bad_input_unknown_dataset_and_missing_dataset(run_cli, tmp_path, tiny_t
 )
 def test_every_other_wrong_word_is_one_line(run_cli, words, parts, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert_one_line(run_cli(*words), 2, *parts)
+    assert_one_error(run_cli(*words), 2, *parts)
 
 
 def test_cuda_where_there_is_none_is_refused(run_cli, tiny_teacher, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     done = run_cli("recover", str(tiny_teacher), "--device", "cuda", "--out", str(tmp_path / "o"), *TINY)
-    assert_one_line(done, 2, "cuda")
+    assert_one_error(done, 2, "cuda")
 
 
 def test_options_that_cannot_act_are_refused(run_cli, tiny_teacher, tmp_path):
@@ -272,7 +241,7 @@ def test_options_that_cannot_act_are_refused(run_cli, tiny_teacher, tmp_path):
         pytest.skip("on CUDA tf32 and fast do act")
     for field in ("synthesis.precision=tf32", "synthesis.fast=true", "pruning.schedule_end=0.7"):
         done = run_cli("recover", str(tiny_teacher), "--out", str(tmp_path / "o"), *TINY, "--set", field)
-        assert_one_line(done, 2, field.split("=")[0].split(".")[1].split("_")[0])
+        assert_one_error(done, 2, field.split("=")[0].split(".")[1].split("_")[0])
 
 
 def test_a_full_disk_is_exit_3_and_leaves_nothing_half_written(run_cli, tiny_teacher, tmp_path, monkeypatch):
@@ -285,14 +254,14 @@ def test_a_full_disk_is_exit_3_and_leaves_nothing_half_written(run_cli, tiny_tea
 
     monkeypatch.setattr(os, "replace", full)
     done = run_cli("recover", str(tiny_teacher), "--out", str(tmp_path / "o"), *TINY)
-    assert_one_line(done, 3, "No space left", "free some space")
+    assert_one_error(done, 3, "No space left", "free some space")
     assert not (tmp_path / "o" / "student").exists() and not list((tmp_path / "o").glob(".student*"))
 
 
 def test_a_nan_loss_marks_the_trial_with_exit_1(run_cli, tiny_teacher, tmp_path):
     words = ["--set", "synthesis.bn_weight=1e38"]
     done = run_cli("recover", str(tiny_teacher), "--out", str(tmp_path / "o"), *TINY, *words)
-    assert_one_line(done, 1, "failed", "loss is")
+    assert_one_error(done, 1, "failed", "loss is")
     row = json.loads((tmp_path / "o" / "row.json").read_text())
     assert row["status"] == "failed" and "FloatingPointError" in row["reason"]
 

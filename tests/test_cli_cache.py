@@ -1,4 +1,3 @@
-import os
 import subprocess
 import sys
 import time
@@ -6,11 +5,11 @@ import uuid
 
 import numpy as np
 import pytest
-from folders import remove_everything
 
 from dfkd_ray import cache, storage
 from dfkd_ray.batches import Batch
 from dfkd_ray.cli import cache as commands
+from folders import content, put_back, remove_everything
 
 KEY, OTHER = "0123456789abcdef" * 4, "f" * 64
 
@@ -73,7 +72,7 @@ def test_verify_of_a_whole_cache_succeeds_and_tells_of_the_missing_manifest(run_
 
 def test_verify_fails_until_what_is_damaged_is_removed(run_cli, root):
     folder = cache.folder_of(root, KEY, "cpu [A], torch 2")
-    folder.write(cache.name_of(1), folder.read(cache.name_of(1))[:-1])
+    folder.write(cache.name_of(1), content(folder, cache.name_of(1))[:-1])
     for _ in range(2):
         done = run_cli("cache", "verify", "--cache", root.uri)
         assert done.code == 1 and f"{folder / cache.name_of(1)}: damaged\n" in done.out
@@ -100,7 +99,7 @@ def test_prune_by_size_leaves_at_most_that_much(run_cli, root):
 def test_prune_by_age_takes_the_old_or_says_that_nothing_has_an_age(run_cli, root):
     if root.is_local:
         for path in cache.folder_of(root, OTHER, "cpu [A], torch 2").path.iterdir():
-            os.utime(path, (time.time() - 40 * 86400,) * 2)
+            put_back(path, 40 * 86400)
     done = run_cli("cache", "prune", "--cache", root.uri, "--older-than", "30")
     if root.is_local:
         assert done.code == 0 and keys_in(root) == {"0"}

@@ -11,18 +11,12 @@ import torchvision
 from PIL import Image
 
 from dfkd_ray import bundles
+from dfkd_ray.config import flat, with_overrides
+from helpers import TINY_NOISE, TINY_TRIAL, set_words
 
-TINY_SETS = [
-    "synthesis.batch_size=8",
-    "distillation.num_images=8",
-    "bn_num_images=8",
-    "distillation.num_steps=2",
-    "distillation.batch_size=8",
-    "reference.num_images=8",
-    "reference.synthesis.method=noise",
-    "reference.synthesis.batch_size=8",
-]
-TINY = [word for field in TINY_SETS for word in ("--set", field)]
+# Of networks without BatchNorm: no steps of a synthesis that looks at it.
+TINY_SETS = with_overrides(TINY_TRIAL, {"synthesis": {"batch_size": 8}, "reference.synthesis": TINY_NOISE})
+TINY = set_words(flat(TINY_SETS))
 NUM_PORTRAITS = {"0": 14, "1": 2, "2": 8}  # for training, validation, testing
 
 
@@ -104,14 +98,14 @@ def test_a_hinton_net_of_784_inputs_is_trained_tested_and_distilled_on_images_of
         images = np.random.default_rng(0).integers(0, 256, (40, 28, 28), dtype=np.uint8)
         for name, array in (("images-idx3", images), ("labels-idx1", labels)):
             header = struct.pack(f">I{array.ndim}I", 0x800 | array.ndim, *array.shape)
-            with gzip.open(folder / f"{stem}-{name}-ubyte.gz", "wb") as file:
-                file.write(header + array.tobytes())
+            path = folder / f"{stem}-{name}-ubyte.gz"
+            path.write_bytes(gzip.compress(header + array.tobytes()))
     words = ["teacher", "train", "hinton_1200", "--dataset", "fashion_mnist", "--data-root", str(tmp_path / "data")]
     words += ["--epochs", "1", "--set", "image_size=28", "--set", "batch_size=20", "--set", "learning_rate=0.05"]
     done = run_cli(*words, "--out", str(tmp_path / "t"))
     assert done.code == 0, done.err
     teacher = bundles.load(str(tmp_path / "t"))
-    assert teacher.info.image_shape == (1, 28, 28) and teacher.network.fc1.in_features == 784
+    assert teacher.info.image_shape == (1, 28, 28) and teacher.network.get_parameter("fc1.weight").shape[1] == 784
     words = ["recover", str(tmp_path / "t"), "--method", "noise", "--sparsity", "0", "--out", str(tmp_path / "o")]
     words += ["--set", "student.architecture=hinton_800", "--data-root", str(tmp_path / "data")]
     done = run_cli(*words, "--test-data", "fashion_mnist", *TINY)

@@ -18,9 +18,10 @@ from dfkd_ray import bundles, fleet, image_sets, synthesis
 from dfkd_ray.cli import synthesize
 from dfkd_ray.config import DeepInversionConfig
 from dfkd_ray.fleet import Node
+from helpers import TINY_TRIAL, assert_one_error
 
 TINY = ["--set", "num_steps=1", "--set", "synthesis.batch_size=8", "--set", "num_threads=1"]
-TINY_CONFIG = DeepInversionConfig(num_steps=1, batch_size=8, num_threads=1)
+TINY_CONFIG = DeepInversionConfig.model_validate(TINY_TRIAL["synthesis"])
 CPU = ["--device", "cpu", "--synthesizers", "1"]
 
 
@@ -41,13 +42,6 @@ def images_made_here(teacher: Path, num_images: int, num_steps: int = 1) -> tupl
 
 def record_of(out: Path) -> dict:
     return json.loads((out / "synthesis.json").read_text())
-
-
-def assert_one_line(done, code: int, *parts: str):
-    assert done.code == code, (done.code, done.err)
-    lines = [line for line in done.err.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1 and "Traceback" not in done.err, done.err
-    assert all(part in lines[0] for part in parts), lines[0]
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -94,7 +88,7 @@ def test_an_interrupted_command_goes_on_to_exactly_the_images_of_local_synthesis
     assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err, err
     num_there = len(list(out.glob("part-*.parquet")))
     assert num_there >= 2 and not (out / "synthesis.json").exists()
-    assert_one_line(run_cli(*words, "9"), 2, "160", "choose another folder")
+    assert_one_error(run_cli(*words, "9"), 2, "160", "choose another folder")
     done = run_cli(*words, "161")
     assert done.code == 0, done.err
     record = record_of(out)
@@ -104,13 +98,13 @@ def test_an_interrupted_command_goes_on_to_exactly_the_images_of_local_synthesis
     assert np.array_equal(np.concatenate([batch.images for batch in batches]), images)
     assert np.array_equal(np.concatenate([batch.labels for batch in batches]), labels)
     assert run_cli(*words, "161").code == 0 and record_of(out)["num_kept"] == 21
-    assert_one_line(run_cli(*words, "161", "--seed", "1"), 2, "key", "choose another folder")
+    assert_one_error(run_cli(*words, "161", "--seed", "1"), 2, "key", "choose another folder")
 
 
 @pytest.mark.usefixtures("ray_session")
 def test_a_loss_that_is_not_finite_is_exit_1_and_one_line(run_cli, tiny_teacher, tmp_path):
     words = ["synthesize", str(tiny_teacher), "--out", str(tmp_path / "o"), "--num-images", "8", *TINY, *CPU]
-    assert_one_line(run_cli(*words, "--set", "bn_weight=1e38"), 1, "batch 0", "loss is")
+    assert_one_error(run_cli(*words, "--set", "bn_weight=1e38"), 1, "batch 0", "loss is")
     assert not (tmp_path / "o" / "synthesis.json").exists()
 
 
@@ -138,7 +132,7 @@ def test_a_wrong_word_is_one_line_and_starts_nothing(run_cli, tiny_teacher, tmp_
 
     monkeypatch.setattr(fleet, "connected", never)
     out = tmp_path / "o"
-    assert_one_line(run_cli("synthesize", str(tiny_teacher), "--out", str(out), *words), 2, *parts)
+    assert_one_error(run_cli("synthesize", str(tiny_teacher), "--out", str(out), *words), 2, *parts)
     assert not out.exists()
 
 

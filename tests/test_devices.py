@@ -78,6 +78,7 @@ def test_autocast_decides_the_networks_precision_alone(precision, dtype):
         y = layer(x)
     y.float().sum().backward()
     assert y.dtype == dtype
+    assert x.grad is not None and layer.weight.grad is not None
     assert layer.weight.dtype == x.grad.dtype == layer.weight.grad.dtype == torch.float32
 
 

@@ -3,68 +3,21 @@
 import uuid
 from copy import deepcopy
 from pathlib import Path
+from typing import Any, cast
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from dfkd_ray import batchnorm, bundles, distillation, evaluation, storage
 from dfkd_ray.compression import pruning
-from dfkd_ray.config import DistillationConfig, PruningConfig
-from dfkd_ray.devices import Runtime
-
-CPU = torch.device("cpu")
-SMALL = DistillationConfig(num_steps=6, batch_size=8, eval_every=2, checkpoint_every=2, num_threads=1)
-PRUNING = PruningConfig(sparsity=0.8)
+from dfkd_ray.config import PruningConfig
+from helpers import SMALL_DISTILLATION, distilled, same_weights
 
 
 @pytest.fixture
 def teacher(tiny_teacher: Path) -> bundles.Teacher:
     return bundles.load(str(tiny_teacher))
-
-
-def a_pool(num_images: int = 24) -> distillation.Pool:
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (num_images, 1, 16, 16), dtype=np.uint8)
-    return distillation.Pool(images, np.arange(num_images) % 10)
-
-
-def run(
-    teacher,
-    config=SMALL,
-    pruning_config=PRUNING,
-    student=None,
-    checkpoint=None,
-    progress=None,
-    pool=None,
-    on_epochs=None,
-):
-    space = teacher.info.space
-    if student is None:
-        student = deepcopy(teacher.network).requires_grad_(True)
-    masks = pruning.masks(student, pruning_config)
-    if pruning_config.schedule == "one_shot":
-        pruning.apply(student, masks)
-    images = a_pool(16).images[::-1].copy()
-    runtime = Runtime(CPU, space, config.precision, config.num_threads, config.fast)
-    reference = evaluation.reference(teacher.network, images, runtime)
-    state = distillation.distil(
-        student,
-        teacher.network,
-        lambda _step, _student: pool or a_pool(),
-        config,
-        pruning.Pruned(pruning_config, masks),
-        reference,
-        checkpoint=checkpoint,
-        observer=distillation.Observer(progress=progress, epochs=on_epochs),
-    )
-    return student, state
-
-
-def same(first: nn.Module, second: nn.Module) -> bool:
-    other = second.state_dict()
-    return all(torch.equal(tensor, other[name]) for name, tensor in first.state_dict().items())
 
 
 @pytest.mark.parametrize("criterion", sorted(pruning.CRITERIA))
@@ -78,13 +31,13 @@ def test_masks_survive_every_optimiser_step(teacher, criterion):
         weights = pruning.prunable(student)
         seen.append(all(bool((weights[name][~mask] == 0).all()) for name, mask in masks.items()))
 
-    run(teacher, pruning_config=pruning_config, student=student, progress=watch)
+    distilled(teacher, pruning_config=pruning_config, student=student, progress=watch)
     assert len(seen) == 6 and all(seen)
     assert pruning.achieved_sparsity(student) == pytest.approx(0.8, abs=1e-3)
 
 
 def test_a_resumed_run_gives_the_same_numbers_as_an_undisturbed_one(teacher, tmp_path):
-    undisturbed, expected = run(teacher)
+    undisturbed, expected = distilled(teacher)
 
     class Killed(Exception):
         pass
@@ -94,29 +47,29 @@ def test_a_resumed_run_gives_the_same_numbers_as_an_undisturbed_one(teacher, tmp
             raise Killed
 
     with pytest.raises(Killed):
-        run(teacher, checkpoint=tmp_path / "ckpt", progress=kill)
+        distilled(teacher, checkpoint=tmp_path / "ckpt", progress=kill)
     assert (tmp_path / "ckpt" / distillation.CHECKPOINT).is_file()
-    resumed, state = run(teacher, checkpoint=tmp_path / "ckpt")
-    assert same(undisturbed, resumed)
+    resumed, state = distilled(teacher, checkpoint=tmp_path / "ckpt")
+    assert same_weights(undisturbed, resumed)
     assert state.epochs == expected.epochs and state.best_step == expected.best_step
 
 
 def test_a_checkpoint_is_read_without_pickle(teacher, tmp_path, monkeypatch):
-    run(teacher, checkpoint=tmp_path / "ckpt")
+    distilled(teacher, checkpoint=tmp_path / "ckpt")
     monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("torch.load was called"))
-    run(teacher, checkpoint=tmp_path / "ckpt")
+    distilled(teacher, checkpoint=tmp_path / "ckpt")
     assert [path.name for path in (tmp_path / "ckpt").iterdir()] == ["state.safetensors"]
 
 
 def test_a_checkpoint_under_a_uri_is_the_same_checkpoint(teacher, tmp_path):
     elsewhere = storage.folder(f"fsspec+memory://{uuid.uuid4().hex}/ckpt")
     for place in (tmp_path / "ckpt", elsewhere):
-        run(teacher, checkpoint=place)
+        distilled(teacher, checkpoint=place)
     data = (tmp_path / "ckpt" / distillation.CHECKPOINT).read_bytes()
     assert elsewhere.read(distillation.CHECKPOINT) == data
-    student, state = run(teacher, checkpoint=elsewhere)
-    expected, other = run(teacher)
-    assert same(student, expected) and state.epochs == other.epochs
+    student, state = distilled(teacher, checkpoint=elsewhere)
+    expected, other = distilled(teacher)
+    assert same_weights(student, expected) and state.epochs == other.epochs
 
 
 def test_the_looks_are_handed_out_before_the_checkpoint_that_has_them(teacher, tmp_path, monkeypatch):
@@ -128,7 +81,7 @@ def test_the_looks_are_handed_out_before_the_checkpoint_that_has_them(teacher, t
         real(folder, student, optimiser, state)
 
     monkeypatch.setattr(distillation, "write_checkpoint", write)
-    _, state = run(
+    _, state = distilled(
         teacher, checkpoint=tmp_path, on_epochs=lambda looks: events.append(("rows", looks[-1]["step"], len(looks)))
     )
     assert events[:4] == [("rows", 2, 2), ("checkpoint", 2), ("rows", 4, 3), ("checkpoint", 4)]
@@ -136,9 +89,9 @@ def test_the_looks_are_handed_out_before_the_checkpoint_that_has_them(teacher, t
 
 
 def test_a_look_says_what_was_minimised_at_which_rate_and_how_sparse_the_student_was(teacher):
-    config = SMALL.model_copy(update={"label_weight": 0.5, "kl_weight": 2.0})
-    student, state = run(teacher, config=config)
-    first, *others = state.epochs
+    config = SMALL_DISTILLATION.model_copy(update={"label_weight": 0.5, "kl_weight": 2.0})
+    student, state = distilled(teacher, config=config)
+    first, *others = cast(list[dict[str, Any]], state.epochs)
     assert first["learning_rate"] is None and "loss" not in first
     for look in others:
         assert look["loss"] == pytest.approx(2.0 * look["kl"] + 0.5 * look["label"])
@@ -148,7 +101,7 @@ def test_a_look_says_what_was_minimised_at_which_rate_and_how_sparse_the_student
 
 def test_the_teacher_is_bit_identical_after_distillation(teacher):
     before = deepcopy(teacher.network.state_dict())
-    run(teacher)
+    distilled(teacher)
     assert all(torch.equal(before[name], tensor) for name, tensor in teacher.network.state_dict().items())
 
 
@@ -161,27 +114,32 @@ def test_the_selected_student_is_the_best_look_not_the_last(teacher, monkeypatch
     def watch(stage, done, total, shown):
         snapshots[done] = deepcopy(student)
 
-    selected, state = run(teacher, student=student, progress=watch)
+    selected, state = distilled(teacher, student=student, progress=watch)
     assert state.best_step == 2 and state.best_agreement == 0.9
-    assert same(selected, snapshots[2]) and not same(selected, snapshots[6])
+    assert same_weights(selected, snapshots[2]) and not same_weights(selected, snapshots[6])
 
 
 def test_patience_stops_early(teacher, monkeypatch):
     scores = iter([(0.9, 1.0)] + [(0.1, 1.0)] * 10)
     monkeypatch.setattr(evaluation.Reference, "compare", lambda self, *a: next(scores))
-    _, state = run(teacher, config=SMALL.model_copy(update={"patience": 1}))
+    _, state = distilled(teacher, config=SMALL_DISTILLATION.model_copy(update={"patience": 1}))
     assert state.step == 2 and state.best_step == 0
+
+
+def running_means(network: nn.Module) -> list[torch.Tensor]:
+    means = [layer.running_mean for layer in batchnorm.layers(network)]
+    return [mean for mean in means if mean is not None]
 
 
 @pytest.mark.parametrize("mode, moves", [("frozen", False), ("reestimated", False), ("trained", True)])
 def test_batchnorm_statistics_move_only_when_trained(teacher, mode, moves):
     student = deepcopy(teacher.network).requires_grad_(True)
-    before = [layer.running_mean.clone() for layer in batchnorm.layers(student)]
-    config = SMALL.model_copy(update={"bn_mode": mode})
-    state_student, state = run(teacher, config=config, student=student)
+    before = [one.clone() for one in running_means(student)]
+    config = SMALL_DISTILLATION.model_copy(update={"bn_mode": mode})
+    state_student, state = distilled(teacher, config=config, student=student)
     if state.best_step == 0:
         pytest.fail("the run selected its start; the property is not exercised")
-    after = [layer.running_mean for layer in batchnorm.layers(state_student)]
+    after = running_means(state_student)
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) == moves
 
 
@@ -190,7 +148,7 @@ def test_cubic_schedule_ends_at_the_exact_sparsity_and_starts_dense(teacher, eve
     config = PruningConfig(sparsity=0.8, schedule="cubic", schedule_every=every, schedule_end=end)
     seen = []
     student = deepcopy(teacher.network).requires_grad_(True)
-    run(
+    distilled(
         teacher,
         pruning_config=config,
         student=student,
@@ -204,7 +162,7 @@ def test_cubic_schedule_never_selects_a_student_that_is_too_dense(teacher, monke
     scores = iter([(1.0, 0.0), (1.0, 0.0), (0.3, 1.0), (0.2, 1.0)])
     monkeypatch.setattr(evaluation.Reference, "compare", lambda self, *a: next(scores))
     config = PruningConfig(sparsity=0.8, schedule="cubic", schedule_every=1)
-    student, state = run(teacher, pruning_config=config)
+    student, state = distilled(teacher, pruning_config=config)
     assert state.best_step >= 4
     assert pruning.achieved_sparsity(student) == pytest.approx(0.8, abs=1e-3)
 
@@ -234,8 +192,10 @@ def test_every_option_changes_the_student(teacher, change, monkeypatch):
     steps = iter(range(1000))
     # Agreement that always rises selects the last student, whatever the option did.
     monkeypatch.setattr(evaluation.Reference, "compare", lambda self, *a: (next(steps) / 1000, 1.0))
-    base = SMALL.model_copy(update={"num_steps": 2})
-    assert not same(run(teacher, config=base)[0], run(teacher, config=base.model_copy(update=change))[0])
+    base = SMALL_DISTILLATION.model_copy(update={"num_steps": 2})
+    assert not same_weights(
+        distilled(teacher, config=base)[0], distilled(teacher, config=base.model_copy(update=change))[0]
+    )
 
 
 def test_distillation_brings_a_new_student_towards_the_teacher(teacher):
@@ -243,9 +203,10 @@ def test_distillation_brings_a_new_student_towards_the_teacher(teacher):
 
     torch.manual_seed(3)
     student = models.build("resnet8", {"width_multiplier": 0.25}, num_classes=10, image_shape=(1, 16, 16))
-    config = SMALL.model_copy(update={"num_steps": 40, "eval_every": 20})
-    _, state = run(teacher, config=config, pruning_config=PruningConfig(sparsity=0), student=student)
-    assert state.epochs[-1]["kl"] < 0.7 * state.epochs[1]["kl"] or state.best_kl < 0.7 * state.epochs[0]["reference_kl"]
+    config = SMALL_DISTILLATION.model_copy(update={"num_steps": 40, "eval_every": 20})
+    _, state = distilled(teacher, config=config, pruning_config=PruningConfig(sparsity=0), student=student)
+    looks = cast(list[dict[str, float]], state.epochs)
+    assert looks[-1]["kl"] < 0.7 * looks[1]["kl"] or state.best_kl < 0.7 * looks[0]["reference_kl"]
 
 
 def test_feature_term_of_unequal_widths_is_refused(teacher):
@@ -253,9 +214,9 @@ def test_feature_term_of_unequal_widths_is_refused(teacher):
 
     student = models.build("resnet8", {"width_multiplier": 0.25}, num_classes=10, image_shape=(1, 16, 16))
     with pytest.raises(ValueError, match="feature_weight"):
-        run(
+        distilled(
             teacher,
-            config=SMALL.model_copy(update={"feature_weight": 1.0}),
+            config=SMALL_DISTILLATION.model_copy(update={"feature_weight": 1.0}),
             pruning_config=PruningConfig(sparsity=0),
             student=student,
         )
@@ -263,10 +224,12 @@ def test_feature_term_of_unequal_widths_is_refused(teacher):
 
 def test_a_loss_that_is_not_finite_is_an_error_that_says_so(teacher):
     with pytest.raises(FloatingPointError, match="not finite by step"):
-        run(teacher, config=SMALL.model_copy(update={"kl_weight": 1e38, "precision": "float32"}))
+        distilled(teacher, config=SMALL_DISTILLATION.model_copy(update={"kl_weight": 1e38, "precision": "float32"}))
 
 
 def test_every_image_is_seen_once_per_epoch():
-    rows = torch.cat([distillation.rows_of(SMALL, 24, step) for step in range(3)])
+    rows = torch.cat([distillation.rows_of(SMALL_DISTILLATION, 24, step) for step in range(3)])
     assert sorted(rows.tolist()) == list(range(24))
-    assert not torch.equal(distillation.rows_of(SMALL, 24, 0), distillation.rows_of(SMALL, 24, 3))
+    assert not torch.equal(
+        distillation.rows_of(SMALL_DISTILLATION, 24, 0), distillation.rows_of(SMALL_DISTILLATION, 24, 3)
+    )

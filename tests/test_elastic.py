@@ -8,14 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from autoscaling import autoscaled
 from dfkd_ray import devices, fleet, results
 from dfkd_ray.cli.options import range_of
 from dfkd_ray.fleet.placement import Node
 from dfkd_ray.sweep import machines
-
-sys.path.insert(0, str(Path(__file__).parent))
-from autoscaling import autoscaled
-from run_fleet_sweeps import jobs_of
+from helpers import jobs_of, sweep_of_four
 
 
 @pytest.mark.timeout(2400)
@@ -34,7 +32,7 @@ def test_machines_come_with_waiting_images_and_go_when_they_are_idle(tiny_teache
     told = json.loads((tmp_path / "told.json").read_text())
     assert told["at first"] == 0 and "no CPU is free" in told["refused"] and "--synthesizers 1-8" in told["refused"]
     assert "no machine has CPUs yet: waiting up to 900 s" in done.stderr
-    assert told["failed"] == 0 and (results.read(tmp_path / "results", "trials")["status"] == "finished").all()
+    assert told["failed"] == 0 and set(results.read(tmp_path / "results", "trials")["status"]) == {"finished"}
     assert told["grown"] == [2, 2], "one more synthesizer, on one more machine"
     assert told["shrunk"] and told["first stays up"] == 1 and told["all gone"]
 
@@ -62,8 +60,9 @@ HEAD, CPUS, GPUS = Node(0.0), Node(8.0), Node(8.0, 2.0)
 
 
 def preflight(jobs, synthesizers, shares=(None, None), limit_s=60.0):
-    with machines.first_machine(jobs, synthesizers, *shares, limit_s):
-        return machines.preflight(jobs, None, synthesizers, *shares)
+    of_synthesizer, of_trial = shares
+    with machines.first_machine(jobs, synthesizers, of_synthesizer, of_trial, limit_s):
+        return machines.preflight(jobs, None, synthesizers, of_synthesizer, of_trial)
 
 
 def on_device(jobs, device):
@@ -72,7 +71,7 @@ def on_device(jobs, device):
 
 def test_a_first_machine_is_asked_for_waited_for_and_the_request_withdrawn(cluster, tiny_teacher):
     asked = cluster([HEAD], [HEAD], [HEAD, CPUS])
-    settings, placement = preflight(jobs_of(str(tiny_teacher)), (1, 64))
+    settings, placement = preflight(jobs_of(sweep_of_four(tiny_teacher)), (1, 64))
     assert asked == [[{"CPU": 1.0}], []]
     assert (settings.num_synthesizers, settings.most, settings.grow, settings.added_cpus) == (1, 64, False, 1.0)
     assert placement.num_trials == 8
@@ -92,7 +91,7 @@ def test_where_shares_of_gpus_are_given_machines_with_room_for_fleet_and_trial_a
     cluster, tiny_teacher, shares, bundles
 ):
     asked = cluster([HEAD], [HEAD, GPUS], [HEAD, GPUS, GPUS, GPUS])
-    settings, placement = preflight(on_device(jobs_of(str(tiny_teacher)), "auto"), (2, 4), shares)
+    settings, placement = preflight(on_device(jobs_of(sweep_of_four(tiny_teacher)), "auto"), (2, 4), shares)
     assert asked == [bundles, []]
     assert (settings.gpus, placement.trial_gpus) == tuple(0.5 if share is None else share for share in shares)
     assert settings.device == ("auto" if settings.gpus else "cpu"), "what reserves no GPU takes nobody's"
@@ -101,7 +100,7 @@ def test_where_shares_of_gpus_are_given_machines_with_room_for_fleet_and_trial_a
 def test_where_no_machine_comes_the_request_is_withdrawn_and_the_words_say_what_was_asked_for(cluster, tiny_teacher):
     asked = cluster([HEAD])
     with pytest.raises(OSError, match=r"no machine .* within 0 s: 1 CPUs were asked for, 0 with CPUs .*`ray status`"):
-        preflight(jobs_of(str(tiny_teacher)), (1, 2), limit_s=0.0)
+        preflight(jobs_of(sweep_of_four(tiny_teacher)), (1, 2), limit_s=0.0)
     assert asked == [[{"CPU": 1.0}], []]
 
 
@@ -109,12 +108,12 @@ def test_no_machine_is_asked_for_with_a_range_that_is_none(cluster, tiny_teacher
     asked = cluster([HEAD])
     for synthesizers in ((4, 2), (0, 2)):
         with pytest.raises(ValueError, match="the fewest not above the most"):
-            preflight(jobs_of(str(tiny_teacher)), synthesizers, limit_s=0.0)
+            preflight(jobs_of(sweep_of_four(tiny_teacher)), synthesizers, limit_s=0.0)
     assert asked == []
 
 
 def test_nothing_is_asked_for_without_a_range_or_where_there_are_machines(cluster, tiny_teacher):
-    jobs = jobs_of(str(tiny_teacher))
+    jobs = jobs_of(sweep_of_four(tiny_teacher))
     asked = cluster([HEAD])
     for synthesizers in (None, 1):
         with pytest.raises(ValueError, match=r"no CPU is free; .* give a range of synthesizers, as in --synthesizers"):
@@ -127,7 +126,7 @@ def test_nothing_is_asked_for_without_a_range_or_where_there_are_machines(cluste
 
 def test_trials_without_a_share_of_a_gpu_may_not_insist_on_one(cluster, tiny_teacher):
     cluster([GPUS])
-    jobs = jobs_of(str(tiny_teacher))
+    jobs = jobs_of(sweep_of_four(tiny_teacher))
     with pytest.raises(ValueError, match=r"--gpus-per-trial 0: trials with device=cuda need a share"):
         preflight(on_device(jobs, "cuda"), 1, (None, 0.0))
     settings, placement = preflight(on_device(jobs, "auto"), 1, (None, 0.0))

@@ -1,29 +1,37 @@
 """Plans from stored figures: what bounds a sweep on many GPUs, and the file that carries costs between machines."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
-from test_search import TINY_BASE, costs_of
 
 from dfkd_ray import __version__, bundles, devices, sweep
 from dfkd_ray.sweep import estimate, timings
+from helpers import costs_of, tiny_trial
 
 H200 = "NVIDIA H200, torch 2.15.0"
 SPARSITIES = {"pruning.sparsity": [0.5, 0.7, 0.9]}
-BASE = {**TINY_BASE, "device": "auto"}
+FIELDS = {"device": "auto", "distillation.num_steps": 6, "distillation.eval_every": 1}
 
 
 def grid_jobs(teacher, grid=SPARSITIES, on_gpu=False, **base) -> list[sweep.Job]:
-    settings = sweep.parse({"base": {**BASE, **base, "teacher": str(teacher)}, "grid": grid})
+    settings = sweep.parse({"base": tiny_trial(teacher, **FIELDS | base), "grid": grid})
     return sweep.prepare(settings, bundles.load, on_gpu=on_gpu).jobs
 
 
-def stored_for(jobs, kind="GPU", numerics=H200, **changes) -> timings.Figures:
+def stored_for(jobs, kind: Any = "GPU", numerics=H200, **changes) -> timings.Figures:
     """Figures of made-up seconds for all units of these jobs."""
     timed = estimate.Calibration(costs_of(jobs), 1.0, frozenset())
     return timings.extended(None, timed, estimate.units(jobs), kind, numerics).model_copy(update=changes)
+
+
+def figures_in(path: Path) -> timings.Figures:
+    figures = timings.read(path)
+    assert figures is not None
+    return figures
 
 
 @pytest.fixture
@@ -35,7 +43,7 @@ def dry(tiny_teacher, tmp_path, run_cli, monkeypatch):
     monkeypatch.setattr(estimate, "CAP_S", 0.5)
 
     def run(*words, grid=SPARSITIES, **base):
-        data = {"base": {**BASE, **base, "teacher": str(tiny_teacher)}, "grid": grid}
+        data = {"base": tiny_trial(tiny_teacher, **FIELDS | base), "grid": grid}
         (tmp_path / "s.yaml").write_text(yaml.safe_dump(data))
         places = ("--results", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--test-data", "none")
         return run_cli("sweep", str(tmp_path / "s.yaml"), "--dry-run", *places, *words)
@@ -163,7 +171,7 @@ def test_a_sweep_for_gpus_is_planned_on_a_machine_without_one(dry, tiny_teacher,
 
 
 def test_what_only_a_gpu_can_do_is_planned_on_a_machine_without_one(dry, tiny_teacher, tmp_path):
-    base = {"device": "cuda", "distillation": {**TINY_BASE["distillation"], "precision": "tf32", "fast": True}}
+    base = {"device": "cuda", "distillation.precision": "tf32", "distillation.fast": True}
     path = tmp_path / "h200.json"
     timings.write(path, stored_for(grid_jobs(tiny_teacher, on_gpu=True, **base)))
     done = dry("--gpus", "8", "--figures", str(path), **base)
@@ -175,7 +183,7 @@ def test_timings_are_written_where_there_are_none_and_are_used_the_next_time(dry
     path = tmp_path / "cpu.json"
     done = dry("--figures", str(path))
     assert done.code == 0 and f"timings written to {path}" in done.out, done.err
-    written = timings.read(path)
+    written = figures_in(path)
     assert written.kind == "CPU core" and written.numerics == devices.numerics_class(torch.device("cpu"))
     assert len(written.timings) == 2 and all(timing.step_s > 0 for timing in written.timings)
     timed = []
@@ -185,7 +193,7 @@ def test_timings_are_written_where_there_are_none_and_are_used_the_next_time(dry
     assert done.code == 0 and not timed and "bound by: " in done.out and "2 figures of " in done.out
     done = dry("--figures", str(path), grid={"distillation.batch_size": [4, 8]})
     assert done.code == 0 and [len(calibration.costs) for calibration in timed] == [1], "what was lacking, and no more"
-    assert len(timings.read(path).timings) == 3 and timings.read(path).timings[:2] == written.timings
+    assert len(figures_in(path).timings) == 3 and figures_in(path).timings[:2] == written.timings
 
 
 def test_what_figures_cannot_say_is_one_line_with_what_to_do(dry, tiny_teacher, tmp_path):
@@ -204,6 +212,6 @@ def test_what_figures_cannot_say_is_one_line_with_what_to_do(dry, tiny_teacher, 
     ):
         done = dry(*words, grid=grid)
         assert done.code == 2 and len(done.err.splitlines()) == 1 and says in done.err, done.err
-    assert ", and 4 more" in done.err and timings.read(cpu).costs == costs_of(jobs), "nothing was added"
+    assert ", and 4 more" in done.err and figures_in(cpu).costs == costs_of(jobs), "nothing was added"
     done = dry("--figures", str(path), "--gpus", "4", device="cpu")
     assert done.code == 2 and "all trials have device=cpu" in done.err

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+from ray.exceptions import RayError
 
 from dfkd_ray import cache, fleet
 from dfkd_ray.fleet.coordinator import Coordinator, Worker
@@ -18,6 +19,13 @@ from dfkd_ray.fleet.simulated import NUMERICS, Simulated, simulated_batch, simul
 from dfkd_ray.fleet.stream import Stream, error_of
 
 SHAPE = (4, 1, 8, 8)
+
+
+def status_of(running: fleet.Fleet) -> dict:
+    """What a fleet whose coordinator is there says of itself."""
+    status = running.status()
+    assert status is not None
+    return status
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,11 +94,11 @@ def test_batches_come_in_the_order_asked_for_and_are_made_once_for_all_readers(t
         for thread in threads:
             thread.join(timeout=900)
         assert [len(founds[number]) for number in range(3)] == [40, 40, 40]
-        status = running.status()
+        status = status_of(running)
         assert status["made"] == 40 and status["images"] == 160
         assert sum(not found for own in founds.values() for found in own) == 40, "each was new to one reader only"
         assert read_all(running.stream(), spec, [3, 3, 0, 3]) == [True] * 4
-        assert running.stream().batches(spec, []) is not None and running.status()["made"] == 40
+        assert running.stream().batches(spec, []) is not None and status_of(running)["made"] == 40
     folder = cache.folder_of(tmp_path, spec.key, NUMERICS)
     assert cache.indices(folder) == set(range(40))
 
@@ -102,8 +110,8 @@ def test_no_more_than_a_window_is_made_ahead_of_a_reader_that_stops(tmp_path):
         for _ in range(3):
             next(source)
         made = -1
-        while running.status()["made"] != made or running.status()["queue_depth"]:  # until it stands still
-            made = running.status()["made"]
+        while status_of(running)["made"] != made or status_of(running)["queue_depth"]:  # until it stands still
+            made = status_of(running)["made"]
             time.sleep(1.0)
         assert made <= 3 + 2 + 5 + 2
 
@@ -178,7 +186,7 @@ def test_killed_synthesizers_and_coordinators_change_no_batch_and_stop_nobody(tm
                     victim = rng.choice([*actors, running.coordinator])
                     ray.kill(victim, no_restart=False)
                     kills.append("coordinator" if victim is running.coordinator else "synthesizer")
-                except ray.exceptions.RayError:
+                except RayError:
                     continue
 
         thread = threading.Thread(target=killer)
@@ -207,7 +215,7 @@ def test_a_synthesizer_that_hangs_loses_its_batch_to_another(tmp_path):
     spec = simulated_spec("hang", SHAPE)
     with fleet.started(settings_of(tmp_path / "cache", make=Hanging, batch_timeout_s=5.0)) as running:
         read_all(running.stream(timeout_s=900.0), spec, range(6))
-        assert running.status()["deaths"] == 1
+        assert status_of(running)["deaths"] == 1
 
 
 def test_a_batch_over_which_every_synthesizer_hangs_fails_with_advice(tmp_path):
@@ -280,7 +288,7 @@ def test_a_damaged_shard_is_made_again(tmp_path):
     with fleet.started(settings_of(tmp_path)) as running:
         founds = read_all(running.stream(), spec, range(6))
         assert founds == [True] * 4 + [False] + [True]
-        status = running.status()
+        status = status_of(running)
         assert (status["made"], status["damaged"], status["read"]) == (1, 1, 5)
     assert path.read_bytes() == content
 
@@ -290,8 +298,8 @@ def test_beyond_the_budget_batches_are_read_again_from_the_cache(tmp_path):
     with fleet.started(settings_of(tmp_path, budget_bytes=1_000_000)) as running:
         for _ in range(2):
             read_all(running.stream(), spec, range(20))
-            assert running.status()["held_bytes"] <= 1_000_000
-        status = running.status()
+            assert status_of(running)["held_bytes"] <= 1_000_000
+        status = status_of(running)
         assert status["made"] == 20 and status["read"] >= 17
 
 
@@ -299,7 +307,7 @@ def test_more_than_the_object_store_holds_passes_through_it(tmp_path):
     spec = simulated_spec("full store", (64, 3, 224, 224))  # 9.6 MB a batch, 20 fit
     with fleet.started(settings_of(tmp_path, budget_bytes=10**9)) as running:
         read_all(running.stream(in_flight=8), spec, range(40))
-        assert running.status()["made"] == 40
+        assert status_of(running)["made"] == 40
 
 
 def test_a_write_into_a_shared_batch_is_refused(tmp_path):
@@ -391,9 +399,9 @@ def test_synthesizers_of_another_numerics_class_are_left_out(tmp_path):
 
     with fleet.started(settings_of(make=Other)) as running:
         end = time.monotonic() + 600
-        while "left out" not in str(running.status()["trouble"]) and time.monotonic() < end:
+        while "left out" not in str(status_of(running)["trouble"]) and time.monotonic() < end:
             time.sleep(0.2)
-        status = running.status()
+        status = status_of(running)
         assert status["synthesizers_up"] == 1 and "left out: it computes as another" in str(status["trouble"])
         read_all(running.stream(), simulated_spec("mixed", SHAPE), range(3))
 

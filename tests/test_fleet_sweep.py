@@ -7,12 +7,10 @@ import sys
 from pathlib import Path
 
 import pandas as pd
-import yaml
 
 from dfkd_ray import bundles, cache, config, devices, fleet, results, synthesis
-
-sys.path.insert(0, str(Path(__file__).parent))
-from run_fleet_sweeps import ABOUT, BASE
+from helpers import sweep_of_four, tiny_sweep, write_yaml
+from table_rows import comparable, deterministic
 
 NUM_BATCHES = 2 * 8 + 2  # of two syntheses, and of the reference set
 
@@ -27,9 +25,8 @@ def run_sweeps(what: str, teacher: Path, folder: Path) -> None:
 
 def tables(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The deterministic columns of both tables, in an order of their own."""
-    trials = results.read(folder, "trials")[results.deterministic_columns("trials")].sort_values("trial_id")
-    batches = results.read(folder, "synthesis")[results.deterministic_columns("synthesis")]
-    return trials.reset_index(drop=True), batches
+    batches = deterministic(results.read(folder, "synthesis"), "synthesis")
+    return comparable(folder, "trials", ["trial_id"]), batches
 
 
 def test_one_or_three_synthesizers_kills_or_none_warm_or_cold_the_tables_are_the_same(tiny_teacher, tmp_path):
@@ -37,7 +34,7 @@ def test_one_or_three_synthesizers_kills_or_none_warm_or_cold_the_tables_are_the
     told = json.loads((tmp_path / "told.json").read_text())
     assert len(told["kills"]) >= 10 and set(told["kills"]) == {"coordinator", "synthesizer"}
     one, batches = tables(tmp_path / "one")
-    assert len(one) == 4 and len(batches) == NUM_BATCHES and (one["status"] == "finished").all()
+    assert len(one) == 4 and len(batches) == NUM_BATCHES and set(one["status"]) == {"finished"}
     disturbed = [path.name for path in tmp_path.glob("killed-*") if (path / "trials").is_dir()]
     for other in ["warm", *disturbed]:
         pd.testing.assert_frame_equal(tables(tmp_path / other)[0], one)
@@ -48,20 +45,22 @@ def test_one_or_three_synthesizers_kills_or_none_warm_or_cold_the_tables_are_the
     assert results.read(tmp_path / "warm", "trials")["num_cached_batches"].tolist() == [8] * 4
     # And they are what one process makes by itself.
     teacher, device = bundles.load(str(tiny_teacher)), devices.resolve("cpu")
-    settings = config.DeepInversionConfig.model_validate(BASE["synthesis"] | {"bn_weight": 2.0})
+    plain = sweep_of_four(tiny_teacher)["base"]["synthesis"] | {"bn_weight": 2.0}
+    settings = config.DeepInversionConfig.model_validate(plain)
     key, make = synthesis.source(teacher, settings, device)
     folder = cache.folder_of(tmp_path / "cold", key, devices.numerics_class(device))
-    assert cache.read(folder, 3, key).images.tobytes() == make(3).images.tobytes()
-    assert cache.read_manifest(folder)["teacher_hash"] == teacher.hash
+    batch, manifest = cache.read(folder, 3, key), cache.read_manifest(folder)
+    assert batch is not None and manifest is not None
+    assert batch.images.tobytes() == make(3).images.tobytes() and manifest["teacher_hash"] == teacher.hash
 
 
 def test_a_grid_on_one_cpu_ends_with_or_without_sharing(tiny_teacher, tmp_path):
     run_sweeps("one_cpu", tiny_teacher, tmp_path)
     rows = results.read(tmp_path / "shared", "trials")
-    assert (rows["status"] == "finished").all() and (rows["fleet_wait_s"] >= 0).all()
+    assert set(rows["status"]) == {"finished"} and all(wait_s >= 0 for wait_s in rows["fleet_wait_s"])
     rows = results.read(tmp_path / "unshared", "trials")
-    assert rows["synthesis_key"].nunique() == 1 and rows["num_cached_batches"].sum() == 0
-    assert rows["fleet_call_s"].isna().all(), "every trial made its own images"
+    assert len(set(rows["synthesis_key"])) == 1 and set(rows["num_cached_batches"]) == {0}
+    assert set(rows["fleet_call_s"].isna()) == {True}, "every trial made its own images"
 
 
 def test_a_trial_whose_process_died_before_it_began_is_run_by_another(tiny_teacher, tmp_path):
@@ -140,8 +139,7 @@ def test_on_three_nodes_the_fleet_spreads_and_a_lost_node_costs_only_its_batches
 
 
 def test_a_refusal_of_placement_is_wrong_input(tiny_teacher, tmp_path, run_cli):
-    data = {"about": ABOUT, "base": {**BASE, "teacher": str(tiny_teacher)}, "grid": {"pruning.sparsity": [0.5]}}
-    (tmp_path / "s.yaml").write_text(yaml.safe_dump(data))
+    write_yaml(tmp_path / "s.yaml", tiny_sweep(tiny_teacher, {"pruning.sparsity": [0.5]}))
     words = ["sweep", str(tmp_path / "s.yaml"), "--results", str(tmp_path / "r"), "--cache", str(tmp_path / "c")]
     done = run_cli(*words, "--synthesizers", "many")
     assert (

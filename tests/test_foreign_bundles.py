@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY_INFO, tiny_network
 from torch import nn
 
 from dfkd_ray import bundles
 from dfkd_ray.compression import pruning
 from dfkd_ray.config import PruningConfig
+from helpers import TINY_INFO, refusal, tiny_network
 
 WEIGHTS = "weights.safetensors"
 
@@ -25,17 +25,6 @@ WEIGHTS = "weights.safetensors"
 def folder(tmp_path, tiny_teacher):
     shutil.copytree(tiny_teacher, tmp_path / "net")
     return tmp_path / "net"
-
-
-def refusal(call, *parts):
-    """The one line of a refusal, which names these parts."""
-    with pytest.raises(ValueError) as caught:
-        call()
-    text = str(caught.value)
-    assert len(text) <= 420 and "\n" not in text, text
-    for part in parts:
-        assert str(part) in text, text
-    return text
 
 
 def described(folder, **fields):
@@ -290,9 +279,9 @@ def test_weights_of_another_kind_than_the_networks_are_refused_by_name(name, mak
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_floating_point_weights_of_other_sizes_are_taken(dtype):
     network = loaded_with(changed("fc.weight", lambda w: w.to(dtype)))
-    expected = tiny_network().fc.weight
-    assert network.fc.weight.dtype == torch.float32
-    assert torch.allclose(network.fc.weight, expected, rtol=1e-2)
+    weight, expected = network.get_parameter("fc.weight"), tiny_network().get_parameter("fc.weight")
+    assert weight.dtype == torch.float32
+    assert torch.allclose(weight, expected, rtol=1e-2)
 
 
 def test_damaged_bundles_load_or_are_refused(tmp_path):

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_foreign_bundles import refusal
 
 from dfkd_ray import data, teachers
+from helpers import refusal
 
 SHAPE = (3, 16, 16)
 GREY = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 import torch
-from test_foreign_bundles import refusal
 
 from dfkd_ray import bundles, models
+from helpers import refusal
 
 
 def build(architecture, arguments=None, num_classes=10, image_shape=(1, 16, 16)):

@@ -10,10 +10,10 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from test_foreign_bundles import refusal
 
 from dfkd_ray import bundles, models
 from dfkd_ray.records import fitting, format
+from helpers import refusal
 
 INFO = bundles.BundleInfo(
     architecture="lenet5_half", num_classes=3, image_shape=(1, 16, 16), mean=(0.5,), std=(0.25,), trained=False

@@ -10,10 +10,9 @@ import zipfile
 
 import pytest
 import torch
-from conftest import tiny_network
-from test_foreign_bundles import refusal
 
 from dfkd_ray import bundles
+from helpers import refusal, tiny_network
 
 
 def state_file(path, legacy=False):

@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -114,7 +115,7 @@ def coordinator_of(workers: list[Worker], **more) -> tuple[SimpleNamespace, list
     settings = Settings(num_synthesizers=1, cpus=0.1, most=8, idle_s=60.0)
     values = {"settings": settings, "workers": workers, "readers": {}, "to_read": [], "num_reading": 0}
     made = {"spawn": begun.append, "make_batch": lambda worker, _key, index: (worker.name, index)}
-    fleet = SimpleNamespace(**values | made | more, free={})
+    fleet: Any = SimpleNamespace(**values | made | more, free={})
     fleet.offer, fleet.first_free = partial(Coordinator.offer, fleet), partial(Coordinator.first_free, fleet)
     for number, worker in enumerate(workers):
         worker.number = number

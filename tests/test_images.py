@@ -249,7 +249,7 @@ def test_the_arrays_of_a_batch_cannot_be_written_to():
     own = np.zeros((2, 1, 4, 4), np.float32)
     batch = Batch(0, own, np.zeros(2, np.int64), "key")
     with pytest.raises(ValueError, match="read-only"):
-        batch.images += 1
+        np.add(batch.images, 1, out=batch.images)
     with pytest.raises(ValueError, match="read-only"):
         batch.labels[0] = 1
     own[0] = 1  # the maker's array stays its own, and no copy was made

@@ -5,12 +5,12 @@ import time
 from pathlib import Path
 
 import pytest
-from test_sweep_running import jobs_of
 
 from dfkd_ray import results, storage, sweep, trial
 from dfkd_ray.results import finals
 from dfkd_ray.sweep import ledger as ledgers
 from dfkd_ray.sweep import runner, tuner, worker
+from helpers import jobs_of, tiny_sweep
 
 RAISED = [
     BrokenPipeError(32, "Broken pipe"),
@@ -19,6 +19,11 @@ RAISED = [
     RecursionError(),
     type("Panic", (BaseException,), {})("in a library"),
 ]
+
+
+def jobs_with(teacher: Path, *sparsities: float) -> list[sweep.Job]:
+    """A trial for each sparsity, of 0.5 where none is given."""
+    return jobs_of(tiny_sweep(teacher, {"pruning.sparsity": list(sparsities) or [0.5]}))
 
 
 def ledger_of(jobs: list[sweep.Job], place: Path, on_row=None, **more) -> ledgers.Ledger:
@@ -36,7 +41,7 @@ def test_what_shows_progress_can_raise_anything_and_changes_no_row(tiny_teacher,
     def raises(*_words):
         raise error
 
-    first, second = jobs_of(tiny_teacher, **{"pruning.sparsity": [0.5, 0.6]})
+    first, second = jobs_with(tiny_teacher, 0.5, 0.6)
     ledger = ledger_of([first, second], tmp_path, raises, on_new=raises)
     results.write(tmp_path, "trials", [final(first)], first.id)
     told = tuner._telling(ledger)
@@ -76,7 +81,7 @@ def test_an_interrupt_while_progress_is_shown_is_one():
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("status", ["finished", "stopped"])
 def test_a_final_row_is_never_replaced_by_a_failed_one(tiny_teacher, tmp_path, status, merged):
-    first, second = jobs_of(tiny_teacher, **{"pruning.sparsity": [0.5, 0.6]})
+    first, second = jobs_with(tiny_teacher, 0.5, 0.6)
     for job in (first, second):
         results.write(tmp_path, "trials", [final(job, status)], job.id)
     if merged:
@@ -93,7 +98,7 @@ def test_a_final_row_is_never_replaced_by_a_failed_one(tiny_teacher, tmp_path, s
 
 
 def test_a_trial_that_no_file_of_other_trials_holds_has_no_final_row_yet(tiny_teacher, tmp_path):
-    done, other, new = jobs_of(tiny_teacher, **{"pruning.sparsity": [0.5, 0.6, 0.7]})
+    done, other, new = jobs_with(tiny_teacher, 0.5, 0.6, 0.7)
     for job in (done, other):
         results.write(tmp_path, "trials", [final(job)], job.id)
     assert results.compact(tmp_path) == 2
@@ -105,7 +110,7 @@ def test_a_trial_that_no_file_of_other_trials_holds_has_no_final_row_yet(tiny_te
 
 
 def test_a_failed_row_is_replaced_and_a_damaged_part_is_no_row(tiny_teacher, tmp_path):
-    (job,) = jobs_of(tiny_teacher)
+    (job,) = jobs_with(tiny_teacher)
     ledger = ledger_of([job], tmp_path)
     ledger.died(job)
     assert results.read(tmp_path, "trials")["reason"].tolist() == [ledgers.DIED]
@@ -115,7 +120,7 @@ def test_a_failed_row_is_replaced_and_a_damaged_part_is_no_row(tiny_teacher, tmp
 
 
 def test_an_attempt_after_one_that_left_its_row_hands_that_on_and_computes_nothing(tiny_teacher, tmp_path, monkeypatch):
-    (job,) = jobs_of(tiny_teacher)
+    (job,) = jobs_with(tiny_teacher)
     results.write(tmp_path, "trials", [final(job)], job.id)
     monkeypatch.setattr(worker, "run_job", lambda *_words, **_options: pytest.fail("computed again"))
     shared = worker.Shared(str(tmp_path), None, (), None, None, {}, {}, {})

@@ -106,7 +106,9 @@ def test_running_seconds_go_on_over_stages():
 
 def test_names_tell_all_trials_apart_by_what_differs():
     base = {"teacher": "somewhere/tiny", "pruning": {"sparsity": 0.5}}
-    points = [{"distillation": {"temperature": t}, "synthesis": {"bn_weight": w}} for t in (2, 4) for w in (1, 2)]
+    points: list[dict] = [
+        {"distillation": {"temperature": t}, "synthesis": {"bn_weight": w}} for t in (2, 4) for w in (1, 2)
+    ]
     points.append({"synthesis": {"method": "noise"}, "distillation": {"temperature": 2}})
     trials = {str(i): config.validate(config.TrialConfig, {**base, **point}) for i, point in enumerate(points)}
     called = names.names_of(trials)

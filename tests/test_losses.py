@@ -33,6 +33,7 @@ def test_batchnorm_distance_is_zero_on_matching_statistics():
 def test_batchnorm_distance_has_a_finite_gradient_on_matching_statistics():
     mean, variance = normal(7).requires_grad_(), normal(7, seed=1).square().requires_grad_()
     batchnorm_distance(mean, variance, mean.detach(), variance.detach()).backward()
+    assert mean.grad is not None and variance.grad is not None
     assert mean.grad.isfinite().all() and variance.grad.isfinite().all()
 
 

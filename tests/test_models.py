@@ -86,15 +86,14 @@ def test_a_wider_network_has_more_parameters(architecture):
 
 def test_the_width_multiplier_of_vgg_scales_its_convolutions():
     with torch.device("meta"):
-        widths = [
-            [
-                module.out_channels
-                for module in build("vgg11_bn", stem="cifar", width_multiplier=width).features
-                if hasattr(module, "out_channels")
-            ]
-            for width in (0.5, 1.0)
-        ]
-    assert [2 * width for width in widths[0]] == widths[1]
+        half, whole = (
+            build("vgg11_bn", stem="cifar", width_multiplier=width).get_submodule("features") for width in (0.5, 1.0)
+        )
+    halves, wholes = (
+        [module.out_channels for module in features.children() if isinstance(module, nn.Conv2d)]
+        for features in (half, whole)
+    )
+    assert wholes and [2 * width for width in halves] == wholes
 
 
 @pytest.mark.parametrize(("architecture", "millions"), [("resnet20", 0.27), ("resnet32", 0.46), ("resnet56", 0.85)])
@@ -220,7 +219,7 @@ def own_module(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("own_module")
 def test_a_users_factory_is_called_with_its_arguments_alone():
     network = build("own_architectures:make", image_shape=(1, 16, 16), width=6)
-    assert network[1].out_features == 6 and not network.training
+    assert network.get_submodule("1").out_features == 6 and not network.training
 
 
 @pytest.mark.usefixtures("own_module")

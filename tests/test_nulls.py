@@ -7,15 +7,15 @@ import math
 import pandas as pd
 import pytest
 from rich.console import Console
-from test_cli_results import trial_row
-from test_report import batches, trial
 
 from dfkd_ray import report, results, tensorboard
 from dfkd_ray.cli import live, show
 from dfkd_ray.cli.results import FORMATS, main_columns
 from dfkd_ray.report import figures
+from dfkd_ray.results import schemas
 from dfkd_ray.results.selecting import with_whole_numbers
 from dfkd_ray.storage import folder
+from table_rows import batch_rows, full_row, trial_row
 
 COLUMNS = {name: results.schema(name).names for name in results.TABLES}
 NULLS = {"None": None, "NaN": math.nan, "NA": pd.NA}
@@ -25,7 +25,7 @@ def full_rows(table: str) -> list[dict]:
     """Two rows of a table, without a null in any column that a writer fills."""
     if table == "trials":
         plain = trial_row(0, 0.5, 0), trial_row(1, 0.75, 0)
-        return [row | trial(n, sparsity=(0.5, 0.75)[n]) | {"trial_id": f"t-{n}"} for n, row in enumerate(plain)]
+        return [row | full_row(n, sparsity=(0.5, 0.75)[n]) | {"trial_id": f"t-{n}"} for n, row in enumerate(plain)]
     if table == "epochs":
         look = {"agreement": 0.5, "reference_kl": 0.1, "loss": 1.0, "kl": 1.0, "label": 0.5, "feature": 0.1}
         return [{"trial_id": "t-0", "step": step, **look, "learning_rate": 0.1, "sparsity": 0.5} for step in (0, 2)]
@@ -37,7 +37,7 @@ def full_rows(table: str) -> list[dict]:
 
 def with_nulls(rows: list[dict], table: str) -> list[dict]:
     """Rows of a table, and for each column one more in which it is null."""
-    key = results.tables.schemas.KEYS[table][-1]
+    key = schemas.KEYS[table][-1]
     number = itertools.count(100)
     more = [rows[0] | {key: f"t-{next(number)}" if table == "trials" else next(number)} for _ in COLUMNS[table]]
     return [*rows, *(row | {column: None} for row, column in zip(more, COLUMNS[table], strict=True))]
@@ -82,8 +82,8 @@ def check_report(place, rows: dict[str, list[dict]]) -> None:
 
 def tables_of() -> dict[str, list[dict]]:
     """Two trials and their syntheses."""
-    rows = [trial(0), trial(1, sparsity=0.5)]
-    return {"trials": rows, "synthesis": batches(rows)}
+    rows = [full_row(0), full_row(1, sparsity=0.5)]
+    return {"trials": rows, "synthesis": batch_rows(rows)}
 
 
 def test_a_report_is_made_of_rows_with_a_null_in_any_column(tmp_path, no_figures):

@@ -2,9 +2,9 @@
 
 import pytest
 import yaml
-from test_cli import TINY, TINY_SETS, assert_one_line, write_idx_set
 
 from dfkd_ray.cli.options import number_of, range_of, settled
+from helpers import TINY_SETS, TINY_WORDS, assert_one_error, set_words, write_idx_set
 
 OPTIONS = {
     "TEACHER": {"teacher": "a"},
@@ -69,7 +69,7 @@ def test_recover_refuses_what_is_said_twice_before_any_work(run_cli, tiny_teache
     monkeypatch.chdir(tmp_path)
     (tmp_path / "with_teacher.yaml").write_text("teacher: other\n")
     done = run_cli("recover", str(tiny_teacher), "--out", str(tmp_path / "o"), *words)
-    assert_one_line(done, 2, "leave one out")
+    assert_one_error(done, 2, "leave one out")
     assert not (tmp_path / "o").exists()
 
 
@@ -87,7 +87,7 @@ def test_recover_refuses_what_is_said_twice_before_any_work(run_cli, tiny_teache
 )
 def test_other_commands_refuse_what_is_said_twice_before_any_work(run_cli, tiny_teacher, tmp_path, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
-    assert_one_line(run_cli(*(word.format(t=tiny_teacher) for word in words)), 2, "leave one out")
+    assert_one_error(run_cli(*(word.format(t=tiny_teacher) for word in words)), 2, "leave one out")
     assert not list(tmp_path.iterdir())
 
 
@@ -97,7 +97,7 @@ def test_other_commands_refuse_what_is_said_twice_before_any_work(run_cli, tiny_
 def test_a_synthesis_config_whose_method_is_none_is_refused_in_one_line(run_cli, tiny_teacher, tmp_path, content):
     (tmp_path / "c.yaml").write_text(content)
     words = ["--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "o")]
-    assert_one_line(run_cli("synthesize", str(tiny_teacher), *words), 2)
+    assert_one_error(run_cli("synthesize", str(tiny_teacher), *words), 2)
 
 
 @pytest.mark.parametrize("name", [".", "/dev/zero", "no.yaml", "x" * 300, "x" * 100_000], ids=range(5))
@@ -110,7 +110,7 @@ def test_a_name_that_is_no_file_is_an_input_error_with_a_short_name(run_cli, tin
         ["recover", name, "--out", "o"],
     ):
         done = run_cli(*words)
-        assert_one_line(done, 2)
+        assert_one_error(done, 2)
         assert len(done.err.strip()) <= 300
 
 
@@ -131,31 +131,31 @@ def test_more_real_images_than_there_are_is_found_before_anything_starts(
 ):
     monkeypatch.setattr("ray.init", lambda *_a, **_k: pytest.fail("Ray was started"))
     write_idx_set(tmp_path / "data")
-    sets = {f.partition("=")[0]: int(f.partition("=")[2]) for f in TINY_SETS if not f.startswith("synthesis.")}
-    sets |= {"synthesis.batch_size": 8, "device": "cpu"}
+    sets = {name: value for name, value in TINY_SETS.items() if not name.startswith("synthesis.")}
+    sets |= {"synthesis.batch_size": 8}
     real = ["--real-data", "mnist", "--data-root", str(tmp_path / "data"), "--test-data", "none"]
-    words = [word for name, value in {**sets, field: num}.items() for word in ("--set", f"{name}={value}")]
+    words = set_words({**sets, field: num})
     done = run_cli("recover", str(tiny_teacher), "--method", "real", "--out", str(tmp_path / "o"), *real, *words)
-    assert_one_line(done, 2, "40 images", f"{field} asks for {num:,}")
+    assert_one_error(done, 2, "40 images", f"{field} asks for {num:,}")
     assert not (tmp_path / "o").exists()
 
     base = {"teacher": str(tiny_teacher), "synthesis": {"method": "real"}}
     (tmp_path / "s.yaml").write_text(yaml.safe_dump({"base": base, "grid": {field: [8, num]}}))
-    words = [word for name, value in sets.items() if name != field for word in ("--set", f"{name}={value}")]
+    words = set_words({name: value for name, value in sets.items() if name != field})
     for more in ([], ["--dry-run"]):
         done = run_cli("sweep", str(tmp_path / "s.yaml"), "--results", str(tmp_path / "r"), *real, *words, *more)
-        assert_one_line(done, 2, "40 images", f"{field} asks for {num:,}")
+        assert_one_error(done, 2, "40 images", f"{field} asks for {num:,}")
     assert not (tmp_path / "r" / "trials").exists()
 
 
 def test_as_many_real_images_as_there_are_is_enough(run_cli, tiny_teacher, tmp_path):
     write_idx_set(tmp_path / "data")
-    sets = [f for f in TINY_SETS if not f.startswith(("synthesis.", "distillation.num_images"))]
-    words = [word for f in [*sets, "distillation.num_images=40", "synthesis.batch_size=16"] for word in ("--set", f)]
+    sets = {name: value for name, value in TINY_SETS.items() if not name.startswith("synthesis.")}
+    words = set_words(sets | {"distillation.num_images": 40, "synthesis.batch_size": 16})
     real = ["--method", "real", "--real-data", "mnist", "--data-root", str(tmp_path / "data"), "--test-data", "none"]
     done = run_cli("recover", str(tiny_teacher), "--out", str(tmp_path / "o"), *real, *words)
     assert done.code == 0, done.err
 
 
 def test_tiny_options_are_set_once():
-    assert len({word.partition("=")[0] for word in TINY[1::2]}) == len(TINY_SETS)
+    assert len({word.partition("=")[0] for word in TINY_WORDS[1::2]}) == len(TINY_SETS)

@@ -3,12 +3,12 @@ import itertools
 
 import pytest
 import torch
-from conftest import tiny_network
 from torch import nn
 
 from dfkd_ray.compression import pruning
 from dfkd_ray.compression.pruning import CRITERIA
 from dfkd_ray.config import PruningConfig
+from helpers import tiny_network
 
 
 def total(network):
@@ -51,7 +51,7 @@ def test_spared_layers_stay_dense_and_the_others_make_up_for_them(criterion, kin
 
 @pytest.mark.parametrize(("spared", "other"), [("spare_first", "fc.weight"), ("spare_last", "conv1.weight")])
 def test_one_layer_can_be_spared_alone(spared, other):
-    masks = pruning.masks(fill(tiny_network(), "random"), PruningConfig(sparsity=0.9, **{spared: True}))
+    masks = pruning.masks(fill(tiny_network(), "random"), PruningConfig.model_validate({"sparsity": 0.9, spared: True}))
     dense = {name for name, mask in masks.items() if mask.all()}
     assert dense == ({"conv1.weight", "fc.weight"} - {other})
 
@@ -130,7 +130,7 @@ def layer_sizes(network, criterion, sparsity):
 
 def test_lamp_empties_no_layer():
     network = fill(tiny_network(), "random")
-    network.conv1.weight.data *= 1e-6
+    network.get_parameter("conv1.weight").data *= 1e-6
     sparsity = 1 - 10 / total(network)  # ten weights stay in eight layers
     assert len(pruning.prunable(network)) == 8
     assert min(layer_sizes(network, "global_magnitude", 0.5)) == 0
@@ -189,9 +189,9 @@ def test_every_kind_of_convolution_and_linear_layer_is_pruned(layer):
 
 def test_non_zero_parameters_include_biases_and_batchnorm():
     network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))  # 6 + 3 weights and biases, 3 ones, 3 zeros
-    nn.init.ones_(network[0].bias)
-    nn.init.ones_(network[0].weight)
-    network[0].weight.data[0, 0] = 0
+    nn.init.ones_(network.get_parameter("0.bias"))
+    nn.init.ones_(network.get_parameter("0.weight"))
+    network.get_parameter("0.weight").data[0, 0] = 0
     assert pruning.num_nonzero(network) == 5 + 3 + 3
     assert pruning.achieved_sparsity(network) == 1 / 6
 

@@ -1,4 +1,5 @@
 import math
+from typing import Any, cast
 
 import pytest
 import torch
@@ -101,8 +102,9 @@ def test_the_adjoint_moves_an_operator_across_an_inner_product(name, dtype, tole
 
 @pytest.mark.parametrize("shapes", [((4, 7, 5), (4, 3, 2)), ((4, 7, 5), (24,)), ((24,), (4, 3, 2)), ((4, 2, 2), (16,))])
 def test_the_adjoint_of_resampling_moves_it_across_an_inner_product(shapes):
-    resample = operators.resampler(*shapes, torch.float64)
-    x, y = normal(4, *shapes[0]), normal(4, *shapes[1], seed=1)
+    before, after = shapes
+    resample = operators.resampler(before, after, torch.float64)
+    x, y = normal(4, *before), normal(4, *after, seed=1)
     torch.testing.assert_close((resample.forward(x) * y).sum(), (x * resample.adjoint(y)).sum())
 
 
@@ -259,7 +261,8 @@ def test_a_large_graph_basis_equals_scipys_lanczos(monkeypatch):
     krylov(monkeypatch)
     chain, shapes = [linear(200, 150), linear(150, 100, 1), linear(100, 60, 2)], [(200,), (150,), (100,), (60,)]
     matrix = adjacency(chain, shapes).numpy()
-    product = LinearOperator(matrix.shape, matvec=lambda x: matrix @ x, dtype=matrix.dtype)
+    # The class makes an instance of one of its own in `__new__`, with other arguments than its `__init__`'s.
+    product = cast(Any, LinearOperator)(matrix.shape, matvec=lambda x: matrix @ x, dtype=matrix.dtype)
     expected_values, expected = eigsh(product, k=24, which="LM", v0=normal(510).numpy())
     basis, values = spectral.graph_basis(chain, shapes, 20, seed=0)
     strongest = torch.from_numpy(expected_values).abs().sort(descending=True).values[:20]

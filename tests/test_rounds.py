@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import LIMIT_S
 
+from commands import LIMIT_S
 from dfkd_ray import cache, results
 from dfkd_ray.batches import RoundState, summed
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -14,25 +15,20 @@ import yaml
 from dfkd_ray import bundles, results, storage, sweep, trial
 from dfkd_ray.distillation import State
 from dfkd_ray.sweep import estimate, search, tuning
+from helpers import TINY_NOISE, TINY_TRIAL, costs_of, tiny_trial
 
-TINY_BASE = {
-    "bn_num_images": 8,
-    "device": "cpu",
-    "synthesis": {"num_steps": 1, "batch_size": 8, "num_threads": 1},
-    "distillation": {"num_images": 8, "num_steps": 6, "eval_every": 1, "batch_size": 8, "num_threads": 1},
-    "reference": {"num_images": 8, "synthesis": {"batch_size": 8, "num_steps": 1, "num_threads": 1}},
-}
+LOOKS = {"distillation.num_steps": 6, "distillation.eval_every": 1}
 SPACE = {
     "pruning.sparsity": {"uniform": [0.5, 0.9]},
     "distillation.temperature": {"quniform": [1, 8, 0.5]},
-    "synthesis": [{"method": "noise", "batch_size": 8}, {"num_steps": 1, "batch_size": 8, "num_threads": 1}],
+    "synthesis": [TINY_NOISE, TINY_TRIAL["synthesis"]],
 }
 SHARES = [i / 997 for i in range(997)]
 
 
 def settings_of(teacher, *, algorithm="random", space=SPACE, num_trials=4, **parts) -> sweep.SweepConfig:
     searched = {"space": space, "algorithm": algorithm, "num_trials": num_trials}
-    return sweep.parse({"base": {**TINY_BASE, "teacher": str(teacher)}, "search": searched, **parts})
+    return sweep.parse({"base": tiny_trial(teacher, **LOOKS), "search": searched, **parts})
 
 
 # ---- domains -------------------------------------------------------------------------------------------------------
@@ -240,8 +236,7 @@ def test_a_trial_reports_each_look_and_its_numbers_do_not_depend_on_being_asked(
 
 def asha_of(num_steps=6, **options):
     stop = search.StopConfig(asha=search.AshaConfig(**options))
-    data = {**TINY_BASE, "teacher": "t"}
-    data["distillation"] = {**TINY_BASE["distillation"], "num_steps": num_steps}
+    data = tiny_trial(**LOOKS | {"distillation.num_steps": num_steps})
     return tuning.scheduler(stop, sweep.expand(sweep.parse({"base": data, "grid": {"pruning.sparsity": [0.5]}}), {}))
 
 
@@ -321,7 +316,7 @@ def test_a_resumed_search_knows_the_rows_and_tries_no_point_again(tiny_teacher, 
         tiny_teacher,
         algorithm="optuna",
         num_trials=8,
-        base={**TINY_BASE, "teacher": str(tiny_teacher), "bn_num_images": 16},
+        base=tiny_trial(tiny_teacher, **LOOKS, bn_num_images=16),
     )
     other = sweep.prepare(changed, bundles.load)
     assert other.search is not None and other.search.begin(rows) == 8, "rows of another base are of no use"
@@ -399,7 +394,8 @@ def test_a_stopped_trial_leaves_its_numbers_so_far_and_no_student(ran):
     folder, _, _ = ran
     rows = [row for name in ("search", "optuna") for row in sweep.rows_in(storage.folder(folder / name))]
     looks = pd.concat(results.read(folder / name, "epochs") for name in ("search", "optuna"))
-    last = looks.groupby("trial_id")["agreement"].max()
+    by_trial: Any = looks.groupby("trial_id")["agreement"].max()
+    last = by_trial.to_dict()
     assert any(row["status"] == "finished" for row in rows)
     for row in rows:
         students = [folder / name / "students" / row["trial_id"] for name in ("search", "optuna")]
@@ -414,7 +410,7 @@ def test_a_stopped_trial_leaves_its_numbers_so_far_and_no_student(ran):
 
 
 def grid_jobs(tiny_teacher, **parts):
-    settings = sweep.parse({"base": {**TINY_BASE, "teacher": str(tiny_teacher)}, **parts})
+    settings = sweep.parse({"base": tiny_trial(tiny_teacher, **LOOKS), **parts})
     return sweep.prepare(settings, bundles.load).jobs
 
 
@@ -423,7 +419,7 @@ def test_the_keys_and_batches_of_an_estimate_are_those_of_a_real_run(tiny_teache
         tiny_teacher,
         grid={
             "bn_num_images": [8, 24],
-            "synthesis": [{"method": "noise", "batch_size": 8}, {"num_steps": 1, "batch_size": 8, "num_threads": 1}],
+            "synthesis": [TINY_NOISE, TINY_TRIAL["synthesis"]],
             "pruning.sparsity": [0.5],
         },
     )
@@ -435,13 +431,6 @@ def test_the_keys_and_batches_of_an_estimate_are_those_of_a_real_run(tiny_teache
         real |= {key: max(num, real.get(key, 0)) for key, num in own.items()}
     planned = {made.key: made.num_batches for made in estimate.syntheses(jobs)}
     assert planned == real and len(planned) == 3
-
-
-def costs_of(jobs) -> dict:
-    units = {estimate.trial_unit(job): estimate.Cost(0.0, 2.0, 0.1) for job in jobs}
-    for made in estimate.syntheses(jobs):
-        units[estimate.synthesis_unit(made.teacher, made.config)] = estimate.Cost(1.0, 3.0)
-    return units
 
 
 def test_an_estimate_adds_up(tiny_teacher):
@@ -498,7 +487,7 @@ def test_a_dry_run_says_what_will_be_run_and_starts_nothing(tiny_teacher, tmp_pa
     space = {"space": SPACE, "algorithm": "optuna", "num_trials": 4}
     for parts in ({"grid": grid}, {"search": space}):
         file = tmp_path / "s.yaml"
-        file.write_text(yaml.safe_dump({"base": {**TINY_BASE, "teacher": str(tiny_teacher)}, **parts}))
+        file.write_text(yaml.safe_dump({"base": tiny_trial(tiny_teacher, **LOOKS), **parts}))
         done = run_cli("sweep", str(file), "--dry-run", "--results", str(tmp_path / "out"), "--test-data", "none")
         assert done.code == 0, done.err
         assert "4 trials, 0 already finished" in done.out and "3 distinct syntheses, 3 batches" in done.out

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import SCRIPT, assert_one_line, done, environment, sweep_file
 from ray.exceptions import ActorDiedError
 
+from commands import SCRIPT, assert_one_line, done, environment, sweep_file
 from dfkd_ray import fleet, scratch
 from dfkd_ray.cli.live import descendants
 from dfkd_ray.fleet import session, watching

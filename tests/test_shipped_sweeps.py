@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,9 +41,16 @@ def option(words: list[str], name: str, default: str) -> str:
     return words[words.index(name) + 1] if name in words else default
 
 
+def command_of(name: str) -> str:
+    """The command that a sweep file gives."""
+    about = settings_of(name).about
+    assert about is not None
+    return about.command
+
+
 def teachers_folder(name: str) -> str:
     """Where the command of a sweep file looks for teachers first; relative to the working folder."""
-    return option(shlex.split(settings_of(name).about.command), "--teachers", "")
+    return option(shlex.split(command_of(name)), "--teachers", "")
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +86,8 @@ def recorded_on_noise(bundle: str) -> None:
 
 @by_name
 def test_a_file_is_valid_and_its_command_names_it(name):
-    settings = settings_of(name)
-    assert f"sweeps/{name}.yaml" in settings.about.command
-    assert sweep.expand(settings, {})
+    assert f"sweeps/{name}.yaml" in command_of(name)
+    assert sweep.expand(settings_of(name), {})
 
 
 @by_name
@@ -90,7 +97,8 @@ def test_the_head_of_a_file_trains_every_teacher_that_is_not_bundled(name):
     commands = teacher_commands(name, "train")
     made = {str(Path(option(words, "--out", "")).relative_to(teachers_folder(name))) for words in commands}
     assert made == missing
-    group = typer.main.get_command(cli.app).commands["teacher"].commands
+    app: Any = typer.main.get_command(cli.app)  # a group of commands
+    group = app.commands["teacher"].commands
     for words in [*commands, *teacher_commands(name, "record")]:
         group[words[1]].make_context(words[1], words[2:])  # an unknown option, or a value of the wrong type, raises
 
@@ -129,8 +137,8 @@ def test_the_command_runs_quickstarts_tiny_size_with_all_that_it_keeps_in_a_buck
 def check_results(place: Folder, num_trials: int) -> None:
     """Every trial has its finished row, a student of the size and sparsity that the row says, and its events."""
     rows = results.read(place, "trials")
-    assert len(rows) == num_trials and (rows["status"] == "finished").all(), rows["reason"].dropna().tolist()
-    for _, row in rows.iterrows():
+    assert len(rows) == num_trials and set(rows["status"]) == {"finished"}, rows["reason"].dropna().tolist()
+    for row in rows.to_dict("records"):
         student = place / "students" / row["trial_id"]
         assert len(student.read("weights.safetensors") or b"") == row["stored_bytes"]
         assert (row["achieved_sparsity"] < 1e-3) == (row["pruning.sparsity"] == 0)
@@ -166,8 +174,12 @@ def test_compress_trains_new_students_and_prunes_nothing():
 
 @pytest.mark.parametrize("name", ["grid", "quickstart"])
 def test_the_grids_cross_architecture_sparsity_bn_weight_and_temperature(name):
-    trials = [t for t in sweep.expand(settings_of(name), {}) if isinstance(t.synthesis, config.DeepInversionConfig)]
-    points = [(t.teacher, t.pruning.sparsity, t.synthesis.bn_weight, t.distillation.temperature) for t in trials]
+    trials = [(t, t.synthesis) for t in sweep.expand(settings_of(name), {})]
+    points = [
+        (t.teacher, t.pruning.sparsity, synthesis.bn_weight, t.distillation.temperature)
+        for t, synthesis in trials
+        if isinstance(synthesis, config.DeepInversionConfig)
+    ]
     axes = [set(axis) for axis in zip(*points, strict=True)]
     size = 1
     for axis in axes:

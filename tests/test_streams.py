@@ -8,21 +8,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-import yaml
-from test_cli_results import trial_row
 
 from dfkd_ray import results
+from dfkd_ray.config import with_overrides
+from helpers import TINY_TRIAL, tiny_sweep, write_yaml
+from table_rows import trial_row
 
 LIMIT_S = 900.0  # for hangs
-TRIAL = {
-    "bn_num_images": 8,
-    "device": "cpu",
-    "synthesis": {"num_steps": 1, "batch_size": 8, "num_threads": 1},
-    "distillation": {"num_images": 8, "num_steps": 2, "batch_size": 8, "eval_every": 2, "num_threads": 1},
-    "reference": {"num_images": 8, "synthesis": {"batch_size": 8, "num_steps": 1, "num_threads": 1}},
-}
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -238,12 +233,13 @@ def test_a_thread_that_ends_in_an_error_leaves_a_line(place, state):
 # ---- signals -------------------------------------------------------------------------------------------------------
 
 
-def started(words: list[str], folder: Path, log: Path, **options) -> subprocess.Popen[bytes]:
+def started(words: list[str], folder: Path, log: Path, **options: Any) -> subprocess.Popen[bytes]:
     """Our command in a session of its own, its output in a file."""
     with log.open("wb") as out:
         command = [sys.executable, "-m", "dfkd_ray", *words]
-        where = {"cwd": folder, "env": environment(), "start_new_session": True}
-        return subprocess.Popen(command, **{"stdout": out, "stderr": out, **where, **options})
+        where: dict[str, Any] = {"stdout": out, "stderr": out, "cwd": folder, "env": environment()}
+        process: subprocess.Popen[Any] = subprocess.Popen(command, start_new_session=True, **{**where, **options})
+        return process
 
 
 def wait_for(process: subprocess.Popen[bytes], is_there) -> None:
@@ -256,8 +252,8 @@ def wait_for(process: subprocess.Popen[bytes], is_there) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=["SIGINT", "SIGHUP"])
 def test_an_interrupted_recovery_is_one_line_and_130(tiny_teacher, tmp_path, number):
-    long = {**TRIAL, "distillation": {**TRIAL["distillation"], "num_steps": 10**6, "eval_every": 10, "num_images": 8}}
-    (tmp_path / "long.yaml").write_text(yaml.safe_dump(long))
+    long = with_overrides(TINY_TRIAL, {"distillation.num_steps": 10**6, "distillation.eval_every": 10})
+    write_yaml(tmp_path / "long.yaml", long)
     log, cache = tmp_path / "log", str(tmp_path / "cache")
     words = ["recover", str(tiny_teacher), "--config", "long.yaml", "--sparsity", "0.5", "--out", "out"]
     process = started([*words, "--test-data", "none", "--cache", cache], tmp_path, log)
@@ -283,11 +279,8 @@ def test_a_hangup_that_is_ignored_stays_so(place):
 
 def sweep_of(teacher: Path, folder: Path, sparsities: list[float], num_steps: int = 2) -> list[str]:
     """The words that sweep over these sparsities."""
-    settings = {**TRIAL, "distillation": {**TRIAL["distillation"], "num_steps": num_steps}}
-    about = {"source": "a test", "command": "none", "cost": "seconds", "expected": "rows"}
-    base = {**settings, "teacher": str(teacher)}
-    content = {"about": about, "base": base, "grid": {"pruning.sparsity": sparsities}}
-    (folder / "s.yaml").write_text(yaml.safe_dump(content))
+    fields = {"distillation.num_steps": num_steps, "distillation.eval_every": 2}
+    write_yaml(folder / "s.yaml", tiny_sweep(teacher, {"pruning.sparsity": sparsities}, **fields))
     words = ["sweep", "s.yaml", "--results", str(folder / "out"), "--cache", str(folder / "cache")]
     return [*words, "--synthesizers", "1", "--test-data", "none"]
 

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from dfkd_ray import bundles, sweep
+from helpers import ABOUT
 
 SWEEPS = sorted((Path(__file__).parent.parent / "sweeps").glob("*.yaml"))
-ABOUT = {"source": "a test", "command": "none", "cost": "seconds", "expected": "rows"}
 
 
 def load(**parts) -> sweep.SweepConfig:
@@ -72,7 +72,7 @@ def test_overrides_reach_only_the_methods_that_have_the_field():
     settings = load(grid={"synthesis": [{"method": "noise"}, {"method": "deepinversion"}]})
     trials = sweep.expand(settings, {"synthesis.num_steps": 7, "synthesis.batch_size": 4})
     assert [t.synthesis.batch_size for t in trials] == [4, 4]
-    assert trials[1].synthesis.num_steps == 7
+    assert trials[1].synthesis.model_dump()["num_steps"] == 7
     with pytest.raises(ValueError, match="unknown field"):
         sweep.expand(settings, {"synthesis.num_stepz": 7})
 

@@ -12,33 +12,18 @@ from pathlib import Path
 import pytest
 import ray
 import torch
-import yaml
 
 from dfkd_ray import bundles, config, distillation, fleet, models, results, storage, sweep, trial
 from dfkd_ray.cli.live import descendants
 from dfkd_ray.sweep import ledger as ledgers
 from dfkd_ray.sweep import places, worker
+from helpers import ABOUT, TINY_TRIAL, jobs_of, tiny_sweep, write_yaml
 
-ABOUT = {"source": "a test", "command": "none", "cost": "seconds", "expected": "rows"}
-BASE = {
-    "bn_num_images": 8,
-    "device": "cpu",
-    "synthesis": {"num_steps": 1, "batch_size": 8, "num_threads": 1},
-    "distillation": {
-        "num_images": 8,
-        "num_steps": 12,
-        "batch_size": 8,
-        "eval_every": 2,
-        "checkpoint_every": 2,
-        "num_threads": 1,
-    },
-    "reference": {"num_images": 8, "synthesis": {"batch_size": 8, "num_steps": 1, "num_threads": 1}},
-}
+LOOKS = {"distillation.num_steps": 12, "distillation.eval_every": 2, "distillation.checkpoint_every": 2}
 
 
-def jobs_of(teacher: Path, **grid) -> list[sweep.Job]:
-    data = {"about": ABOUT, "base": {**BASE, "teacher": str(teacher)}, "grid": grid or {"pruning.sparsity": [0.5]}}
-    return sweep.plan(sweep.expand(config.validate(sweep.SweepConfig, data), {}), bundles.load)
+def jobs_with(teacher: Path, **grid) -> list[sweep.Job]:
+    return jobs_of(tiny_sweep(teacher, grid or {"pruning.sparsity": [0.5]}, **LOOKS))
 
 
 @pytest.fixture
@@ -95,7 +80,7 @@ def test_reasons_hold_nothing_that_differs_between_runs(error, reason):
 def test_an_out_of_memory_error_leaves_a_row_with_its_reason_and_a_checkpoint_to_go_on_from(
     tiny_teacher, tmp_path, monkeypatch, error
 ):
-    job = jobs_of(tiny_teacher)[0]
+    job = jobs_with(tiny_teacher)[0]
     calm = distillation.update
 
     def update(*arguments):
@@ -118,7 +103,7 @@ def test_an_out_of_memory_error_leaves_a_row_with_its_reason_and_a_checkpoint_to
 def test_a_resumed_trial_starts_at_its_checkpoint_takes_cached_images_and_ends_with_the_same_row(
     tiny_teacher, tmp_path
 ):
-    job = jobs_of(tiny_teacher)[0]
+    job = jobs_with(tiny_teacher)[0]
     wanted = run(job, tmp_path / "undisturbed", tmp_path / "other cache")
     seen: list[int] = []
 
@@ -156,7 +141,7 @@ def failing(real, num_failures: int, number: int = errno.ENOSPC, table: str | No
 def test_a_disk_that_is_full_for_a_moment_costs_no_trial(tiny_teacher, tmp_path, monkeypatch, no_pauses):
     monkeypatch.setattr(distillation, "write_checkpoint", failing(distillation.write_checkpoint, 2))
     monkeypatch.setattr(results, "write", failing(results.write, 3, table="trials"))
-    assert run(jobs_of(tiny_teacher)[0], tmp_path)["status"] == "finished"
+    assert run(jobs_with(tiny_teacher)[0], tmp_path)["status"] == "finished"
     assert len(results.read(tmp_path, "trials")) == 1
 
 
@@ -164,7 +149,7 @@ def test_a_disk_that_is_full_for_a_moment_costs_no_trial(tiny_teacher, tmp_path,
 def test_a_disk_that_stays_full_stops_the_trial_and_spares_the_finished_rows(
     tiny_teacher, tmp_path, monkeypatch, no_pauses, where
 ):
-    first, second = jobs_of(tiny_teacher, **{"pruning.sparsity": [0.5, 0.9]})
+    first, second = jobs_with(tiny_teacher, **{"pruning.sparsity": [0.5, 0.9]})
     run(first, tmp_path)
     before = (tmp_path / "trials" / f"{first.id}.parquet").read_bytes()
     monkeypatch.setattr(*where, failing(getattr(*where), 10**6))
@@ -182,7 +167,7 @@ def shared_with(folder: Path, teacher: bundles.Teacher, **more) -> worker.Shared
 def test_in_its_process_a_trial_tells_its_row_and_stages_or_why_not(tiny_teacher, tmp_path, monkeypatch, no_pauses):
     monkeypatch.setattr(ray, "get", lambda value: value)
     monkeypatch.setattr(worker, "OPENED", {})
-    job = jobs_of(tiny_teacher)[0]
+    job = jobs_with(tiny_teacher)[0]
     broken = bundles.to_arrays(job.teacher)
     broken["state"] = dict(list(broken["state"].items())[1:])
     told = worker.in_worker(job.id, job.config, job.teacher.hash, shared_with(tmp_path, job.teacher, arrays=broken))
@@ -214,7 +199,7 @@ def test_in_its_process_a_trial_tells_its_row_and_stages_or_why_not(tiny_teacher
 
 
 def test_the_ledger_counts_every_trial_once_and_writes_rows_for_those_that_cannot(tiny_teacher, tmp_path):
-    jobs = jobs_of(tiny_teacher, **{"pruning.sparsity": [0.5, 0.6, 0.7, 0.8]})
+    jobs = jobs_with(tiny_teacher, **{"pruning.sparsity": [0.5, 0.6, 0.7, 0.8]})
     heard: list[tuple] = []
     ledger = ledgers.Ledger(
         jobs,
@@ -240,7 +225,7 @@ def test_the_ledger_counts_every_trial_once_and_writes_rows_for_those_that_canno
 
 
 def test_the_ledger_keeps_the_first_trouble_of_the_disk(tiny_teacher, tmp_path, monkeypatch, no_pauses):
-    jobs = jobs_of(tiny_teacher, **{"pruning.sparsity": [0.5, 0.6]})
+    jobs = jobs_with(tiny_teacher, **{"pruning.sparsity": [0.5, 0.6]})
     ledger = ledgers.Ledger(jobs, storage.folder(tmp_path), None, sweep.Seconds())
     monkeypatch.setattr(results, "write", failing(results.write, 10**6, table="trials"))
     ledger.died(jobs[0])
@@ -249,7 +234,7 @@ def test_the_ledger_keeps_the_first_trouble_of_the_disk(tiny_teacher, tmp_path, 
 
 
 def test_rows_measured_on_other_test_data_are_not_mixed(tiny_teacher, tmp_path):
-    first, second = jobs_of(tiny_teacher, **{"pruning.sparsity": [0.5, 0.9]})
+    first, second = jobs_with(tiny_teacher, **{"pruning.sparsity": [0.5, 0.9]})
     run(first, tmp_path)
     with pytest.raises(ValueError, match="measured on no test images, the others would be on 3"):
         batch = trial.Batch(0, torch.zeros(3, 1, 16, 16, dtype=torch.uint8).numpy(), torch.zeros(3).long().numpy(), "k")
@@ -389,9 +374,7 @@ def test_disk_errors_are_told_from_a_trials_own(monkeypatch):
 
 @pytest.fixture
 def sweep_file(tiny_teacher, tmp_path) -> Path:
-    data = {"about": ABOUT, "base": {**BASE, "teacher": str(tiny_teacher)}, "grid": {"pruning.sparsity": [0.5, 0.9]}}
-    (tmp_path / "s.yaml").write_text(yaml.safe_dump(data))
-    return tmp_path / "s.yaml"
+    return write_yaml(tmp_path / "s.yaml", tiny_sweep(tiny_teacher, {"pruning.sparsity": [0.5, 0.9]}, **LOOKS))
 
 
 @pytest.mark.parametrize(
@@ -457,8 +440,8 @@ def cluster(tmp_path_factory):
     patch.setenv("RAY_AUTH_MODE", "disabled")  # to an address that is named, Ray shows no token of its own accord
     patch.syspath_prepend(str(code))
     process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdin is not None
     try:
-        assert process.stdout is not None and process.stdin is not None
         address = next(line.split()[1] for line in process.stdout if line.startswith("at "))
         yield address
     finally:
@@ -486,7 +469,8 @@ def test_faults_interrupt_and_resume_on_a_running_cluster(cluster, tiny_teacher,
         bundles.save(tmp_path / fault, info, network.state_dict())
         teachers.append(str(tmp_path / fault))
     grid = [{"teacher": teachers}, {"teacher": teachers[:1], "synthesis.bn_weight": [1e38]}]
-    (tmp_path / "faults.yaml").write_text(yaml.safe_dump({"about": ABOUT, "base": BASE, "grid": grid}))
+    base = config.with_overrides(TINY_TRIAL, LOOKS)
+    write_yaml(tmp_path / "faults.yaml", {"about": ABOUT, "base": base, "grid": grid})
     words = [sys.executable, "-m", "dfkd_ray", "sweep", str(tmp_path / "faults.yaml"), "--test-data", "none"]
     words += ["--results", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--trust-code", "faulty"]
     words += ["--address", cluster, "--synthesizers", "1"]
@@ -506,7 +490,7 @@ def test_faults_interrupt_and_resume_on_a_running_cluster(cluster, tiny_teacher,
     assert second.stderr == "" and "(raylet)" not in second.stdout, "no storm of logs"
     rows = results.read(tmp_path / "out", "trials")
     reasons = {Path(row["teacher"]).name: row["reason"] for row in rows.to_dict("records") if row["status"] == "failed"}
-    assert len(rows) == 5 and (rows["status"] == "finished").sum() == 1
+    assert len(rows) == 5 and rows["status"].tolist().count("finished") == 1
     assert reasons["die"] == "the trial's process died 3 times (killed, or out of memory)"
     assert reasons["memory"] == "RuntimeError: can't allocate memory: pid … at 0x…"
     assert reasons["gone"].startswith("ValueError: architecture ")

@@ -4,18 +4,18 @@ import json
 import os
 from pathlib import Path
 
-import commands
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from folders import hashes
 from PIL import Image
-from test_cli import TINY, TINY_SETS
 
+import commands
 from dfkd_ray import bundles, cache, distillation, results, storage, targets, trial
 from dfkd_ray.sweep import places
+from folders import hashes
+from helpers import TINY_WORDS
 
 FOREIGN = {
     "thesis.tex": b"ten years",
@@ -67,19 +67,19 @@ def materials(tiny_teacher: Path, tmp_path: Path) -> dict[str, str]:
 
 def command_lines(materials: dict[str, str], out: str) -> dict[str, list[str]]:
     """Every command that writes, writing to `out`."""
-    teacher, sets = materials["teacher"], [f for name in TINY_SETS for f in ("--set", name)]
+    teacher = materials["teacher"]
     network = ["--architecture", "resnet8", "--arguments", '{"width_multiplier": 0.5}', "--num-classes", "10"]
     shape = ["--image-shape", "1x16x16", "--mean", "0.5", "--std", "0.25"]
     return {
         "init": ["teacher", "init", "resnet8", "--image-shape", "1x16x16", "--out", out],
         "import": ["teacher", "import", materials["w.pt"], *network, *shape, "--out", out],
         "train": ["teacher", "train", "resnet8", "--dataset", materials["set"], "--epochs", "1", "--out", out],
-        "recover": ["recover", teacher, *TINY, "--test-data", "none", "--out", out],
-        "recover_cache": ["recover", teacher, *TINY, "--out", out + "-new", "--cache", out],
+        "recover": ["recover", teacher, *TINY_WORDS, "--test-data", "none", "--out", out],
+        "recover_cache": ["recover", teacher, *TINY_WORDS, "--out", out + "-new", "--cache", out],
         "synthesize": ["synthesize", teacher, "--num-images", "8", "--out", out],
         "synthesize_cache": ["synthesize", teacher, "--num-images", "8", "--out", out + "-new", "--cache", out],
-        "sweep": ["sweep", materials["s.yaml"], *sets, "--results", out],
-        "sweep_cache": ["sweep", materials["s.yaml"], *sets, "--results", out + "-new", "--cache", out],
+        "sweep": ["sweep", materials["s.yaml"], *TINY_WORDS, "--results", out],
+        "sweep_cache": ["sweep", materials["s.yaml"], *TINY_WORDS, "--results", out + "-new", "--cache", out],
         "report": ["report", materials["place"], "--out", f"{out}/report.html"],
         "csv": ["results", materials["place"], "--out", f"{out}/data/a.csv"],
         "json": ["results", materials["place"], "--out", f"{out}/row.json"],
@@ -131,7 +131,7 @@ def test_a_bundle_is_replaced_by_its_files_and_keeps_what_else_lies_there(tmp_pa
 
 
 def test_a_recovery_is_replaced_file_by_file_and_keeps_what_else_lies_there(tiny_teacher, tmp_path, run_cli):
-    words = ["recover", str(tiny_teacher), *TINY, "--test-data", "none", "--out", str(tmp_path / "r")]
+    words = ["recover", str(tiny_teacher), *TINY_WORDS, "--test-data", "none", "--out", str(tmp_path / "r")]
     assert run_cli(*words).code == 0
     assert {path.name for path in (tmp_path / "r").iterdir()} == {"row.json", "images.png", "student"}
     mine = {"notes.txt": "a", "student/README.md": "b", "checkpoints/keep.pt": "c", "checkpoints/t-1/keep.pt": "d"}
@@ -144,7 +144,7 @@ def test_a_recovery_is_replaced_file_by_file_and_keeps_what_else_lies_there(tiny
 
 
 def test_a_refused_recovery_leaves_no_folder_behind(tiny_teacher, tmp_path, run_cli):
-    words = ["recover", str(tiny_teacher), *TINY, "--out", str(tmp_path / "r")]
+    words = ["recover", str(tiny_teacher), *TINY_WORDS, "--out", str(tmp_path / "r")]
     assert run_cli(*words, "--set", "synthesis.precision=tf32").code == 2
     assert not (tmp_path / "r").exists()
 
@@ -211,7 +211,7 @@ def test_a_row_from_outside_removes_no_folder(tiny_teacher, tmp_path):
     pq.write_table(table, place / "trials" / "t-222222222222.parquet")
     sweep = {"base": {"teacher": str(tiny_teacher)}, "grid": {"pruning.sparsity": [0.5]}}
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(sweep))
-    words = ["sweep", str(tmp_path / "s.yaml"), *TINY, "--results", str(place), "--test-data", "none"]
+    words = ["sweep", str(tmp_path / "s.yaml"), *TINY_WORDS, "--results", str(place), "--test-data", "none"]
     ended = commands.done([*commands.SCRIPT, *words], tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert (victim / "thesis.tex").read_text() == "ten years"
@@ -250,7 +250,7 @@ def test_pruning_a_cache_keeps_what_is_not_of_it(tmp_path):
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/etc", "a\0b"])
 def test_a_folder_has_no_inner_folder_of_a_name_that_leads_elsewhere(name, tmp_path):
     with pytest.raises(ValueError, match="no name of a file or folder"):
-        storage.folder(tmp_path) / name
+        _ = storage.folder(tmp_path) / name
 
 
 @pytest.mark.parametrize("text", ['{"schema": "dfkd_ray.result/1"}', "{}", "[]", "x", '{"schema": 1}', "[" * 100_000])
@@ -265,7 +265,7 @@ def test_a_second_sweep_that_is_refused_changes_nothing_of_the_first(tiny_teache
     place.write("sweep.yaml", b"# of the first\n")
     before = hashes(place.path)
     with places.reserved(place):
-        done = run_cli("sweep", materials["s.yaml"], *TINY, "--results", str(place), "--test-data", "none")
+        done = run_cli("sweep", materials["s.yaml"], *TINY_WORDS, "--results", str(place), "--test-data", "none")
     assert done.code == 3 and "another sweep is running" in done.err and len(done.err.splitlines()) == 1, done.err
     after = hashes(place.path)
     after.pop(".lock", None)
@@ -273,6 +273,6 @@ def test_a_second_sweep_that_is_refused_changes_nothing_of_the_first(tiny_teache
 
 
 def test_a_sweep_writes_down_what_ran_in_its_place(materials, tmp_path):
-    words = ["sweep", materials["s.yaml"], *TINY, "--results", str(tmp_path / "r"), "--test-data", "none"]
+    words = ["sweep", materials["s.yaml"], *TINY_WORDS, "--results", str(tmp_path / "r"), "--test-data", "none"]
     assert commands.done([*commands.SCRIPT, *words], tmp_path).returncode == 0
     assert yaml.safe_load((tmp_path / "r" / "sweep.yaml").read_text())["grid"] == {"pruning.sparsity": [0.5]}

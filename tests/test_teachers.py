@@ -6,19 +6,8 @@ import pytest
 import torch
 
 from dfkd_ray import teachers
-from dfkd_ray.config import TeacherTrainingConfig
 from dfkd_ray.data import LabelledImages
-
-CONFIG = TeacherTrainingConfig(
-    architecture="resnet8",
-    arguments={"width_multiplier": 0.25},
-    dataset="made",
-    num_epochs=3,
-    batch_size=16,
-    num_validation=8,
-    num_threads=1,
-    device="cpu",
-)
+from helpers import TEACHER_TRAINING
 
 
 @pytest.fixture
@@ -30,7 +19,7 @@ def data() -> LabelledImages:
 
 
 def test_training_learns_an_easy_problem(data):
-    info, network = teachers.train(CONFIG.model_copy(update={"num_epochs": 8}), data)
+    info, network = teachers.train(TEACHER_TRAINING.model_copy(update={"num_epochs": 8}), data)
     with torch.no_grad():
         pixels = data.read(range(72)).float() / 255
         mean, std = info.space.per_channel()
@@ -39,7 +28,7 @@ def test_training_learns_an_easy_problem(data):
 
 
 def test_a_resumed_training_gives_the_same_weights(data, tmp_path):
-    _, undisturbed = teachers.train(CONFIG, data)
+    _, undisturbed = teachers.train(TEACHER_TRAINING, data)
 
     class Killed(Exception):
         pass
@@ -52,15 +41,15 @@ def test_a_resumed_training_gives_the_same_weights(data, tmp_path):
     write = teachers.write_checkpoint
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(teachers, "write_checkpoint", kill_in_the_last_epoch)
-        teachers.train(CONFIG, data, checkpoint=tmp_path / "ckpt")
-    _, resumed = teachers.train(CONFIG, data, checkpoint=tmp_path / "ckpt")
+        teachers.train(TEACHER_TRAINING, data, checkpoint=tmp_path / "ckpt")
+    _, resumed = teachers.train(TEACHER_TRAINING, data, checkpoint=tmp_path / "ckpt")
     other = resumed.state_dict()
     assert all(torch.equal(tensor, other[name]) for name, tensor in undisturbed.state_dict().items())
 
 
 def test_a_checkpoint_of_another_config_is_not_continued(data, tmp_path):
-    teachers.train(CONFIG, data, checkpoint=tmp_path / "ckpt")
-    other = CONFIG.model_copy(update={"seed": 1})
+    teachers.train(TEACHER_TRAINING, data, checkpoint=tmp_path / "ckpt")
+    other = TEACHER_TRAINING.model_copy(update={"seed": 1})
     _, fresh = teachers.train(other, data)
     _, beside = teachers.train(other, data, checkpoint=tmp_path / "ckpt")
     state = beside.state_dict()
@@ -77,7 +66,7 @@ def test_held_out_images_are_never_trained_on(data):
         return data.read(rows)
 
     watched = LabelledImages(data.name, read, data.labels, data.class_names, data.image_shape)
-    teachers.train(CONFIG, watched)
+    teachers.train(TEACHER_TRAINING, watched)
     assert seen == set(train_rows.tolist())
 
 

@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -20,19 +21,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
 from dfkd_ray import bundles, storage, sweep, tensorboard, trial
-from dfkd_ray.config import TrialConfig, columns_of, validate, with_overrides
+from dfkd_ray.config import TrialConfig, columns_of, validate
+from helpers import tiny_trial
 
-TINY = {
-    "bn_num_images": 8,
-    "device": "cpu",
-    "synthesis": {"num_steps": 1, "batch_size": 8, "num_threads": 1},
-    "distillation": {"num_images": 8, "num_steps": 5, "batch_size": 8, "eval_every": 1, "num_threads": 1},
-    "reference": {"num_images": 8, "synthesis": {"batch_size": 8, "num_steps": 1, "num_threads": 1}},
-}
+# What protobuf makes at import has no types.
+API: Any = api_pb2
+PLUGIN_DATA: Any = plugin_data_pb2
+LOOKS = {"distillation.num_steps": 5, "distillation.eval_every": 1}
 
 
-def config_of(teacher: str | Path = "t", **overrides) -> TrialConfig:
-    return validate(TrialConfig, with_overrides(TINY, {"teacher": str(teacher), **overrides}))
+def config_of(teacher: str | Path = "t", /, **overrides) -> TrialConfig:
+    return validate(TrialConfig, tiny_trial(teacher, **LOOKS | overrides))
 
 
 def looks(num: int) -> list[dict]:
@@ -53,9 +52,9 @@ def scalars(run: EventAccumulator, tag: str) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in run.Scalars(tag)]
 
 
-def hparams_of(run: EventAccumulator, tag: str) -> plugin_data_pb2.HParamsPluginData:
+def hparams_of(run: EventAccumulator, tag: str):
     content = run.SummaryMetadata(f"_hparams_/{tag}").plugin_data.content
-    return plugin_data_pb2.HParamsPluginData.FromString(content)
+    return PLUGIN_DATA.HParamsPluginData.FromString(content)
 
 
 def a_row(**changes) -> dict:
@@ -147,7 +146,7 @@ def test_a_failed_trial_says_why_and_that_it_failed(tmp_path):
     run = read(tmp_path / "tensorboard" / "t-1")
     [reason] = run.Tensors("reason")
     assert reason.tensor_proto.string_val[0].decode() == "FloatingPointError: no number"
-    assert hparams_of(run, "session_end_info").session_end_info.status == api_pb2.STATUS_FAILURE
+    assert hparams_of(run, "session_end_info").session_end_info.status == API.STATUS_FAILURE
     assert not run.Tags()["scalars"]
 
 
@@ -181,7 +180,7 @@ def test_the_hparams_view_has_the_fields_that_vary_and_two_metrics(tmp_path):
         "synthesis.seed",
         "synthesis.method",
     }
-    assert shown["pruning.sparsity"].type == api_pb2.DATA_TYPE_FLOAT64
+    assert shown["pruning.sparsity"].type == API.DATA_TYPE_FLOAT64
     assert [value.number_value for value in shown["pruning.sparsity"].domain_discrete.values] == [0.75, 0.9]
     assert [info.name.tag for info in experiment.metric_infos] == ["trial/agreement", "trial/recovered_accuracy"]
 
@@ -235,7 +234,7 @@ def test_a_trial_is_one_file_however_often_it_looked_failed_and_was_resumed(tmp_
     assert [path.name for path in (tmp_path / "tensorboard" / "t-1").iterdir()] == ["events.out.tfevents.trial"]
     run = read(tmp_path / "tensorboard" / "t-1")
     assert scalars(run, "reference/agreement") == [(look["step"], look["agreement"]) for look in all_looks]
-    assert hparams_of(run, "session_end_info").session_end_info.status == api_pb2.STATUS_SUCCESS
+    assert hparams_of(run, "session_end_info").session_end_info.status == API.STATUS_SUCCESS
     assert len(scalars(run, "trial/agreement")) == 1 and "reason" not in run.Tags()["tensors"]
 
 
@@ -349,8 +348,8 @@ def served(place: Path, *options: str):
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(place), "--host", "127.0.0.1", "--port", "0"]
     command += ["--reload_interval", "1", *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
     try:
-        assert process.stderr is not None
         address = None
         for line in process.stderr:
             if match := re.search(r"http://[^/ ]+:(\d+)", line):

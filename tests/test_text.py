@@ -7,13 +7,12 @@ import unicodedata
 import pandas as pd
 import pytest
 from rich.console import Console
-from test_cli_results import trial_row
-from test_report import trial
 
 from dfkd_ray import bundles, cache, report, results
 from dfkd_ray.cli import live, names, show
 from dfkd_ray.report import figures
 from dfkd_ray.storage import folder
+from table_rows import full_row, trial_row
 
 HOSTILE = [
     "[/b]",
@@ -120,7 +119,7 @@ def test_the_cache_listing_shows_teachers_as_text(capsys, name):
 def test_a_report_shows_names_as_text(tmp_path, monkeypatch, name):
     monkeypatch.setattr(figures, "as_png", lambda figure: b"")
     place = tmp_path / name.replace("/", "")
-    rows = [trial(0, teacher_architecture=name), trial(1, status="failed", reason=name)]
+    rows = [full_row(0, teacher_architecture=name), full_row(1, status="failed", reason=name)]
     results.write(place, "trials", rows, "part")
     page, _ = report.build(folder(place))
     assert not [sign for sign in acts(page) if sign not in "\t"]

@@ -11,15 +11,11 @@ from torch import nn
 from dfkd_ray import bundles, results, trial
 from dfkd_ray.batches import Batch
 from dfkd_ray.compression import pruning
-from dfkd_ray.config import TrialConfig, validate, with_overrides
+from dfkd_ray.config import TrialConfig, validate
+from helpers import tiny_trial
 
-TINY = {
-    "bn_num_images": 8,
-    "device": "cpu",
-    "synthesis": {"num_steps": 2, "batch_size": 8, "num_threads": 1},
-    "distillation": {"num_images": 16, "num_steps": 3, "batch_size": 8, "eval_every": 2, "num_threads": 1},
-    "reference": {"num_images": 8, "synthesis": {"batch_size": 8, "num_steps": 1, "num_threads": 1}},
-}
+FIELDS = {"synthesis.num_steps": 2, "distillation.num_images": 16, "distillation.num_steps": 3}
+FIELDS |= {"distillation.eval_every": 2}
 FAMILIES = [
     "resnet18",
     "resnet34",
@@ -33,7 +29,7 @@ FAMILIES = [
 
 
 def config_of(teacher: str | Path, **overrides) -> TrialConfig:
-    return validate(TrialConfig, with_overrides(TINY, {"teacher": str(teacher), **overrides}))
+    return validate(TrialConfig, tiny_trial(teacher, **FIELDS | overrides))
 
 
 def a_test_set(num_images: int = 20) -> list[Batch]:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import MODULE, SCRIPT, TINY, done, sweep_file
 
+from commands import MODULE, SCRIPT, done, sweep_file
 from dfkd_ray import bundles
+from helpers import TINY_WORDS
 
 IMPORTING = (
     "ray",
@@ -81,7 +82,7 @@ def commands(folder: Path) -> list[list[str]]:
     sweep_file(folder / "one.yaml", "bundle")
     return [
         ["teacher", "info", "bundle"],
-        ["recover", "bundle", "--out", "recovered", *TINY],
+        ["recover", "bundle", "--out", "recovered", *TINY_WORDS],
         [
             "synthesize",
             "bundle",
@@ -149,7 +150,7 @@ def test_trusted_modules_of_the_working_folder_are_imported_in_every_process(own
     )
     for program in (SCRIPT, MODULE):
         for words in (
-            ["recover", "bundle", "--out", "recovered", *TINY],
+            ["recover", "bundle", "--out", "recovered", *TINY_WORDS],
             ["synthesize", "bundle", "--out", "images", "--num-images", "8", "--synthesizers", "1", *FEW],
             ["sweep", "one.yaml", "--results", "out", "--test-data", "none", "--synthesizers", "1"],
         ):

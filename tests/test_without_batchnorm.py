@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torchvision
 from torch import nn
 
-from dfkd_ray import batchnorm, bundles, models, report, results, trial
+from dfkd_ray import batchnorm, bundles, models, report, results, sweep, trial
 from dfkd_ray.batches import Batch
 from dfkd_ray.cli import show
 from dfkd_ray.config import (
@@ -20,12 +21,12 @@ from dfkd_ray.config import (
     TeacherTrainingConfig,
     TrialConfig,
     validate,
-    with_overrides,
 )
 from dfkd_ray.data import LabelledImages
 from dfkd_ray.models import without_batchnorm
-from dfkd_ray.sweep import estimate, jobs
+from dfkd_ray.sweep import estimate
 from dfkd_ray.sweep.combinations import applies
+from helpers import TINY_NOISE, tiny_trial
 
 SHAPES = {
     "hinton_1200": (1, 28, 28),
@@ -42,14 +43,8 @@ NUM_PARAMETERS = {
     "lenet5": 6 * 26 + 16 * (6 * 25 + 1) + 120 * 401 + 84 * 121 + 10 * 85,
     "lenet5_half": 3 * 26 + 8 * (3 * 25 + 1) + 120 * 201 + 84 * 121 + 10 * 85,
 }
-TINY = {
-    "bn_num_images": 16,
-    "device": "cpu",
-    "pruning": {"sparsity": 0.0},
-    "synthesis": {"method": "noise", "batch_size": 8},
-    "distillation": {"num_images": 16, "num_steps": 3, "batch_size": 8, "eval_every": 2, "num_threads": 1},
-    "reference": {"num_images": 8, "synthesis": {"method": "noise", "batch_size": 8}},
-}
+FIELDS = {"pruning.sparsity": 0.0, "synthesis": TINY_NOISE, "reference.synthesis": TINY_NOISE, "bn_num_images": 16}
+FIELDS |= {"distillation.num_images": 16, "distillation.num_steps": 3, "distillation.eval_every": 2}
 HINTON_LIKE_TEACHER = {"student": {"architecture": "hinton_800", "arguments": {"hidden_dropout": 0.5}}}
 
 
@@ -64,7 +59,7 @@ def untrained(architecture):
     return build(architecture)
 
 
-def layers(network):
+def layers(network: nn.Module) -> dict[str, Any]:
     return {name: m for name, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
 
 
@@ -139,11 +134,11 @@ def test_each_layer_runs_once_in_order_and_the_next_sees_relu_of_an_output_left_
 def test_lenet_pools_by_averages_of_two_by_two():
     network = build("lenet5")
     seen = []
-    network.conv2.register_forward_pre_hook(lambda _module, given: seen.append(given[0]))
+    network.get_submodule("conv2").register_forward_pre_hook(lambda _module, given: seen.append(given[0]))
     images = image_of("lenet5")
     with torch.no_grad():
         network(images)
-        maps = network.conv1(images).relu()
+        maps = network.get_submodule("conv1")(images).relu()
     torch.testing.assert_close(seen[0], maps.unflatten(3, (14, 2)).unflatten(2, (14, 2)).mean(dim=(3, 5)))
 
 
@@ -210,7 +205,7 @@ def teacher(teacher_folder):
 
 
 def config_of(folder, **overrides):
-    return validate(TrialConfig, with_overrides(TINY, {"teacher": str(folder), **overrides}))
+    return validate(TrialConfig, tiny_trial(folder, **FIELDS | overrides))
 
 
 def labelled(num, seed=0):
@@ -284,7 +279,7 @@ def test_training_on_real_labels_alone_learns_them_and_is_selected_by_agreement(
     }
     test = [source(100)]
     outcome = trial.run(config_of(teacher_folder, **fields), teacher, trial.Inputs(test=test, real=source))
-    looks = outcome.epochs
+    looks = cast(list[dict[str, float]], outcome.epochs)
     assert [look["loss"] == look["label"] for look in looks[1:]] == [True] * 3
     assert looks[-1]["label"] < 0.5 * looks[1]["label"]
     best = max(looks, key=lambda look: (look["agreement"], -look["reference_kl"]))
@@ -365,8 +360,9 @@ def test_tables_ladder_and_report_show_a_rung_that_is_not_there(teacher, teacher
         results.write(tmp_path, "epochs", looks, outcome.row["trial_id"])
         results.write(tmp_path, "synthesis", outcome.synthesis, outcome.row["trial_id"])
     table = results.read(tmp_path, "trials")
-    assert table["bn_reestimated_accuracy"].isna().all() and table["bn_reestimated_agreement"].isna().all()
-    assert set(table["reference.synthesis.method"]) == {"noise"} and table["reference.synthesis.num_steps"].isna().all()
+    assert set(table["bn_reestimated_accuracy"].isna()) == set(table["bn_reestimated_agreement"].isna()) == {True}
+    assert set(table["reference.synthesis.method"]) == {"noise"}
+    assert set(table["reference.synthesis.num_steps"].isna()) == {True}
     show.print_ladder(rows[0], tmp_path)
     line = next(line for line in capsys.readouterr().out.splitlines() if "BN re-estimated" in line)
     assert [cell.strip() for cell in line.strip("│ ").split("│")][1:] == ["-", "-", "-"]
@@ -405,7 +401,7 @@ def test_the_default_references_key_and_columns_are_those_of_before():
 
 
 def test_a_sweep_leaves_out_overrides_of_another_references_method(teacher_folder):
-    base = with_overrides(TINY, {"teacher": str(teacher_folder)})
+    base = tiny_trial(teacher_folder, **FIELDS)
     assert not applies("reference.synthesis.num_steps", base, {})
     assert applies("reference.synthesis.batch_size", base, {}) and applies("reference.num_images", base, {})
     assert applies("reference.synthesis.num_steps", {"teacher": "t"}, {})
@@ -413,8 +409,8 @@ def test_a_sweep_leaves_out_overrides_of_another_references_method(teacher_folde
 
 
 def test_estimates_count_a_reference_of_noise_as_a_synthesis(teacher, teacher_folder):
-    job = jobs.plan([config_of(teacher_folder, **{"student.architecture": "lenet5_half"})], lambda _name: teacher)[0]
-    made = estimate.syntheses([job[0]] if isinstance(job, tuple) else [job])
+    jobs = sweep.plan([config_of(teacher_folder, **{"student.architecture": "lenet5_half"})], lambda _name: teacher)
+    made = estimate.syntheses(jobs)
     assert [(one.domain, one.config.method, one.num_batches) for one in made] == [
         ("reference", "noise", 1),
         ("train", "noise", 2),

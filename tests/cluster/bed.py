@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from guide import REPOSITORY
+from cluster.guide import REPOSITORY
 
 BRIDGE = "dfkdbr0"
 LAPTOP = "10.77.0.1"

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,13 +20,11 @@ import pandas as pd
 import pytest
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))
-import bed
 from autoscaling import free_ports
-from guide import HOSTS, REPOSITORY, block
-
+from cluster import bed
+from cluster.guide import HOSTS, REPOSITORY, block
 from dfkd_ray import results
+from table_rows import deterministic
 
 pytestmark = [
     pytest.mark.cluster,
@@ -190,9 +189,8 @@ def test_the_guides_commands_run_a_sweep_through_the_loss_of_a_host_and_go_on_on
         laptop.run(down)
         laptop.wait_for("Ray to be gone from every host", lambda: not any(map(ray_processes, hosts.values())))
 
-        columns = results.deterministic_columns("trials")
         cluster, here = (rows_of(where).set_index("trial_id").sort_index() for where in (place, f"{tmp_path}/r"))
-        pd.testing.assert_frame_equal(cluster.reset_index()[columns], here.reset_index()[columns])
+        pd.testing.assert_frame_equal(deterministic(cluster.reset_index()), deterministic(here.reset_index()))
 
         # Another cluster, of the hosts that are left, goes on with the same storage; the sweep has grown by one trial.
         SWEEP["grid"]["pruning.sparsity"].append(0.95)

@@ -10,9 +10,7 @@ import jsonschema
 import pytest
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parent))
-from guide import HOSTS, RAYJOB, REPOSITORY, block
-
+from cluster.guide import HOSTS, RAYJOB, REPOSITORY, block
 from dfkd_ray import sweep
 from dfkd_ray.cli import app
 
@@ -178,8 +176,9 @@ def aws(monkeypatch, tmp_path):
     known = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-west-2"}
     for name, value in (known | {"HOME": str(tmp_path), "MOTO_IAM_LOAD_MANAGED_POLICIES": "true"}).items():
         monkeypatch.setenv(name, value)
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen([sys.executable, "-c", SERVER], text=True, **pipes) as server:
+    pipe, words = subprocess.PIPE, [sys.executable, "-c", SERVER]
+    with subprocess.Popen(words, text=True, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as server:
+        assert server.stdout is not None
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.stdout.readline().strip())
         (tmp_path / ".ssh").mkdir()
         (tmp_path / "aws.py").write_text(AWS)

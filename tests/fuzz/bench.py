@@ -5,14 +5,15 @@ A fixture in a module, not in a `conftest.py`: tests import from the one above b
 
 from collections.abc import Iterator
 
-import fuzzing
 import pytest
+
+from fuzz import fuzzing
 
 
 @pytest.fixture(scope="module")
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[fuzzing.Bench]:
     """Runs the inputs of a family, as `--fuzz-seed` and `--fuzz-only` want them."""
     folder = tmp_path_factory.mktemp("fuzz")
-    seed, only = request.config.getoption("--fuzz-seed"), request.config.getoption("--fuzz-only")
-    with fuzzing.opened(folder, seed, only) as bench:
+    option = request.config.option
+    with fuzzing.opened(folder, option.fuzz_seed, option.fuzz_only) as bench:
         yield bench

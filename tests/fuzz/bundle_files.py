@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 import yaml
-from damage import MARKS, anything, changed, damaged, scalar
-from fuzzing import ANY, TRIED, Case, Desk
-from templates import TINY, sweep_file
+
+from fuzz.damage import MARKS, anything, changed, damaged, scalar
+from fuzz.fuzzing import ANY, TRIED, Case, Desk
+from fuzz.templates import TINY, sweep_file
 
 OUT = ["--out", "target", "--cache", "target-cache"]
 WRITES = ["work/target", "work/target-cache"]

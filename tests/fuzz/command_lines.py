@@ -4,10 +4,10 @@ import json
 import random
 import re
 
-from damage import HUGE, MARKS, NAMES, NUMBERS, PLACES, anything, scalar, text
-from fuzzing import ANY, TRIED, Case, Desk
-from sweep_files import dumped
-from templates import EDGES, SETTINGS, TINY, sweep_file
+from fuzz.damage import HUGE, MARKS, NAMES, NUMBERS, PLACES, anything, scalar, text
+from fuzz.fuzzing import ANY, TRIED, Case, Desk
+from fuzz.sweep_files import dumped
+from fuzz.templates import EDGES, SETTINGS, TINY, sweep_file
 
 NARROW = ["--set", "batch_size=4", "--arguments", '{"width_multiplier": 0.25}']
 FIELDS = ["pruning.sparsity", "pruning.criterion", "pruning.schedule", "student.architecture", "student.arguments"]

@@ -56,7 +56,7 @@ def changed(rng: random.Random, data: Any, times: int = 1) -> Any:
     """A copy of nested data in which something was replaced, left out, added, or called by another name."""
     data = copy.deepcopy(data)
     for _ in range(times):
-        way = rng.choice(spots(data) or [()])
+        way: tuple[Any, ...] = rng.choice(spots(data) or [()])
         if not way:
             return anything(rng)
         node = data

@@ -114,7 +114,8 @@ def inside(case: dict[str, Any]) -> None:
     sys.stderr = open(2, "w", 1, case["encoding"], "backslashreplace", closefd=False)  # noqa: SIM115
     sys.argv = ["dfkd-ray", *case["words"]]
     size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
-    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY_BYTES,) * 2)
+    most = size + MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S + 5))
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

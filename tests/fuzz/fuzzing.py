@@ -21,9 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from templates import TINY, build
-
 import dfkd_ray
+from fuzz.templates import TINY, build
 
 SERVER = Path(__file__).with_name("fork_server.py")
 LINE = 300  # characters of an error line, at most

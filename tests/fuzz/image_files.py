@@ -9,12 +9,13 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from bundle_files import OUT, WRITES
-from damage import damaged
-from fuzzing import ANY, TRIED, Case, Desk
 from PIL import Image
-from templates import TINY
-from weight_files import bomb
+
+from fuzz.bundle_files import OUT, WRITES
+from fuzz.damage import damaged
+from fuzz.fuzzing import ANY, TRIED, Case, Desk
+from fuzz.templates import TINY
+from fuzz.weight_files import bomb
 
 
 def png(width: int, height: int, depth: int = 8, colour: int = 0, rows: bytes = b"") -> bytes:

@@ -11,11 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
-from bundle_files import OUT, WRITES, changed_header
-from damage import MARKS, NUMBERS, changed, damaged
-from fuzzing import ANY, TRIED, Case, Desk
-from templates import TINY, sweep_file
-from weight_files import Planted
+
+from fuzz.bundle_files import OUT, WRITES, changed_header
+from fuzz.damage import MARKS, NUMBERS, changed, damaged
+from fuzz.fuzzing import ANY, TRIED, Case, Desk
+from fuzz.templates import TINY, sweep_file
+from fuzz.weight_files import Planted
 
 TRIAL_IDS = [
     "/home/you",

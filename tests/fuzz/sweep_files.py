@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from damage import HUGE, MARKS, PLACES, anything, changed, damaged, deep
-from fuzzing import ANY, REFUSED, TRIED, Case, Desk
-from templates import EDGES, SETTINGS, TINY, base, sweep_file
+
+from fuzz.damage import HUGE, MARKS, PLACES, anything, changed, damaged, deep
+from fuzz.fuzzing import ANY, REFUSED, TRIED, Case, Desk
+from fuzz.templates import EDGES, SETTINGS, TINY, base, sweep_file
 
 SWEEPS = Path(__file__).parents[2] / "sweeps"
 BOMB = "\n".join(

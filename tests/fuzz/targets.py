@@ -3,9 +3,9 @@
 import os
 import random
 
-from fuzzing import REFUSED, TRIED, Case, Desk
-from sweep_files import dumped
-from templates import TINY, sweep_file
+from fuzz.fuzzing import REFUSED, TRIED, Case, Desk
+from fuzz.sweep_files import dumped
+from fuzz.templates import TINY, sweep_file
 
 
 def odd_target(rng: random.Random, desk: Desk) -> tuple[str, frozenset[int], str]:

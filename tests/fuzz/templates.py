@@ -9,9 +9,11 @@ import numpy as np
 from PIL import Image
 
 from dfkd_ray import results
+from dfkd_ray.config import with_overrides
+from helpers import ABOUT, set_words
 
 if TYPE_CHECKING:
-    from fuzzing import Server
+    from fuzz.fuzzing import Server
 
 CLASSES = ("ant", "bee", "cat")
 SETTINGS = {
@@ -29,7 +31,7 @@ SETTINGS = {
     "reference.synthesis.batch_size": 4,
     "reference.synthesis.num_threads": 1,
 }
-TINY = [word for name, value in SETTINGS.items() for word in ("--set", f"{name}={value}")]
+TINY = set_words(SETTINGS)
 TINY += ["--test-data", "none", "--device", "cpu"]
 NUM_ROWS = 4
 
@@ -75,21 +77,13 @@ EDGES = {
 
 def base(teacher: str) -> dict:
     """A trial of seconds, as nested data."""
-    data: dict = {"teacher": teacher, "device": "cpu"}
-    for name, value in SETTINGS.items():
-        *parents, leaf = name.split(".")
-        node = data
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return data
+    return with_overrides({"teacher": teacher, "device": "cpu"}, SETTINGS)
 
 
 def sweep_file(teacher: str = "teacher") -> dict:
     """A sweep of four trials, as nested data."""
-    about = {"source": "a test", "command": "none", "cost": "seconds", "expected": "rows"}
     grid = {"pruning.sparsity": [0.5, 0.7], "distillation.temperature": [2.0, 6.0]}
-    return {"about": about, "base": base(teacher), "grid": grid, "tiny": {"synthesis.num_steps": 1}}
+    return {"about": ABOUT, "base": base(teacher), "grid": grid, "tiny": {"synthesis.num_steps": 1}}
 
 
 def write_images(folder: Path, size: int = 16) -> None:
@@ -118,14 +112,15 @@ def write_idx(folder: Path) -> None:
 def write_place(place: Path, row: dict) -> None:
     """The results of a sweep of a few trials, from the row of one."""
     for index in range(NUM_ROWS):
-        own = {name: row.get(name) for name in results.schemas.schema("trials").names if name != "written_at_s"}
-        own |= {"trial_id": f"t-{index:012x}", "pruning.sparsity": 0.5 + index / 10, "agreement": 0.25 * index}
+        own = {column: row.get(column) for column in results.schema("trials").names if column != "written_at_s"}
+        name = f"t-{index:012x}"
+        own |= {"trial_id": name, "pruning.sparsity": 0.5 + index / 10, "agreement": 0.25 * index}
         if index == NUM_ROWS - 1:
-            own = {name: own[name] for name in ("trial_id", "teacher", "pruning.sparsity", "synthesis.method")}
+            own = {column: own[column] for column in ("trial_id", "teacher", "pruning.sparsity", "synthesis.method")}
             own |= {"status": "failed", "reason": "FloatingPointError: loss is nan"}
-        results.write(place, "trials", [own], own["trial_id"])
-        looks = [{"trial_id": own["trial_id"], "step": step, "agreement": 0.5} for step in (0, 1, 2)]
-        results.write(place, "epochs", looks, own["trial_id"])
+        results.write(place, "trials", [own], name)
+        looks = [{"trial_id": name, "step": step, "agreement": 0.5} for step in (0, 1, 2)]
+        results.write(place, "epochs", looks, name)
     batch = {"synthesis_key": row["synthesis_key"], "batch_index": 0, "teacher_hash": row["teacher_hash"]}
     batch |= {"domain": "train", "method": "deepinversion", "num_images": 4, "wall_s": 0.1}
     results.write_batches(place, [batch])
@@ -134,7 +129,7 @@ def write_place(place: Path, row: dict) -> None:
 
 def build(folder: Path, server: "Server") -> None:
     """Make all templates in a folder. `AssertionError` where a good command line does not end well."""
-    from fuzzing import Case
+    from fuzz.fuzzing import Case
 
     folder.mkdir(parents=True)
     write_images(folder / "images")

@@ -1,16 +1,12 @@
 """Damaged and foreign bundles, records, tables, caches and images end in a line, and touch nothing of others."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from bench import bench as bench  # a fixture
-from bundle_files import manifests, records, weights
-from image_files import images
-from result_files import caches, leftovers, tables
-from weight_files import weight_files
+from fuzz.bench import bench as bench  # a fixture
+from fuzz.bundle_files import manifests, records, weights
+from fuzz.image_files import images
+from fuzz.result_files import caches, leftovers, tables
+from fuzz.weight_files import weight_files
 
 LONGER = 8  # times as many, with `-m fuzz`
 NUMBERS = {manifests: 60, weights: 60, weight_files: 50, records: 50, tables: 80, caches: 45, leftovers: 30, images: 50}

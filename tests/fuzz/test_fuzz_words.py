@@ -1,15 +1,11 @@
 """Hostile and clumsy sweep files, configs, words and targets end in a line, and touch nothing that is not theirs."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from bench import bench as bench  # a fixture
-from command_lines import command_words, odd_names, secret_places, set_words, trials
-from sweep_files import config_files, sweep_files
-from targets import targets
+from fuzz.bench import bench as bench  # a fixture
+from fuzz.command_lines import command_words, odd_names, secret_places, set_words, trials
+from fuzz.sweep_files import config_files, sweep_files
+from fuzz.targets import targets
 
 LONGER = 8  # times as many, with `-m fuzz`
 NUMBERS = {sweep_files: 100, config_files: 40, set_words: 40, command_words: 90, secret_places: 30, targets: 70}

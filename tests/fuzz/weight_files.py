@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from bundle_files import imported, tensors_of
-from damage import MARKS, damaged, deep
-from fuzzing import Case, Desk
+
+from fuzz.bundle_files import imported, tensors_of
+from fuzz.damage import MARKS, damaged, deep
+from fuzz.fuzzing import Case, Desk
 
 
 class Planted:

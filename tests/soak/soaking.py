@@ -10,7 +10,6 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -19,11 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pandas as pd
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from run_killed_sweep import command_of
-
+from commands import command_of
 from dfkd_ray import results
 from dfkd_ray.cli.live import descendants
 
@@ -322,11 +317,6 @@ class Soak:
         for disk in chosen:
             disk.free()
         return True
-
-
-def comparable(place: Path, table: str, order: list[str]) -> pd.DataFrame:
-    """The deterministic columns of a table, in an order of their own."""
-    return results.read(place, table)[results.deterministic_columns(table)].sort_values(order).reset_index(drop=True)
 
 
 def files_below(folder: Path) -> dict[str, bytes]:

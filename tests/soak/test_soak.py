@@ -7,43 +7,20 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import yaml
 
-from dfkd_ray import bundles, cache, config, devices, results, storage, sweep, trial
-
-sys.path.insert(0, str(Path(__file__).parent))
-from soaking import Figures, Soak, comparable, disks, files_below
+from dfkd_ray import cache, devices, results, storage, sweep, trial
+from helpers import jobs_of, sweep_of_twelve, write_yaml
+from soak.soaking import Figures, Soak, disks, files_below
+from table_rows import comparable
 
 NUM_EVENTS = 100  # at least, in a soak of full length
 FULL_MINUTES = 30.0
-DATA = {
-    "about": {"source": "a test", "command": "none", "cost": "seconds", "expected": "rows"},
-    "base": {
-        "bn_num_images": 16,
-        "device": "cpu",
-        "synthesis": {"num_steps": 10, "batch_size": 8, "num_threads": 1},
-        "distillation": {
-            "num_images": 16,
-            "num_steps": 60,
-            "batch_size": 8,
-            "eval_every": 5,
-            "checkpoint_every": 5,
-            "num_threads": 1,
-        },
-        "reference": {"num_images": 16, "synthesis": {"batch_size": 8, "num_steps": 2, "num_threads": 1}},
-    },
-    "grid": {
-        "synthesis.bn_weight": [0.2, 2.0],
-        "pruning.sparsity": [0.5, 0.7, 0.9],
-        "distillation.temperature": [2.0, 6.0],
-    },
-}
 ORDERS = {"trials": ["trial_id"], "epochs": ["trial_id", "step"], "synthesis": ["synthesis_key", "batch_index"]}
 
 
 def undisturbed(data: dict, folder: Path) -> tuple[list[str], Path, Path]:
     """The same trials one after the other in this process, without Ray: ids, results, cache."""
-    jobs = sweep.plan(sweep.expand(config.validate(sweep.SweepConfig, data), {}), bundles.load)
+    jobs = jobs_of(data)
     for job in jobs:
         sweep.run_job(job, trial.Inputs(images=trial.Local(folder / "cache")), folder / "results")
     return [job.id for job in jobs], folder / "results", folder / "cache"
@@ -74,8 +51,8 @@ def test_what_a_sweep_leaves_is_the_same_however_it_is_disturbed_and_no_final_ro
     tiny_teacher, tmp_path, request, capsys
 ):
     minutes, seed = request.config.getoption("--soak-minutes"), request.config.getoption("--soak-seed")
-    data = {**DATA, "base": {**DATA["base"], "teacher": str(tiny_teacher)}}
-    (tmp_path / "twelve.yaml").write_text(yaml.safe_dump(data))
+    data = sweep_of_twelve(tiny_teacher)
+    write_yaml(tmp_path / "twelve.yaml", data)
     alone = undisturbed(data, tmp_path / "alone")
     figures, start = Figures(seed), time.monotonic()
     wanted = NUM_EVENTS if minutes >= FULL_MINUTES else 1
