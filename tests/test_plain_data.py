@@ -13,7 +13,7 @@ from dfkd_ray.batches import mix_seed
 from dfkd_ray.cli import inputs
 from dfkd_ray.sweep import search
 
-MODELS = [*config.SYNTHESIS_CONFIGS.values()]
+MODELS = [*(row.config for row in config.METHODS.values())]
 MODELS += [config.PruningConfig, config.DistillationConfig, config.ReferenceConfig, config.TrialConfig]
 MODELS += [config.TeacherTrainingConfig, sweep.SweepConfig, sweep.SearchConfig, search.AshaConfig]
 NEEDED = {

@@ -13,6 +13,7 @@ from dfkd_ray.batches import Batch
 from dfkd_ray.config import DeepInversionConfig, NoiseConfig, TrialConfig, synthesis_key, validate
 from dfkd_ray.results import rows, selecting
 from dfkd_ray.sweep import worker
+from dfkd_ray.trial import identity
 from helpers import TINY_NOISE, TINY_TRIAL, tiny_trial
 
 FIELDS = {"synthesis": TINY_NOISE, "reference.synthesis": TINY_NOISE, "distillation.eval_every": 1}
@@ -202,7 +203,7 @@ def test_a_trial_whose_row_cannot_be_written_fails_once_and_leaves_no_student(
 
 def test_a_config_that_the_table_cannot_hold_fails_before_anything_is_computed(tiny_teacher, tmp_path, monkeypatch):
     job = job_of(tiny_teacher)
-    monkeypatch.setattr(trial.socket, "gethostname", lambda: HALF)
+    monkeypatch.setattr(identity.socket, "gethostname", lambda: HALF)
     monkeypatch.setattr(trial, "run", lambda *_arguments, **_options: pytest.fail("it was computed"))
     row = run(job, tmp_path)
     assert row["status"] == "failed" and "column host" in row["reason"]

@@ -66,7 +66,7 @@ def test_a_trial_takes_one_line_with_every_value_that_varies_and_what_came_of_it
     assert len(lines) == 18
     for line, (_, row) in zip(lines, rows.iterrows(), strict=True):
         cells = line.split()
-        short = row["teacher"].removeprefix("fashion_mnist_")
+        short = str(row["teacher"]).removeprefix("fashion_mnist_")
         assert cells[0] in (row["teacher"], short) and (cells[0] != short or "network: fashion_mnist_…" in notes)
         values = [show.text_of(row[name]) for name in results.varied_fields(rows)]
         assert cells[1 : 1 + len(values)] == values

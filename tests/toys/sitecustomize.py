@@ -8,11 +8,14 @@ import sys
 class Adds(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Loads the module of the table as ever, and adds the rows."""
 
+    loader: importlib.abc.Loader
+
     def find_spec(self, name, path=None, target=None):
         """That module only."""
         if name != "dfkd_ray.config.methods":
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
+        assert spec is not None and spec.loader is not None
         self.loader, spec.loader = spec.loader, self
         return spec
 
@@ -25,8 +28,9 @@ class Adds(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self.loader.exec_module(module)
         import toy_methods
 
-        module.METHODS |= toy_methods.METHODS
-        module.SynthesisConfig = module.union_of(module.METHODS)
+        table = vars(module)
+        table["METHODS"] |= toy_methods.METHODS
+        table["SynthesisConfig"] = table["union_of"](table["METHODS"])
 
 
 sys.meta_path.insert(0, Adds())
