@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from dfkd_ray.untrusted import one_line
 BUNDLED = Path(__file__).parents[1] / "bundled"
 DESCRIPTION, WEIGHTS, RECORDS = "teacher.json", "weights.safetensors", "records"
 ENDING = ".safetensors"
+IN_MEMORY = "in memory"  # the architecture of a teacher that no bundle holds
 MAX_GROWTH = 16  # a weights file has at most so many times the bytes of its architecture's tensors
 
 
@@ -51,6 +53,47 @@ class Teacher:
     name: str
     folder: Folder | None = None
     records: dict[str, Record] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def from_network(
+        cls,
+        network: nn.Module,
+        *,
+        image_shape: Sequence[int],
+        num_classes: int,
+        mean: float | Sequence[float],
+        std: float | Sequence[float],
+        pixel_range: tuple[float, float] = (0.0, 1.0),
+        name: str = "network",
+    ) -> "Teacher":
+        """A network in memory as a teacher: a frozen copy in eval mode, on the CPU; the network itself is not touched.
+
+        `image_shape`: channels, height, width. `mean` and `std` per channel (one number: for all), in the units of
+        `pixel_range`: what the network's images are normalised with. The hash is over the network's structure and all
+        its weights. `ValueError` for a description that is none, or a network that gives no logits of so many classes.
+        """
+        own = freeze(deepcopy(network)).cpu()
+        kind = type(network)
+        structure = hashlib.sha256(f"{kind.__module__}.{kind.__qualname__}\n{own!r}".encode()).hexdigest()
+        channels = image_shape[0] if len(image_shape) else 1
+
+        def per_channel(values: float | Sequence[float]) -> tuple[float, ...]:
+            return (float(values),) * channels if isinstance(values, int | float) else tuple(map(float, values))
+
+        models.checks.check_state(own, IN_MEMORY)
+        described = {
+            "architecture": IN_MEMORY,
+            "arguments": {"network": kind.__qualname__, "structure_sha256": structure},
+            "num_classes": num_classes,
+            "image_shape": tuple(image_shape),
+            "mean": per_channel(mean),
+            "std": per_channel(std),
+            "pixel_range": pixel_range,
+            "weights_sha256": sha256(safetensors_bytes(unshared(own.state_dict()))),
+        }
+        info = untrusted.validated(BundleInfo, described, name)
+        models.checks.check_output(own, IN_MEMORY, num_classes, image_shape)
+        return cls(own, info, teacher_hash(info), name)
 
     def record_kinds(self) -> list[str]:
         """Kinds of the records in its bundle, and of those read."""
@@ -252,6 +295,11 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | 
     """The content of a safetensors file; the library's own writer hides a full disk in an error of its own."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return safetensors.torch.save(plain, metadata)
+
+
+def unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict whose tensors share no memory, as the format wants it."""
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
 def to_stored(state: Mapping[str, Tensor], pruned: Sequence[str]) -> dict[str, Tensor]:

@@ -1,0 +1,95 @@
+"""One network made small from Python: `recover(network, …)`, without a file, without Ray."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict, Unpack
+
+import numpy as np
+from torch import nn
+
+from dfkd_ray import bundles, trial
+from dfkd_ray.batches import Batch
+from dfkd_ray.bundles import Teacher
+from dfkd_ray.config import TrialConfig, validate, with_overrides
+from dfkd_ray.storage import Where
+
+
+class Description(TypedDict, total=False):
+    """What has to be said of a network in memory: see `Teacher.from_network`."""
+
+    image_shape: Sequence[int]
+    num_classes: int
+    mean: float | Sequence[float]
+    std: float | Sequence[float]
+    pixel_range: tuple[float, float]
+    name: str
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What a recovery leaves: the student (eval mode, on the CPU), what was measured, and the images it was made with.
+
+    `row` has the columns of the table `trials`. `images` is (num_images, channels, height, width) as stored (uint8 over
+    the pixel range by default), `labels` int64 (num_images,), -1 without a label.
+    """
+
+    student: nn.Module
+    row: dict[str, Any]
+    images: np.ndarray
+    labels: np.ndarray
+
+
+def recover(
+    network: nn.Module | Teacher | str,
+    *,
+    sparsity: float = 0.75,
+    settings: Mapping[str, Any] | None = None,
+    test: Sequence[Batch] | None = None,
+    cache_root: Where | None = None,
+    progress: bool = True,
+    **described: Unpack[Description],
+) -> Recovered:
+    """Prune a network, make images from it alone, and distil it back to its own answers.
+
+    `network`: a module in memory, which wants `image_shape`, `num_classes`, `mean` and `std` (see
+    `Teacher.from_network`); or a teacher, or the name or folder of a bundle. It is not changed. `settings`: further
+    fields of a `TrialConfig` by their dotted names, such as `{"distillation.num_steps": 100}`. `test`: batches that are
+    reported on, never used to choose. `cache_root`: where images are kept and found again; None keeps nothing.
+    `progress` shows where it stands.
+
+    `ValueError` for what does not fit, `RuntimeError` with the reason where the recovery has failed.
+
+    >>> import dfkd_ray
+    >>> quick = {"bn_num_images": 32, "distillation.num_images": 32, "distillation.num_steps": 4}
+    >>> quick |= {"synthesis.num_steps": 2, "synthesis.batch_size": 32, "reference.synthesis.num_steps": 2}
+    >>> quick |= {"reference.num_images": 32, "reference.synthesis.batch_size": 32}
+    >>> done = dfkd_ray.recover("fashion_mnist_resnet8", sparsity=0.9, settings=quick, progress=False)
+    >>> round(done.row["achieved_sparsity"], 3)
+    0.9
+    >>> done.images.shape
+    (32, 1, 32, 32)
+    """
+    if isinstance(network, nn.Module):
+        missing = [name for name in ("image_shape", "num_classes", "mean", "std") if name not in described]
+        if missing:
+            raise ValueError(f"a network in memory needs {', '.join(missing)}: say what images it takes")
+        teacher = Teacher.from_network(network, **described)  # type: ignore[arg-type]
+    elif described:
+        raise ValueError(f"{', '.join(described)}: of a network in memory only; a teacher says it itself")
+    else:
+        teacher = network if isinstance(network, Teacher) else bundles.load(network)
+    data = with_overrides({"teacher": teacher.name}, {"pruning.sparsity": sparsity, **(settings or {})})
+    config = validate(TrialConfig, data, "settings")
+    inputs = trial.Inputs(test, images=trial.Local(cache_root))
+    outcome = trial.run(config, teacher, inputs, observer=trial.Observer(progress=bars() if progress else None))
+    if outcome.student is None:
+        raise RuntimeError(f"the recovery has failed: {outcome.row['reason']}")
+    made = outcome.batches[0]
+    return Recovered(outcome.student, outcome.row, made.images, made.labels)
+
+
+def bars() -> Any:
+    """What shows progress, on a terminal, in a notebook or in a log."""
+    from dfkd_ray.cli.show import Progress
+
+    return Progress()
