@@ -1,6 +1,7 @@
 """The command line: its errors are one line and an exit code, its results are files."""
 
 import errno
+import importlib
 import json
 import os
 import pickle
@@ -112,7 +113,7 @@ def test_import_of_an_own_network_by_import_path_and_the_trust_it_needs(run_cli,
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    import my_nets  # type: ignore[import-not-found]
+    my_nets = importlib.import_module("my_nets")
 
     torch.save(my_nets.make(6).state_dict(), tmp_path / "own.pth")
     words = import_words(tmp_path / "own.pth", tmp_path / "b", architecture="my_nets:make")

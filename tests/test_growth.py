@@ -109,7 +109,7 @@ def test_of_several_readers_the_furthest_counts(others):
 # ---- what the coordinator does of it --------------------------------------------------------------------------------
 
 
-def coordinator_of(workers: list[Worker], **more) -> tuple[SimpleNamespace, list]:
+def coordinator_of(workers: list[Worker], **more) -> tuple[Any, list]:
     """As much of a coordinator as its decisions need; what it has begun to make, by whom."""
     begun: list = []
     settings = Settings(num_synthesizers=1, cpus=0.1, most=8, idle_s=60.0)
@@ -127,7 +127,7 @@ def test_a_batch_goes_to_a_free_synthesizer_on_the_node_of_who_waits_for_it():
     workers = [Worker(f"s{node}", None, up=True, node=node) for node in ("a", "b", "c")]
     waits = {("k", 0): "c", ("k", 1): "c", ("k", 2): "elsewhere"}
     fleet, begun = coordinator_of(workers, schedule=waiting(4, 4), readers=waits)
-    Coordinator.pump(fleet)  # type: ignore[arg-type]
+    Coordinator.pump(fleet)
     assert begun == [("sc", 0), ("sa", 1), ("sb", 2)], "and to anybody where nobody is free there: none waits for that"
 
 
@@ -144,10 +144,10 @@ def test_only_what_was_added_is_removed_and_only_when_it_is_idle_or_not_up(monke
     fleet, _ = coordinator_of(
         workers, schedule=Schedule(1), num_up=4, last_wanted=now - 5, remove_worker=lambda one: gone.append(one.name)
     )
-    Coordinator.resize(fleet)  # type: ignore[arg-type]
+    Coordinator.resize(fleet)
     assert gone == ["idle"]
     fleet.last_wanted = now - 20
-    Coordinator.resize(fleet)  # type: ignore[arg-type]
+    Coordinator.resize(fleet)
     assert gone[1:] == ["idle", "pending", "left out"]
 
 
@@ -160,7 +160,7 @@ def test_what_a_removed_synthesizer_made_is_let_go_where_the_cache_has_it(monkey
     worker = Worker("added", None, up=True, in_group=False, made={("k", 0), ("k", 2)})
     settings = Settings(num_synthesizers=1, cpus=0.1, most=8, cache_root=cache_root)
     fleet, _ = coordinator_of([worker], schedule=schedule, settings=settings)
-    Coordinator.remove_worker(fleet, worker)  # type: ignore[arg-type]
+    Coordinator.remove_worker(fleet, worker)
     assert worker.removed and not worker.up and fleet.workers == []
     held = [index for index in range(3) if schedule.reference("k", index) is not None]
     assert held == ([1] if cache_root else [0, 1, 2]), "without a cache it would have to be made again"

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import pytest
 from rich.cells import cell_len
@@ -41,7 +42,7 @@ def failed(name: str) -> dict:
 def shown(figures: live.Figures, width: int = 100, height: int = 30, **options) -> str:
     console = Console(file=io.StringIO(), width=width, height=height, force_terminal=True, color_system=None)
     console.print(live.table(figures, "small.yaml", height, **options))
-    return console.file.getvalue()  # type: ignore[attr-defined]
+    return cast(io.StringIO, console.file).getvalue()
 
 
 def test_every_trial_is_in_exactly_one_of_done_running_failed_and_to_do():
@@ -194,12 +195,12 @@ def test_on_a_terminal_the_table_is_drawn_in_place_and_leaves_only_failures(monk
     with screen.shown():
         screen.stages({"a": ("distilling", 12, 60)})
         for _ in range(20_000):
-            if "12/60" in console.file.getvalue():  # type: ignore[attr-defined]
+            if "12/60" in cast(io.StringIO, console.file).getvalue():
                 break
             live.time.sleep(0.02)
         screen.row(row("a"), 1, 4)
         screen.row(failed("b"), 2, 4)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    text = cast(io.StringIO, console.file).getvalue()
     assert "12/60" in text and "\x1b[2K" in text, "lines are erased before they are drawn again"
     assert "FAILED: FloatingPointError" in text and "[1/4" not in text
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l"), "the cursor is back"
@@ -218,7 +219,7 @@ def test_elsewhere_there_are_plain_lines(capsys):
     assert lines[0] == "[1/4, 50 s, 30 s left] net sparsity 0.5: agreement 50.00 %, test accuracy 25.00 %"
     assert lines[1].endswith("net sparsity 0.7: FAILED: FloatingPointError: the loss is inf")
     assert lines[2].startswith("fleet: 2/2 synthesizers up") and len(lines) == 3
-    assert console.file.getvalue() == ""  # type: ignore[attr-defined]
+    assert cast(io.StringIO, console.file).getvalue() == ""
 
 
 def test_the_command_to_go_on_with_is_the_one_that_was_given():

@@ -213,13 +213,14 @@ def test_a_large_picture_is_made_smaller_and_a_small_one_kept_as_it_is():
 def test_writing_imports_neither_tensorflow_nor_torch(tmp_path):
     (tmp_path / "tensorflow.py").write_text("raise RuntimeError('tensorflow was imported')\n")
     script = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import sys\n"
         "from dfkd_ray import config, tensorboard\n"
         f"tensorboard.write_trial({str(tmp_path)!r}, dict(trial_id='t-1', status='failed', reason='x'), [])\n"
         f"tensorboard.write_sweep({str(tmp_path)!r}, [config.TrialConfig(teacher=name) for name in 'ab'])\n"
         "assert not {'tensorflow', 'torch'} & set(sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=900)
+    first = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=900, env={**os.environ, "PYTHONPATH": first})
 
 
 def test_a_trial_is_one_file_however_often_it_looked_failed_and_was_resumed(tmp_path):

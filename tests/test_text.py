@@ -3,6 +3,7 @@
 import io
 import json
 import unicodedata
+from typing import cast
 
 import pandas as pd
 import pytest
@@ -75,7 +76,7 @@ def test_the_live_view_and_the_plain_lines_show_names_as_text(capsys, name):
     view.fleet(status)
     console = Console(file=io.StringIO(), width=300, height=40, color_system=None)
     console.print(live.table(view.figures(1.0), name, 40))
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    text = cast(io.StringIO, console.file).getvalue()
     assert not acts(text) and text.count(as_seen(name)) >= 4, text
     screen = live.Screen(view, name, console, clock=lambda: 1.0)
     screen.row({"trial_id": "b", "status": "failed", "reason": name}, 1, 2)

@@ -24,6 +24,7 @@ from autoscaling import free_ports
 from cluster import bed
 from cluster.guide import HOSTS, REPOSITORY, block
 from dfkd_ray import results
+from helpers import ABOUT
 from table_rows import deterministic
 
 pytestmark = [
@@ -33,7 +34,7 @@ pytestmark = [
 ]
 ADDRESSES = {"head": "10.77.0.10", "one": "10.77.0.11", "two": "10.77.0.12", "three": "10.77.0.13"}
 SWEEP = {
-    "about": {"source": "a test", "command": "none", "cost": "a minute", "expected": "rows"},
+    "about": ABOUT,
     "base": {
         "teacher": "fashion_mnist_resnet8",
         "bn_num_images": 32,

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import jsonschema
 import pytest
@@ -146,10 +147,12 @@ def test_what_the_guide_submits_are_commands_and_sweeps_that_exist():
     import typer.main
 
     submitted = [RAYJOB, block("cluster commands")]
-    known = typer.main.get_command(app).commands["sweep"]  # type: ignore[attr-defined]
+    known = cast(Any, typer.main.get_command(app)).commands["sweep"]
     options = {name for parameter in known.params for name in parameter.opts}
     for text in submitted:
-        words = re.search(r"dfkd-ray sweep (.*)", text)[1].split()  # type: ignore[index]
+        found = re.search(r"dfkd-ray sweep (.*)", text)
+        assert found, text
+        words = found[1].split()
         assert {word for word in words if word.startswith("--")} <= options
         assert sweep.parse(yaml.safe_load((REPOSITORY / "sweeps" / Path(words[0]).name).read_text()), words[0])
 

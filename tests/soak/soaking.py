@@ -5,6 +5,7 @@ it ends before every trial has a final row, the same command is run again, at ti
 session before still run. Everything random comes from one seed.
 """
 
+import io
 import os
 import random
 import re
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from commands import command_of
 from dfkd_ray import results
@@ -169,14 +171,14 @@ class Session:
         with log.open("ab") as err:
             self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=err, env=env, start_new_session=True)
         assert self.process.stdout is not None
-        self.out, self.closing = self.process.stdout, threading.Event()
+        self.out, self.closing = cast(io.BufferedReader, self.process.stdout), threading.Event()
         self.reader = threading.Thread(target=self.read, daemon=True)
         self.reader.start()
 
     def read(self) -> None:
         """Keep what is printed, until it ends or the reader has had enough."""
         with self.log.open("ab") as file:
-            while not self.closing.is_set() and (data := self.out.read1(1 << 16)):  # type: ignore[attr-defined]
+            while not self.closing.is_set() and (data := self.out.read1(1 << 16)):
                 file.write(data)
                 file.flush()
         self.out.close()
