@@ -30,6 +30,7 @@ from tensorboard.plugins.hparams import summary_v2 as hparams
 from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from dfkd_ray import ladder
 from dfkd_ray.config import TrialConfig, columns_of
 from dfkd_ray.results.schemas import METRICS, config_columns
 from dfkd_ray.storage import Folder, folder
@@ -40,7 +41,7 @@ TRIAL, SWEEP, FIELDS = f"{NAME}.trial", f"{NAME}.sweep", "fields.json"
 SECTIONS = {"loss": "losses", "kl": "losses", "label": "losses", "feature": "losses"}
 SECTIONS |= {"agreement": "reference", "reference_kl": "reference"}  # any other column is in the section `training`
 LOOKS = ("losses/", "reference/", "training/")
-RUNGS = ("teacher", "pruned", "bn_reestimated", "recovered")
+RUNGS = tuple(rung.name for rung in ladder.RUNGS)
 LADDER = "Set smoothing to 0. Steps: 0 teacher, 1 pruned, 2 BatchNorm re-estimated without training, 3 recovered"
 RESULTS = (*(f"{rung}_accuracy" for rung in RUNGS), "agreement", "reference_kl", "achieved_sparsity", "stored_bytes")
 LARGEST_PX = 1024

@@ -11,14 +11,15 @@ import typer
 
 from dfkd_ray.cli.show import short_names
 from dfkd_ray.cli.streams import say
+from dfkd_ray.ladder import RUNGS
 from dfkd_ray.text import is_null, shown
 
 Format = Literal["table", "csv", "markdown", "latex", "json"]
 SUFFIXES: dict[str, Format] = {".csv": "csv", ".md": "markdown", ".tex": "latex", ".json": "json"}
 # What is shown where nobody says which columns, beside the config fields that differ between the rows.
 METRICS = [
-    *("teacher_accuracy", "pruned_accuracy", "bn_reestimated_accuracy", "recovered_accuracy", "agreement"),
-    *("stored_bytes", "wall_s"),
+    *(rung.accuracy for rung in RUNGS),
+    *("agreement", "stored_bytes", "wall_s"),
 ]
 HASH_LENGTH = 64  # hex digits; their first twelve tell them apart
 LATEX = {**{char: f"\\{char}" for char in "&%$#_{}"}, "\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}

@@ -9,6 +9,7 @@ from typing import Any
 
 from dfkd_ray.cli import tables
 from dfkd_ray.cli.streams import say
+from dfkd_ray.ladder import BN_REESTIMATED, PRUNED, RECOVERED, RUNGS, TEACHER
 from dfkd_ray.text import is_null, shown
 
 TITLE = "best agreement with the teacher first; accuracies in % of the test set"
@@ -18,10 +19,10 @@ LEGEND = (
 )
 # heading of the final table: (column, scale, digits, rank); of the highest rank is what first has to go
 MEASURED: dict[str, tuple[str, float, int, int]] = {
-    "teacher": ("teacher_accuracy", 100.0, 2, 3),
-    "pruned": ("pruned_accuracy", 100.0, 2, 1),
-    "BN": ("bn_reestimated_accuracy", 100.0, 2, 2),
-    "recovered": ("recovered_accuracy", 100.0, 2, 0),
+    rung.heading: (rung.accuracy, 100.0, 2, rank)
+    for rung, rank in ((TEACHER, 3), (PRUNED, 1), (BN_REESTIMATED, 2), (RECOVERED, 0))
+}
+MEASURED |= {
     "agreement": ("agreement", 100.0, 2, 0),
     "kB": ("stored_bytes", 1e-3, 0, 3),
     "s": ("wall_s", 1.0, 0, 4),
@@ -67,18 +68,13 @@ def print_ladder(row: Mapping[str, Any], out: Path) -> None:
     table = Table(title=Text(shown(f"{text_of(row.get('teacher'))}, sparsity {sparsity}, {method} images")))
     for heading in ("rung", "test accuracy %", "points lost", "agreement % (reference set)"):
         table.add_column(heading, justify="left" if heading == "rung" else "right")
-    teacher = row.get("teacher_accuracy")
-    agreements = {
-        "teacher": 1.0,
-        "pruned": row.get("pruned_agreement"),
-        "bn_reestimated": row.get("bn_reestimated_agreement"),
-        "recovered": row.get("agreement"),
-    }
-    for name, agreement in agreements.items():
-        accuracy = row.get(f"{name}_accuracy")
+    teacher = row.get(TEACHER.accuracy)
+    for rung in RUNGS:
+        agreement = 1.0 if rung.agreement is None else row.get(rung.agreement)
+        accuracy = row.get(rung.accuracy)
         lost = None if is_null(accuracy) or is_null(teacher) else teacher - accuracy  # type: ignore[operator]
         cells = (number(value, 100.0) for value in (accuracy, lost, agreement))
-        table.add_row(name.replace("bn_reestimated", "BN re-estimated"), *cells)
+        table.add_row(rung.label, *cells)
     Console().print(table)
     if not is_null(row.get("real_data")) and row["real_data"]:
         say("real images were used: this is an upper bound, not data-free")

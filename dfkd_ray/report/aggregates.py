@@ -10,16 +10,17 @@ from collections.abc import Iterable
 import pandas as pd
 
 from dfkd_ray.config import TrialConfig
+from dfkd_ray.ladder import BEFORE, RUNGS, STUDENTS
 from dfkd_ray.report.wording import Frame, Series
 from dfkd_ray.results.schemas import SEEDS, config_columns
 
 # The first three are told by the network's label, the last is a wish, not what was used.
 NOT_CONFIGURATION = ("teacher", "student.architecture", "student.arguments", "device", *SEEDS)
-RUNGS = ("pruned", "bn_reestimated", "recovered")
 AVERAGED = (
-    "agreement", "reference_kl", "at_teacher", "at_pruned", "at_bn_reestimated", "at_recovered", "lost",
-    "lost_pruned", "lost_bn_reestimated", "achieved_sparsity", "stored_bytes", "dense_bytes", "wall_s",
-)  # fmt: skip
+    *("agreement", "reference_kl", "lost", "achieved_sparsity", "stored_bytes", "dense_bytes", "wall_s"),
+    *(f"at_{rung.name}" for rung in RUNGS),
+    *(f"lost_{rung.name}" for rung in BEFORE),
+)
 NUM_LEVELS = 12  # distinct sparsities a figure can show side by side
 LEVEL_WIDTH = 0.05
 BN_WEIGHT, TEMPERATURE = "synthesis.bn_weight", "distillation.temperature"
@@ -38,13 +39,12 @@ def prepared(trials: Frame) -> Frame:
     rows["real_data"] = rows["real_data"].astype("boolean").fillna(False).astype(bool)
     tested = rows["recovered_accuracy"].notna().groupby(rows["network"]).transform("any")
     rows["measure"] = tested.map({True: "accuracy", False: "agreement"})
-    for rung in RUNGS:
-        agreement = rows["agreement" if rung == "recovered" else f"{rung}_agreement"]
-        rows[f"at_{rung}"] = rows[f"{rung}_accuracy"].where(tested, agreement).astype(float)
+    for rung in STUDENTS:
+        rows[f"at_{rung.name}"] = rows[rung.accuracy].where(tested, rows[rung.agreement]).astype(float)
     rows["at_teacher"] = rows["teacher_accuracy"].where(tested, 1.0).astype(float)
     rows["lost"] = rows["at_teacher"] - rows["at_recovered"]
-    for rung in RUNGS[:2]:
-        rows[f"lost_{rung}"] = rows["at_teacher"] - rows[f"at_{rung}"]
+    for rung in BEFORE:
+        rows[f"lost_{rung.name}"] = rows["at_teacher"] - rows[f"at_{rung.name}"]
     level = rows["pruning.sparsity"].astype(float).fillna(0.0)
     if level.nunique() > NUM_LEVELS:
         level = ((level / LEVEL_WIDTH).round() * LEVEL_WIDTH).clip(upper=1 - LEVEL_WIDTH / 2)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from dfkd_ray.ladder import STUDENTS
 from dfkd_ray.report.wording import MEASURES, RUNG_NAMES, Frame, count, cut, dicts, seconds, size, sparsity
 from dfkd_ray.text import is_null
 
@@ -25,9 +26,7 @@ WIDTH = 4.0  # inches; a phone of 360 pixels shows it 13 % larger
 INK, SOFT, GRID = "#1c2430", "#5b6673", "#dfe3e8"
 # Colours that differ in lightness too, with a marker of their own each: for print and colour-blind eyes.
 LOOKS: dict[str, dict[str, Any]] = {
-    "pruned": {"color": "#8b95a1", "marker": "v", "linestyle": ":"},
-    "bn_reestimated": {"color": "#d9822b", "marker": "s", "linestyle": "-."},
-    "recovered": {"color": "#0b5cad", "marker": "o", "linestyle": "-", "linewidth": 2.0},
+    **{rung.name: dict(rung.look) for rung in STUDENTS},
     "bound": {"color": "#2e8b57", "marker": "D", "linestyle": "--", "markerfacecolor": "white"},
 }
 PALETTE = ("#0b5cad", "#d9822b", "#2e8b57", "#a23b72", "#6b4fbb", "#b8a100", "#11a0b0", "#8c5a3c")

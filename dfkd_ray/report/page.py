@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from dfkd_ray.ladder import RUNGS
 from dfkd_ray.report.wording import Frame, Series, count, short_names
 from dfkd_ray.text import shown
 
@@ -124,10 +125,7 @@ def trial_columns(rows: Frame, fields: Sequence[str]) -> list[Column]:
         *(Column(name, "seed" if len(seeds) == 1 else name, name) for name in seeds),
         Column("status", "status"),
         Column("measure", "measure", "what teacher, pruned, BN and recovered count"),
-        Column("at_teacher", "teacher", f"the teacher's, {measured}", 100.0, 2),
-        Column("at_pruned", "pruned", f"after one-shot pruning, {measured}", 100.0, 2),
-        Column("at_bn_reestimated", "BN", f"after BatchNorm re-estimation, {measured}", 100.0, 2),
-        Column("at_recovered", "recovered", f"after distillation, {measured}", 100.0, 2),
+        *(Column(f"at_{rung.name}", rung.heading, f"{rung.how}, {measured}", 100.0, 2) for rung in RUNGS),
         Column("lost", "lost", "points lost against the teacher", 100.0, 2),
         Column("agreement", "agreement", "with the teacher on the synthetic reference set, %", 100.0, 2),
         Column("reference_kl", "KL", "teacher to student on the reference set, nats", 1.0, 4),

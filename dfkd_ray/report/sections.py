@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dfkd_ray.ladder import BN_REESTIMATED
 from dfkd_ray.report import aggregates, figures, page
 from dfkd_ray.report.page import Section, escape
 from dfkd_ray.report.wording import (
@@ -92,13 +93,13 @@ def answer(material: Material) -> Section:
     fields = [name for name in material.own_fields if name != "pruning.sparsity"]
     real = bool(material.answers["real_data"].any())
     bound = "bound_lost" in material.answers and bool(material.answers["bound_lost"].notna().any())
-    batchnorm = bool(material.answers["lost_bn_reestimated"].notna().any())
+    batchnorm, before = f"{BN_REESTIMATED.heading} only", f"lost_{BN_REESTIMATED.name}"
     columns: dict[str, Callable[[dict[str, Any]], Any]] = {
         "network": lambda row: row["network"],
         "sparsity": lambda row: sparsity(row["level"]),
         "lost": lambda row: plus_minus(row["lost"], row["lost_std"]),
         "real images": lambda row: plus_minus(row["bound_lost"], row["bound_lost_std"]),
-        "BN only": lambda row: plus_minus(row["lost_bn_reestimated"], row["lost_bn_reestimated_std"]),
+        batchnorm: lambda row: plus_minus(row[before], row[f"{before}_std"]),
         "pruned": lambda row: plus_minus(row["lost_pruned"], row["lost_pruned_std"]),
         "seeds": lambda row: row["num_seeds"],
         "teacher": lambda row: percent(row["at_teacher"]),
@@ -113,7 +114,7 @@ def answer(material: Material) -> Section:
         name
         for name, there in {
             "real images": bound,
-            "BN only": batchnorm,
+            batchnorm: bool(material.answers[before].notna().any()),
             "images": real,
             "best configuration": fields,
         }.items()

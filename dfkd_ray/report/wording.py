@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
+from dfkd_ray.ladder import STUDENTS
 from dfkd_ray.text import is_null, shown
 
 # pandas annotates every selection as frame, series or array alike: a checker of types gets nothing out of it.
 Frame = Any
 Series = Any
 MEASURES = {"accuracy": "test accuracy", "agreement": "agreement with the teacher"}
-RUNG_NAMES = {"pruned": "pruned", "bn_reestimated": "BN re-estimated", "recovered": "recovered"}
+RUNG_NAMES = {rung.name: rung.label for rung in STUDENTS}
 NUM_TOLD = 4  # networks told of in the lead
 
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from dfkd_ray.config import TrialConfig, nested_models
 from dfkd_ray.config.methods import METHODS, term_columns
+from dfkd_ray.ladder import RUNGS, STUDENTS
 
 Columns = dict[str, tuple[pa.DataType, bool, str]]
 SCHEMA = b"dfkd_ray.schema"
@@ -45,17 +46,8 @@ METRICS: Columns = {
     "reason": (pa.string(), True, "why it failed"),
     "teacher_architecture": (pa.string(), True, "the teacher's architecture"),
     "real_data": (pa.bool_(), True, "true where the images distilled on are real: an upper bound, not data-free"),
-    "teacher_accuracy": (pa.float64(), True, "test accuracy in [0, 1]; null without test data"),
-    "pruned_accuracy": (pa.float64(), True, "after one-shot pruning"),
-    "bn_reestimated_accuracy": (
-        pa.float64(),
-        True,
-        "after BatchNorm re-estimation, no training; null without BatchNorm",
-    ),
-    "recovered_accuracy": (pa.float64(), True, "of the student selected on the reference set"),
-    "pruned_agreement": (pa.float64(), True, "share of equal argmax with the teacher on the reference set"),
-    "bn_reestimated_agreement": (pa.float64(), True, "the same after BatchNorm re-estimation"),
-    "agreement": (pa.float64(), True, "the same for the selected student: what trials are ranked by"),
+    **{rung.accuracy: (pa.float64(), True, rung.accuracy_meaning) for rung in RUNGS},
+    **{str(rung.agreement): (pa.float64(), True, str(rung.agreement_meaning)) for rung in STUDENTS},
     "reference_kl": (pa.float64(), True, "KL(teacher || student) on the reference set, nats"),
     "best_step": (pa.int64(), True, "distillation step of the selected student"),
     "num_test_images": (pa.int64(), True, "test images behind the accuracies"),

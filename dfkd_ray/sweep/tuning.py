@@ -16,6 +16,7 @@ from dfkd_ray import trial as one_trial
 from dfkd_ray.batches import mix_seed
 from dfkd_ray.config import TrialConfig
 from dfkd_ray.distillation import State
+from dfkd_ray.ladder import BEFORE
 from dfkd_ray.sweep.search import Domain, Point, SearchConfig, StopConfig
 
 METRIC = "agreement"
@@ -30,8 +31,7 @@ SO_FAR = (
     "image_confidence",
     "class_histogram",
     "image_bn",
-    "pruned_agreement",
-    "bn_reestimated_agreement",
+    *(str(rung.agreement) for rung in BEFORE),
 )
 MOST_ASKED = 200  # points in a row that are no new trial, before a space counts as used up
 

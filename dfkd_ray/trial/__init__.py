@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dfkd_ray import batchnorm, bundles, devices, distillation, evaluation, models, storage, synthesis
+from dfkd_ray import batchnorm, bundles, devices, distillation, evaluation, ladder, models, storage, synthesis
 from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.compression import pruning
@@ -197,23 +197,23 @@ def steps(
         pool = rounds.first_pool()
         count_images(pool)
 
-        def rung(name: str, net: nn.Module) -> None:
+        def measure(rung: ladder.Rung, net: nn.Module) -> None:
             report("evaluating", 0, 1, {})
-            if name == "teacher" and inputs.teacher_accuracy is not None:
-                row["teacher_accuracy"] = inputs.teacher_accuracy
+            if rung is ladder.TEACHER and inputs.teacher_accuracy is not None:
+                row[rung.accuracy] = inputs.teacher_accuracy
             elif test is not None:
-                row[f"{name}_accuracy"] = evaluation.accuracy(net, test, runtime)
-            if name in ("pruned", "bn_reestimated"):
-                row[f"{name}_agreement"] = reference.compare(net)[0]
+                row[rung.accuracy] = evaluation.accuracy(net, test, runtime)
+            if rung in ladder.BEFORE:
+                row[str(rung.agreement)] = reference.compare(net)[0]
 
         row["num_test_images"] = None if test is None else sum(len(batch.labels) for batch in test)
-        rung("teacher", network)
-        rung("pruned", student)
+        measure(ladder.TEACHER, network)
+        measure(ladder.PRUNED, student)
         if batchnorm.layers(student):
             reestimate(student, config, pool, runtime)
-            rung("bn_reestimated", student)
+            measure(ladder.BN_REESTIMATED, student)
         else:  # no such rung: a copy of `pruned` would tell of a step that there was not
-            row |= {"bn_reestimated_accuracy": None, "bn_reestimated_agreement": None}
+            row |= {ladder.BN_REESTIMATED.accuracy: None, str(ladder.BN_REESTIMATED.agreement): None}
 
         # Frozen BatchNorm keeps the teacher's statistics; the cubic schedule starts dense, on masks of its own.
         if config.pruning.schedule == "cubic":
@@ -234,7 +234,7 @@ def steps(
             observer=observer,
         )
         row["distillation_wall_s"] = time.perf_counter() - distillation_start
-        rung("recovered", student)
+        measure(ladder.RECOVERED, student)
         if rounds.num_rounds > 1:
             pool = rounds.pool()
             count_images(pool)

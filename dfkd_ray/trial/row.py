@@ -14,6 +14,7 @@ from dfkd_ray.compression import pruning
 from dfkd_ray.config import TrialConfig
 from dfkd_ray.devices import Runtime
 from dfkd_ray.distillation import Pool
+from dfkd_ray.ladder import RECOVERED
 from dfkd_ray.trial.images import mean_term
 
 
@@ -47,7 +48,7 @@ def size_columns(student: nn.Module, pruned: Sequence[str]) -> dict[str, Any]:
 def student_info(config: TrialConfig, teacher: Teacher, row: Mapping[str, Any]) -> bundles.BundleInfo:
     """The student's `teacher.json`: the teacher's, but for the architecture and how it was made."""
     changes: dict[str, Any] = {
-        "test_accuracy": row.get("recovered_accuracy"),
+        "test_accuracy": row.get(RECOVERED.accuracy),
         "trained": True,
         "notes": {"student_of": teacher.hash, "trial_id": row["trial_id"], "config": config.model_dump(mode="json")},
     }

@@ -1,0 +1,66 @@
+"""The rungs of a trial, from the teacher to the recovered student: names, labels, columns, in one place.
+
+A rung is added here and measured in `trial`; tables, figures and the ladder that is printed follow.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A network on its way. `name` is the stem of its columns; `how` says what has been done to it by then."""
+
+    name: str
+    label: str
+    heading: str
+    how: str
+    accuracy_meaning: str
+    agreement_meaning: str | None = None
+    look: tuple[tuple[str, Any], ...] = ()
+    """How a figure draws it: colours that differ in lightness too, with a marker of their own each."""
+
+    @property
+    def accuracy(self) -> str:
+        """The column of its test accuracy."""
+        return f"{self.name}_accuracy"
+
+    @property
+    def agreement(self) -> str | None:
+        """The column of its agreement with the teacher; the teacher has none."""
+        if self is RECOVERED:  # what trials are ranked by
+            return "agreement"
+        return None if self.agreement_meaning is None else f"{self.name}_agreement"
+
+
+TEACHER = Rung("teacher", "teacher", "teacher", "as it is", "test accuracy in [0, 1]; null without test data")
+PRUNED = Rung(
+    "pruned",
+    "pruned",
+    "pruned",
+    "after one-shot pruning",
+    "after one-shot pruning",
+    "share of equal argmax with the teacher on the reference set",
+    (("color", "#8b95a1"), ("marker", "v"), ("linestyle", ":")),
+)
+BN_REESTIMATED = Rung(
+    "bn_reestimated",
+    "BN re-estimated",
+    "BN",
+    "after BatchNorm re-estimation",
+    "after BatchNorm re-estimation, no training; null without BatchNorm",
+    "the same after BatchNorm re-estimation",
+    (("color", "#d9822b"), ("marker", "s"), ("linestyle", "-.")),
+)
+RECOVERED = Rung(
+    "recovered",
+    "recovered",
+    "recovered",
+    "after distillation",
+    "of the student selected on the reference set",
+    "the same for the selected student: what trials are ranked by",
+    (("color", "#0b5cad"), ("marker", "o"), ("linestyle", "-"), ("linewidth", 2.0)),
+)
+RUNGS = (TEACHER, PRUNED, BN_REESTIMATED, RECOVERED)
+STUDENTS = RUNGS[1:]
+BEFORE = RUNGS[1:-1]  # of the student, before it is trained
