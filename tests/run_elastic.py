@@ -32,10 +32,12 @@ def main(address: str, teacher: str, folder: Path) -> dict:
         told["at first"] = machines()
         jobs = jobs_of(sweep_of_four(teacher))[:2]
         try:
-            sweep.run(jobs, folder / "refused", None, synthesizers=1)
+            sweep.run(jobs, folder / "refused", None, cluster=sweep.Cluster(synthesizers=1))
         except ValueError as error:
             told["refused"] = str(error)
-        told["failed"] = sweep.run(jobs, folder / "results", str(folder / "cache"), synthesizers=(1, 2))
+        told["failed"] = sweep.run(
+            jobs, folder / "results", str(folder / "cache"), cluster=sweep.Cluster(synthesizers=(1, 2))
+        )
 
         # A fleet whose batches take a while, beside what has the rest of the first machine, as a trial does.
         class Trial:

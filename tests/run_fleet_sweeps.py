@@ -63,7 +63,13 @@ def same(teacher: str, folder: Path) -> None:
 
     def run(name: str, cache_name: str, synthesizers: int) -> None:
         cache, told = str(folder / cache_name), lambda status: statuses.update({name: status})
-        failed = sweep.run(jobs, folder / name, cache, synthesizers=synthesizers, on_status=told)
+        failed = sweep.run(
+            jobs,
+            folder / name,
+            cache,
+            cluster=sweep.Cluster(synthesizers=synthesizers),
+            callbacks=sweep.Callbacks(on_status=told),
+        )
         assert failed == 0, results.read(folder / name, "trials")["reason"].tolist()
 
     with fleet.connected(num_cpus=2, object_store_memory=200_000_000):
@@ -81,7 +87,7 @@ def one_cpu(teacher: str, folder: Path) -> None:
     jobs = jobs_of(sweep_of_four(teacher))
     with fleet.connected(num_cpus=1, object_store_memory=100_000_000):
         assert sweep.run(jobs[::3], folder / "shared", str(folder / "cache")) == 0
-        assert sweep.run(jobs[:2], folder / "unshared", None, synthesizers=0) == 0
+        assert sweep.run(jobs[:2], folder / "unshared", None, cluster=sweep.Cluster(synthesizers=0)) == 0
 
 
 def between(teacher: str, folder: Path) -> None:
@@ -96,7 +102,11 @@ def between(teacher: str, folder: Path) -> None:
 
     with fleet.connected(num_cpus=1, object_store_memory=100_000_000):
         failed = sweep.run(
-            jobs_of(sweep_of_four(teacher))[:3], folder / "between", None, synthesizers=0, on_row=kill_those
+            jobs_of(sweep_of_four(teacher))[:3],
+            folder / "between",
+            None,
+            cluster=sweep.Cluster(synthesizers=0),
+            callbacks=sweep.Callbacks(on_row=kill_those),
         )
     (folder / "told.json").write_text(json.dumps({"failed": failed, "killed": len(killed)}))
 

@@ -34,7 +34,9 @@ def place(tmp_path_factory):
     for name, kinds, storage in (("net", format.KINDS, "gaussian"), ("exemplars", ("spectral",), "exemplars")):
         teacher = bundles.load(str(folder / name))
         rows = np.arange(30)
-        plan = fitting.plan(teacher, labels.numpy(), rows, kinds, storage=storage, rank=6, num_exemplars=4)
+        plan = fitting.plan(
+            teacher, labels.numpy(), rows, kinds, fitting.Options(storage=storage, rank=6, num_exemplars=4)
+        )
         shard = fitting.shards(lambda chosen: images[chosen], labels, rows, 1)[0]
         for record in fitting.finish(plan, fitting.fit(plan, teacher.network, shard), teacher):
             bundles.save_record(folder / name, record)

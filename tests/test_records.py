@@ -32,7 +32,7 @@ def examples(num=90, num_classes=3, image_shape=(1, 32, 32), seed=0):
 
 def fitted(teacher, images, labels, kinds=format.KINDS, num_shards=1, **options):
     rows = np.arange(len(labels))
-    plan = fitting.plan(teacher, labels.numpy(), rows, kinds, rank=32, **options)
+    plan = fitting.plan(teacher, labels.numpy(), rows, kinds, fitting.Options(rank=32, **options))
     totals = fitting.empty(plan)
     for shard in fitting.shards(lambda chosen: images[chosen], labels, rows, num_shards):
         totals.merge(fitting.fit(plan, teacher.network, shard))

@@ -77,7 +77,7 @@ def recorded_on_noise(bundle: str) -> None:
     """All records of a bundle, small ones."""
     teacher = bundles.load(bundle)
     labels, rows = torch.arange(20) % teacher.info.num_classes, np.arange(20)
-    plan = fitting.plan(teacher, labels.numpy(), rows, format.KINDS, rank=4)
+    plan = fitting.plan(teacher, labels.numpy(), rows, format.KINDS, fitting.Options(rank=4))
     images = torch.randint(0, 256, (20, *teacher.info.image_shape), dtype=torch.uint8)
     (shard,) = fitting.shards(lambda chosen: images[chosen], labels, rows, 1)
     for record in fitting.finish(plan, fitting.fit(plan, teacher.network, shard), teacher):

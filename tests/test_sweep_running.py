@@ -238,7 +238,7 @@ def test_rows_measured_on_other_test_data_are_not_mixed(tiny_teacher, tmp_path):
     run(first, tmp_path)
     with pytest.raises(ValueError, match="measured on no test images, the others would be on 3"):
         batch = trial.Batch(0, torch.zeros(3, 1, 16, 16, dtype=torch.uint8).numpy(), torch.zeros(3).long().numpy(), "k")
-        sweep.run([first, second], tmp_path, None, test_of=lambda _teacher: [batch])
+        sweep.run([first, second], tmp_path, None, data=sweep.Data(test_of=lambda _teacher: [batch]))
 
 
 def test_what_killed_processes_left_is_tidied_and_the_rest_is_not(tmp_path):

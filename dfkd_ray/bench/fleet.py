@@ -298,7 +298,11 @@ def timed_sweep(
     """Wall time of a sweep, and of it the part after the fleet was up."""
     begun, up = time.perf_counter(), []
     failed = sweep.run(
-        jobs, folder, cache_root, synthesizers=synthesizers, on_up=lambda: up.append(time.perf_counter())
+        jobs,
+        folder,
+        cache_root,
+        cluster=sweep.Cluster(synthesizers=synthesizers),
+        callbacks=sweep.Callbacks(on_up=lambda: up.append(time.perf_counter())),
     )
     assert failed == 0
     end = time.perf_counter()

@@ -208,18 +208,8 @@ def teacher_record(
         raise ValueError(
             f"--dataset {dataset}: {len(data.class_names)} classes, the teacher has {teacher.info.num_classes}"
         )
-    plan = fitting.plan(
-        teacher,
-        data.labels.numpy(),
-        rows,
-        chosen,
-        storage=storage,
-        rank=rank,
-        share=share,
-        temperature=temperature,
-        num_exemplars=num_exemplars,
-        seed=seed,
-    )
+    options = fitting.Options(storage, rank, share, temperature, num_exemplars, seed)
+    plan = fitting.plan(teacher, data.labels.numpy(), rows, chosen, options)
     shards = fitting.shards(data.read, data.labels, rows, max(1, workers))
     progress = Progress()
     done = 0

@@ -98,21 +98,30 @@ class Totals:
             self.exemplars.setdefault(name, []).extend(kept)
 
 
+@dataclass(frozen=True)
+class Options:
+    """How records are made: `gaussian` or `exemplars`; the rank of a sketch; the share of units that are coefficients.
+
+    `temperature` divides the logits; `num_exemplars` is per class.
+    """
+
+    storage: str = "gaussian"
+    rank: int = 256
+    share: float = 0.1
+    temperature: float = 8.0
+    num_exemplars: int = 100
+    seed: int = 0
+
+
+DEFAULT = Options()
+
+
 def plan(
-    teacher: Teacher,
-    labels: np.ndarray,
-    rows: np.ndarray,
-    kinds: Sequence[str],
-    *,
-    storage: str = "gaussian",
-    rank: int = 256,
-    share: float = 0.1,
-    temperature: float = 8.0,
-    num_exemplars: int = 100,
-    seed: int = 0,
+    teacher: Teacher, labels: np.ndarray, rows: np.ndarray, kinds: Sequence[str], options: Options = DEFAULT
 ) -> Plan:
     """All that can be said before an image is read. `labels` (n,) are those of all examples, `rows` those to record."""
-    if storage == "exemplars" and not set(kinds) <= set(SPECTRAL):
+    rank, seed = options.rank, options.seed
+    if options.storage == "exemplars" and not set(kinds) <= set(SPECTRAL):
         raise ValueError("exemplars are stored as spectral coefficients; choose kinds spectral and spectral_pairs")
     missing = sorted(set(range(teacher.info.num_classes)) - set(np.unique(labels[rows]).tolist()))
     if missing:
@@ -124,20 +133,20 @@ def plan(
         if kind in SPECTRAL
     }
     chosen: list[int] = []
-    if storage == "exemplars":
+    if options.storage == "exemplars":
         order = np.random.default_rng(seed).permutation(rows)
         for label in range(teacher.info.num_classes):
-            chosen += order[labels[order] == label][:num_exemplars].tolist()
+            chosen += order[labels[order] == label][: options.num_exemplars].tolist()
     return Plan(
         tuple(kinds),
-        storage,
+        options.storage,
         tuple(found),
         bases,
         teacher.info.num_classes,
         teacher.info.space,
-        temperature,
+        options.temperature,
         rank,
-        share,
+        options.share,
         frozenset(chosen),
         seed,
     )

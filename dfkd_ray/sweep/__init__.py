@@ -42,7 +42,7 @@ from dfkd_ray.sweep.jobs import About, Job, Plan, SweepConfig, expand, parse, pl
 from dfkd_ray.sweep.machines import preflight
 from dfkd_ray.sweep.places import Stopped, check_target, explained
 from dfkd_ray.sweep.resume import rows_in
-from dfkd_ray.sweep.runner import LOOK_S, real_sources, run
+from dfkd_ray.sweep.runner import LOOK_S, Callbacks, Cluster, Data, real_sources, run
 from dfkd_ray.sweep.schema import json_schema
 from dfkd_ray.sweep.search import AshaConfig, SearchConfig, StopConfig
 from dfkd_ray.sweep.worker import Seconds, run_job
@@ -51,6 +51,9 @@ __all__ = [
     "LOOK_S",
     "About",
     "AshaConfig",
+    "Callbacks",
+    "Cluster",
+    "Data",
     "Job",
     "Plan",
     "SearchConfig",

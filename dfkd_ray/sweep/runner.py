@@ -8,7 +8,7 @@ hash of their configs. Ray's own state of an experiment is thrown away: the rows
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
@@ -33,27 +33,66 @@ LOOK_S = 15.0
 SETTINGS = "sweep.yaml"  # in a results place: the sweep file that ran there last
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """Where a sweep runs, and how its machines are shared.
+
+    `address` is of a running Ray cluster (`HOST:PORT` or `auto`); None starts Ray on this machine. `synthesizers` None
+    takes as many as the machines have room for and grows with them. A pair is the fewest and the most, between which an
+    autoscaler may launch machines and take them back; where there are none yet, the first is waited for up to
+    `first_machine_s`. 0 shares nothing: every trial makes its own images.
+    """
+
+    address: str | None = None
+    synthesizers: Asked = None
+    gpus_per_synthesizer: float | None = None
+    gpus_per_trial: float | None = None
+    batch_timeout_s: float = 3600.0
+    first_machine_s: float = FIRST_MACHINE_S
+
+
+@dataclass(frozen=True)
+class Data:
+    """Real data, where there is any: a teacher's test batches, and images for trials with `synthesis.method=real`.
+
+    Without `real_of` such trials are refused.
+    """
+
+    test_of: Callable[[Teacher], Sequence[Batch] | None] = lambda _teacher: None
+    real_of: Callable[[Teacher, RealConfig], BatchSource] | None = None
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """Who is told what of a running sweep.
+
+    `on_up`: the fleet is up. `on_row`: a trial has ended. `on_new`: Optuna has come up with one. `on_status`, every
+    `look_s` seconds: how the fleet is; `on_stages`: where the running trials are. `on_lost`, in a thread of its own:
+    Ray itself is gone, as of `fleet.connected`. `stop` is asked several times a second: where it says yes, the trials
+    are stopped, the fleet is shut down, and `KeyboardInterrupt` raised; the same call goes on later.
+    """
+
+    on_row: OnRow | None = None
+    on_status: Callable[[Mapping[str, Any]], None] | None = None
+    on_stages: Callable[[Stages], None] | None = None
+    on_up: Callable[[], None] = lambda: None
+    on_new: Callable[[Job], None] = lambda _job: None
+    on_lost: Callable[[str], None] | None = None
+    stop: Callable[[], bool] = lambda: False
+    look_s: float = LOOK_S
+
+
+HERE, NO_DATA, SILENT = Cluster(), Data(), Callbacks()
+
+
 def run(
     jobs: Plan | Sequence[Job],
     place: Where,
     cache_root: str | None,
     *,
-    address: str | None = None,
-    synthesizers: Asked = None,
-    gpus_per_synthesizer: float | None = None,
-    gpus_per_trial: float | None = None,
-    batch_timeout_s: float = 3600.0,
-    first_machine_s: float = FIRST_MACHINE_S,
-    test_of: Callable[[Teacher], Sequence[Batch] | None] = lambda _teacher: None,
-    real_of: Callable[[Teacher, RealConfig], BatchSource] | None = None,
-    on_row: OnRow | None = None,
-    on_status: Callable[[Mapping[str, Any]], None] | None = None,
-    on_stages: Callable[[Stages], None] | None = None,
-    on_up: Callable[[], None] = lambda: None,
-    look_s: float = LOOK_S,
-    on_new: Callable[[Job], None] = lambda _job: None,
-    on_lost: Callable[[str], None] | None = None,
-    stop: Callable[[], bool] = lambda: False,
+    cluster: Cluster = HERE,
+    data: Data = NO_DATA,
+    callbacks: Callbacks = SILENT,
     seconds: Seconds | None = None,
     trust_code: Sequence[str] = (),
 ) -> int:
@@ -61,25 +100,17 @@ def run(
 
     Takes a plan (of `prepare`), or just jobs. An Optuna search goes on from the rows that lie in its space; a trial
     that was stopped early has a row that says so, and is not run again. `place`, a folder or URI, takes all results.
-    `cache_root` is one too; None keeps batches in memory only. `address` is of a running Ray cluster (`HOST:PORT` or
-    `auto`); None starts Ray on this machine. `synthesizers` None takes as many as the machines have room for and grows
-    with them; a pair is the fewest and the most, between which an autoscaler may launch machines and take them back
-    (where there are none yet, the first is waited for up to `first_machine_s`); 0 shares nothing: every trial makes its
-    own images. `test_of` gives a teacher's test batches or None,
-    `real_of` the real images for trials with `synthesis.method=real`; without it such trials are refused. `on_up` is
-    called when the fleet is up, `on_row` when a trial has ended, `on_new` when Optuna has come up with one, `on_status`
-    every `look_s` seconds with how the fleet is, and `on_stages` with where the running trials are. `on_lost` is called
-    in a thread of its own when Ray itself is gone, as of `fleet.connected`. `stop` is asked
-    several times a second: where it says yes, the trials are stopped, the fleet is shut down, and `KeyboardInterrupt`
-    raised; the same call goes on later. `seconds` is filled with what writing results and telling of them took.
+    `cache_root` is one too; None keeps batches in memory only. `seconds` is filled with what writing results and
+    telling of them took.
 
     `ValueError` where nothing fits; `OSError` where a place cannot be written or a cluster not be reached;
     `places.Stopped` where that happens on the way: all finished rows are safe.
     """
     plan = jobs if isinstance(jobs, Plan) else Plan(list(jobs))
-    if real_of is None and any(isinstance(job.config.synthesis, RealConfig) for job in plan.jobs):
+    if data.real_of is None and any(isinstance(job.config.synthesis, RealConfig) for job in plan.jobs):
         raise ValueError(
-            "synthesis.method=real needs real images, which are used only when asked for: --real-data NAME"
+            "synthesis.method=real needs real images, which are used only when asked for: hand them in "
+            "(command line: --real-data NAME)"
         )
     seconds = Seconds() if seconds is None else seconds
     place = places.check_target(place)
@@ -102,14 +133,14 @@ def run(
     if cache_root is not None:
         places.probe(storage.folder(cache_root), "cache")
     teachers = {job.teacher.hash: job.teacher for job in known}
-    tests = {name: test_of(teacher) for name, teacher in teachers.items()}
-    reals = real_sources(todo, real_of)
+    tests = {name: data.test_of(teacher) for name, teacher in teachers.items()}
+    reals = real_sources(todo, data.real_of)
     check_one_meaning(before, todo, place, tests, reals)
     from ray.exceptions import RayError
 
     from dfkd_ray import fleet
 
-    ledger = Ledger(todo, place, on_row, seconds, num_left, on_new)
+    ledger = Ledger(todo, place, callbacks.on_row, seconds, num_left, callbacks.on_new)
     targets.claim(place, places.CLAIM, places.SCHEMA)
     with places.reserved(place), ExitStack() as stack:
         if plan.settings is not None:
@@ -117,18 +148,18 @@ def run(
         places.tidy(place, done)
         with seconds.spent("TensorBoard"):
             tensorboard.write_sweep(place, [job.config for job in plan.known_jobs])
-        stack.enter_context(fleet.connected(address, on_lost=on_lost))
-        shares = (gpus_per_synthesizer, gpus_per_trial)
+        stack.enter_context(fleet.connected(cluster.address, on_lost=callbacks.on_lost))
+        shares = (cluster.gpus_per_synthesizer, cluster.gpus_per_trial)
         running = board = None
-        with first_machine(known, synthesizers, *shares, first_machine_s):
-            settings, placement = preflight(known, cache_root, synthesizers, *shares)
+        with first_machine(known, cluster.synthesizers, *shares, cluster.first_machine_s):
+            settings, placement = preflight(known, cache_root, cluster.synthesizers, *shares)
             places.try_on_every_node(place, None if cache_root is None else storage.folder(cache_root))
-            settings = replace(settings, batch_timeout_s=batch_timeout_s)
-            if synthesizers != 0:
+            settings = replace(settings, batch_timeout_s=cluster.batch_timeout_s)
+            if cluster.synthesizers != 0:
                 running = stack.enter_context(fleet.started(settings, list(teachers.values())))
-        if on_stages:
+        if callbacks.on_stages:
             board = stack.enter_context(started_board())
-        on_up()
+        callbacks.on_up()
         shared = Shared(
             place.uri,
             cache_root,
@@ -140,9 +171,9 @@ def run(
             {trial_id: put(source) for trial_id, source in reals.items()},
             models.code_folder(),
         )
-        with watched(look_of(ledger, running, board, on_status, on_stages), look_s):
+        with watched(look_of(ledger, running, board, callbacks), callbacks.look_s):
             try:
-                drive(plan, asha, shared, placement, ledger, stop)
+                drive(plan, asha, shared, placement, ledger, callbacks.stop)
             except RayError as error:
                 raise places.Stopped(f"Ray has failed: {in_one_line(error)}; all finished rows are safe") from error
         if plan.search:  # now its trials are known
@@ -150,7 +181,7 @@ def run(
                 tensorboard.write_sweep(place, [job.config for job in [*before, *todo]])
     if ledger.trouble:
         raise places.Stopped(f"{ledger.trouble}; all finished rows are safe")
-    if ledger.num_done < num_left and stop():
+    if ledger.num_done < num_left and callbacks.stop():
         raise KeyboardInterrupt
     with seconds.spent("results"):
         compact(place)
@@ -205,14 +236,13 @@ def look_of(
     ledger: Ledger,
     running: Any | None,
     board: Any | None,
-    on_status: Callable[[Mapping[str, Any]], None] | None,
-    on_stages: Callable[[Stages], None] | None,
+    callbacks: Callbacks,
 ) -> Callable[[], None]:
     """A look at fleet and trials, handed on to who wants to know."""
     import ray
     from ray.exceptions import GetTimeoutError, RayError
 
-    show_status, show_stages = (harmless(show) if show else None for show in (on_status, on_stages))
+    show_status, show_stages = (harmless(show) if show else None for show in (callbacks.on_status, callbacks.on_stages))
 
     def look() -> None:
         status = running.status() if running and show_status else None
