@@ -10,7 +10,7 @@ import yaml
 
 from dfkd_ray import bundles, cache, config, results, storage, sweep, synthesis, trial
 from dfkd_ray.batches import Batch
-from dfkd_ray.config import DeepInversionConfig, NoiseConfig, TrialConfig, synthesis_key, validate
+from dfkd_ray.config import DeepInversionConfig, NoiseConfig, TrialConfig, hashes, synthesis_key, validate
 from dfkd_ray.results import rows, selecting
 from dfkd_ray.sweep import worker
 from dfkd_ray.trial import identity
@@ -54,7 +54,7 @@ def test_another_version_of_an_algorithm_has_other_ids_and_keys(tiny_teacher, mo
     ids, keys = {job.id}, {synthesis_key("ab", DeepInversionConfig())}
     for name in ("TRIAL_VERSION", "SYNTHESIS_VERSION"):
         with monkeypatch.context() as patch:
-            patch.setattr(config, name, getattr(config, name) + 1)
+            patch.setattr(hashes, name, getattr(hashes, name) + 1)
             ids.add(trial.trial_id(job.config, job.teacher))
             keys.add(synthesis_key("ab", DeepInversionConfig()))
     assert len(ids) == 3 and len(keys) == 2
@@ -66,7 +66,7 @@ def test_another_version_of_the_synthesis_draws_no_other_seeds_by_itself(tiny_te
     device = trial.devices.resolve("cpu")
     key, make = synthesis.source(teacher, settings, device)
     before = make(3)
-    monkeypatch.setattr(config, "SYNTHESIS_VERSION", config.SYNTHESIS_VERSION + 1)
+    monkeypatch.setattr(hashes, "SYNTHESIS_VERSION", hashes.SYNTHESIS_VERSION + 1)
     other, make = synthesis.source(teacher, settings, device)
     after = make(3)
     assert (before.key, after.key) == (key, other) and key != other
@@ -79,13 +79,13 @@ def test_a_trial_of_another_version_is_not_finished_and_its_batches_are_not_foun
     first = run(job, place, cache=kept)
     assert first["status"] == "finished" and first["num_cached_batches"] == 0
     assert run(job, place, cache=kept)["num_cached_batches"] == 1, "its own version's are found"
-    monkeypatch.setattr(config, "SYNTHESIS_VERSION", config.SYNTHESIS_VERSION + 1)
+    monkeypatch.setattr(hashes, "SYNTHESIS_VERSION", hashes.SYNTHESIS_VERSION + 1)
     again = job_of(tiny_teacher)
     assert again.id not in results.finished_ids(place) and job.id in results.finished_ids(place)
     second = run(again, place, cache=kept)
     assert second["num_cached_batches"] == 0 and second["synthesis_key"] != first["synthesis_key"]
     table = results.read(place, "trials")
-    assert sorted(table["synthesis_version"]) == [config.SYNTHESIS_VERSION - 1, config.SYNTHESIS_VERSION]
+    assert sorted(table["synthesis_version"]) == [hashes.SYNTHESIS_VERSION - 1, hashes.SYNTHESIS_VERSION]
     assert set(results.read(place, "synthesis")["synthesis_version"]) == set(table["synthesis_version"])
     assert "2 versions of the synthesis algorithms" in str(results.mixed(table))
 
