@@ -50,6 +50,10 @@ class RoundState:
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
     student: Mapping[str, np.ndarray] | None = None
 
+    def __post_init__(self):
+        # Arithmetic on arrays of no dimension gives numbers.
+        object.__setattr__(self, "arrays", {name: np.asarray(array) for name, array in self.arrays.items()})
+
     @cached_property
     def hash(self) -> str:
         """SHA-256 over the number and all arrays: their names, types, shapes and bytes."""
@@ -57,7 +61,7 @@ class RoundState:
         for part in (self.arrays, self.student or {}):
             for name in sorted(part):
                 array = np.ascontiguousarray(part[name])
-                sha.update(json.dumps([name, str(array.dtype), list(array.shape)]).encode())
+                sha.update(json.dumps([name, str(array.dtype), list(np.shape(part[name]))]).encode())
                 sha.update(array.reshape(-1).view(np.uint8).data)
         return sha.hexdigest()
 

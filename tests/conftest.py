@@ -26,6 +26,12 @@ torch.set_num_threads(1)
 
 # Tests that take long: run where `-m` asks for them by name, and with no other choice of tests.
 LONG = ("fuzz", "soak")
+# Few tests that take minutes each: what begins last runs alone. (`--no-loadscope-reorder` keeps this order.)
+FIRST = [
+    *("test_cluster.py", "test_shipped_sweeps.py", "test_fleet_sweep.py", "test_session.py", "test_rounds.py"),
+    *("test_killed_sweep.py", "test_unasked_code.py", "test_sweep_running.py", "test_elastic.py", "test_sweep.py"),
+    *("test_cli_synthesize.py", "test_streams.py", "test_search.py", "test_trial.py", "test_fleet.py"),
+]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,7 +43,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the long tests unless `-m` names their marker."""
+    """Leave out the long tests unless `-m` names their marker; begin with the files that take longest."""
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
     left_out = [name for name in LONG if name not in config.option.markexpr]
     long = [item for item in items if any(item.get_closest_marker(name) for name in left_out)]
     if long:

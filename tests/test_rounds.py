@@ -141,6 +141,8 @@ def test_the_hash_of_a_state_tells_its_parts_apart():
         RoundState(0, {"a": two}),
         RoundState(0, {"a": one.astype(np.float64)}),
         RoundState(0, {"a": one.reshape(1, 2)}),
+        RoundState(0, {"a": one[:1]}),
+        RoundState(0, {"a": np.zeros((), np.float32)}),
         RoundState(0, {}, {"a": one}),
         RoundState(0, {}, {}),
     ]

@@ -26,6 +26,7 @@ from dfkd_ray.storage import Folder, Where
 from dfkd_ray.trial.identity import (
     CHECKPOINTS,
     TRIAL_ID,
+    is_checkpoint,
     pinned,
     provenance,
     reason_of,
@@ -127,7 +128,7 @@ def run(
         except RoundsLostError as error:
             assert folder is not None
             log.warning("trial %s starts anew: %s", row["trial_id"], error)
-            remove_checkpoints(storage.folder(checkpoint or ""), [row["trial_id"]])
+            folder.clear(is_checkpoint)
             outcome = steps(config, teacher, row, inputs, folder, observer)
     except (FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
         log.warning("trial %s failed: %s", row["trial_id"], error)

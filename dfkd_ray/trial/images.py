@@ -388,7 +388,8 @@ def read_state(arrays: Mapping[str, np.ndarray], plain: Mapping[str, Any], what:
 
 def as_safetensors(arrays: Mapping[str, np.ndarray], plain: Mapping[str, Any]) -> bytes:
     """A file of arrays, and of plain data as JSON in its header."""
-    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    # `ascontiguousarray` alone makes a number an array of one.
+    whole = {name: np.ascontiguousarray(array).reshape(np.shape(array)) for name, array in arrays.items()}
     return safetensors.numpy.save(whole, {PLAIN: json.dumps(plain)})
 
 
