@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dfkd_ray import batches, batchnorm, bundles, images, models, synthesis
+from dfkd_ray import batches, batchnorm, bundles, devices, images, models, synthesis
 from dfkd_ray.config import DeepInversionConfig, NoiseConfig
 from dfkd_ray.synthesis import deepinversion
 
@@ -85,7 +85,7 @@ def test_images_stay_in_the_pixel_range_and_measure_as_stored(teacher: bundles.T
     batch = batch_of(teacher, SMALL.model_copy(update={"storage": "float32", "learning_rate": 5.0}))
     assert batch.images.min() >= 0.0 and batch.images.max() <= 1.0
     decoded = images.decode(batch.images, teacher.info.space)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), devices.autocast("bfloat16", CPU):
         logits = teacher.network(decoded).float()
     assert batch.terms["class_histogram"] == torch.bincount(logits.argmax(1), minlength=10).tolist()
 

@@ -72,7 +72,8 @@ def test_on_cuda_only_fast_is_autotuned_and_only_tf32_rounds(fast, benchmark, de
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bfloat16", torch.bfloat16), ("float32", torch.float32)])
-def test_autocast_decides_the_networks_precision_alone(precision, dtype):
+def test_autocast_decides_the_networks_precision_alone(precision, dtype, monkeypatch):
+    monkeypatch.setattr(devices, "has_bfloat16", lambda _device: True)
     layer, x = torch.nn.Linear(4, 4), torch.randn(2, 4, requires_grad=True)
     with devices.autocast(precision, CPU):
         y = layer(x)
@@ -80,6 +81,17 @@ def test_autocast_decides_the_networks_precision_alone(precision, dtype):
     assert y.dtype == dtype
     assert x.grad is not None and layer.weight.grad is not None
     assert layer.weight.dtype == x.grad.dtype == layer.weight.grad.dtype == torch.float32
+
+
+def test_a_cpu_that_only_imitates_bfloat16_runs_in_float32_and_is_a_numerics_class_of_its_own(monkeypatch):
+    names = []
+    for native in (True, False):
+        monkeypatch.setattr(devices, "has_bfloat16", lambda _device, native=native: native)
+        with devices.autocast("bfloat16", CPU):
+            dtype = torch.nn.Linear(4, 4)(torch.randn(2, 4)).dtype
+        assert dtype == (torch.bfloat16 if native else torch.float32)
+        names.append(devices.numerics_class(CPU))
+    assert names[0] != names[1] and "without bfloat16" in names[1]
 
 
 def test_the_numerics_class_names_instruction_set_and_torch_version():

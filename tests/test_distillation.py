@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dfkd_ray import batchnorm, bundles, distillation, evaluation, storage
+from dfkd_ray import batchnorm, bundles, devices, distillation, evaluation, storage
 from dfkd_ray.compression import pruning
 from dfkd_ray.config import PruningConfig
 from helpers import SMALL_DISTILLATION, distilled, same_weights
@@ -193,9 +193,9 @@ def test_every_option_changes_the_student(teacher, change, monkeypatch):
     # Agreement that always rises selects the last student, whatever the option did.
     monkeypatch.setattr(evaluation.Reference, "compare", lambda self, *a: (next(steps) / 1000, 1.0))
     base = SMALL_DISTILLATION.model_copy(update={"num_steps": 2})
-    assert not same_weights(
-        distilled(teacher, config=base)[0], distilled(teacher, config=base.model_copy(update=change))[0]
-    )
+    one, other = (distilled(teacher, config=settings)[0] for settings in (base, base.model_copy(update=change)))
+    alike = "precision" in change and not devices.has_bfloat16(torch.device("cpu"))
+    assert same_weights(one, other) == alike, "a CPU without bfloat16 runs both in float32"
 
 
 def test_distillation_brings_a_new_student_towards_the_teacher(teacher):

@@ -62,7 +62,8 @@ class DeepInversionConfig(BaseModel):
     jitter: Pixels = Field(default=2, description="largest cyclic shift per step, pixels")
     flip: bool = Field(default=True, description="flip the batch left to right in half of the steps")
     precision: Precision = Field(
-        default="bfloat16", description="of the network; statistics and images stay in float32"
+        default="bfloat16",
+        description="of the network; statistics and images stay in float32; a CPU without bfloat16 runs it in float32",
     )
     channels_last: bool = True
     compile: bool = Field(
