@@ -128,6 +128,8 @@ def arrow_type(annotation: Any) -> pa.DataType:
     option = options[0]
     if typing.get_origin(option) is typing.Annotated:
         option = typing.get_args(option)[0]
+    if typing.get_origin(option) is typing.Literal:
+        option = type(typing.get_args(option)[0])
     return {int: pa.int64(), float: pa.float64(), bool: pa.bool_()}.get(option, pa.string())
 
 
