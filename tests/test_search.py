@@ -356,7 +356,9 @@ with fleet.connected(num_cpus=2):
     for _ in range(2):
         told = []
         plan = sweep.prepare(settings, bundles.load)
-        sweep.run(plan, folder / "optuna", None, synthesizers=0, on_row=lambda row, _, total: told.append(total))
+        alone = sweep.Cluster(synthesizers=0)
+        heard = sweep.Callbacks(on_row=lambda row, _, total: told.append(total))
+        sweep.run(plan, folder / "optuna", None, cluster=alone, callbacks=heard)
         print(told)
 """
 
