@@ -9,8 +9,8 @@ made from the teacher alone. Importing this package does nothing: no device, no 
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # not from `typing`: with `python -m` the working folder comes before Python's library here
 if TYPE_CHECKING:
     from dfkd_ray import results, sweep
     from dfkd_ray.bundles import Teacher, load
@@ -32,7 +32,7 @@ LAZY = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = LAZY[name]

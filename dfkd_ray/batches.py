@@ -78,7 +78,8 @@ def summed(contributions: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.nd
     total: dict[str, np.ndarray] = {}
     for one in contributions:
         for name, array in one.items():
-            total[name] = total[name] + array if name in total else np.array(array)
+            # The sum of two arrays of no dimension is a number.
+            total[name] = np.asarray(total[name] + array) if name in total else np.array(array)
     return total
 
 

@@ -31,7 +31,12 @@ def write(
         momentum = optimiser.state[parameter].get("momentum_buffer")
         if momentum is not None:
             named[f"momentum.{index}"] = momentum
-    folder.write(FILE, safetensors_bytes(named, {STATE: json.dumps(plain | {COUNT: len(named)})}))
+    write_file(folder, FILE, named, plain)
+
+
+def write_file(folder: Folder, name: str, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+    """Write tensors by name, and plain data beside them in the file's header, whole."""
+    folder.write(name, safetensors_bytes(tensors, {STATE: json.dumps({**plain, COUNT: len(tensors)})}))
 
 
 def read(folder: Folder, network: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
@@ -40,10 +45,18 @@ def read(folder: Folder, network: nn.Module) -> tuple[dict[str, Any], dict[str, 
     `ValueError` for one that is damaged or too large to be of it.
     """
     own = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
-    data = content(folder, FILE, MAX_NETWORKS * own + untrusted.SPARE_BYTES)
+    return read_file(folder, FILE, MAX_NETWORKS * own + untrusted.SPARE_BYTES)
+
+
+def read_file(folder: Folder, name: str, most: int) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """Plain data and tensors of a file of `write_file`, None where there is none.
+
+    `ValueError` for one that is damaged, or larger than `most` bytes.
+    """
+    data = content(folder, name, most)
     if data is None:
         return None
-    where = str(folder / FILE)
+    where = str(folder / name)
     metadata = untrusted.safetensors_header(data, where, "checkpoint").get("__metadata__")
     text = metadata.get(STATE) if isinstance(metadata, dict) else None
     plain = untrusted.parse_json(text.encode(), f"{where}: its counters") if isinstance(text, str) else None

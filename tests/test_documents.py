@@ -425,8 +425,14 @@ def test_an_option_or_field_that_there_is_is_not(span):
     assert wrong_names(f"see `{span}`") == []
 
 
-@pytest.mark.parametrize("text", ["in /home/me/runs", "`/tmp/x`", "(/work/y)", "TODO: more", "to be done (FIXME)"])
-def test_paths_of_machines_and_what_is_left_to_do_are_found(text):
+@pytest.mark.parametrize("top", ["home", "tmp", "work", "root", "mnt"])
+@pytest.mark.parametrize("around", ["in {}", "`{}`", "({})"])
+def test_paths_of_machines_are_found(top, around):
+    assert len(wrong_places(around.format(f"/{top}/me/runs"))) == 1
+
+
+@pytest.mark.parametrize("text", ["TODO: more", "to be done (FIXME)"])
+def test_what_is_left_to_do_is_found(text):
     assert len(wrong_places(text)) == 1
 
 

@@ -181,7 +181,7 @@ READ = """
 import json, sys
 from dfkd_ray import results
 frame = results.read(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "trials")
-print(frame.to_json(orient="records", double_precision=15))
+print(json.dumps(frame.astype(object).where(frame.notna(), None).to_dict("records"), default=str))
 """
 
 

@@ -114,11 +114,10 @@ def test_a_resumed_trial_starts_at_its_checkpoint_takes_cached_images_and_ends_w
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(job, tmp_path / "resumed", tmp_path / "cache", progress=dying)
+        run(job, tmp_path / "resumed", tmp_path / "cache", observer=trial.Observer(progress=dying))
     assert not (tmp_path / "resumed" / "trials").exists()
-    row = run(
-        job, tmp_path / "resumed", tmp_path / "cache", progress=lambda s, d, *_: seen.append(d) if s[0] == "d" else None
-    )
+    watching = trial.Observer(progress=lambda stage, done, *_: seen.append(done) if stage == "distilling" else None)
+    row = run(job, tmp_path / "resumed", tmp_path / "cache", observer=watching)
     assert seen == [1, 2, 3, 4, 5, 6, 7, *range(7, 13)], "checkpoints are every second step"
     assert row["num_cached_batches"] == 1
     names = [name for name in results.deterministic_columns() if name in wanted]

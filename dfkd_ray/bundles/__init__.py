@@ -81,6 +81,7 @@ class Teacher:
             return (float(values),) * channels if isinstance(values, int | float) else tuple(map(float, values))
 
         models.checks.check_state(own, IN_MEMORY)
+        apart = {key: tensor.clone() for key, tensor in own.state_dict().items()}  # the format takes no shared memory
         described = {
             "architecture": IN_MEMORY,
             "arguments": {"network": kind.__qualname__, "structure_sha256": structure},
@@ -89,7 +90,7 @@ class Teacher:
             "mean": per_channel(mean),
             "std": per_channel(std),
             "pixel_range": pixel_range,
-            "weights_sha256": sha256(safetensors_bytes(unshared(own.state_dict()))),
+            "weights_sha256": sha256(safetensors_bytes(apart)),
         }
         info = untrusted.validated(BundleInfo, described, name)
         models.checks.check_output(own, IN_MEMORY, num_classes, image_shape)
@@ -295,11 +296,6 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | 
     """The content of a safetensors file; the library's own writer hides a full disk in an error of its own."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return safetensors.torch.save(plain, metadata)
-
-
-def unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict whose tensors share no memory, as the format wants it."""
-    return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
 def to_stored(state: Mapping[str, Tensor], pruned: Sequence[str]) -> dict[str, Tensor]:

@@ -19,10 +19,10 @@ LEGEND = (
 )
 # heading of the final table: (column, scale, digits, rank); of the highest rank is what first has to go
 MEASURED: dict[str, tuple[str, float, int, int]] = {
-    rung.heading: (rung.accuracy, 100.0, 2, rank)
-    for rung, rank in ((TEACHER, 3), (PRUNED, 1), (BN_REESTIMATED, 2), (RECOVERED, 0))
-}
-MEASURED |= {
+    **{
+        rung.heading: (rung.accuracy, 100.0, 2, rank)
+        for rung, rank in ((TEACHER, 3), (PRUNED, 1), (BN_REESTIMATED, 2), (RECOVERED, 0))
+    },
     "agreement": ("agreement", 100.0, 2, 0),
     "kB": ("stored_bytes", 1e-3, 0, 3),
     "s": ("wall_s", 1.0, 0, 4),

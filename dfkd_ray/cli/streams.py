@@ -34,8 +34,8 @@ class Outlet(io.RawIOBase):
         return True
 
     def isatty(self) -> bool:
-        """Whether it is a terminal."""
-        return self.target is not None and self.target.isatty()
+        """Whether it is a terminal; a stream that was closed is none."""
+        return self.target is not None and not self.target.closed and self.target.isatty()
 
     def fileno(self) -> int:
         """That of the stream below; `OSError` where it has none."""

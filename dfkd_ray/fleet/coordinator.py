@@ -159,9 +159,9 @@ class Coordinator:
     async def _open(self, spec: Spec) -> None:
         await self.numerics_known.wait()
         state = Key()
-        if self.settings.cache_root and not spec.owner:
-            assert self.numerics is not None
-            folder = cache.folder_of(self.settings.cache_root, spec.key, self.numerics)
+        assert self.numerics is not None
+        folder = spec.folder(self.settings.cache_root, self.numerics)
+        if folder is not None:
             try:
                 state.cached = await asyncio.to_thread(cache.indices, folder)
                 await asyncio.to_thread(note, folder, spec, self.numerics)
@@ -175,8 +175,7 @@ class Coordinator:
         """Make the first batches of a key ahead of its reader, as far as the window goes."""
         await self.open(spec, numerics)
         if spec.key in self.specs:
-            window = max(self.settings.window, 2 * self.settings.slots * len(self.workers))
-            self.schedule.look_ahead(spec.key, 0, num_batches, window)
+            self.schedule.look_ahead(spec.key, 0, num_batches, self.window)
             self.pump()
 
     async def close(self, owner: str) -> None:
@@ -207,10 +206,9 @@ class Coordinator:
         for index in lost or ():
             self.schedule.forget(key, index)
         reply = self.collect(key, indices)
-        window = max(self.settings.window, 2 * self.settings.slots * len(self.workers))
         asked = [] if reply["ready"] or reply["errors"] else indices
         if indices:
-            self.schedule.look_ahead(key, min(indices) + len(indices), until, window)
+            self.schedule.look_ahead(key, min(indices) + len(indices), until, self.window)
         # Where something is ready the rest of the window is on its way too, just not waited for.
         for index in set(indices) - set(reply["ready"]) - set(reply["errors"]) - set(asked):
             if self.schedule.wants_reading(key, index):
@@ -306,6 +304,11 @@ class Coordinator:
         return f"a free synthesizer: {self.num_up} up, {self.schedule.queue_depth} batches queued"
 
     # ---- the fleet ---------------------------------------------------------------------------------------------
+
+    @property
+    def window(self) -> int:
+        """Batches that are made ahead of a reader."""
+        return max(self.settings.window, 2 * self.settings.slots * len(self.workers))
 
     @property
     def num_up(self) -> int:
@@ -453,7 +456,7 @@ class Coordinator:
             self.died(worker, key, index, " ".join(str(error).split())[:300])
         else:
             found = info["found"]
-            in_cache = self.settings.cache_root is not None and not self.specs[key].owner
+            in_cache = self.specs[key].folder(self.settings.cache_root, str(self.numerics)) is not None
             self.schedule.hold(key, index, reference, info["size_bytes"], cached=in_cache, fresh=not found)
             self.counts["found" if info["found"] else "made"] += 1
             if not info["found"]:

@@ -182,9 +182,7 @@ class Stream:
         """Batches of `spec` made by this process, through the cache."""
 
         def batch(index: int) -> Batch:
-            folder = None
-            if self.cache_root and not spec.owner:
-                folder = cache.folder_of(self.cache_root, spec.key, self.numerics)
+            folder = spec.folder(self.cache_root, self.numerics)
             if devices.numerics_class(wanted.device) != self.numerics:
                 raise TimeoutError(f"no synthesizer for {self.alone_s:.0f} s, and this trial computes otherwise")
             return cache.fetch([index], spec.key, wanted.source(), folder)[0]

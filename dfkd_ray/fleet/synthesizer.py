@@ -46,6 +46,10 @@ class Spec:
     code: str | None = None
     """Where the student's code lies, if it is named by an import path: `models.code_folder`."""
 
+    def folder(self, cache_root: str | None, numerics: str) -> Folder | None:
+        """Where its batches are kept; None where none are."""
+        return None if cache_root is None or self.owner else cache.folder_of(cache_root, self.key, numerics)
+
 
 class Synthesizer:
     """Makes `batch(key, index)` for any key that was opened; each batch is in the cache before it is returned.
@@ -83,9 +87,7 @@ class Synthesizer:
         if key not in self.specs:
             raise NotOpened(key)
         spec, start = self.specs[key], time.perf_counter()
-        folder = None
-        if self.cache_root and not spec.owner:
-            folder = cache.folder_of(self.cache_root, key, self.numerics)
+        folder = spec.folder(self.cache_root, self.numerics)
         if folder and key not in self.noted:
             note(folder, spec, self.numerics)
             self.noted.add(key)

@@ -93,13 +93,14 @@ def answer(material: Material) -> Section:
     fields = [name for name in material.own_fields if name != "pruning.sparsity"]
     real = bool(material.answers["real_data"].any())
     bound = "bound_lost" in material.answers and bool(material.answers["bound_lost"].notna().any())
-    batchnorm, before = f"{BN_REESTIMATED.heading} only", f"lost_{BN_REESTIMATED.name}"
+    before, before_heading = f"lost_{BN_REESTIMATED.name}", f"{BN_REESTIMATED.heading} only"
+    reestimated = bool(material.answers[before].notna().any())
     columns: dict[str, Callable[[dict[str, Any]], Any]] = {
         "network": lambda row: row["network"],
         "sparsity": lambda row: sparsity(row["level"]),
         "lost": lambda row: plus_minus(row["lost"], row["lost_std"]),
         "real images": lambda row: plus_minus(row["bound_lost"], row["bound_lost_std"]),
-        batchnorm: lambda row: plus_minus(row[before], row[f"{before}_std"]),
+        before_heading: lambda row: plus_minus(row[before], row[f"{before}_std"]),
         "pruned": lambda row: plus_minus(row["lost_pruned"], row["lost_pruned_std"]),
         "seeds": lambda row: row["num_seeds"],
         "teacher": lambda row: percent(row["at_teacher"]),
@@ -114,7 +115,7 @@ def answer(material: Material) -> Section:
         name
         for name, there in {
             "real images": bound,
-            batchnorm: bool(material.answers[before].notna().any()),
+            before_heading: reestimated,
             "images": real,
             "best configuration": fields,
         }.items()
@@ -127,7 +128,7 @@ def answer(material: Material) -> Section:
     html = page.table(list(shown), cells, numbers=set(shown) - texts, long=["best configuration"], key="lost")
     note = "Points below the teacher, mean ± std over seeds: lost, after recovery; "
     note += "real images, the same with real images (the upper bound); " if bound else ""
-    note += "BN only, after BatchNorm re-estimation without training; " if batchnorm else ""
+    note += f"{before_heading}, after BatchNorm re-estimation without training; " if reestimated else ""
     note += "pruned, with nothing done. "
     note += "Best student: its folder under students/."
     return Section(name, title, html + page.paragraph(note + more(len(material.answers), len(rows), "row"), "note"))

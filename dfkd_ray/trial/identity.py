@@ -11,7 +11,7 @@ import torch
 import dfkd_ray
 from dfkd_ray import commit, devices, distillation, storage, synthesis
 from dfkd_ray.bundles import Teacher
-from dfkd_ray.config import METHODS, TrialConfig, columns_of, stable_hash, versions
+from dfkd_ray.config import TrialConfig, columns_of, stable_hash, versions
 from dfkd_ray.storage import Folder
 from dfkd_ray.trial import images
 
@@ -34,12 +34,14 @@ def pinned(config: TrialConfig, teacher: Teacher) -> TrialConfig:
     by its public one: from here the config goes into rows, files and other processes. The id does not hold the name.
     `ValueError` where the teacher has no such file, or another than a hash that is there already.
     """
-    reference = config.reference.model_copy(update={"synthesis": synthesis.pinned(teacher, config.reference.synthesis)})
-    own = config.synthesis
-    if METHODS[own.method].is_data_free:
-        own = synthesis.pinned(teacher, own)
-    update = {"teacher": storage.public_name(config.teacher), "synthesis": own, "reference": reference}
-    return config.model_copy(update=update)
+    own, reference = (synthesis.pinned(teacher, one) for one in (config.synthesis, config.reference.synthesis))
+    return config.model_copy(
+        update={
+            "teacher": storage.public_name(config.teacher),
+            "synthesis": own,
+            "reference": config.reference.model_copy(update={"synthesis": reference}),
+        }
+    )
 
 
 def trial_id(config: TrialConfig, teacher: Teacher) -> str:

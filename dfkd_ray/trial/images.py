@@ -17,11 +17,10 @@ from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import safetensors.numpy
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dfkd_ray import bundles, cache, checkpoints, devices, synthesis, untrusted
+from dfkd_ray import cache, checkpoints, devices, synthesis, untrusted
 from dfkd_ray.batches import Batch, BatchSource, RoundState, summed
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import METHODS, StudentConfig, TrialConfig, stable_hash, versions
@@ -31,7 +30,6 @@ from dfkd_ray.storage import Folder, Where
 log = logging.getLogger(__name__)
 ROUND_FILE = re.compile(r"round-\d{6}\.safetensors")
 STATE_FILE = "rounds.safetensors"
-PLAIN = "plain"  # metadata key of what is no array
 
 
 @dataclass(frozen=True)
@@ -185,6 +183,7 @@ def gather(source: Images, wanted: Round, num_batches: int, stage: str, report: 
     total = sum(row["num_images"] for row in gathered.rows)  # the last batch of real images may be smaller
     gathered.pool = Pool(gathered.pool.images[:total], gathered.pool.labels[:total])
     gathered.total = summed([gathered.contributions[index] for index in sorted(gathered.contributions)])
+    gathered.contributions.clear()
     for row in gathered.rows:
         row["teacher_hash"] = wanted.teacher.hash
     gathered.rows.sort(key=lambda row: row["batch_index"])
@@ -225,6 +224,7 @@ class Rounds:
         ]
         self.gathered: list[Gathered] = []
         self.saved: set[int] = set()
+        self.joined: tuple[int, Pool] | None = None  # the images of the first so many rounds, in one piece
         self.state: RoundState | None = None  # of the last round gathered
         self.next: RoundState | None = None
         if not row.is_stationary:
@@ -258,10 +258,10 @@ class Rounds:
         pools = [one.pool for one in self.gathered[:num_rounds]]
         if len(pools) == 1:
             return pools[0]
-        if getattr(self, "_joined", (0, None))[0] != len(pools):
+        if self.joined is None or self.joined[0] != len(pools):
             images, labels = (np.concatenate([getattr(one, name) for one in pools]) for name in ("images", "labels"))
-            self._joined = (len(pools), Pool(images, labels))
-        return self._joined[1]
+            self.joined = (len(pools), Pool(images, labels))
+        return self.joined[1]
 
     def round_of(self, state: RoundState | None) -> Round:
         """The round that a state belongs to."""
@@ -297,7 +297,7 @@ class Rounds:
         if last.number not in self.saved:
             plain = {"key": last.key, "rows": last.rows, "num_found": last.num_found, "sha256": pool_sha256(last.pool)}
             arrays = {"images": last.pool.images, "labels": last.pool.labels}
-            self.folder.write(round_file(last.number), as_safetensors(arrays, plain))
+            checkpoints.write_file(self.folder, round_file(last.number), as_tensors(arrays), plain)
             self.saved.add(last.number)
         arrays = {f"contribution.{name}": array for name, array in last.total.items()}
         plain: dict[str, Any] = {"number": self.state.number}
@@ -306,17 +306,17 @@ class Rounds:
                 arrays |= {f"{what}.{name}": array for name, array in state.arrays.items()}
                 arrays |= {f"{what}_student.{name}": array for name, array in (state.student or {}).items()}
                 plain[what] = {"hash": state.hash, "has_student": state.student is not None}
-        self.folder.write(STATE_FILE, as_safetensors(arrays, plain))
+        checkpoints.write_file(self.folder, STATE_FILE, as_tensors(arrays), plain)
 
     def load(self) -> None:
         """Go on from what an attempt before this one has written down, where all of it is there and whole."""
         if self.folder is None or self.num_rounds == 1:
             return
         try:
-            found = from_safetensors(self.folder, STATE_FILE)
+            found = self.read_file(STATE_FILE)
             if found is None:
                 return
-            arrays, plain = found
+            plain, arrays = found
             number = checkpoints.counter(plain, "number", self.num_rounds - 1)
             state, after = read_state(arrays, plain, "state", number), read_state(arrays, plain, "next", number + 1)
             gathered = [self.read_round(n) for n in range(number + 1)]
@@ -326,13 +326,18 @@ class Rounds:
             return
         self.gathered, self.state, self.next, self.saved = gathered, state, after, set(range(number + 1))
 
+    def read_file(self, name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+        """Plain data and arrays of a file that was written down; None where there is none."""
+        assert self.folder is not None
+        found = checkpoints.read_file(self.folder, name, untrusted.free_bytes() // 2)
+        return None if found is None else (found[0], {key: tensor.numpy() for key, tensor in found[1].items()})
+
     def read_round(self, number: int) -> Gathered:
         """A round that was written down; `ValueError` where it is not there, or damaged."""
-        assert self.folder is not None
-        found = from_safetensors(self.folder, round_file(number))
+        found = self.read_file(round_file(number))
         if found is None:
             raise ValueError(f"{round_file(number)} is missing")
-        arrays, plain = found
+        plain, arrays = found
         pool = Pool(arrays["images"], arrays["labels"])
         if pool_sha256(pool) != plain["sha256"]:
             raise ValueError(f"{round_file(number)} is damaged")
@@ -349,8 +354,8 @@ class Rounds:
     @property
     def rows(self) -> list[dict[str, Any]]:
         """Rows of the table `synthesis`, in the order of the images."""
-        rows = [row for one in self.gathered for row in one.rows]
-        return rows if len(self.gathered) == 1 else [row | {"synthesis_key": self.key} for row in rows]
+        key = self.key  # a hash of all keys
+        return [row | {"synthesis_key": key} for one in self.gathered for row in one.rows]
 
     @property
     def num_found(self) -> int:
@@ -386,22 +391,6 @@ def read_state(arrays: Mapping[str, np.ndarray], plain: Mapping[str, Any], what:
     return state
 
 
-def as_safetensors(arrays: Mapping[str, np.ndarray], plain: Mapping[str, Any]) -> bytes:
-    """A file of arrays, and of plain data as JSON in its header."""
-    # `ascontiguousarray` alone makes a number an array of one.
-    whole = {name: np.ascontiguousarray(array).reshape(np.shape(array)) for name, array in arrays.items()}
-    return safetensors.numpy.save(whole, {PLAIN: json.dumps(plain)})
-
-
-def from_safetensors(folder: Folder, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-    """The inverse of `as_safetensors`; None where there is no such file, `ValueError` for one that is damaged."""
-    data, where = bundles.content(folder, name, untrusted.free_bytes() // 2), str(folder / name)
-    if data is None:
-        return None
-    metadata = untrusted.safetensors_header(data, where, "round").get("__metadata__")
-    text = metadata.get(PLAIN) if isinstance(metadata, dict) else None
-    plain = untrusted.parse_json(text.encode(), where) if isinstance(text, str) else None
-    if not isinstance(plain, dict):
-        raise ValueError(f"{where} has no counters")
-    tensors = untrusted.read_safetensors(data, where, "round")
-    return {name: tensor.numpy() for name, tensor in tensors.items()}, plain
+def as_tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """Arrays as tensors; those that are views for reading only are copied."""
+    return {name: torch.from_numpy(array if array.flags.writeable else array.copy()) for name, array in arrays.items()}
