@@ -57,7 +57,7 @@ def default_folder() -> Path:
     given = os.environ.get("DFKD_RAY_CACHE")
     if given and "://" in given:
         shown = storage.without_secrets(given)
-        raise ValueError(f"DFKD_RAY_CACHE={shown}: expected a local folder; a URI is given with --cache")
+        raise ValueError(f"DFKD_RAY_CACHE={shown}: expected a local folder; a URI is given as `cache`")
     return Path(given) if given else own_folder()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dfkd_ray import untrusted
 from dfkd_ray.bundles import content, safetensors_bytes
 from dfkd_ray.storage import Folder
-from dfkd_ray.untrusted import one_line
+from dfkd_ray.text import one_line
 
 FILE = "state.safetensors"
 STATE = "state"  # metadata key of the counters

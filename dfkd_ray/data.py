@@ -20,7 +20,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from dfkd_ray import image_files
-from dfkd_ray.untrusted import one_line, plain_file
+from dfkd_ray.text import one_line
+from dfkd_ray.untrusted import plain_file
 
 BUNDLED = Path(__file__).parent / "bundled"
 MAX_IDX_BYTES = 2**30  # EMNIST's largest file has 0.6 of it
@@ -237,7 +238,7 @@ def balanced(data: LabelledImages, seed: int = 0) -> LabelledImages:
     if size == 0:
         raise ValueError(
             f"{data.name}: no image of class {data.class_names[int(counts.argmin())]!r} among {len(data)}, so the "
-            "classes cannot be made equal; take all images with --all-images"
+            "classes cannot be made equal; take all images with `all_images`"
         )
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.nonzero(data.labels == label).flatten() for label in range(len(counts))]
@@ -263,7 +264,7 @@ def decode_images(files: Sequence[str], indices: Sequence[int] | Tensor, image_s
 def missing(name: str, where: str) -> ValueError:
     """The error for a data set that is not there."""
     return ValueError(
-        f"data set {name!r} not found; looked in {where}; give --data-root DIR, or fetch it once with --download"
+        f"data set {name!r} not found; looked in {where}; give its folder as `data_root`, or fetch it with `download`"
     )
 
 

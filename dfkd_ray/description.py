@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_v
 
 from dfkd_ray.config import STRICT
 from dfkd_ray.images import PixelSpace
-from dfkd_ray.untrusted import one_line
+from dfkd_ray.text import one_line
 
 SCHEMA = "dfkd_ray.bundle/1"
 MAX_CLASSES = 1_000_000

@@ -38,7 +38,7 @@ def resolve(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda: this torch sees no CUDA device; use --device cpu or auto")
+        raise ValueError("`device=cuda`: this torch sees no CUDA device; use `device=cpu` or auto")
     return torch.device(device)
 
 

@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from dfkd_ray.untrusted import one_line, plain_file, reason
+from dfkd_ray.text import one_line
+from dfkd_ray.untrusted import plain_file, reason
 
 MAX_PIXELS = 2**26  # of one image
 MAX_FOLDERS = 100_000  # within a class folder

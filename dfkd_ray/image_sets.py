@@ -85,12 +85,12 @@ def prepare(export: Export) -> list[int]:
     earlier run are written again: to be sure of each would cost as much.
     """
     if export.format not in FORMATS:
-        raise ValueError(f"--format {export.format!r}: expected {' or '.join(FORMATS)}")
+        raise ValueError(f"`format={export.format}`: expected {' or '.join(FORMATS)}")
     channels = export.image_shape[0]
     if export.format == "folder" and channels not in PNG_CHANNELS:
         raise ValueError(
-            f"--format folder writes PNG files of 1 or 3 channels, the images of {export.teacher} have {channels}; "
-            "use --format parquet"
+            f"`format=folder` writes PNG files of 1 or 3 channels, the images of {export.teacher} have {channels}; "
+            "use `format=parquet`"
         )
     targets.check(export.folder, IMAGE_SET)
     check_folder(export)
@@ -114,12 +114,12 @@ def check_folder(export: Export) -> None:
         for name, ours in (("key", export.key), ("format", export.format)):
             if record[name] != ours:
                 raise ValueError(
-                    f"--out {folder}: it holds images of {name} {str(record[name])[:12]}, asked for are those of "
+                    f"`out` {folder}: it holds images of {name} {str(record[name])[:12]}, asked for are those of "
                     f"{name} {ours[:12]}; choose another folder"
                 )
         if record["num_images"] > export.num_images:
             raise ValueError(
-                f"--out {folder}: it holds {record['num_images']} images, or was going to; for fewer "
+                f"`out` {folder}: it holds {record['num_images']} images, or was going to; for fewer "
                 f"({export.num_images}) choose another folder: their batches are in the cache"
             )
 

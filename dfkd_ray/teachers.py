@@ -19,7 +19,7 @@ from dfkd_ray.bundles import BundleInfo, freeze
 from dfkd_ray.config import TeacherTrainingConfig, config_hash
 from dfkd_ray.data import LabelledImages
 from dfkd_ray.images import PixelSpace, decode, flip_images, shift_images
-from dfkd_ray.untrusted import one_line
+from dfkd_ray.text import one_line
 
 log = logging.getLogger(__name__)
 CHECKPOINT = checkpoints.FILE

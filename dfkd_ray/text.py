@@ -3,6 +3,7 @@
 import unicodedata
 from typing import Any
 
+MOST_SIGNS = 280  # of an error's line
 # Joiners, of which scripts and emoji are made, are the only invisible signs that stay as they are.
 JOINERS = "\u200c\u200d"
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format (bidirectional marks are such), lone surrogates, line ends
@@ -34,6 +35,11 @@ def shortened(text: str, most: int) -> str:
         return text
     head = (most - 1) // 2
     return f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"
+
+
+def one_line(text: object, most: int = MOST_SIGNS) -> str:
+    """A text for an error: one line of at most `most` characters, in which nothing acts on a terminal."""
+    return shortened(shown(" ".join(str(text)[: 8 * most].split())), most)
 
 
 def is_null(value: Any) -> bool:

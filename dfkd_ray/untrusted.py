@@ -22,7 +22,7 @@ from torch import Tensor
 from dfkd_ray.config import validate
 from dfkd_ray.config.parsing import distinct, whole
 from dfkd_ray.plain import LARGEST, MOST_DEPTH, text_fault
-from dfkd_ray.text import shortened, shown
+from dfkd_ray.text import one_line
 
 MAX_JSON_BYTES = 8 << 20  # a description with 100,000 class names of 80 characters each
 MAX_HEADER_BYTES = 16 << 20  # of a safetensors file: 100,000 tensors with names of 100 characters
@@ -40,11 +40,6 @@ NO_FILES = (
     (stat.S_ISSOCK, "a socket"),
 )
 Model = TypeVar("Model", bound=BaseModel)
-
-
-def one_line(text: object, most: int = MAX_MESSAGE) -> str:
-    """Text of others for an error: one line of bounded length, nothing in it that acts on a terminal."""
-    return shortened(shown(" ".join(str(text)[: 8 * most].split())), most)
 
 
 def reason(error: BaseException, most: int = 120) -> str:

@@ -271,7 +271,7 @@ def code_bundle(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("trusted", [(), ("own_net",), ("own_net_of_a_user.part",), ("own_net_of_a_user:make",), ("",)])
 def test_bundle_with_untrusted_import_path_is_refused(code_bundle, trusted):
-    with pytest.raises(ValueError, match="--trust-code own_net_of_a_user"):
+    with pytest.raises(ValueError, match="`trust_code=own_net_of_a_user`"):
         bundles.load(str(code_bundle), trusted)
     assert not (code_bundle.parent / "ran").exists()
 
@@ -448,7 +448,7 @@ def test_a_new_folder_appears_only_when_all_its_files_are_there(tmp_path, monkey
 def test_trusting_a_module_by_a_plain_string_trusts_that_module_only(tmp_path):
     info = TINY_INFO.model_copy(update={"architecture": "own:make"})
     bundles.save(tmp_path / "net", info, {})
-    with pytest.raises(ValueError, match="--trust-code own"):
+    with pytest.raises(ValueError, match="`trust_code=own"):
         bundles.load(str(tmp_path / "net"), "my_own_nets")
 
 

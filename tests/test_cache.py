@@ -302,7 +302,7 @@ def test_the_default_folder_follows_the_environment(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache.default_folder() == Path.home() / ".cache" / "dfkd_ray"
     monkeypatch.setenv("DFKD_RAY_CACHE", "s3://bucket/a")
-    with pytest.raises(ValueError, match=r"s3://bucket/a: expected a local folder; .*--cache"):
+    with pytest.raises(ValueError, match=r"s3://bucket/a: expected a local folder; .*`cache`"):
         cache.default_folder()
 
 

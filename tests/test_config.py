@@ -284,7 +284,7 @@ def test_set_values_are_yaml(assignment, parsed):
 def test_a_field_set_twice_to_two_values_is_refused_with_both():
     assert parse_overrides(["a=1", "b=2", "a=1.0"]) == {"a": 1, "b": 2}
     for both in (["a=1", "a=3"], ["a=1", "a=true"], ["a.b=1", "a={b: 2}"], ["a={b: 2}", "a.b=1"]):
-        with pytest.raises(ValueError, match=r"^--set a\S*: (set twice, to 1 and to|lies within a)"):
+        with pytest.raises(ValueError, match=r"^`set` a\S*: (set twice, to 1 and to|lies within a)"):
             parse_overrides(both)
 
 

@@ -126,7 +126,7 @@ def test_a_missing_data_set_is_refused_with_where_it_was_looked_for_and_what_to_
         data.open_dataset(name, tmp_path / "root", train=True)
     message = str(caught.value)
     assert repr(name) in message and str(tmp_path / "root") in message
-    assert "--data-root" in message and "--download" in message
+    assert "`data_root`" in message and "`download`" in message
 
 
 def test_an_unknown_data_set_is_refused_with_the_names_there_are(tmp_path):
@@ -300,7 +300,7 @@ def test_the_choice_of_balancing_follows_its_seed_and_is_spread_over_the_set():
 
 
 def test_a_class_without_an_image_cannot_be_balanced():
-    with pytest.raises(ValueError, match=r"no image of class 'class 1' among 3, .* --all-images"):
+    with pytest.raises(ValueError, match=r"no image of class 'class 1' among 3, .* `all_images`"):
         data.balanced(labelled([0, 0, 0]))
 
 

@@ -25,7 +25,7 @@ def test_auto_is_cuda_where_there_is_one(monkeypatch, available, expected):
 
 def test_cuda_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="sees no CUDA device; use --device cpu or auto"):
+    with pytest.raises(ValueError, match="sees no CUDA device; use `device=cpu` or auto"):
         devices.resolve("cuda")
 
 

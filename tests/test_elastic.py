@@ -30,7 +30,7 @@ def test_machines_come_with_waiting_images_and_go_when_they_are_idle(tiny_teache
         )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     told = json.loads((tmp_path / "told.json").read_text())
-    assert told["at first"] == 0 and "no CPU is free" in told["refused"] and "--synthesizers 1-8" in told["refused"]
+    assert told["at first"] == 0 and "no CPU is free" in told["refused"] and "`synthesizers=1-8`" in told["refused"]
     assert "no machine has CPUs yet: waiting up to 900 s" in done.stderr
     assert told["failed"] == 0 and set(results.read(tmp_path / "results", "trials")["status"]) == {"finished"}
     assert told["grown"] == [2, 2], "one more synthesizer, on one more machine"
@@ -116,7 +116,7 @@ def test_nothing_is_asked_for_without_a_range_or_where_there_are_machines(cluste
     jobs = jobs_of(sweep_of_four(tiny_teacher))
     asked = cluster([HEAD])
     for synthesizers in (None, 1):
-        with pytest.raises(ValueError, match=r"no CPU is free; .* give a range of synthesizers, as in --synthesizers"):
+        with pytest.raises(ValueError, match=r"no CPU is free; .* give a range of synthesizers, as in `synthesizers="):
             preflight(jobs, synthesizers)
     assert cluster([HEAD, CPUS]) is asked
     settings, _ = preflight(jobs, (2, 4))
@@ -127,7 +127,7 @@ def test_nothing_is_asked_for_without_a_range_or_where_there_are_machines(cluste
 def test_trials_without_a_share_of_a_gpu_may_not_insist_on_one(cluster, tiny_teacher):
     cluster([GPUS])
     jobs = jobs_of(sweep_of_four(tiny_teacher))
-    with pytest.raises(ValueError, match=r"--gpus-per-trial 0: trials with device=cuda need a share"):
+    with pytest.raises(ValueError, match=r"`gpus_per_trial=0`: trials with device=cuda need a share"):
         preflight(on_device(jobs, "cuda"), 1, (None, 0.0))
     settings, placement = preflight(on_device(jobs, "auto"), 1, (None, 0.0))
     assert placement.trial_gpus == 0 and settings.gpus == 0.5 and settings.device == "auto"

@@ -217,7 +217,7 @@ def test_somebody_elses_images_are_refused(tmp_path):
 
 
 def test_channels_that_no_png_has_are_refused_with_a_hint(tmp_path):
-    with pytest.raises(ValueError, match="have 4; use --format parquet"):
+    with pytest.raises(ValueError, match="have 4; use `format=parquet`"):
         image_sets.prepare(an_export(tmp_path / "o", shape=(4, 8, 8)))
     with pytest.raises(ValueError, match="expected folder or parquet"):
         image_sets.prepare(an_export(tmp_path / "o", "jpeg"))

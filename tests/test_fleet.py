@@ -222,7 +222,7 @@ def test_a_batch_over_which_every_synthesizer_hangs_fails_with_advice(tmp_path):
     spec = simulated_spec("always hangs", SHAPE, (300.0, 300.0))
     with (
         fleet.started(settings_of(tmp_path, batch_timeout_s=0.5)) as running,
-        pytest.raises(TimeoutError, match=r"no batch within 0.5 s, 3 times; raise --batch-timeout"),
+        pytest.raises(TimeoutError, match=r"no batch within 0.5 s, 3 times; raise `batch_timeout`"),
     ):
         read_all(running.stream(timeout_s=900.0), spec, [0])
 

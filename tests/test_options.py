@@ -1,8 +1,17 @@
-"""Options, `--set` and a file that say two things of one field; and more real images than there are."""
+"""Options, `--set` and a file that say two things of one field; more real images than there are; options in errors."""
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 import yaml
 
+import dfkd_ray
+from dfkd_ray import cli
+from dfkd_ray.cli import errors
 from dfkd_ray.cli.options import number_of, range_of, settled
 from helpers import TINY_SETS, TINY_WORDS, assert_one_error, set_words, write_idx_set
 
@@ -159,3 +168,42 @@ def test_as_many_real_images_as_there_are_is_enough(run_cli, tiny_teacher, tmp_p
 
 def test_tiny_options_are_set_once():
     assert len({word.partition("=")[0] for word in TINY_WORDS[1::2]}) == len(TINY_SETS)
+
+
+def all_options(command: Any) -> set[str]:
+    """The long options of a command and of the commands below it."""
+    own = {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
+    return own.union(*map(all_options, getattr(command, "commands", {}).values()))
+
+
+def test_no_module_below_the_command_line_names_an_option_of_it():
+    known, root, named = all_options(typer.main.get_command(cli.app)), Path(dfkd_ray.__file__).parent, []
+    for path in sorted(root.rglob("*.py")):
+        if path.is_relative_to(root / "cli"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found = known & set(re.findall(r"--[a-z][a-z-]*", node.value))
+                named += [f"{path.relative_to(root)}:{node.lineno}: {name}" for name in sorted(found)]
+    assert len(known) > 60 and not named, named
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("raise `batch_timeout`", "raise --batch-timeout"),
+        ("`gpus_per_trial=0`: a share", "--gpus-per-trial 0: a share"),
+        ("no `data_root`, no `batch_timeout`", "no `data_root`, no --batch-timeout"),
+        ("`ray start --head` starts one; `set` is unknown", "`ray start --head` starts one; `set` is unknown"),
+    ],
+)
+def test_parameters_that_an_error_names_are_shown_as_options_of_the_command(message, shown):
+    assert errors.with_options(message, ["--batch-timeout", "--gpus-per-trial"]) == shown
+
+
+def test_the_options_are_those_of_the_command_that_was_given(run_cli, tmp_path):
+    command = typer.main.get_command(cli.app)
+    assert "--data-root" in cli.options_of(command, ["--debug", "teacher", "train", "resnet8", "--epochs", "1"])
+    assert cli.options_of(command, ["teacher", "info", "x"]) == ["--trust-code"]
+    words = ["teacher", "train", "resnet8", "--out", str(tmp_path / "t"), "--data-root", str(tmp_path)]
+    assert_one_error(run_cli(*words, "--dataset", "cifar10"), 2, "as --data-root, or fetch it with --download")

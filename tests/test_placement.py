@@ -483,15 +483,15 @@ def test_the_automatic_number_fits_a_small_head_and_large_machines():
     [
         ([], {}, "no CPU is free; there are 0 node(s) with 0 CPUs and 0 GPUs"),
         ([node(0), node(0, 2)], {}, "no CPU is free; there are 0 node(s) with 0 CPUs and 0 GPUs"),
-        ([node(2)], {"synthesizers": 0}, "--synthesizers 0: expected at least 1; there are 1 node(s) with 2 CPUs"),
-        ([node(2)], {"synthesizers": -3}, "--synthesizers -3: expected at least 1"),
+        ([node(2)], {"synthesizers": 0}, "`synthesizers=0`: expected at least 1; there are 1 node(s) with 2 CPUs"),
+        ([node(2)], {"synthesizers": -3}, "`synthesizers=-3`: expected at least 1"),
         (
             [node(2)],
             {"synthesizers": 5000, "gpu": False},
-            "--synthesizers 5000: that many do not fit; there are 1 node(s) with 2 CPUs",
+            "`synthesizers=5000`: that many do not fit; there are 1 node(s) with 2 CPUs",
         ),
-        ([node(8, 2)], {"shares": (1.5, None)}, "--gpus-per-synthesizer 1.5: expected a fraction up to 1, or a whole"),
-        ([node(8, 2)], {"shares": (None, -0.5)}, "--gpus-per-trial -0.5: expected a fraction up to 1"),
+        ([node(8, 2)], {"shares": (1.5, None)}, "`gpus_per_synthesizer=1.5`: expected a fraction up to 1, or a whole"),
+        ([node(8, 2)], {"shares": (None, -0.5)}, "`gpus_per_trial=-0.5`: expected a fraction up to 1"),
         (
             [node(8)],
             {"synthesizers": 1},
@@ -514,6 +514,6 @@ def test_a_refusal_names_the_numbers(nodes, options, said):
 def test_a_refusal_of_the_automatic_number_names_the_shares_and_not_an_option_that_was_not_given(shares):
     with pytest.raises(ValueError) as caught:
         planned([node(8, 1)], gpu=True, shares=shares)
-    assert "--synthesizers 0:" not in str(caught.value)
-    assert "--synthesizers -2:" not in str(caught.value)
-    assert "--gpus-per-trial" in str(caught.value)
+    assert "`synthesizers=0`:" not in str(caught.value)
+    assert "`synthesizers=-2`:" not in str(caught.value)
+    assert "`gpus_per_trial" in str(caught.value)

@@ -145,7 +145,7 @@ def test_yaml_that_means_two_things_or_has_no_end_is_refused_with_its_line(tmp_p
     if line is not None:
         assert f"not valid YAML: line {line}: " in told
     told = refused(config.parse_overrides, [f"x={text}"])
-    assert told.startswith("--set 'x=")
+    assert told.startswith("`set` 'x=")
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_json_of_the_command_line_that_is_not_plain_is_refused_in_one_line(text)
 )
 def test_a_set_that_is_no_assignment_is_one_clear_line(assignment, says):
     told = refused(config.parse_overrides, [assignment])
-    assert says in told and told.startswith("--set ") and told.count("\n") == 0
+    assert says in told and told.startswith("`set` ") and told.count("\n") == 0
 
 
 @pytest.mark.parametrize("call", [lambda: inputs.parse_shape("²x2x2"), lambda: inputs.parse_floats("nan,1", "--mean")])

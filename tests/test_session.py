@@ -33,20 +33,20 @@ def no_ray(monkeypatch):
     "address", ["http://127.0.0.1:8265", "ray://h:10001", "h:99999", "h:0", "h:²", "h", ":1", "h:" + "9" * 5000]
 )
 def test_a_malformed_address_is_blamed_on_where_it_comes_from(no_ray, address):
-    with pytest.raises(ValueError, match=r"^--address .*expected HOST:PORT") as caught, fleet.connected(address):
+    with pytest.raises(ValueError, match=r"^`address` .*expected HOST:PORT") as caught, fleet.connected(address):
         pass
     assert len(str(caught.value)) < 300
     no_ray.setenv("RAY_ADDRESS", address)
     with pytest.raises(ValueError, match=r"^RAY_ADDRESS.*expected HOST:PORT.*unset it") as caught, fleet.connected():
         pass
-    assert len(str(caught.value)) < 300 and "--address" not in str(caught.value)
+    assert len(str(caught.value)) < 300 and "address" not in str(caught.value)
 
 
 def test_a_cluster_that_is_gone_is_blamed_on_where_its_address_comes_from(no_ray):
     no_ray.setenv("RAY_ADDRESS", "127.0.0.1:9")
     with pytest.raises(OSError, match="RAY_ADDRESS") as caught, fleet.connected():
         pass
-    assert "--address" not in str(caught.value)
+    assert "address" not in str(caught.value)
 
 
 def test_an_empty_address_is_as_none(monkeypatch):

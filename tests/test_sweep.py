@@ -104,7 +104,7 @@ def test_plain_pandas_reads_the_table(finished_sweep):
 def test_real_images_in_a_sweep_are_refused_unless_injected(tiny_teacher, tmp_path, run_cli):
     settings = load(base={"teacher": str(tiny_teacher)}, grid={"synthesis": [{"method": "real"}]})
     jobs = sweep.plan(sweep.expand(settings, {}), bundles.load)
-    with pytest.raises(ValueError, match="--real-data"):
+    with pytest.raises(ValueError, match="`real_data`"):
         sweep.run(jobs, tmp_path, str(tmp_path))
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
     done = run_cli("sweep", str(tmp_path / "s.yaml"), "--results", str(tmp_path / "r"))

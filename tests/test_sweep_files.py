@@ -64,7 +64,7 @@ def test_tiny_fixes_axes_and_seeds_and_equal_points_are_one_trial():
 def test_overriding_a_field_of_the_grid_is_refused():
     with pytest.raises(ValueError, match="grid varies"):
         sweep.expand(load(grid={"pruning.sparsity": [0.5]}), {"pruning.sparsity": 0.9})
-    with pytest.raises(ValueError, match=r"--set synthesis.seed: the sweep's seeds vary|seeds varies"):
+    with pytest.raises(ValueError, match=r"`set` synthesis.seed: the sweep's seeds vary|seeds varies"):
         sweep.expand(load(grid={"pruning.sparsity": [0.5]}, seeds=2), {"synthesis.seed": 3})
 
 

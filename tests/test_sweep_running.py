@@ -332,7 +332,7 @@ def test_a_node_that_cannot_write_is_found_before_the_first_trial(bucket, tmp_pa
     done = subprocess.run(words, capture_output=True, text=True, timeout=900, check=False, env=env)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     told, left = done.stdout.splitlines()[-2:]
-    assert told.startswith("node ") and ": the cache s3://***@bucket/c?" in told and "choose another --cache" in told
+    assert told.startswith("node ") and ": the cache s3://***@bucket/c?" in told and "choose another `cache`" in told
     assert left == "left {} {}", "what was tried is removed"
 
 

@@ -156,7 +156,7 @@ def test_a_new_student_with_arguments_that_is_not_pruned_has_a_row_and_its_true_
 
 def test_a_student_by_import_path_needs_trust(teacher, tiny_teacher):
     config = config_of(tiny_teacher, **{"student": {"architecture": "os.path:join"}, "pruning.sparsity": 0.0})
-    with pytest.raises(ValueError, match=r"--trust-code os\.path"):
+    with pytest.raises(ValueError, match=r"`trust_code=os\.path`"):
         trial.run(config, teacher)
 
 

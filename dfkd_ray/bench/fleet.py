@@ -321,7 +321,7 @@ def run(parts: list[str], teacher: Teacher, teacher_name: str, scale: float, pai
     }
     unknown = set(parts) - set(actions)
     if unknown:
-        raise ValueError(f"--part {sorted(unknown)[0]}: expected one of {', '.join(actions)}")
+        raise ValueError(f"`part={sorted(unknown)[0]}`: expected one of {', '.join(actions)}")
     for name in parts or actions:
         print(f"{name}:", flush=True)
         actions[name]()

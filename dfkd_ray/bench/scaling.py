@@ -86,7 +86,7 @@ def cost_of(light: Load, heavy: Load) -> Cost:
     if determinant <= 0:
         raise ValueError(
             f"{heavy.handed} batches handed out of {heavy.made} made is no more than {light.handed} of {light.made}: "
-            "too few to tell what either costs; measure longer with --seconds, or fewer at a time with --simulated-s"
+            "too few to tell what either costs; measure longer with `seconds`, or fewer at a time with `simulated_s`"
         )
     hand_s = max(0.0, (light.made * heavy.cpu_s - heavy.made * light.cpu_s) / determinant)
     return Cost(max(0.0, (light.cpu_s - light.handed * hand_s) / light.made), hand_s)
@@ -172,7 +172,7 @@ def watch(running: fleet.Fleet, spec: Spec, seconds: float, *, probe: bool) -> L
     if after["made"] - before["made"] < MIN_MADE:
         raise OSError(
             f"{after['made'] - before['made']} simulated batches in {after['now'] - begin:.0f} s: this machine is too "
-            "busy, or --simulated-s too long"
+            "busy, or `simulated_s` too long"
         )
     made, cpu_s = after["made"] - before["made"], after["cpu_s"] - before["cpu_s"]
     return Load(before["now"], after["now"], made, len(takes), cpu_s, after["memory_bytes"], tuple(takes))

@@ -31,7 +31,7 @@ from dfkd_ray.description import SCHEMA, BundleInfo
 from dfkd_ray.records import format, taps
 from dfkd_ray.records.format import Record
 from dfkd_ray.storage import Folder, Where
-from dfkd_ray.untrusted import one_line
+from dfkd_ray.text import one_line
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
 DESCRIPTION, WEIGHTS, RECORDS = "teacher.json", "weights.safetensors", "records"
@@ -118,7 +118,7 @@ class Teacher:
             if data is None:
                 raise ValueError(
                     f"{self.name}: no {kind} record in its bundle (expected records/{kind}.safetensors); where the "
-                    f"training data is, make one with `dfkd-ray teacher record {self.name} --kinds {kind} --dataset …`"
+                    f"training data is, `dfkd-ray teacher record` makes one of kind {kind}"
                 )
             layers = format.layer_infos(taps.find(self.network, self.info.image_shape))
             self.records[kind] = format.decode(data, where, self.hash, layers, kind)
@@ -219,7 +219,7 @@ def load(name: Where, trust_code: Sequence[str] | str = ()) -> Teacher:
     if colon and module_name not in ([trust_code] if isinstance(trust_code, str) else trust_code):
         raise ValueError(
             f"{folder}: its architecture is code, {info.architecture!r}; if you trust that module, "
-            f"add --trust-code {module_name}"
+            f"add `trust_code={module_name}`"
         )
     state = read_weights(folder, info)
     network = models.build(

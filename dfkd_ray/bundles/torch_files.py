@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from dfkd_ray.untrusted import SPARE_BYTES, check_size, one_line, size
+from dfkd_ray.text import one_line
+from dfkd_ray.untrusted import SPARE_BYTES, check_size, size
 
 ZIP_HEAD, PICKLE_HEAD = b"PK\x03\x04", b"\x80"
 MAX_GROWTH = 16  # archives expand to at most so many times their size (PyTorch does not compress at all)

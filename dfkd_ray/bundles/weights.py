@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from dfkd_ray import untrusted
 from dfkd_ray.bundles import torch_files
-from dfkd_ray.untrusted import one_line, read_safetensors
+from dfkd_ray.text import one_line
+from dfkd_ray.untrusted import read_safetensors
 
 MASK, VALUES, SHAPE = "::mask", "::values", "::mask::shape"
 ENDINGS = (".pt", ".pth", ".bin", ".ckpt")

@@ -10,9 +10,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -69,7 +69,15 @@ def outcome() -> int:
             context.command.invoke(context)
         return 0
     except BaseException as error:  # noqa: BLE001 - nothing may leave a traceback on a terminal
-        return errors.told(error, debug=bool(context and context.params.get("debug")))
+        debug = bool(context and context.params.get("debug"))
+        return errors.told(error, debug, options_of(context.command, sys.argv[1:]) if context else ())
+
+
+def options_of(command: Any, words: Sequence[str]) -> list[str]:
+    """The long options of the command that the words of a command line name."""
+    for word in words:
+        command = getattr(command, "commands", {}).get(word, command)
+    return [option for parameter in command.params for option in parameter.opts if option.startswith("--")]
 
 
 @contextmanager

@@ -7,9 +7,11 @@ errors that are told where they arise: its lines say `unexpected error`, and its
 import errno
 import os
 import platform
+import re
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from dfkd_ray.text import shortened, shown
 MOST_LINES = 40
 MOST_SIGNS = 300  # of a line
 MOST_FILES = 20  # of tracebacks; the oldest go
+PARAMETER = re.compile(r"`([a-z][a-z_]*)(?:=([^`]*))?`")
 INTERRUPTED = "interrupted; the same command goes on from what is on disk"
 # What the disk or the system says, and what to do about it.
 ADVICE = {
@@ -33,8 +36,11 @@ ADVICE = {
 }
 
 
-def told(error: BaseException, debug: bool = False) -> int:
-    """Say in lines what has ended a command; returns its exit code. `debug` shows the traceback before them."""
+def told(error: BaseException, debug: bool = False, options: Sequence[str] = ()) -> int:
+    """Say in lines what has ended a command; returns its exit code. `debug` shows the traceback before them.
+
+    `options` of the command, as in "--data-root": parameters that the message names are written like them.
+    """
     if debug and not isinstance(error, TyperException | typer.Exit):
         for line in "".join(traceback.format_exception(error)).splitlines():
             say(without_secrets(line), error=True)
@@ -48,12 +54,24 @@ def told(error: BaseException, debug: bool = False) -> int:
         message = error.format_message()
         return fail(message, 2) if message else 2  # without words: the help has been printed
     if isinstance(error, ValueError):
-        return fail(str(error) or type(error).__name__, 2)
+        return fail(with_options(str(error), options) or type(error).__name__, 2)
     if isinstance(error, OSError):
-        return fail(environment_error(error), 3)
+        return fail(with_options(environment_error(error), options), 3)
     if isinstance(error, FloatingPointError):
         return fail(str(error) or type(error).__name__, 1)
     return fail(unexpected(error), 3)
+
+
+def with_options(message: str, options: Sequence[str]) -> str:
+    """A message of the package, which names parameters as Python does (`data_root`, `gpus=2`), for the command line."""
+
+    def option(match: re.Match[str]) -> str:
+        name, value = "--" + match[1].replace("_", "-"), match[2]
+        if name not in options:
+            return match[0]
+        return name if value is None else f"{name} {value}"
+
+    return PARAMETER.sub(option, message)
 
 
 def left(error: SystemExit) -> int:

@@ -244,7 +244,7 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
     """
     overrides: dict[str, Any] = {}
     for assignment in assignments:
-        where = f"--set {given(assignment)}"
+        where = f"`set` {given(assignment)}"
         name, equals, text = assignment.partition("=")
         name = name.strip()
         if not equals or not name:
@@ -256,12 +256,12 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
             raise ValueError(f"{where}: no value; write {named(name)}=null for none, or quote what begins with #")
         if name in overrides and not alike(overrides[name], value):
             both = f"to {given(overrides[name], 60)} and to {given(value, 60)}"
-            raise ValueError(f"--set {named(name)}: set twice, {both}; leave one out")
+            raise ValueError(f"`set` {named(name)}: set twice, {both}; leave one out")
         overrides[name] = value
     for name in overrides:
         for other in overrides:
             if other.startswith(name + "."):
-                raise ValueError(f"--set {named(other)}: lies within {named(name)}, which is set too; set one of them")
+                raise ValueError(f"`set` {named(other)}: lies within {named(name)}, which is set too; set one of them")
     return overrides
 
 

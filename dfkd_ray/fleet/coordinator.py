@@ -499,7 +499,7 @@ class Coordinator:
         if self.deaths[key, index] >= MAX_DEATHS:
             self.schedule.fail(key, index, f"RuntimeError: {MAX_DEATHS} synthesizers died making it; last: {reason}")
         elif self.timeouts.get((key, index), 0) >= MAX_TIMEOUTS:
-            self.schedule.fail(key, index, f"TimeoutError: {reason}, {MAX_TIMEOUTS} times; raise --batch-timeout")
+            self.schedule.fail(key, index, f"TimeoutError: {reason}, {MAX_TIMEOUTS} times; raise `batch_timeout`")
         else:
             self.schedule.not_there(key, index)
         if worker.up:

@@ -1,4 +1,4 @@
-"""How many synthesizers a range (`--synthesizers MIN-MAX`) holds at a time: the decision, without Ray or clocks.
+"""How many synthesizers a range (`synthesizers` MIN-MAX) holds at a time: the decision, without Ray or clocks.
 
 The coordinator only adds and removes actors. An added one reserves what an autoscaler sees (`placement.added_cpus`):
 while it is pending it is demand, for which machines are launched, and when it is gone its machine is idle and may be

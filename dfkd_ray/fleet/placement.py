@@ -68,25 +68,25 @@ def plan(
     if not nodes:
         raise ValueError(
             f"placement: no CPU is free; there are {have}; where machines are launched on demand, give a range of "
-            "synthesizers, as in --synthesizers 1-8"
+            "synthesizers, as in `synthesizers=1-8`"
         )
-    gpu_s = gpu_share("--gpus-per-synthesizer", gpus_per_synthesizer) if use_gpu else 0.0
-    gpu_t = gpu_share("--gpus-per-trial", gpus_per_trial) if use_gpu else 0.0
+    gpu_s = gpu_share("gpus_per_synthesizer", gpus_per_synthesizer) if use_gpu else 0.0
+    gpu_t = gpu_share("gpus_per_trial", gpus_per_trial) if use_gpu else 0.0
     if synthesizers is not None and synthesizers < 1:
-        raise ValueError(f"--synthesizers {synthesizers}: expected at least 1; there are {have}")
+        raise ValueError(f"`synthesizers={synthesizers}`: expected at least 1; there are {have}")
     count = synthesizers or automatic(nodes, synthesizer_threads, gpu_s, gpu_t, trial_threads)
     num_trials = trials_beside(nodes, count, trial_threads, gpu_s, gpu_t)
     if not num_trials:
         asked = f"{count} synthesizer(s) of {gpu_s:g} GPU" if synthesizers else f"a synthesizer of {gpu_s:g} GPU"
-        fewer = "fewer with --synthesizers, or " if synthesizers else ""
+        fewer = "fewer `synthesizers`, or " if synthesizers else ""
         raise ValueError(
             f"placement: {asked} leave no room for one trial of {gpu_t:g} GPU; there are {have}; "
-            f"ask for {fewer}smaller shares with --gpus-per-synthesizer and --gpus-per-trial"
+            f"ask for {fewer}smaller shares with `gpus_per_synthesizer` and `gpus_per_trial`"
         )
     kept = [SYNTHESIZERS_SHARE * node.cpus for node in homes(nodes, gpu_s)]
     synthesizer_cpus = max(rounded(min(kept) / count), RESOLUTION)
     if count * synthesizer_cpus > sum(kept):
-        raise ValueError(f"--synthesizers {count}: that many do not fit; there are {have}")
+        raise ValueError(f"`synthesizers={count}`: that many do not fit; there are {have}")
     machines = homes(nodes, gpu_t)
     by_cores = zip(machines, trials_by_cores(machines, trial_threads), strict=True)
     trial_cpus = min((1 - SYNTHESIZERS_SHARE) * node.cpus / num for node, num in by_cores if num)
@@ -118,8 +118,8 @@ def first_machines(
     """
     if not (gpus_per_synthesizer or gpus_per_trial):
         return [{"CPU": float(threads)}]
-    gpu_s = gpu_share("--gpus-per-synthesizer", gpus_per_synthesizer)
-    gpu_t = gpu_share("--gpus-per-trial", gpus_per_trial)
+    gpu_s = gpu_share("gpus_per_synthesizer", gpus_per_synthesizer)
+    gpu_t = gpu_share("gpus_per_trial", gpus_per_trial)
     each = max(1.0, gpu_s, gpu_t)
     num = 1
     while not trials_beside([Node(float(threads), each)] * num, fewest, threads, gpu_s, gpu_t):
@@ -132,7 +132,7 @@ def gpu_share(name: str, given: float | None) -> float:
     if given is None:
         return 0.5
     if not 0 <= given < math.inf or (given > 1 and given != int(given)):
-        raise ValueError(f"{name} {given:g}: expected a fraction up to 1, or a whole number of GPUs")
+        raise ValueError(f"`{name}={given:g}`: expected a fraction up to 1, or a whole number of GPUs")
     return rounded(given)
 
 

@@ -21,6 +21,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from dfkd_ray import scratch
 from dfkd_ray.fleet import authentication, watching
+from dfkd_ray.text import one_line
 
 # Ray prints boxes, hints and warnings about things that this package decides; read before Ray starts its processes.
 QUIET = {
@@ -84,7 +85,7 @@ def connected(
             start(options)
         else:
             stack.callback(ray.shutdown)
-            join(chosen, "--address" if address else "RAY_ADDRESS, in the environment,", options)
+            join(chosen, "`address`" if address else "RAY_ADDRESS, in the environment,", options)
         if callable(on_terminate) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own there
         stack.enter_context(watching.watched(on_lost, is_own=chosen == "local"))
@@ -213,6 +214,5 @@ def check_room(folder: str) -> None:
 
 
 def shown(said: object) -> str:
-    """What somebody says, in one line that is not long."""
-    text = " ".join(str(said).split()).rstrip(".")
-    return text if len(text) <= SHOWN else text[: SHOWN // 2] + "…" + text[-SHOWN // 2 :]
+    """What Ray or the user says, in one short line."""
+    return one_line(str(said).rstrip(". \n"), SHOWN)

@@ -21,7 +21,8 @@ from torch import nn
 
 from dfkd_ray.models import checks, cifar_resnet, torchvision_families, wide_resnet, without_batchnorm
 from dfkd_ray.models.checks import check_output, guarded, shown
-from dfkd_ray.untrusted import one_line, reason
+from dfkd_ray.text import one_line
+from dfkd_ray.untrusted import reason
 
 FAMILIES: dict[str, Callable[..., nn.Module]] = {
     **torchvision_families.FAMILIES,

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from dfkd_ray import untrusted
 from dfkd_ray.description import MAX_CLASSES, MAX_IMAGE_VALUES
-from dfkd_ray.untrusted import one_line, reason, size
+from dfkd_ray.text import one_line
+from dfkd_ray.untrusted import reason, size
 
 MAX_PARAMETERS = 1_000_000_000  # seven times the largest family's
 MAX_VALUES = 2**27  # of one layer's output for one image: 0.5 GB in float32

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dfkd_ray.records import taps
 from dfkd_ray.records.header import RecordInfo
-from dfkd_ray.untrusted import one_line
+from dfkd_ray.text import one_line
 
 LARGEST_COUNT = 2**53
 TEMPERATURES = (1e-6, 1e6)

@@ -34,7 +34,7 @@ from dfkd_ray.records.header import STORAGES as STORAGES
 from dfkd_ray.records.header import BasisInfo as BasisInfo
 from dfkd_ray.records.header import PartInfo as PartInfo
 from dfkd_ray.records.taps import Tap
-from dfkd_ray.untrusted import one_line
+from dfkd_ray.text import one_line
 
 METADATA = "dfkd_ray.record"
 

@@ -61,7 +61,7 @@ def target(source: Folder, out: str | Path | None) -> tuple[Folder, str]:
     head, mark, query = storage.split_query(str(out))
     parent, _, name = head.rpartition("/")
     if not name.lower().endswith((".html", ".htm")) or not stem_of(name).strip("."):
-        raise ValueError(f"--out {storage.without_secrets(str(out))}: expected a file name that ends in .html")
+        raise ValueError(f"`out` {storage.without_secrets(str(out))}: expected a file name that ends in .html")
     return storage.folder((parent or ("/" if head.startswith("/") else ".")) + mark + query), name
 
 

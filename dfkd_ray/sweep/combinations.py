@@ -153,7 +153,7 @@ def expanded(
         for index in sorted(unmatched):
             errors.append(f"exclude: {without_secrets(shown(sweep.exclude[index]))} matches no combination")
     if not faults.lines:
-        errors += [f"--set {named(name)}: no trial's synthesis has such a field; leave it out" for name in unused]
+        errors += [f"`set` {named(name)}: no trial's synthesis has such a field; leave it out" for name in unused]
     if sweep.search is None:
         errors += stop_errors(sweep.stop, list(configs.values()))
         if not configs and not errors:
@@ -171,7 +171,7 @@ def override_errors(sweep: SweepConfig, overrides: Mapping[str, Any]) -> list[st
         varied |= dict.fromkeys((name, *(f"{name}.{part}" for part in parts_of(domain.values))), "search")
     varied |= dict.fromkeys(SEED_FIELDS if sweep.seeds > 1 else (), "seeds")
     return [
-        f"--set {named(name)}: the sweep's {varied[hit]} varies this field; change the {varied[hit]} instead"
+        f"`set` {named(name)}: the sweep's {varied[hit]} varies this field; change the {varied[hit]} instead"
         for name in sorted(overrides)
         if (hit := next((other for other in varied if other == name or other.startswith(name + ".")), None))
     ]

@@ -56,7 +56,7 @@ class SweepConfig(BaseModel):
     )
     stop: StopConfig | None = Field(default=None, description="early stopping; null: every trial runs to its end")
     tiny: Annotated[dict[str, Any], plain(2000)] = Field(
-        default_factory=dict, description="dotted field → value, for --tiny"
+        default_factory=dict, description="dotted field → value, for a tiny run"
     )
 
     @field_validator("grid", mode="before")

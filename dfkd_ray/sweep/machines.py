@@ -44,7 +44,7 @@ def preflight(
     )
     if use_gpu and not placement.trial_gpus and any(job.config.device == "cuda" for job in todo):
         raise ValueError(
-            "--gpus-per-trial 0: trials with device=cuda need a share of a GPU; device=auto takes the CPU without one"
+            "`gpus_per_trial=0`: trials with device=cuda need a share of a GPU; device=auto takes the CPU without one"
         )
     settings = fleet.Settings(
         num_synthesizers=placement.num_synthesizers,

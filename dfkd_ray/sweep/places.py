@@ -108,7 +108,7 @@ def reserved(folder: Folder) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise OSError(f"another sweep is running in {folder}; wait for it, or choose another --results") from None
+        raise OSError(f"another sweep is running in {folder}; wait for it, or choose another `results`") from None
     try:
         yield
     finally:
@@ -175,10 +175,10 @@ def trouble_here(place: Folder, name: str, cache: Folder | None) -> str | None:
     access = "give this node the access that the sweep's own has (credentials, mounts), or choose another"
     try:
         if place.read(name) is None:
-            return f"it does not see {place}; choose --results in a folder that all machines share, or a URI"
+            return f"it does not see {place}; choose `results` in a folder that all machines share, or a URI"
     except OSError as error:
-        return f"the results folder {place} cannot be read: {in_one_line(error)}; {access} --results"
-    for folder, what, option in ((place, "results folder", "--results"), (cache, "cache", "--cache")):
+        return f"the results folder {place} cannot be read: {in_one_line(error)}; {access} `results`"
+    for folder, what, option in ((place, "results folder", "`results`"), (cache, "cache", "`cache`")):
         problem = None if folder is None else write_problem(folder, NODE_PROBE_BYTES)
         if problem:
             return f"the {what} {folder} cannot be written: {problem}; {access} {option}"

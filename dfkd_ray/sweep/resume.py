@@ -43,7 +43,7 @@ def check_one_meaning(
     rows = results.read(place, "trials")
     rows = rows.loc[rows["trial_id"].isin(before) & (rows["status"] == "finished")]
     keys = {(job.teacher.hash, job.config.synthesis): reals[job.id](0).key for job in todo if job.id in reals}
-    advice = f"give the same as before, or another --results than {place}"
+    advice = f"give the same as before, or another `results` than {place}"
     for row in rows.to_dict("records"):
         job, num = before[row["trial_id"]], row["num_test_images"]
         num = None if num != num or num is None else int(num)
@@ -52,8 +52,8 @@ def check_one_meaning(
             now = None if test is None else sum(len(batch.labels) for batch in test)
             if num != now:
                 raise ValueError(
-                    f"--test-data: finished trials of {job.config.teacher} were measured on {num or 'no'} test images, "
+                    f"`test_data`: finished trials of {job.config.teacher} were measured on {num or 'no'} test images, "
                     f"the others would be on {now or 'no'}; {advice}"
                 )
         if keys.get((job.teacher.hash, job.config.synthesis), row["synthesis_key"]) != row["synthesis_key"]:
-            raise ValueError(f"--real-data: trials that are finished used other real images; {advice}")
+            raise ValueError(f"`real_data`: trials that are finished used other real images; {advice}")

@@ -109,8 +109,7 @@ def run(
     plan = jobs if isinstance(jobs, Plan) else Plan(list(jobs))
     if data.real_of is None and any(isinstance(job.config.synthesis, RealConfig) for job in plan.jobs):
         raise ValueError(
-            "synthesis.method=real needs real images, which are used only when asked for: hand them in "
-            "(command line: --real-data NAME)"
+            "synthesis.method=real needs real images, which are used only when asked for: hand them in as `real_data`"
         )
     seconds = Seconds() if seconds is None else seconds
     place = places.check_target(place)

@@ -7,7 +7,6 @@ from disk: Optuna's study and the rungs of early stopping are rebuilt from the r
 
 import itertools
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +17,7 @@ from dfkd_ray.config import TrialConfig
 from dfkd_ray.distillation import State
 from dfkd_ray.ladder import BEFORE
 from dfkd_ray.sweep.search import Domain, Point, SearchConfig, StopConfig
+from dfkd_ray.text import is_null
 
 METRIC = "agreement"
 # What a trial tells before it ends, for the row of one that is stopped.
@@ -113,7 +113,7 @@ class Suggestions:
         self.study = optuna.create_study(direction="maximize", sampler=sampler)
         distributions = {name: distribution(values) for name, values in self.domains.items()}
         for point, row in known:
-            failed = row["status"] == "failed" or missing(row[METRIC])
+            failed = row["status"] == "failed" or is_null(row[METRIC])
             state = optuna.trial.TrialState.FAIL if failed else optuna.trial.TrialState.COMPLETE
             trial = optuna.trial.create_trial(
                 state=state,
@@ -179,7 +179,7 @@ class Suggestions:
                 held = [v for v in values.values if all(same(row.get(k), x) for k, x in columns(name, v).items())]
             else:
                 value = row.get(name)
-                held = [] if missing(value) else [values.number(float(value))]  # type: ignore[arg-type]
+                held = [] if is_null(value) else [values.number(float(value))]  # type: ignore[arg-type]
             candidates.append(held)
         for combination in itertools.product(*candidates):
             point = dict(zip(self.domains, combination, strict=True))
@@ -213,14 +213,9 @@ def columns(name: str, value: Any) -> dict[str, Any]:
     return {name: json.dumps(value, sort_keys=True) if isinstance(value, Mapping) else value}
 
 
-def missing(value: Any) -> bool:
-    """Whether a cell of a table is empty."""
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
 def same(cell: Any, value: Any) -> bool:
     """Whether a cell of a table holds a value of a config."""
-    return missing(cell) if value is None else not missing(cell) and cell == value
+    return is_null(cell) if value is None else not is_null(cell) and cell == value
 
 
 def searcher(suggestions: Suggestions, add: Callable[[Any], int]) -> Any:

@@ -116,7 +116,7 @@ def run(
     if config.synthesis.method == "real" and inputs.real is None:
         raise ValueError(
             "synthesis.method=real needs real images, which this project never opens by itself: "
-            "hand them in (command line: --real-data NAME)"
+            "hand them in as `real_data`"
         )
     start = time.perf_counter()
     row = provenance(config, teacher)
@@ -270,7 +270,7 @@ def starting_student(
     if colon and module_name not in trust_code:
         raise ValueError(
             f"student.architecture={config.student.architecture!r} is code; if you trust that module, "
-            f"add --trust-code {module_name}"
+            f"add `trust_code={module_name}`"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.distillation.seed)
