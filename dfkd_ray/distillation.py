@@ -1,7 +1,7 @@
-"""Knowledge distillation into a pruned or new student, on images that are handed in.
+"""Knowledge distillation into a pruned or new student, on given images.
 
-Every random draw is a function of (seed, step): a resumed run gives the same numbers as an undisturbed one. The student
-returned is the one with the best agreement on the reference set (ties: lower KL), never one chosen on test data.
+Every random draw is a function of (seed, step), so a resumed run gives the same numbers as an uninterrupted one. The
+returned student is the one with the best agreement on the reference set (ties: lower KL); test data is never used.
 """
 
 import logging
@@ -33,19 +33,19 @@ Snapshot = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Pool:
-    """The images distilled on, as stored: `images` (n, c, h, w), `labels` int64 (n,), -1 without a label."""
+    """Training images, as stored: `images` (n, c, h, w), `labels` int64 (n,), -1 without a label."""
 
     images: np.ndarray
     labels: np.ndarray
 
 
-# Which images step `step` sees, given the student as it is before that step: all of them, or of the rounds so far.
+# (step, student before that step) → the images for that step: all images, or those of the rounds so far.
 PoolAt = Callable[[int, nn.Module], Pool]
 
 
 @dataclass
 class State:
-    """Where a distillation stands: what a checkpoint holds."""
+    """The state of a distillation, as stored in a checkpoint."""
 
     step: int = 0
     best_step: int = 0
@@ -58,7 +58,7 @@ class State:
 
 @dataclass(frozen=True)
 class Observer:
-    """Who is told what on the way. `row` holds the columns of the trial so far, and goes with each look."""
+    """Callbacks of a distillation. `row` has the trial's columns so far; `look` receives it at each evaluation."""
 
     progress: Progress | None = None
     look: Callable[[Mapping[str, Any], State], None] | None = None
@@ -66,7 +66,7 @@ class Observer:
     row: Mapping[str, Any] = field(default_factory=dict)
 
     def looked(self, state: State) -> None:
-        """There was a look at the reference set."""
+        """Report an evaluation on the reference set."""
         if self.look:
             self.look(self.row, state)
 
@@ -83,7 +83,7 @@ def learning_rate(config: DistillationConfig, step: int) -> float:
 
 
 def rows_of(config: DistillationConfig, num_images: int, step: int) -> Tensor:
-    """Which images step `step` sees: consecutive rows of the epoch's permutation, a function of (seed, step)."""
+    """The rows of the images for a step: consecutive in the epoch's permutation, a function of (seed, step)."""
     size = min(config.batch_size, num_images)
     per_epoch = num_images // size
     epoch, position = divmod(step, per_epoch)
@@ -93,7 +93,7 @@ def rows_of(config: DistillationConfig, num_images: int, step: int) -> Tensor:
 
 @contextmanager
 def last_linear_inputs(network: nn.Module, wanted: bool):
-    """While open, a list that each forward pass of `network` fills with the input of its last Linear layer."""
+    """Yields a list; while open, each forward pass of `network` stores the input of its last Linear layer there."""
     seen: list[Tensor] = []
     handle = None
     if wanted:
@@ -109,7 +109,7 @@ def last_linear_inputs(network: nn.Module, wanted: bool):
 
 
 def set_mode(student: nn.Module, bn_mode: str) -> None:
-    """Train mode, with BatchNorm layers in eval mode unless they are to be trained on batch statistics."""
+    """Set train mode, but BatchNorm layers to eval mode unless `bn_mode` trains them on batch statistics."""
     student.train()
     if bn_mode != "trained":
         for layer in batchnorm.layers(student):
@@ -127,13 +127,13 @@ def distil(
     checkpoint: Where | None = None,
     observer: Observer = NOBODY,
 ) -> State:
-    """Train `student` in place (eval mode at the end, the selected weights loaded); returns what was measured.
+    """Train `student` in place; at the end it is in eval mode with the selected weights. Returns the final state.
 
-    The masks of `pruned` hold the pruned weights at zero after every step; with the cubic schedule they are made anew
-    on the way. Networks run as the `reference` set does. `checkpoint` is a folder or URI. The observer's `look` is
-    called after every look at the reference set, before a checkpoint is written; its `epochs` gets all looks so far
-    just before each checkpoint: whoever writes them has written them when the checkpoint is there.
-    `FloatingPointError` when the loss is no longer finite.
+    The masks of `pruned` keep pruned weights at zero after every step; the cubic schedule recomputes them during
+    training. Networks run with the runtime of `reference`. `checkpoint` is a folder or URI. The observer's `look` is
+    called after each evaluation on the reference set and before a checkpoint. Its `epochs` receives all evaluations so
+    far just before each checkpoint, so they are stored before the checkpoint exists. `FloatingPointError` if the loss
+    is not finite.
     """
     runtime, masks, progress = reference.runtime, pruned.masks, observer.progress
     device, place = runtime.device, None if checkpoint is None else storage.folder(checkpoint)
@@ -165,7 +165,7 @@ def distil(
             rows = rows_of(config, len(pool.labels), step)
             images, weight, partner = augmented(pool, rows, config, runtime, generator)
             set_mode(student, config.bn_mode)
-            torch.manual_seed(mix_seed(config.seed, 3, step))  # dropout draws from the global generator
+            torch.manual_seed(mix_seed(config.seed, 3, step))  # dropout uses the global generator
             student_features.clear()
             teacher_features.clear()
             with runtime.autocast():
@@ -191,7 +191,7 @@ def distil(
                 sums = {}
                 if not all(math.isfinite(value) for value in means.values()):
                     raise FloatingPointError(f"distillation: the loss is not finite by step {state.step}: {means}")
-                # A student that is still being pruned is no candidate: it has not the sparsity asked for.
+                # A student that is still being pruned is no candidate: it has not reached its sparsity yet.
                 look(state, student, config, reference, means, candidate=step >= last_pruning)
                 observer.looked(state)
                 if config.patience and state.looks_since_best >= config.patience:
@@ -209,7 +209,7 @@ def distil(
 
 
 def decay_groups(student: nn.Module, weight_decay: float) -> list[dict]:
-    """Weight decay on weights of two and more dimensions, none on biases and BatchNorm."""
+    """Parameter groups: weight decay on weights with two or more dimensions, none on biases and BatchNorm."""
     decayed = [p for p in student.parameters() if p.ndim > 1]
     others = [p for p in student.parameters() if p.ndim <= 1]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -222,7 +222,7 @@ def augmented(
     runtime: Runtime,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The images of a step, normalised, shifted, flipped and mixed; with mixing weights and partners."""
+    """The images of a step, normalised, shifted, flipped and mixed; also the mixing weights and partners."""
     space, device = runtime.space, runtime.device
     images = decode(pool.images[rows.numpy()], space, device)
     images = shift_images(images, config.shift, space.bounds(device)[0], generator)
@@ -235,7 +235,7 @@ def augmented(
 
 
 def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error of the inputs of the last linear layers; `ValueError` where their widths differ."""
+    """Mean squared error of the inputs of the last linear layers; `ValueError` if their widths differ."""
     if student.shape != teacher.shape:
         raise ValueError(
             f"distillation.feature_weight: the student's last linear layer has {student.shape[1]} inputs, the "
@@ -252,7 +252,7 @@ def update(
     config: DistillationConfig,
     step: int,
 ) -> None:
-    """One optimiser step; dropped weights get no gradient and stay exactly zero."""
+    """One optimiser step; pruned weights get no gradient and stay exactly zero."""
     for group in optimiser.param_groups:
         group["lr"] = learning_rate(config, step)
     optimiser.zero_grad(set_to_none=True)
@@ -266,14 +266,14 @@ def update(
 
 
 def last_pruning_step(config: PruningConfig, num_steps: int) -> int:
-    """The step before whose update the cubic schedule reaches its sparsity; -1 for one-shot pruning, done before."""
+    """The step at which the cubic schedule prunes last, before the update; -1 for one-shot pruning."""
     if config.schedule == "one_shot":
         return -1
     return min(max(1, round(config.schedule_end * num_steps)), num_steps - 1)
 
 
 def cubic_masks(student: nn.Module, config: PruningConfig, step: int, num_steps: int, *, final: bool) -> pruning.Masks:
-    """Prune `student` to the schedule's sparsity at `step`; weights that are zero score lowest, so none comes back."""
+    """Prune `student` to the schedule's sparsity at `step`. Zero weights score lowest, so no pruned weight returns."""
     reached = pruning.cubic_sparsity(step, num_steps, config.schedule_end, config.sparsity)
     sparsity = config.sparsity if final else reached
     masks = pruning.masks(student, config, sparsity)
@@ -290,7 +290,7 @@ def look(
     *,
     candidate: bool = True,
 ) -> None:
-    """Compare with the teacher on the reference set, and keep a copy of the student if it is the best so far."""
+    """Evaluate on the reference set, and keep a copy of the student if it is the best candidate so far."""
     agreement, kl = reference.compare(student)
     rate = learning_rate(config, state.step - 1) if state.step else None
     measured = {"step": state.step, "agreement": agreement, "reference_kl": kl, **means}
@@ -304,12 +304,12 @@ def look(
 
 
 def remove_checkpoint(folder: Folder) -> None:
-    """Remove a trial's checkpoint, and its folder where nothing else lies in it."""
+    """Remove a trial's checkpoint, and its folder if that is empty."""
     folder.clear(CHECKPOINT.__eq__)
 
 
 def write_checkpoint(folder: Folder, student: nn.Module, optimiser: torch.optim.SGD, state: State) -> None:
-    """Student, momentum, best student and counters in one safetensors file, written whole on a disk or anywhere."""
+    """Write student, momentum, best student and counters atomically into one safetensors file."""
     tensors = {f"student.{name}": tensor for name, tensor in student.state_dict().items()}
     tensors |= {f"best.{name}": tensor for name, tensor in state.best.items()}
     plain = {name: value for name, value in vars(state).items() if name != "best"}
@@ -320,10 +320,9 @@ def write_checkpoint(folder: Folder, student: nn.Module, optimiser: torch.optim.
 def read_checkpoint(
     folder: Folder, student: nn.Module, optimiser: torch.optim.SGD, num_steps: int | None = None
 ) -> State | None:
-    """Restore student and momentum in place; returns the counters and the best student, None without a checkpoint.
+    """Restore student and momentum in place; returns counters and best student, or None without a checkpoint.
 
-    One that is damaged, or does not fit this student and `num_steps`, is as none: it is said in the log, and nothing
-    of it is used.
+    A checkpoint that is damaged, or does not fit this student and `num_steps`, is logged and ignored.
     """
     try:
         found = checkpoints.read(folder, student)
@@ -344,8 +343,8 @@ def read_checkpoint(
 
 
 def checked_state(plain: Mapping[str, object], num_steps: int | None, has_best: bool) -> State:
-    """The counters of a checkpoint, `best` aside. `ValueError` for fields that are not those of `State`, or values that
-    no distillation of `num_steps` has.
+    """The counters of a checkpoint, without `best`. `ValueError` if the fields are not those of `State`, or the values
+    are impossible for a distillation of `num_steps`.
     """
     fields = {name for name in vars(State()) if name != "best"}
     if set(plain) != fields:
@@ -377,7 +376,7 @@ def checked_state(plain: Mapping[str, object], num_steps: int | None, has_best: 
 
 
 def is_look(entry: object) -> bool:
-    """Whether it is what `look` notes: numbers or nothing by name, the step among them."""
+    """Whether an entry has the form that `look` writes: name → number or None, with a step."""
     return (
         isinstance(entry, dict)
         and type(entry.get("step")) is int

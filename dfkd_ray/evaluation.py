@@ -1,6 +1,6 @@
-"""What a network is worth: accuracy on given test batches, agreement with the teacher on the reference set.
+"""Evaluation of networks: accuracy on given test batches, agreement with the teacher on the reference set.
 
-Takes batches, never a data set: whoever calls hands in the test set or none.
+It takes batches and opens no data set.
 """
 
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ EVALUATION_BATCH = 500
 
 @torch.no_grad()
 def logits(network: nn.Module, images: np.ndarray, runtime: Runtime) -> Tensor:
-    """Float32 logits of stored images, (num_images, classes), on its device; the network is in eval mode."""
+    """Float32 logits (num_images, classes) of stored images, on the network's device; runs it in eval mode."""
     network.eval()
     parts = []
     slices = (images[start : start + EVALUATION_BATCH] for start in range(0, len(images), EVALUATION_BATCH))
@@ -31,7 +31,7 @@ def logits(network: nn.Module, images: np.ndarray, runtime: Runtime) -> Tensor:
 
 
 def accuracy(network: nn.Module, batches: Iterable[Batch], runtime: Runtime) -> float:
-    """Share of labels hit, in [0, 1]. `ValueError` for labels outside the network's classes, or no image at all."""
+    """Accuracy in [0, 1]. `ValueError` for labels outside the network's classes, or if there is no image."""
     hits = total = 0
     for batch in batches:
         predicted = logits(network, batch.images, runtime)
@@ -48,7 +48,7 @@ def accuracy(network: nn.Module, batches: Iterable[Batch], runtime: Runtime) -> 
 
 @dataclass(frozen=True)
 class Reference:
-    """The held-out synthetic set, the teacher's float32 logits on it, and how students run on it."""
+    """The held-out synthetic set, the teacher's float32 logits on it, and the runtime for students."""
 
     images: np.ndarray
     teacher_logits: Tensor
@@ -62,5 +62,5 @@ class Reference:
 
 
 def reference(teacher: nn.Module, images: np.ndarray, runtime: Runtime) -> Reference:
-    """The reference set out of its stored images."""
+    """The reference set for these stored images."""
     return Reference(images, logits(teacher, images, runtime), runtime)

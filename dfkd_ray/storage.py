@@ -1,9 +1,9 @@
-"""A folder on the local disk or on any pyarrow file system, for files that are written whole and read whole.
+"""A folder on the local disk or on any pyarrow file system. Files are written and read as a whole.
 
-The seam of what is kept between runs: few operations, each meaning the same on a disk and on an object store. There
-is no append, rename or lock in it, because object stores have none. A file is whole or it is not there: on a disk by
-a hidden temporary name and a rename, on an object store because an object appears when its upload is complete. A file
-system between the two (`fsspec+sftp://`) may show a file while it is written: what lies there needs a checksum.
+All results, caches and bundles go through this interface. Its few operations mean the same on a disk and on an object
+store. It has no append, rename or lock, because object stores have none. Writes are atomic: a disk file gets a hidden
+temporary name and is renamed, and an object appears only when its upload is complete. Other file systems, such as
+`fsspec+sftp://`, may show a file while it is being written: files there need a checksum.
 """
 
 import contextlib
@@ -21,14 +21,14 @@ from typing import BinaryIO, Concatenate, ParamSpec, TypeVar
 from pyarrow import fs
 
 from dfkd_ray.masking import hidden, split_query, without_secrets
-from dfkd_ray.masking import public_name as public_name  # for whoever has a place: what may be shown of it
+from dfkd_ray.masking import public_name as public_name  # a name for display, without secrets
 from dfkd_ray.masking import secretless as secretless
 from dfkd_ray.plain import given
 
-# What a write that was killed leaves behind on a disk ends like this.
+# Suffix of the temporary file that a killed write leaves on a disk.
 PART = ".part"
 PART_NAME = re.compile(r"\..+\.\d+-[0-9a-f]+\.part", re.DOTALL)
-PROBE = ".probe-"  # begins the names of files that try whether a place can be written
+PROBE = ".probe-"  # prefix of test files that check whether a place is writable
 PROBE_NAME = re.compile(r"\.(probe|seen)-[0-9a-f]{8}")
 EXPECTED = "expected a folder, or a URI that pyarrow or fsspec can open, as in s3://bucket/folder"
 P = ParamSpec("P")
@@ -36,7 +36,10 @@ R = TypeVar("R")
 
 
 def refusing(method: "Callable[Concatenate[Folder, P], R]") -> "Callable[Concatenate[Folder, P], R]":
-    """What client libraries below fsspec raise of kinds of their own becomes `OSError`, as with pyarrow's clients."""
+    """Decorator: on a remote folder, every exception of the client library becomes an `OSError` without secrets.
+
+    pyarrow's own clients raise `OSError` already; libraries below fsspec have exception types of their own.
+    """
 
     @wraps(method)
     def told(folder: "Folder", *args: P.args, **kwargs: P.kwargs) -> R:
@@ -61,10 +64,10 @@ def refusing(method: "Callable[Concatenate[Folder, P], R]") -> "Callable[Concate
 
 @dataclass(frozen=True, repr=False)
 class Folder:
-    """A folder that need not exist; a write makes it. Small and picklable: connections are opened where it is used.
+    """A folder, which need not exist: the first write creates it. Picklable: connections are opened where it is used.
 
-    `where` is an absolute path or a URI, `below` the way down from a URI (its query stays behind the whole).
-    Whatever the disk or the network refuses is an `OSError`.
+    `where` is an absolute path or a URI. `below` is the path below a URI; it is separate so that the URI's query stays
+    at the end. Every error of the disk or the network is an `OSError`.
     """
 
     where: str
@@ -72,7 +75,7 @@ class Folder:
 
     @property
     def is_local(self) -> bool:
-        """Whether it lies on this machine's disk, where locks and renames work."""
+        """Whether the folder is a local path, where locks and renames work."""
         return "://" not in self.where
 
     @property
@@ -83,7 +86,7 @@ class Folder:
 
     @property
     def uri(self) -> str:
-        """Path or URI, with whatever secret the URI holds: `folder(uri)` is this folder again."""
+        """Path or URI, including secrets in the URI: `folder(uri)` gives this folder again."""
         head, mark, query = split_query(self.where)
         return f"{head}/{self.below}{mark}{query}" if self.below else self.where
 
@@ -99,7 +102,7 @@ class Folder:
         return f"Folder({str(self)!r})"
 
     def __truediv__(self, name: str) -> "Folder":
-        # Names come out of tables and headers too: none may lead elsewhere.
+        # Names may come from untrusted tables and headers: none may point outside the folder.
         if not name or "/" in name or "\0" in name or name in (".", ".."):
             raise ValueError(f"{given(name)}: no name of a file or folder in {self}")
         if self.is_local:
@@ -108,7 +111,7 @@ class Folder:
 
     @refusing
     def read(self, name: str) -> bytes | None:
-        """The content of a file, or None when it is not there."""
+        """The content of a file, or None if it does not exist."""
         try:
             if self.is_local:
                 with open_plain(self.path / name) as file:
@@ -121,43 +124,43 @@ class Folder:
 
     @refusing
     def size(self, name: str) -> int | None:
-        """Bytes of a file (0 where its store does not say), or None when it is not there or no plain file."""
+        """Size of a file in bytes (0 if the store does not tell), or None if there is no such plain file."""
         if self.is_local:
             local = self.path / name
             return local.stat().st_size if local.is_file() else None
         system, path = self._remote(name)
         handler = getattr(system, "handler", None)
         if isinstance(handler, fs.FSSpecHandler):
-            handler.fs.invalidate_cache(path.rpartition("/")[0])  # or what others wrote meanwhile would be missed
+            handler.fs.invalidate_cache(path.rpartition("/")[0])  # else new files of other processes would be missed
         info = system.get_file_info(path)
         return (info.size or 0) if info.type == fs.FileType.File else None
 
     @refusing
     def write(self, name: str, *data: bytes | memoryview) -> None:
-        """Write a file whole, its parts one after the other, over what was there."""
+        """Write a file atomically from the concatenated parts, replacing an existing one."""
         if self.is_local:
             write_local(self.path, name, data)
             return
         system, path = self._remote(name)
         try:
             put(system, path, data)
-        except FileNotFoundError:  # no object store says so: this one has real folders
+        except FileNotFoundError:  # an object store never raises this: the file system has real folders
             system.create_dir(path.rpartition("/")[0], recursive=True)
             put(system, path, data)
 
     def touch(self, name: str) -> None:
-        """Set a local file's time to now; elsewhere, and where that is not allowed, nothing."""
+        """Set a local file's time to now; does nothing on a remote folder or without permission."""
         if self.is_local:
             with contextlib.suppress(OSError):
                 os.utime(self.path / name)
 
     def names(self) -> list[str]:
-        """Names of the plain files, sorted, without hidden ones; none when the folder is not there."""
+        """Names of the plain files, sorted, without hidden ones; empty if the folder does not exist."""
         return [name for name in self.sizes() if not name.startswith(".")]
 
     @refusing
     def sizes(self) -> dict[str, tuple[int, float | None]]:
-        """Bytes and time of change (seconds since 1970, None where none is kept) of every plain file, sorted."""
+        """Name → (bytes, modification time in seconds since 1970 or None) of all plain files, sorted by name."""
         if not self.is_local:
             found = {
                 info.base_name: (info.size or 0, None if info.mtime_ns is None else info.mtime_ns / 1e9)
@@ -172,14 +175,14 @@ class Folder:
                     status = entry.stat()
                     found[entry.name] = (status.st_size, status.st_mtime)
             except OSError as error:
-                # A temporary file may go while it is looked at; a link that leads to itself is no file.
+                # A temporary file may disappear meanwhile; a link to itself is not a file.
                 if error.errno not in (errno.ENOENT, errno.ELOOP):
                     raise
         return dict(sorted(found.items()))
 
     @refusing
     def folders(self) -> list["Folder"]:
-        """Folders in it, sorted, without hidden ones and links; none when it is not there."""
+        """The subfolders, sorted, without hidden ones and links; empty if the folder does not exist."""
         if self.is_local:
             names = [entry.name for entry in self._local_listing() if entry.is_dir(follow_symlinks=False)]
         else:
@@ -188,7 +191,7 @@ class Folder:
 
     @refusing
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it exists."""
         with contextlib.suppress(FileNotFoundError):
             if self.is_local:
                 (self.path / name).unlink()
@@ -198,9 +201,10 @@ class Folder:
 
     @refusing
     def clear(self, is_own: Callable[[str], bool]) -> list[str]:
-        """Remove the plain files whose names are `is_own`, then the folder if it is empty; returns what stays.
+        """Remove the plain files for whose names `is_own`, then the folder if it is empty; returns the names that stay.
 
-        What is no plain file stays, a link too; where the folder itself is one, everything does.
+        Leftovers of killed writes go too. Links and other non-plain files stay. If the folder itself is a link,
+        everything stays.
         """
         if self.is_local and self.path.is_symlink():
             return sorted(os.listdir(self.path)) if self.path.is_dir() else []
@@ -224,7 +228,7 @@ class Folder:
         kept += [inner.name for inner in self.folders()]
         if not kept:
             system, path = self._remote()
-            with contextlib.suppress(FileNotFoundError):  # object stores have no empty folders
+            with contextlib.suppress(FileNotFoundError):  # in an object store the empty folder is gone already
                 system.delete_dir(path)
         return sorted(kept)
 
@@ -241,7 +245,7 @@ class Folder:
         system, path = self._remote()
         handler = getattr(system, "handler", None)
         if isinstance(handler, fs.FSSpecHandler):
-            handler.fs.invalidate_cache(path)  # or what other processes wrote meanwhile would be missed
+            handler.fs.invalidate_cache(path)  # else files written by other processes meanwhile would be missed
         return system.get_file_info(fs.FileSelector(path, allow_not_found=True))
 
 
@@ -249,7 +253,7 @@ Where = str | Path | Folder
 
 
 def folder(where: Where) -> Folder:
-    """The folder at a path or URI. `ValueError` for a URI that nothing here can open."""
+    """The folder at a path or URI. `ValueError` for a URI that neither pyarrow nor fsspec can open."""
     if isinstance(where, Folder):
         return where
     text = str(where)
@@ -273,19 +277,19 @@ def folder(where: Where) -> Folder:
 
 @lru_cache(maxsize=64)
 def opened(uri: str) -> tuple[fs.FileSystem, str]:
-    """The file system of a URI and the path in it, once per process."""
+    """The file system of a URI and the path in it, cached per process."""
     system, path = fs.FileSystem.from_uri(uri)
     return system, path.rstrip("/")
 
 
 def in_one_line(error: BaseException) -> str:
-    """What an error of the disk or the network says, without secrets."""
+    """The message of a disk or network error in one line, without secrets."""
     strerror = getattr(error, "strerror", None)
     return without_secrets(" ".join(str(strerror or error or type(error).__name__).split()))[:300]
 
 
 def open_plain(path: Path) -> BinaryIO:
-    """A file to be read. `OSError` for what is none, before a pipe or a device is waited for."""
+    """Open a plain file for reading. `OSError` for anything else: reading a pipe or a device could block."""
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     mode = os.fstat(number).st_mode
     if not stat.S_ISREG(mode):
@@ -296,19 +300,19 @@ def open_plain(path: Path) -> BinaryIO:
 
 
 def write_local(parent: Path, name: str, data: Sequence[bytes | memoryview]) -> None:
-    """One file of `write_files`."""
+    """`write_files` for one file."""
     write_files(parent, {name: data})
 
 
 def write_files(parent: Path, files: Mapping[str, Sequence[bytes | memoryview]]) -> None:
-    """Each under a hidden temporary name in the same folder, fsync; when all are there, renamed in their order.
+    """Write all files under hidden temporary names in the same folder, with fsync, then rename them in order.
 
-    After an error there is what was there before.
+    After an error the old files are restored.
     """
     parent.mkdir(parents=True, exist_ok=True)
 
     def hidden(name: str) -> Path:
-        # The process id alone is not enough: threads share it, and hosts that share a disk may both have it.
+        # The process id alone is not unique: threads share it, and so may hosts with a shared disk.
         return parent / f".{name}.{os.getpid()}-{secrets.token_hex(4)}{PART}"
 
     partials, old = {name: hidden(name) for name in files}, {name: hidden(name) for name in files}
@@ -321,7 +325,7 @@ def write_files(parent: Path, files: Mapping[str, Sequence[bytes | memoryview]])
                 os.fsync(file.fileno())
         for name, partial in partials.items():
             if len(files) > 1:
-                with contextlib.suppress(OSError):  # not there yet, or a disk without hard links
+                with contextlib.suppress(OSError):  # a new file, or a file system without hard links
                     os.link(parent / name, old[name])
             os.replace(partial, parent / name)
             renamed.append(name)
@@ -336,14 +340,14 @@ def write_files(parent: Path, files: Mapping[str, Sequence[bytes | memoryview]])
 
 
 def put(system: fs.FileSystem, path: str, data: Sequence[bytes | memoryview]) -> None:
-    """Upload one object; after an error there is none."""
+    """Upload one object; after an error the object is removed."""
     stream = system.open_output_stream(path, compression=None)
     try:
         for part in data:
             stream.write(part)
         stream.close()
     except BaseException:
-        # A stream cannot be given up from Python, only closed, and that may complete the upload of a part.
+        # A pyarrow stream cannot be aborted from Python. Closing it may complete a partial upload: delete that.
         with contextlib.suppress(OSError):
             stream.close()
         with contextlib.suppress(OSError):
@@ -352,10 +356,10 @@ def put(system: fs.FileSystem, path: str, data: Sequence[bytes | memoryview]) ->
 
 
 def is_part(name: str) -> bool:
-    """Whether a file name is one that `write` uses on a disk until the file is whole."""
+    """Whether a file name is a temporary name of `write` on a disk."""
     return PART_NAME.fullmatch(name) is not None
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a file name is one that only killed writes and trials of a place leave behind."""
+    """Whether a file name is a leftover of a killed write or of a killed writability test."""
     return is_part(name) or PROBE_NAME.fullmatch(name) is not None

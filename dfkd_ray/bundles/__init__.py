@@ -1,10 +1,10 @@
-"""Bundles: a trained network as a folder, readable without running any code of it.
+"""Bundles: a trained network stored as a folder. Loading one never runs code from it.
 
-`teacher.json` (schema version, architecture and arguments, class count, image shape, mean / std / pixel range, test
-accuracy if known, SHA-256 of the weights) and `weights.safetensors`. A pruned student is a bundle too: its pruned
-weights lie on disk as non-zero values plus one bit per weight, so the file shrinks with the sparsity.
-The folder lies on a disk or under any URI that `storage` opens; only the files that are asked for are read.
-An architecture given by import path is imported only when the user has named that module.
+A bundle has `teacher.json` (schema version, architecture and arguments, class count, image shape, mean / std / pixel
+range, test accuracy if known, SHA-256 of the weights) and `weights.safetensors`. A pruned student is a bundle too: a
+pruned tensor is stored as its non-zero values and one bit per weight, so the file shrinks with the sparsity. The folder
+is on a disk or at any URI that `storage` opens. Files are read only when needed. An architecture given by import path
+is imported only if the user has named that module.
 """
 
 import hashlib
@@ -37,14 +37,14 @@ BUNDLED = Path(__file__).parents[1] / "bundled"
 DESCRIPTION, WEIGHTS, RECORDS = "teacher.json", "weights.safetensors", "records"
 ENDING = ".safetensors"
 IN_MEMORY = "in memory"  # the architecture of a teacher that no bundle holds
-MAX_GROWTH = 16  # a weights file has at most so many times the bytes of its architecture's tensors
+MAX_GROWTH = 16  # largest ratio of a weights file's bytes to the bytes of its architecture's tensors
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A loaded network in eval mode with frozen parameters, and what its bundle says of it.
+    """A loaded network in eval mode with frozen parameters, and the description from its bundle.
 
-    `records` are the activation records read so far, by kind; the others lie in `folder`, if it has one.
+    `records` holds the activation records read so far, by kind; `folder` is the bundle, None for a network in memory.
     """
 
     network: nn.Module
@@ -66,11 +66,11 @@ class Teacher:
         pixel_range: tuple[float, float] = (0.0, 1.0),
         name: str = "network",
     ) -> "Teacher":
-        """A network in memory as a teacher: a frozen copy in eval mode, on the CPU; the network itself is not touched.
+        """A teacher from a network in memory: a frozen copy in eval mode on the CPU; the network is not modified.
 
-        `image_shape`: channels, height, width. `mean` and `std` per channel (one number: for all), in the units of
-        `pixel_range`: what the network's images are normalised with. The hash is over the network's structure and all
-        its weights. `ValueError` for a description that is none, or a network that gives no logits of so many classes.
+        `image_shape`: (channels, height, width). `mean` and `std` normalise the network's images: one number, or one
+        per channel, in the units of `pixel_range`. The hash covers the network's structure and all its weights.
+        `ValueError` for an invalid description, or if the network's output is not (batch, num_classes) logits.
         """
         own = freeze(deepcopy(network)).cpu()
         kind = type(network)
@@ -81,7 +81,7 @@ class Teacher:
             return (float(values),) * channels if isinstance(values, int | float) else tuple(map(float, values))
 
         models.checks.check_state(own, IN_MEMORY)
-        apart = {key: tensor.clone() for key, tensor in own.state_dict().items()}  # the format takes no shared memory
+        apart = {key: tensor.clone() for key, tensor in own.state_dict().items()}  # safetensors refuses shared memory
         described = {
             "architecture": IN_MEMORY,
             "arguments": {"network": kind.__qualname__, "structure_sha256": structure},
@@ -97,7 +97,7 @@ class Teacher:
         return cls(own, info, teacher_hash(info), name)
 
     def record_kinds(self) -> list[str]:
-        """Kinds of the records in its bundle, and of those read."""
+        """The kinds of the records in the bundle and of those in memory."""
         found: list[str] = []
         if self.folder is not None:
             with told(self.folder):
@@ -105,7 +105,7 @@ class Teacher:
         return sorted({*self.records, *(kind for kind in format.KINDS if f"{kind}{ENDING}" in found)})
 
     def record(self, kind: str) -> Record:
-        """A record by its kind. `ValueError` where there is none, or one that is damaged or of another teacher."""
+        """The record of a kind. `ValueError` if it is missing, damaged or of another teacher."""
         if kind not in format.KINDS:
             raise ValueError(f"a record of kind {one_line(kind, 60)!r}: expected {', '.join(format.KINDS)}")
         if kind not in self.records:
@@ -126,14 +126,14 @@ class Teacher:
 
 
 def teacher_hash(info: BundleInfo) -> str:
-    """Hash of all that decides what the network computes; names, notes and accuracies stay out."""
+    """Hash of everything that determines the network's output; names, notes and accuracies are left out."""
     fields = ("architecture", "arguments", "num_classes", "image_shape", "mean", "std", "pixel_range", "weights_sha256")
     return stable_hash(info.model_dump(mode="json", include=set(fields)))
 
 
 @contextmanager
 def told(where: Where) -> Iterator[None]:
-    """An `OSError` of a store says in one line which bundle it is of; one of the disk names its file already."""
+    """Add the bundle's name and advice to an `OSError` of a remote store; a local disk's error names its file."""
     try:
         yield
     except OSError as error:
@@ -146,7 +146,7 @@ def told(where: Where) -> Iterator[None]:
 
 
 def content(folder: Folder, name: str, most: int) -> bytes | None:
-    """The content of a file, None where there is none; `ValueError` for more bytes than `most`, or no plain file."""
+    """The content of a file; None if it does not exist. `ValueError` if it exceeds `most` bytes or is not plain."""
     if folder.is_local:
         untrusted.plain_file(folder.path / name)
     found = folder.size(name)
@@ -154,13 +154,13 @@ def content(folder: Folder, name: str, most: int) -> bytes | None:
         return None
     untrusted.check_size(found, most, str(folder / name))
     data = folder.read(name)
-    if data is not None:  # a store need not say sizes
+    if data is not None:  # not every store reports sizes
         untrusted.check_size(len(data), most, str(folder / name))
     return data
 
 
 def is_bundle(folder: Folder) -> bool:
-    """Whether a bundle lies there. `OSError`, in one line, for a place that does not answer or let us in."""
+    """Whether the folder is a bundle. `OSError` (one line) if it cannot be reached or access is denied."""
     with told(folder):
         if folder.is_local:
             return untrusted.plain_file(folder.path / DESCRIPTION) is not None
@@ -168,9 +168,9 @@ def is_bundle(folder: Folder) -> bool:
 
 
 def locate(name: Where) -> Folder:
-    """The folder of a bundle: a path, a URI, or the name of a bundled teacher.
+    """The folder of a bundle, given as path, URI or name of a bundled teacher.
 
-    `ValueError` says what was expected and lists the bundled ones; `OSError` for a URI that cannot be read.
+    `ValueError` if there is no bundle; `OSError` if a URI cannot be read.
     """
     shown = one_line(storage.without_secrets(str(name)), 120)
     if isinstance(name, Folder) or "://" in str(name):
@@ -208,10 +208,10 @@ def read_info(where: Where) -> BundleInfo:
 
 
 def load(name: Where, trust_code: Sequence[str] | str = ()) -> Teacher:
-    """Load a bundle onto the CPU: from a folder, from a URI, or a bundled one by its name.
+    """Load a bundle onto the CPU, given as folder, URI or name of a bundled teacher.
 
-    `ValueError` where weights are missing, truncated, of another hash or another shape, or where the architecture is
-    an import path whose module is not in `trust_code`. `OSError` where a URI cannot be read.
+    `ValueError` if the weights are missing, truncated, or of another hash or shape, or if the architecture is an import
+    path whose module is not in `trust_code`. `OSError` if a URI cannot be read.
     """
     folder = locate(name)
     info = read_info(folder)
@@ -230,7 +230,7 @@ def load(name: Where, trust_code: Sequence[str] | str = ()) -> Teacher:
 
 
 def read_weights(folder: Folder, info: BundleInfo) -> dict[str, Tensor]:
-    """The state in a bundle's weights file, whose SHA-256 is compared before anything in it is looked at."""
+    """The state dict of a bundle. The file's SHA-256 is checked before it is parsed."""
     where = str(folder / WEIGHTS)
     largest = untrusted.free_bytes() // 2
     if ":" not in info.architecture:
@@ -259,7 +259,7 @@ def read_weights(folder: Folder, info: BundleInfo) -> dict[str, Tensor]:
 
 
 def to_arrays(teacher: Teacher) -> dict[str, Any]:
-    """A teacher as plain data and numpy arrays: what travels between processes, shared without copies on a node."""
+    """A teacher as plain data and numpy arrays, to send it to other processes; Ray shares arrays on a node."""
     state = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in teacher.network.state_dict().items()}
     plain = {"info": teacher.info.model_dump(mode="json"), "hash": teacher.hash, "name": teacher.name, "state": state}
     plain |= {"code": models.code_folder() if ":" in teacher.info.architecture else None}
@@ -267,7 +267,7 @@ def to_arrays(teacher: Teacher) -> dict[str, Any]:
 
 
 def from_arrays(data: Mapping[str, Any]) -> Teacher:
-    """The inverse of `to_arrays`, with a copy of the arrays. Trusts them, as whoever called `load` did."""
+    """The inverse of `to_arrays`; copies the arrays. Imports the architecture's code: `load` has checked the trust."""
     info = untrusted.validated(BundleInfo, data["info"], data["name"])
     with models.code_from(data.get("code")):
         network = models.build(
@@ -293,13 +293,13 @@ def sha256(file: Path | bytes) -> str:
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """The content of a safetensors file; the library's own writer hides a full disk in an error of its own."""
+    """The content of a safetensors file. The library's own writer does not report a full disk as `OSError`."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return safetensors.torch.save(plain, metadata)
 
 
 def to_stored(state: Mapping[str, Tensor], pruned: Sequence[str]) -> dict[str, Tensor]:
-    """A state dict as stored: each tensor named in `pruned` as its non-zero values and a packed bit mask."""
+    """A state dict as stored: each tensor named in `pruned` as its non-zero values, a packed bit mask and its shape."""
     stored = {}
     for name, tensor in state.items():
         tensor = tensor.detach().cpu().contiguous()
@@ -331,11 +331,12 @@ BUNDLE = targets.Product("a bundle", {DESCRIPTION: is_description})
 
 
 def save(where: Where, info: BundleInfo, state: Mapping[str, Tensor], pruned: Sequence[str] = ()) -> BundleInfo:
-    """Write a bundle whole. Returns `info` with the weights' hash.
+    """Write a bundle atomically. Returns `info` with the weights' hash.
 
-    A new folder is made hidden beside its place, then renamed. Of a bundle that is there already the two files are
-    replaced, weights first, and the records of another teacher go; the hash in `teacher.json` tells whose weights they
-    are. `ValueError` where something else lies there; `OSError` (a full disk, say) leaves what was there.
+    A new folder is written under a hidden name beside its place, then renamed. In an existing bundle the two files are
+    replaced, weights first, and records of another teacher are removed. The hash in `teacher.json` tells whether the
+    weights belong to it. `ValueError` if the folder holds something else. After an `OSError` (for example, a full disk)
+    a local bundle is unchanged.
     """
     folder = targets.check(where, BUNDLE)
     weights = safetensors_bytes(to_stored(state, pruned))
@@ -353,7 +354,7 @@ def save(where: Where, info: BundleInfo, state: Mapping[str, Tensor], pruned: Se
 
 
 def write_folder(folder: Path, files: Mapping[str, Sequence[bytes]]) -> None:
-    """A new folder with these files, all at once: made hidden beside its place, then renamed over nothing."""
+    """Create a folder with these files atomically: written under a hidden name beside its place, then renamed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -368,7 +369,7 @@ def write_folder(folder: Path, files: Mapping[str, Sequence[bytes]]) -> None:
 
 
 def remove_records(folder: Folder, of_others_than: str) -> None:
-    """Remove the activation records in a bundle that are of another teacher than this hash."""
+    """Remove a bundle's activation records that do not belong to the teacher with this hash."""
     place = folder / RECORDS
     for kind in format.KINDS:
         name = f"{kind}{ENDING}"
@@ -380,7 +381,7 @@ def remove_records(folder: Folder, of_others_than: str) -> None:
 
 
 def check_record_target(name: Where, kinds: Sequence[str]) -> None:
-    """`ValueError` where a file that is no record lies where a record of one of these kinds would be written."""
+    """`ValueError` if writing records of these kinds would replace a file that is not a record."""
     folder = locate(name)
     with told(folder):
         for kind in kinds:
@@ -391,7 +392,7 @@ def check_record_target(name: Where, kinds: Sequence[str]) -> None:
 
 
 def save_record(name: Where, record: Record) -> int:
-    """Write a record into a bundle, whole, over one of its kind; returns its size in bytes."""
+    """Write a record into a bundle atomically, replacing one of the same kind; returns its size in bytes."""
     check_record_target(name, [record.info.kind])
     data, folder = format.encode(record), locate(name)
     with told(folder):

@@ -1,9 +1,9 @@
-"""PyTorch's own weight files (`.pt`, `.pth`), opened with `weights_only=True` after a look at what they would take.
+"""Reads PyTorch weight files (`.pt`, `.pth`) with `weights_only=True`, after checking how much memory they would take.
 
-Two formats: a zip archive with `data.pkl` and one entry per storage, and the older row of pickles with raw storages
-behind it. PyTorch trusts the sizes in them: a compressed entry expands to any size, a storage larger than its entry is
-read from beyond it, and a pickle may ask for any number of objects. Here the pickle is walked through with stand-ins
-for everything it names (nothing is imported or called), and its sizes are compared with what the file holds.
+There are two formats: a zip archive with `data.pkl` and one entry per storage, and the older sequence of pickles
+followed by raw storages. PyTorch trusts the sizes in them: a compressed entry may expand to any size, a storage larger
+than its entry is read beyond its end, and a pickle may create any number of objects. This module first walks through
+the pickle with stand-ins for all named objects (nothing is imported or called), and compares sizes with the file.
 """
 
 import io
@@ -23,19 +23,19 @@ from dfkd_ray.text import one_line
 from dfkd_ray.untrusted import SPARE_BYTES, check_size, size
 
 ZIP_HEAD, PICKLE_HEAD = b"PK\x03\x04", b"\x80"
-MAX_GROWTH = 16  # archives expand to at most so many times their size (PyTorch does not compress at all)
+MAX_GROWTH = 16  # largest expansion of an archive (PyTorch does not compress at all)
 MAX_ENTRIES = 100_000
 MAX_PICKLE_BYTES = 32 << 20
-MAX_OPERATIONS = 2_000_000  # of a pickle: a training checkpoint with all its optimiser's counters has fewer
+MAX_OPERATIONS = 2_000_000  # of a pickle: a training checkpoint with all optimiser counters has fewer
 LEGACY_PICKLES = 5  # magic number, protocol, system, the object, the names of its storages
 STORAGE_BYTES = {"Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "ComplexFloat": 8}
-FORBIDDEN = {("builtins", "bytearray"), ("__builtin__", "bytearray")}  # PyTorch lets it take memory of any size
+FORBIDDEN = {("builtins", "bytearray"), ("__builtin__", "bytearray")}  # PyTorch lets it allocate any size
 
 
 def load(path: Path, largest: int) -> Any:
-    """What such a file holds, on the CPU. `ValueError` for whatever is no whole file of plain tensors.
+    """The content of a weight file, on the CPU. `ValueError` if it is damaged or holds more than plain tensors.
 
-    `largest`: bytes that it may take in memory.
+    `largest`: the most bytes that it may take in memory.
     """
     where = one_line(path, 120)
     with path.open("rb") as file:
@@ -58,14 +58,14 @@ def load(path: Path, largest: int) -> Any:
             raise refused(where, error) from None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of kinds of tensors that are refused anyway
+            warnings.simplefilter("ignore")  # about tensor types that are refused anyway
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - any failure of reading a foreign file is the same one: it is not usable
+    except Exception as error:  # noqa: BLE001 - any failure means that the foreign file is not usable
         raise refused(where, error) from None
 
 
 def refused(where: str, error: Exception) -> ValueError:
-    """The error for a file that cannot be read, with the first sentence of what the library says."""
+    """The error for a file that cannot be read, with the first sentence of the library's message."""
     text = " ".join(str(error).split("Please file")[0].split(". ")[0].split()) or "it is empty or cut short"
     return ValueError(
         f"{where}: cannot be read as plain tensors ({type(error).__name__}: {one_line(text, 120)}); files that run "
@@ -74,7 +74,7 @@ def refused(where: str, error: Exception) -> ValueError:
 
 
 def check_archive(file: Any, where: str, largest: int) -> None:
-    """`ValueError` for an archive that expands beyond bounds, or whose tensors are larger than its entries."""
+    """`ValueError` for an archive that expands too much, or whose tensors are larger than its entries."""
     file.seek(0)
     num_bytes = file.seek(0, io.SEEK_END)
     try:
@@ -107,7 +107,7 @@ def check_archive(file: Any, where: str, largest: int) -> None:
 
 
 def check_legacy(file: Any, where: str) -> None:
-    """`ValueError` for a row of pickles that is cut short, endless, or whose tensors are larger than the file."""
+    """`ValueError` for a sequence of pickles that is truncated, endless, or whose tensors are larger than the file."""
     num_bytes = file.seek(0, io.SEEK_END)
     file.seek(0)
     left = MAX_OPERATIONS
@@ -121,7 +121,7 @@ def check_legacy(file: Any, where: str) -> None:
 
 
 def count_operations(file: Any, where: str, most: int) -> int:
-    """How many operations the next pickle has; `ValueError` for more than `most`, or one that is damaged."""
+    """The number of operations of the next pickle; `ValueError` if it has more than `most` or is damaged."""
     count = 0
     for count, (operation, argument, _) in enumerate(pickletools.genops(file), 1):
         if count > most:
@@ -132,7 +132,7 @@ def count_operations(file: Any, where: str, most: int) -> int:
 
 
 def storages(file: Any) -> Mapping[str, int]:
-    """Of the next pickle: storage → bytes that it says it has, or that its tensors reach into."""
+    """The storages of the next pickle: name → declared bytes. Refuses tensors that reach beyond them."""
     walker = Walker(file)
     walker.load()
     return walker.num_bytes
@@ -140,17 +140,17 @@ def storages(file: Any) -> Mapping[str, int]:
 
 @dataclass(frozen=True)
 class Storage:
-    """A storage as a pickle names it: its kind of numbers and how many it says there are."""
+    """A storage as declared in a pickle: its element type and number of elements."""
 
     item_bytes: int
     num_items: int
 
 
 class StandIn:
-    """In place of whatever a pickle names: it takes everything and does nothing."""
+    """Replaces every object that a pickle names: accepts all calls and does nothing."""
 
     def __new__(cls, *_args: Any, **_named: Any) -> "StandIn":
-        """Whatever it is called with."""
+        """Accepts any arguments."""
         return super().__new__(cls)
 
     def __init__(self, *_args: Any, **_named: Any):
@@ -163,20 +163,20 @@ class StandIn:
         pass
 
     def append(self, _value: Any) -> None:
-        """Taken and left out."""
+        """Ignores the value."""
 
     extend = update = add = append
 
 
 class Walker(pickle._Unpickler):
-    """An unpickler, in Python alone, that imports and calls nothing and notes the storages."""
+    """A pure Python unpickler that imports and calls nothing, and records the storages."""
 
     def __init__(self, file: Any):
         super().__init__(file)
         self.num_bytes: dict[str, int] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """A stand-in for what is named, but for what holds the names of tensors and what makes tensors of storages."""
+        """A stand-in for the named object, except for ordered dicts and the functions that build tensors."""
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if (module, name) in FORBIDDEN:
@@ -186,7 +186,7 @@ class Walker(pickle._Unpickler):
         return type(name, (StandIn,), {"item_bytes": STORAGE_BYTES.get(name.removesuffix("Storage"), 1)})
 
     def persistent_load(self, pid: Any) -> Any:
-        """A storage: ("storage", kind, key, device, how many, …)."""
+        """Record a storage from ("storage", type, key, device, number of elements, …)."""
         if not isinstance(pid, tuple) or len(pid) < 5 or type(pid[4]) is not int or pid[4] < 0:
             raise ValueError("a storage that is none of PyTorch's")
         found = Storage(getattr(pid[1], "item_bytes", 1), pid[4])
@@ -195,7 +195,7 @@ class Walker(pickle._Unpickler):
 
 
 def reaching(storage: Any, offset: Any, shape: Any, stride: Any, *_others: Any) -> StandIn:
-    """In place of a tensor made of a storage; `ValueError` for one that reaches beyond it."""
+    """Replaces PyTorch's tensor constructor; `ValueError` if the tensor reaches beyond its storage."""
     if isinstance(storage, Storage) and all(type(side) is int and side >= 0 for side in (offset, *shape, *stride)):
         last = offset + sum((side - 1) * step for side, step in zip(shape, stride, strict=True))
         if 0 in shape or last < storage.num_items:

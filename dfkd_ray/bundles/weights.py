@@ -1,7 +1,7 @@
-"""Weights from files: read without running code, in bounded memory, loaded only where they are of the network's kind.
+"""Reads state dicts from weight files without running code and in bounded memory, and loads them into a network.
 
-`.safetensors` as a plain state dict or as a bundle stores a pruned one (`from_stored`), or PyTorch's own files, whose
-pickles are looked through (`torch_files`) before `torch.load` opens them with `weights_only=True`.
+Formats: `.safetensors`, as a plain state dict or in a bundle's sparse form (`from_stored`), and PyTorch's own files.
+Their pickles are checked (`torch_files`) before `torch.load` opens them with `weights_only=True`.
 """
 
 import math
@@ -25,9 +25,9 @@ NORMALISING = nn.modules.batchnorm._NormBase  # BatchNorm and InstanceNorm: thei
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """A state dict from `.safetensors`, or from `.pt` / `.pth` read without running code.
+    """A state dict from `.safetensors`, or from `.pt` / `.pth` without running code.
 
-    `ValueError` for a missing file, another ending, a pickle with more than tensors in it, or no state dict.
+    `ValueError` for a missing file, another suffix, a pickle with more than tensors, or a file without a state dict.
     """
     found = untrusted.plain_file(path)
     if found is None:
@@ -50,10 +50,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def from_stored(stored: Mapping[str, Tensor], where: str = "weights", largest: int | None = None) -> dict[str, Tensor]:
-    """The inverse of `bundles.to_stored`; a plain state dict passes through.
+    """The inverse of `bundles.to_stored`; a plain state dict is returned as it is.
 
-    `ValueError` where mask, shape and values do not fit, where a name belongs to nothing, and, before memory is taken,
-    where the dense tensors need more than `largest` bytes.
+    `ValueError` if mask, shape and values do not fit, if one of them is alone, or, before memory is allocated, if the
+    dense tensors need more than `largest` bytes.
     """
     where = one_line(where, 120)
     masked = {key.removesuffix(MASK) for key in stored if key.endswith(MASK)}
@@ -84,7 +84,7 @@ def from_stored(stored: Mapping[str, Tensor], where: str = "weights", largest: i
 
 
 def stored_shape(stored: Mapping[str, Tensor], name: str, where: str) -> list[int]:
-    """The shape of a tensor that is stored as mask and values; `ValueError` where the three cannot be of one tensor."""
+    """The shape of a tensor stored as mask and values; `ValueError` if mask, shape and values do not fit together."""
     shown = one_line(name, 80)
     mask, shape, values = (stored.get(name + ending) for ending in (MASK, SHAPE, VALUES))
     if mask is None or shape is None or values is None:
@@ -106,8 +106,8 @@ def stored_shape(stored: Mapping[str, Tensor], name: str, where: str) -> list[in
 def load_state(network: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """Load a state dict; `ValueError` names the first mismatch and counts the others.
 
-    Floating-point weights of 16, 32 and 64 bits are taken for one another; integers, truth values, complex, sparse and
-    quantised tensors are not, nor are values that the network's own kind of numbers cannot hold.
+    Floating-point dtypes of 16, 32 and 64 bits are converted into each other, and so are integer dtypes. Other
+    combinations, sparse and quantised tensors, and values that the network's dtype cannot hold are refused.
     """
     where = one_line(where, 120)
     expected = network.state_dict()
@@ -137,12 +137,12 @@ def load_state(network: nn.Module, state: Mapping[str, Tensor], where: str) -> N
             raise ValueError(f"{where}: {one_line(name, 80)} has negative values; a variance is 0 or more")
     try:
         network.load_state_dict(converted)
-    except Exception as error:  # noqa: BLE001 - a network of the user's may load in a way of its own
+    except Exception as error:  # noqa: BLE001 - the user's network may override loading
         raise ValueError(f"{where}: the network does not take the weights: {untrusted.reason(error)}") from None
 
 
 def kind_problem(given: Tensor, own: Tensor) -> str | None:
-    """What makes a tensor one of another kind than the network's own, if anything does."""
+    """Why a tensor's type does not fit the network's own tensor, or None."""
     if given.layout != torch.strided or given.is_quantized or given.is_nested:
         kind = "quantised" if given.is_quantized else "sparse" if given.layout != torch.strided else "nested"
         return f"is {kind}, expected plain {kind_of(own.dtype)} values"
@@ -153,7 +153,7 @@ def kind_problem(given: Tensor, own: Tensor) -> str | None:
 
 
 def value_problem(converted: Tensor, given: Tensor) -> str | None:
-    """What is wrong with values as the network will hold them, if anything is."""
+    """Why the values cannot be loaded after conversion to the network's dtype, or None."""
     if converted.dtype in INTEGERS:
         same = converted.dtype == given.dtype or torch.equal(converted.to(given.dtype), given)
         return None if same else f"has values that {kind_of(converted.dtype)} cannot hold"
@@ -166,5 +166,5 @@ def value_problem(converted: Tensor, given: Tensor) -> str | None:
 
 
 def kind_of(dtype: torch.dtype) -> str:
-    """A kind of numbers by its usual name."""
+    """The usual name of a dtype."""
     return str(dtype).removeprefix("torch.")

@@ -1,7 +1,7 @@
-"""Every option, as frozen pydantic models: one place for names, ranges, units and defaults.
+"""All options as frozen pydantic models: names, ranges, units and defaults.
 
-A file plus assignments `a.b=c` becomes one dict, validated once; all errors come at once, one line each with the path.
-Imports pydantic and nothing heavy, so that help and validation need no torch.
+A config file and assignments `a.b=c` are merged into one dict and validated once. All errors are reported together,
+one line each, with the field's path. Imports pydantic but not torch, so that help and validation are fast.
 """
 
 from dfkd_ray.config.fields import STRICT, field_paths, nested_models, validate

@@ -1,4 +1,4 @@
-"""Hashes of configs and what is made of them: ids, keys, columns, and the versions of the algorithms."""
+"""Hashes of configs for trial ids, synthesis keys and batch seeds; versions of the algorithms; columns of a config."""
 
 import hashlib
 import json
@@ -9,16 +9,17 @@ from pydantic import BaseModel
 
 from dfkd_ray.config.trials import TrialConfig
 
-# Versions of the algorithms. They are part of keys and ids: what another version has made is made again, not found.
-# Raise the first with a change after which equal synthesis configs give other images (a method, its seeds, how images
-# are stored); the second with one after which equal trials on equal images give other numbers (pruning, BatchNorm
-# re-estimation, distillation, evaluation). Not with a config field that is new: that changes keys and ids by itself.
+# Versions of the algorithms. They are part of keys and ids, so results of another version are not found but recomputed.
+# Raise SYNTHESIS_VERSION with a change that gives other images for the same synthesis config (a method, its seeds, the
+# storage of images). Raise TRIAL_VERSION with a change that gives other numbers for the same trial on the same images
+# (pruning, BatchNorm re-estimation, distillation, evaluation). Raise neither for a new config field: it changes keys
+# and ids by itself.
 SYNTHESIS_VERSION = 1
 TRIAL_VERSION = 1
 
 
 def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested data as dotted names; empty mappings and lists become JSON text."""
+    """Nested data as dotted name → value; empty mappings and all lists become JSON text."""
     columns: dict[str, Any] = {}
     for key, value in data.items():
         if isinstance(value, Mapping) and value:
@@ -29,7 +30,7 @@ def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def columns_of(config: TrialConfig) -> dict[str, Any]:
-    """Dotted field → value: the config's columns in a table. A new student's arguments are one column, as JSON."""
+    """Dotted field → value: the config's columns in a table. The student's arguments are one column, as JSON."""
     columns = flat(config.model_dump(mode="json", exclude={"student": {"arguments"}}))
     return columns | {"student.arguments": json.dumps(config.student.arguments, sort_keys=True)}
 
@@ -46,7 +47,7 @@ def config_hash(config: BaseModel) -> str:
 
 
 def follows(field: str) -> bool:
-    """Whether a (dotted) field follows from others, and so tells a reader nothing: the hash of an activation record."""
+    """Whether a (dotted) field is derived from others and not worth showing: the hash of an activation record."""
     return field.rpartition(".")[2] == "record_sha256"
 
 
@@ -58,9 +59,9 @@ def versions() -> dict[str, int]:
 def round_key(
     teacher_hash: str, config: BaseModel, domain: str, state_hash: str | None, student: BaseModel | None
 ) -> str:
-    """The key of one round: the synthesis key where it has no state, else hashed with that of its state.
+    """The key of one round: the synthesis key if the round has no state, else a hash of it and the state's hash.
 
-    `student`: the architecture of the student that the round looks at, None where it looks at none.
+    `student`: the config of the student that the round's images depend on; None if they depend on none.
     """
     key = synthesis_key(teacher_hash, config, domain)
     if state_hash is None:
@@ -70,15 +71,16 @@ def round_key(
 
 
 def seeds_key(teacher_hash: str, config: BaseModel, domain: str = "train", round_number: int = 0) -> str:
-    """Hash of the teacher and every field that changes pixels: what the seeds of batches come from.
+    """Hash of the teacher and of every config field that changes pixels; batch seeds are derived from it.
 
-    `domain` separates the seeds of the held-out reference set from those of training images. The algorithm's version
-    is not in it: to raise that alone changes no image. Nor is the student, so that what it changes is not also noise.
+    `domain` separates the seeds of the held-out reference set from those of training images. The algorithm's version is
+    not included: raising it alone changes no image. The student is not included either, so that another student is
+    compared on the same noise.
     """
     of = {"teacher": teacher_hash, "config": config.model_dump(mode="json"), "domain": domain}
     return stable_hash(of | ({"round": round_number} if round_number else {}))
 
 
 def synthesis_key(teacher_hash: str, config: BaseModel, domain: str = "train") -> str:
-    """Hash of all that decides pixels, `SYNTHESIS_VERSION` included (design: one key, one sequence of batches)."""
+    """Hash of everything that determines pixels, `SYNTHESIS_VERSION` included: one key, one sequence of batches."""
     return stable_hash({"of": seeds_key(teacher_hash, config, domain), "version": SYNTHESIS_VERSION})

@@ -1,9 +1,9 @@
-"""The synthesis fleet: every batch of a sweep is made once, by whichever synthesizer is free, and read by all trials.
+"""Starts and stops the synthesis fleet: Ray actors that make each batch of a sweep once, for all trials to read.
 
-`started` brings it up before Tune, outside Tune's reservations; `Fleet.stream()` is what a trial reads through. What a
-batch holds does not depend on who makes it, so a synthesizer, the coordinator or a node may die at any time.
+`started` starts the fleet before Tune, outside Tune's reservations. A trial reads batches through `Fleet.stream()`. A
+batch does not depend on the synthesizer that makes it, so a synthesizer, the coordinator or a node may die at any time.
 
-Importing this imports no torch: the coordinator's process starts sooner and stays small without it.
+This module does not import torch, so that the coordinator's process starts fast and stays small.
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,7 +46,7 @@ BUDGET_SHARE = 0.3  # of the smallest node's object store, for references to bat
 
 @dataclass
 class Fleet:
-    """A running fleet: its coordinator, and what a stream needs. Pickled, it is a handle."""
+    """A handle to a running fleet, which trials get by pickling: coordinator, settings, references to teachers."""
 
     coordinator: Any
     settings: Settings
@@ -61,14 +61,14 @@ class Fleet:
             self.teachers[teacher.hash] = [ray.put(bundles.to_arrays(teacher))]
 
     def stream(self, **options: Any) -> "Stream":
-        """What one trial reads through."""
+        """A stream of batches for one trial."""
         from dfkd_ray.fleet.stream import Stream
 
         options.setdefault("timeout_s", (MAX_TIMEOUTS + 1) * self.settings.batch_timeout_s)
         return Stream(self.coordinator, self.teachers, self.settings.cache_root, self.numerics, **options)
 
     def status(self, timeout_s: float = 10.0) -> dict[str, Any] | None:
-        """Counts, queue depth and idle shares; None while the coordinator is away."""
+        """Counts, queue depth and idle shares; None while the coordinator does not answer."""
         try:
             return ray.get(self.coordinator.status.remote(), timeout=timeout_s)
         except (RayError, GetTimeoutError):
@@ -76,16 +76,16 @@ class Fleet:
 
 
 def nodes() -> list[Node]:
-    """The machines that are alive now."""
+    """The machines of the Ray session that are alive now."""
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive]
 
 
 @contextmanager
 def requested(bundles: list[dict[str, float]]) -> Iterator[None]:
-    """While open, an autoscaler is asked for machines on which all of `bundles` fit at a time.
+    """While open, the autoscaler is asked for machines on which all `bundles` fit at the same time.
 
-    A cluster keeps one such request: this replaces one of somebody else's.
+    A cluster keeps only one such request: this one replaces any other.
     """
     from ray.autoscaler.sdk import request_resources
 
@@ -98,10 +98,10 @@ def requested(bundles: list[dict[str, float]]) -> Iterator[None]:
 
 @contextmanager
 def started(settings: Settings, teachers: "Sequence[Teacher]" = (), start_s: float = START_S) -> Iterator[Fleet]:
-    """A fleet that is up: at least one synthesizer answers. `OSError` says what it lacks when `start_s` is over.
+    """Start a fleet; the body runs when at least one synthesizer answers. `OSError`, with the reason, after `start_s`.
 
-    The synthesizers' reservation is made here and lives as long as the sweep: one that dies comes back into it, even
-    where trials hold everything else.
+    The synthesizers' placement group is created here and lives as long as the sweep. A synthesizer that dies restarts
+    in its bundle, even if trials hold all other resources.
     """
     need = {name: share for name, share in (("CPU", settings.cpus), ("GPU", settings.gpus)) if share}
     group = placement_group([dict(need) for _ in range(settings.num_synthesizers)], strategy="SPREAD")
@@ -128,11 +128,11 @@ def started(settings: Settings, teachers: "Sequence[Teacher]" = (), start_s: flo
         yield fleet
     finally:
         if coordinator is not None:
-            ray.kill(coordinator)  # and with their owner gone, the synthesizers
+            ray.kill(coordinator)  # the synthesizers, which it owns, die with it
         remove_placement_group(group)
 
 
 def budget_bytes(share: float = BUDGET_SHARE) -> int:
-    """What references may keep in memory: a share of the smallest node's object store."""
+    """The bytes of batches that may be kept in memory: a share of the smallest node's object store."""
     stores = [node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"]]
     return int(share * min(stores))

@@ -1,7 +1,6 @@
-"""Who may talk to a Ray session: what the user's variables say, read strictly, and a token of our own where they say
-nothing.
+"""Token authentication of Ray sessions: checks the user's RAY_AUTH_* variables, and sets a private token by default.
 
-Ray takes an empty or misspelt RAY_AUTH_MODE for "no token": then whoever reaches a port runs code as this user.
+Ray reads an empty or misspelt RAY_AUTH_MODE as "no token": then anyone who reaches a port can run code as this user.
 """
 
 import importlib
@@ -11,16 +10,13 @@ from typing import Any
 
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 MODES = ("token", "disabled")
-# Of the sessions that this process starts: whoever does not know it can neither run code in them nor read from them.
+# The token of the sessions that this process starts. Without it nobody can run code in them or read from them.
 OWN = secrets.token_hex(32)
-SHOWN = 40  # characters of a mode that is none
+SHOWN = 40  # characters of an invalid mode in an error message
 
 
 def settle() -> None:
-    """Make the variables what Ray understands: empty ones are absent, the mode is written as Ray writes it.
-
-    `ValueError` for an unknown mode.
-    """
+    """Normalise the variables for Ray: remove empty ones, lower-case the mode. `ValueError` for an unknown mode."""
     for name in (MODE, TOKEN, TOKEN_PATH):
         if name in os.environ and not os.environ[name].strip():
             del os.environ[name]
@@ -34,10 +30,10 @@ def settle() -> None:
             )
         os.environ[MODE] = mode
     raylet: Any = importlib.import_module("ray._raylet")
-    raylet.Config.initialize("")  # Ray has read the variables when it was imported
+    raylet.Config.initialize("")  # Ray read the variables at import: read them again
 
 
 def use_own_token() -> None:
-    """Where the user has not chosen a mode, a local session has our token: Ray turns tokens on by itself then."""
+    """Set our token for a local session, unless the user has chosen a mode; Ray then enables token authentication."""
     if MODE not in os.environ:
         os.environ[TOKEN] = OWN

@@ -1,9 +1,9 @@
-"""The coordinator: one actor per sweep that owns the fleet and every synthesis key. No images pass through it.
+"""The coordinator: one Ray actor per sweep that starts the synthesizers and assigns batches to them.
 
-Each synthesizer slot has one batch at a time; what it makes is in the cache before its reference is handed out, and
-lies in the object store of the node that made it until a reader fetches it, once per node. Nothing here is the only
-copy of anything: a coordinator that dies is restarted by Ray with the same arguments, starts its synthesizers again,
-and finds in the cache what was made before.
+No images pass through it, only references. A synthesizer slot makes one batch at a time. The batch is in the cache
+before its reference is given to a reader. Its images stay in the object store of the node that made them until a reader
+fetches them, once per node. The coordinator's state can be lost: if it dies, Ray restarts it with the same arguments,
+it starts its synthesizers again, and it finds the finished batches in the cache.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Settings:
-    """What a coordinator is started with, and restarted with."""
+    """The arguments of a coordinator, also when Ray restarts it."""
 
     num_synthesizers: int
     cpus: float
@@ -62,7 +62,7 @@ class Settings:
 
 @dataclass
 class Worker:
-    """One synthesizer actor and what it is doing."""
+    """One synthesizer actor and its state."""
 
     name: str
     actor: Any
@@ -84,7 +84,7 @@ class Worker:
 
 
 class Coordinator:
-    """See the module. All methods run on one event loop: nothing here is shared between threads."""
+    """See the module docstring. All methods run on one event loop; no state is shared between threads."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
@@ -130,14 +130,14 @@ class Coordinator:
     # ---- what readers call -------------------------------------------------------------------------------------
 
     async def ready(self) -> dict[str, Any]:
-        """Answers as soon as one synthesizer is up."""
+        """Wait until one synthesizer is up; returns the status."""
         await self.numerics_known.wait()
         return self.status()
 
     async def open(self, spec: Spec, numerics: str) -> dict[str, Any]:
-        """Make a key known, and look once what the cache has of it. `numerics` is the class the sweep began with.
+        """Register a key and list its batches in the cache, once. `numerics`: the numerics class of the sweep's start.
 
-        The answer is as of `take`, with `waiting_for` where no synthesizer has come up yet.
+        The reply has `waiting_for`, `alone_s` and `held_s`, as that of `take`.
         """
         start = time.monotonic()
         if self.restarted and self.numerics is None:
@@ -172,19 +172,19 @@ class Coordinator:
         del self.opening[spec.key]
 
     async def prepare(self, spec: Spec, numerics: str, num_batches: int) -> None:
-        """Make the first batches of a key ahead of its reader, as far as the window goes."""
+        """Have the first batches of a key made before a reader asks for them, as far as the window allows."""
         await self.open(spec, numerics)
         if spec.key in self.specs:
             self.schedule.look_ahead(spec.key, 0, num_batches, self.window)
             self.pump()
 
     async def close(self, owner: str) -> None:
-        """Forget the rounds that are a trial's own."""
+        """Forget the rounds of this trial."""
         for key in [key for key, spec in self.specs.items() if owner and spec.owner == owner]:
             self.drop(key)
 
     def drop(self, key: str) -> None:
-        """Forget a key that nobody will ask for, as soon as nothing of it is being made or waited for."""
+        """Forget a key that is not needed any more, as soon as none of its batches is being made or waited for."""
         if self.schedule.drop(key):
             self.closing.discard(key)
             self.specs.pop(key, None)
@@ -194,11 +194,12 @@ class Coordinator:
     async def take(
         self, key: str, indices: list[int], until: int, node: str, hold_s: float, lost: list[int] | None = None
     ) -> dict[str, Any]:
-        """References of those of `indices` that exist, as soon as one does, or after `hold_s`.
+        """Long poll for batches: returns when at least one of `indices` exists or has failed, or after `hold_s`.
 
-        `until`: the reader goes on to that index, so batches up to it may be made ahead. `lost`: indices whose objects
-        the reader could not get. Returns `ready` (index → (reference, was it found)), `errors` (index → reason), and
-        `waiting_for`, `alone_s` where there is neither; `unknown` for a key that is not open.
+        `until`: the index (exclusive) up to which the reader will read; batches up to it may be made ahead. `lost`:
+        indices whose objects the reader could not fetch. The reply has `ready` (index → (reference, whether it was
+        found rather than made)) and `errors` (index → reason). If both are empty it has `waiting_for` and `alone_s`
+        too. For a key that is not open it has `unknown`.
         """
         start = time.monotonic()
         if key not in self.specs or key in self.stale:
@@ -247,7 +248,7 @@ class Coordinator:
         return reply
 
     def collect(self, key: str, indices: list[int]) -> dict[str, Any]:
-        """What can be handed out now."""
+        """The batches of `indices` that are ready or have failed."""
         errors = self.schedule.keys[key].errors
         found = {index: self.schedule.hand_out(key, index) for index in indices}
         return {
@@ -256,7 +257,7 @@ class Coordinator:
         }
 
     def status(self) -> dict[str, Any]:
-        """Counts since this coordinator started, and who is doing what."""
+        """Counts since this coordinator started, and the state of queue and synthesizers."""
         now = time.monotonic()
         idle, running = {}, defaultdict(float)
         for name, begun in self.making.values():
@@ -288,12 +289,12 @@ class Coordinator:
         return [worker.actor for worker in self.workers]
 
     def where(self, key: str, index: int) -> dict[str, Any]:
-        """For a reader that gets nothing now: what it waits for, and how long there has been no synthesizer."""
+        """The reply to a reader that must wait: what it waits for, and for how long no synthesizer has been up."""
         alone_s = 0.0 if self.num_up else time.monotonic() - self.last_alive
         return {"waiting_for": self.waiting_for(key, index), "alone_s": alone_s}
 
     def waiting_for(self, key: str, index: int) -> str:
-        """In words, where a batch stands."""
+        """The state of a batch as text."""
         if (key, index) in self.making:
             name, begun = self.making[key, index]
             return f"{name} has been making it for {time.monotonic() - begun:.0f} s"
@@ -307,23 +308,23 @@ class Coordinator:
 
     @property
     def window(self) -> int:
-        """Batches that are made ahead of a reader."""
+        """The largest number of batches made ahead of a reader."""
         return max(self.settings.window, 2 * self.settings.slots * len(self.workers))
 
     @property
     def num_up(self) -> int:
-        """Synthesizers that answer."""
+        """The number of synthesizers that answer."""
         return sum(worker.up for worker in self.workers)
 
     def spawn(self, coroutine: Any) -> asyncio.Task:
-        """Run in the background; the loop alone would not keep it alive."""
+        """Start a background task and keep a reference to it: the event loop holds only a weak one."""
         task = asyncio.get_running_loop().create_task(coroutine)
         self.background.add(task)
         task.add_done_callback(self.background.discard)
         return task
 
     def add_worker(self, *, in_group: bool) -> None:
-        """Start one more synthesizer: one of the fleet's reservation, or one beyond it."""
+        """Start one more synthesizer, inside the fleet's placement group or outside it."""
         number = self.num_started
         self.num_started += 1
         actor = self.start_actor(number if in_group else None)
@@ -332,9 +333,10 @@ class Coordinator:
         self.spawn(self.bring_up(worker))
 
     def remove_worker(self, worker: Worker) -> None:
-        """End a synthesizer that makes nothing; what it reserved is free, or asked for no more.
+        """Kill an idle or pending synthesizer; its reservation or request ends with it.
 
-        To Ray a machine is not idle while batches that somebody refers to lie there: those in the cache are let go.
+        Ray does not count a machine as idle while it stores referenced objects. So the references to the batches that
+        this synthesizer made are dropped, if there is a cache to read them from.
         """
         worker.removed, worker.up = True, False
         self.workers.remove(worker)
@@ -343,7 +345,7 @@ class Coordinator:
         ray.kill(worker.actor)
 
     def start_actor(self, bundle: int | None) -> Any:
-        """A synthesizer actor, inside its own reservation where there is one: a restart never has to compete for it."""
+        """A new synthesizer actor, in its bundle of the placement group if it has one: restarts need not compete."""
         settings = self.settings
         strategy: Any = "SPREAD"
         cpus = settings.cpus
@@ -367,7 +369,7 @@ class Coordinator:
         return actor.options(**options).remote(settings.cache_root, settings.device, fetch_first)
 
     async def bring_up(self, worker: Worker) -> None:
-        """Wait until an actor answers, starting another in its place where it is dead for good."""
+        """Wait until an actor answers; replace it by a new one if Ray does not restart it."""
         pause = 0.2
         while True:
             try:
@@ -405,9 +407,9 @@ class Coordinator:
         self.pump()
 
     def pump(self) -> None:
-        """Give every free slot a batch to make, and every free reader a shard.
+        """Assign a batch to every free slot, and start reading shards from the cache, up to `MAX_READS` at a time.
 
-        A batch goes to the node of a reader that waits for it, where somebody is free there: no transfer for that one.
+        A batch is made on the node of its last waiting reader if a synthesizer there is free: this saves a transfer.
         """
         while (first := self.first_free("")) and (job := self.schedule.next_to_make()):
             worker = self.first_free(self.readers.get(job, "")) or first
@@ -418,14 +420,14 @@ class Coordinator:
             self.spawn(self.read_batch(*self.to_read.pop(0)))
 
     def offer(self, worker: Worker) -> None:
-        """It may have a free slot."""
+        """Note that a synthesizer may have a free slot."""
         for where in ("", worker.node):
             if where not in worker.offered:
                 worker.offered.add(where)
                 heapq.heappush(self.free.setdefault(where, []), (worker.number, id(worker), worker))
 
     def first_free(self, where: str) -> Worker | None:
-        """The first synthesizer on a node, or ("") anywhere, that has a free slot."""
+        """The first synthesizer with a free slot on a node, or on any node if `where` is empty."""
         heap = self.free.get(where, [])
         while heap:
             worker = heap[0][-1]
@@ -436,7 +438,7 @@ class Coordinator:
         return None
 
     async def make_batch(self, worker: Worker, key: str, index: int) -> None:
-        """Have one batch made; whatever happens, the slot is free or down afterwards, and the batch accounted for."""
+        """Have one batch made. Afterwards the slot is free or down, and the batch is held, failed or queued again."""
         begun = time.monotonic()
         actor = worker.actor
         self.making[key, index] = (worker.name, begun)
@@ -478,7 +480,7 @@ class Coordinator:
             self.drop(key)
 
     def failed(self, worker: Worker, key: str, index: int, error: RayTaskError) -> None:
-        """Making a batch raised: some errors pass, the others are the batch's own."""
+        """Handle an exception of making a batch: retry if it may pass, else record it as the batch's error."""
         if isinstance(error.cause, NotOpened):
             worker.opened.discard(key)
             self.schedule.not_there(key, index)
@@ -493,7 +495,7 @@ class Coordinator:
             self.schedule.fail(key, index, in_one_line(error))
 
     def died(self, worker: Worker, key: str, index: int, reason: str) -> None:
-        """A synthesizer is gone, and with it the batch it was making."""
+        """Handle the death of a synthesizer: retry its batch, up to a limit, and bring the synthesizer up again."""
         self.counts["deaths"] += 1
         self.deaths[key, index] = self.deaths.get((key, index), 0) + 1
         if self.deaths[key, index] >= MAX_DEATHS:
@@ -507,7 +509,7 @@ class Coordinator:
             self.spawn(self.bring_up(worker))
 
     async def read_batch(self, key: str, index: int, node: str) -> None:
-        """Bring a shard from the cache into the object store of the node that wants it."""
+        """Read a shard from the cache into the object store of the reader's node."""
         reference = info = None
         try:
             near = NodeAffinitySchedulingStrategy(node, soft=True) if node else "DEFAULT"
@@ -527,7 +529,7 @@ class Coordinator:
         self.tell(key, index)
 
     def tell(self, key: str, index: int) -> None:
-        """Wake who waits for this batch, if it is there or has failed; and see to the next."""
+        """Wake the readers that wait for this batch if it is ready or has failed; then assign further work."""
         if self.schedule.reference(key, index) is not None or index in self.schedule.keys[key].errors:
             self.readers.pop((key, index), None)
             for future in self.arrived.pop((key, index), ()):
@@ -536,7 +538,7 @@ class Coordinator:
         self.pump()
 
     async def tick(self) -> None:
-        """Metrics, and growth with the cluster."""
+        """Every `TICK_S` seconds: update the metrics, and add or remove synthesizers."""
         while True:
             await asyncio.sleep(TICK_S)
             status = self.status()
@@ -551,7 +553,7 @@ class Coordinator:
                 await self.grow()
 
     async def grow(self) -> None:
-        """Add synthesizers for nodes that have joined."""
+        """Add synthesizers for nodes that have joined the cluster."""
         alive = [node["Resources"] for node in await asyncio.to_thread(ray.nodes) if node["Alive"]]
         nodes = [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive]
         nodes = [node for node in nodes if node.cpus]
@@ -561,7 +563,7 @@ class Coordinator:
             self.add_worker(in_group=False)
 
     def resize(self) -> None:
-        """Add synthesizers of a range where batches are waited for, remove those that have nothing to do."""
+        """For a range of synthesizers: add some while batches are waited for, remove idle ones (see `growth`)."""
         settings, now, demand = self.settings, time.monotonic(), self.schedule.demand
         assert settings.most is not None
         if demand:
@@ -588,11 +590,11 @@ class Coordinator:
 
 
 def fetch_first(given: list[Any]) -> Any:
-    """What is behind the reference in a spec: a teacher, or the state of a round."""
+    """Fetch the object of a reference in a spec: a teacher, or the state of a round."""
     return ray.get(given[0])
 
 
 def in_one_line(error: BaseException) -> str:
-    """Type and message of an error, without the remote traceback."""
+    """Type and message of an error in one line, without the remote traceback."""
     cause = error.cause if isinstance(error, RayTaskError) and error.cause else error
     return f"{type(cause).__name__}: {' '.join(str(cause).split())[:500]}"

@@ -1,7 +1,7 @@
-"""Recording over Ray: a task per shard, totals merged in the order of the shards.
+"""Makes activation records with Ray: one task per shard of the data; the totals are merged in the order of the shards.
 
-Only labels, rows and a handle to the images travel with a task; the plan, the teacher and the data set go through the
-object store once. A task that dies with its process is run again by Ray.
+A task's arguments are labels, rows, and references. The plan, the teacher and the reader of the images are put into the
+object store once. Ray runs a task again if its process dies.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,9 +27,9 @@ def fit(
     progress: Callable[[int], None] | None = None,
     on_lost: Callable[[str], None] | None = None,
 ) -> "Totals":
-    """`records.fitting.fit` of every shard by Ray workers, merged; `on_lost` as of `connected`.
+    """Run `records.fitting.fit` on every shard in Ray workers and merge the totals; `on_lost` as in `connected`.
 
-    `ValueError` as there.
+    `ValueError` as in `records.fitting.fit`.
     """
     from dfkd_ray import bundles
     from dfkd_ray.records import fitting
@@ -46,7 +46,7 @@ def fit(
             if progress:
                 progress(len(shard.rows))
         totals = fitting.empty(plan)
-        for reference in running:  # in their order, whoever came first: sums in another order differ in the last bits
+        for reference in running:  # in the order of the shards: sums in another order differ in the last bits
             try:
                 totals.merge(ray.get(reference))
             except RayTaskError as error:
@@ -57,7 +57,7 @@ def fit(
 
 
 def fit_shard(read: list[Any], shared: tuple[Any, Any], labels: Any, rows: Any, num_threads: int) -> "Totals":
-    """One shard, in a worker."""
+    """The totals of one shard; runs in a Ray worker."""
     from dfkd_ray import bundles
     from dfkd_ray.records import fitting
 

@@ -1,8 +1,8 @@
-"""How many synthesizers a range (`synthesizers` MIN-MAX) holds at a time: the decision, without Ray or clocks.
+"""Decides when the fleet adds or removes synthesizers within `synthesizers` MIN-MAX. Pure: no Ray, no clock.
 
-The coordinator only adds and removes actors. An added one reserves what an autoscaler sees (`placement.added_cpus`):
-while it is pending it is demand, for which machines are launched, and when it is gone its machine is idle and may be
-taken back. So no machine is launched or ended here.
+The fleet adds and removes only actors; the autoscaler adds and removes machines. An added actor has a reservation that
+the autoscaler sees (`placement.added_cpus`). While it is pending, the autoscaler may launch a machine for it. When it
+is removed, its machine becomes idle and may be removed too.
 """
 
 from dataclasses import dataclass
@@ -10,22 +10,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Counts:
-    """A fleet at one moment. The first `fewest` synthesizers have a reservation and always stay; others are added."""
+    """The state of a fleet at one moment. The first `fewest` synthesizers are permanent; the others are added ones."""
 
     fewest: int
     most: int
-    up: int  # of all: those that answer
-    free: int  # of all: those that are up and could make another batch now
+    up: int  # all synthesizers that answer
+    free: int  # all that are up and have a free slot
     added: int = 0
-    pending: int = 0  # of the added: those that have not answered yet
-    idle: int = 0  # of the added: those that have had nothing to do for a while
-    demand: int = 0  # batches that waiting readers will want, and that nobody has made or is making
-    quiet: bool = False  # there has been no demand for a while
+    pending: int = 0  # added ones that have not answered yet
+    idle: int = 0  # added ones without work for `Settings.idle_s`
+    demand: int = 0  # batches that waiting readers will need and that are neither made nor being made
+    quiet: bool = False  # no demand for a while
 
 
 @dataclass(frozen=True)
 class Change:
-    """What to do: add so many, remove those that are idle, withdraw those that are not up."""
+    """The decision: how many to add, how many idle ones to remove, whether to withdraw the pending ones."""
 
     add: int = 0
     remove: int = 0
@@ -33,10 +33,10 @@ class Change:
 
 
 def change(counts: Counts) -> Change:
-    """The next step of a fleet.
+    """The next change of a fleet.
 
-    It grows while readers wait and everybody is busy: at most doubling, never beyond what is wanted, and not while
-    those of the step before are pending (what they do is not known yet).
+    It grows while there is demand and no slot is free: at most doubling, at most by the demand, and not while
+    synthesizers of the previous step are pending, because their effect is not known yet. Otherwise it shrinks.
     """
     if counts.demand and not counts.free:
         if counts.pending:

@@ -1,23 +1,23 @@
-"""How synthesizers and trials share the devices: numbers that fit together, or a refusal with the numbers.
+"""Plans how many CPUs and GPUs each synthesizer and each trial reserves in Ray, so that both always fit.
 
-Reservations are Ray's logical ones. Of CPUs all synthesizers together reserve a twentieth of the smallest machine and
-trials the rest, so both fit wherever Ray puts them: neither side can take what the other needs to start, and there is
-no deadlock, on one core as on thousands. The cores themselves go to whoever has work: a trial that waits for images
-leaves its core to their making, and idle synthesizers cost nothing. Of each GPU a synthesizer and a trial reserve half,
-unless told otherwise, for the same reason.
+CPUs. Ray's reservations are logical: they limit what may start, not which cores a process uses. All synthesizers
+together reserve 5 % of the CPUs of the smallest machine; trials reserve the rest. Both fit wherever Ray places them, so
+neither side can take what the other needs to start: there is no deadlock, on one core or on thousands. A trial that
+waits for images leaves its cores to the synthesizers, and an idle synthesizer uses none.
 
-Of a range of synthesizers (MIN-MAX) the first MIN are planned like this. Those added later must be seen by an
-autoscaler, so they reserve in earnest: their share of a GPU, or their threads as CPUs where they have none. What is
-full of trials has no room for them: then they are pending, which is what makes an autoscaler launch a machine, and
-trials that are pending too may have it as well. No deadlock comes of it: the MIN keep their reservation, running trials
-theirs, and what is added goes when it is idle.
+GPUs. A synthesizer and a trial reserve half a GPU each by default, for the same reason.
 
-Where Ray puts them. Only machines with GPUs have room for a share of one. The reservation of the fleet is spread: one
-synthesizer on each machine as far as they go, then each where most is free, so machines with free GPUs come first.
-Added ones with a GPU are spread over machines with room, in turn. Added ones without prefer machines without GPUs and
-fill one after the other up to a half, as Ray does by default: so the rest stays idle and can be taken back. A sweep
-on CPUs alone uses the cores of all machines, those with GPUs too; it reserves none of their GPUs. The coordinator and
-the driver's board reserve nothing, and are on the driver's machine.
+Range MIN-MAX of synthesizers. The first MIN are planned as above. Those added later must be visible to an autoscaler,
+so they reserve more: their share of a GPU or, without GPUs, one CPU per thread. On machines full of trials they stay
+pending, and the autoscaler launches a machine, which pending trials may use too. This cannot deadlock: the MIN and the
+running trials keep their reservations, and added synthesizers are removed when they are idle.
+
+Placement. Only machines with GPUs have room for a share of one. The fleet's placement group has the strategy SPREAD:
+one synthesizer per machine as far as they go, then each where most is free, so machines with free GPUs come first.
+Added synthesizers with a GPU are spread over the machines with room. Added ones without a GPU follow Ray's default:
+they prefer machines without GPUs and fill one after the other to one half, so the other machines stay idle and can be
+removed. A sweep without GPUs uses the cores of all machines, including those with GPUs, and reserves no GPU. The
+coordinator and the progress board reserve nothing and run on the driver's machine.
 """
 
 import math
@@ -30,7 +30,7 @@ RESOLUTION = 0.0001  # of Ray's resources
 
 @dataclass(frozen=True)
 class Node:
-    """Logical CPUs and GPUs of one machine."""
+    """The logical CPUs and GPUs of one machine."""
 
     cpus: float
     gpus: float = 0.0
@@ -38,7 +38,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Placement:
-    """How many synthesizers run, beside at least how many trials, and what each reserves."""
+    """The number of synthesizers, the least number of trials that run beside them, and what each one reserves."""
 
     num_synthesizers: int
     synthesizer_cpus: float
@@ -58,9 +58,9 @@ def plan(
     gpus_per_synthesizer: float | None = None,
     gpus_per_trial: float | None = None,
 ) -> Placement:
-    """Reservations for `synthesizers` (None: as many as there are GPUs, or cores for their threads).
+    """The reservations for this number of `synthesizers` (None: as many as the GPUs or cores allow, see `automatic`).
 
-    `ValueError` with the numbers where not even one trial fits beside them.
+    `ValueError`, with the numbers, if not even one trial fits beside them.
     """
     nodes = [node for node in nodes if node.cpus > 0]
     total_cpus, total_gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes) if use_gpu else 0.0
@@ -94,10 +94,10 @@ def plan(
 
 
 def added_cpus(nodes: Sequence[Node], threads: int, gpu_s: float) -> float:
-    """CPUs that a synthesizer of a range reserves where it is added to a plan: its threads, or few beside a GPU.
+    """The CPUs that an added synthesizer of a range reserves: one per thread or, with a GPU, a small fraction.
 
-    Beside a GPU: on a machine full of trials there is room for as many as its GPUs have shares for. Without: at most
-    what trials may have of the largest machine.
+    With a GPU, so few that even a machine full of trials has CPUs for as many as its GPUs have shares for. Without, at
+    most the trials' part of the largest machine.
     """
     if not gpu_s:
         return rounded(min(float(threads), (1 - SYNTHESIZERS_SHARE) * max(node.cpus for node in nodes)))
@@ -112,9 +112,9 @@ def added_cpus(nodes: Sequence[Node], threads: int, gpu_s: float) -> float:
 def first_machines(
     fewest: int, threads: int, gpus_per_synthesizer: float | None, gpus_per_trial: float | None
 ) -> list[dict[str, float]]:
-    """What to ask an autoscaler for where there is no machine to plan by: what surely takes a fleet and one trial.
+    """The request to an autoscaler when there is no machine yet: enough for the fleet and one trial.
 
-    Whole GPUs where shares of them were given, else one machine with the threads as CPUs.
+    Bundles of whole GPUs if GPU shares were given, else one bundle with a CPU per thread.
     """
     if not (gpus_per_synthesizer or gpus_per_trial):
         return [{"CPU": float(threads)}]
@@ -123,12 +123,12 @@ def first_machines(
     each = max(1.0, gpu_s, gpu_t)
     num = 1
     while not trials_beside([Node(float(threads), each)] * num, fewest, threads, gpu_s, gpu_t):
-        num += 1  # at most one for each of the fleet, and one for the trial
+        num += 1  # at most one per synthesizer, and one for the trial
     return [{"GPU": each}] * num
 
 
 def gpu_share(name: str, given: float | None) -> float:
-    """What is reserved of a GPU: half, or what was asked for."""
+    """The share of a GPU to reserve: half by default. `ValueError`, with the option's `name`, for an invalid share."""
     if given is None:
         return 0.5
     if not 0 <= given < math.inf or (given > 1 and given != int(given)):
@@ -137,12 +137,12 @@ def gpu_share(name: str, given: float | None) -> float:
 
 
 def homes(nodes: Sequence[Node], share: float) -> list[Node]:
-    """The machines where something that needs such a share of a GPU can run."""
+    """The machines that can run an actor with this share of a GPU: all for share 0, else those with GPUs."""
     return [node for node in nodes if not share or node.gpus]
 
 
 def trials_by_cores(nodes: Sequence[Node], threads: int) -> list[int]:
-    """Trials that each machine has cores for; where none has enough for one, each of the largest takes one."""
+    """The number of trials that each machine has cores for; if none has enough, each largest machine gets one."""
     counts = [math.floor(node.cpus / threads) for node in nodes]
     if any(counts):
         return counts
@@ -151,7 +151,7 @@ def trials_by_cores(nodes: Sequence[Node], threads: int) -> list[int]:
 
 
 def trials_beside(nodes: Sequence[Node], count: int, threads: int, gpu_s: float, gpu_t: float) -> int:
-    """Trials that surely fit beside `count` synthesizers: whether Ray spreads or packs those, wherever it begins."""
+    """Trials that fit beside `count` synthesizers in the worst case: spread or packed, in either order."""
     orders = (list(nodes), list(nodes)[::-1]) if gpu_s else (list(nodes),)
     return min(
         sum(trials_left(order, count, threads, gpu_s, gpu_t, packed=packed))
@@ -163,7 +163,7 @@ def trials_beside(nodes: Sequence[Node], count: int, threads: int, gpu_s: float,
 def trials_left(
     nodes: Sequence[Node], count: int, threads: int, gpu_s: float, gpu_t: float, *, packed: bool
 ) -> list[int]:
-    """Trials that fit on each machine beside `count` synthesizers; none at all where those do not fit themselves."""
+    """The number of trials per machine that fit beside `count` synthesizers; all 0 if the synthesizers do not fit."""
     free = [[1.0] * int(node.gpus) for node in nodes]
     taken = [0] * len(nodes)
     for _ in range(count if gpu_s else 0):
@@ -189,7 +189,7 @@ def trials_left(
 
 
 def automatic(nodes: Sequence[Node], threads: int, gpu_s: float, gpu_t: float, trial_threads: int = 1) -> int:
-    """As many synthesizers as there are free GPUs (their shares beside a trial's), or cores for their threads."""
+    """The default number of synthesizers: as many as fit on the GPUs beside trials or, without GPUs, on the cores."""
     if not gpu_s:
         return max(1, sum(math.floor(node.cpus / threads) for node in nodes))
     if gpu_s + gpu_t <= 1:
@@ -202,12 +202,12 @@ def automatic(nodes: Sequence[Node], threads: int, gpu_s: float, gpu_t: float, t
 
 
 def slots(gpus: Sequence[float], share: float) -> int:
-    """How many shares fit into the free parts of a machine's GPUs; a share below one never spans two."""
+    """How many shares fit into the free parts of a machine's GPUs; a share below 1 must fit into one GPU."""
     if share >= 1:
         return math.floor(sum(part > 1 - 1e-9 for part in gpus) / share)
     return sum(math.floor(part / share + 1e-9) for part in gpus)
 
 
 def rounded(share: float) -> float:
-    """Down to Ray's resolution of resources."""
+    """The share rounded down to Ray's resource resolution (0.0001)."""
     return math.floor(share / RESOLUTION + 1e-6) / round(1 / RESOLUTION)

@@ -1,10 +1,10 @@
-"""Which batch is made next, and which stay in memory: the coordinator's decisions, without Ray, clocks or threads.
+"""The coordinator's scheduler: which batch is made next, and which stay in memory. Pure: no Ray, clocks or threads.
 
-Batches are made on demand. A reader says which indices it waits for and how far it will go; at most `window` batches
-ahead of it are made, and only while no reader anywhere is waiting for a slot. Keys share the slots in proportion to
-their waiting requests (stride scheduling: the key with the least service per demand is next), so none starves however
-many there are. Source: Waldspurger and Weihl 1995, "Stride Scheduling". References are kept up to a budget of bytes,
-the least recently read go first: those batches live in the cache.
+Batches are made on demand. A reader gives the indices that it waits for and the index up to which it will read. At most
+`window` batches ahead of it are made, and only while no reader waits for a slot. Keys share the slots in proportion to
+their waiting requests, so none starves (stride scheduling: the key with the least service per demand is next). Source:
+Waldspurger and Weihl 1995, "Stride Scheduling". References to batches are kept up to a budget of bytes. The least
+recently read are dropped first; those batches can be read from the cache.
 """
 
 import heapq
@@ -18,42 +18,43 @@ PAGE = 4096  # indices
 
 @dataclass
 class Key:
-    """One synthesis key: what is cached, being made, waited for, and coming."""
+    """The state of one synthesis key: batches that are cached, being made, waited for, or to be made ahead."""
 
     cached: set[int] = field(default_factory=set)
     in_flight: set[int] = field(default_factory=set)
     waiting: dict[int, int] = field(default_factory=dict)  # index → requests that wait for it
-    # Heaps of indices with a waiting reader, and within some reader's window. What is not listed there is stale.
+    # Heaps: `wanted` has indices with a waiting reader, `ahead` those within a reader's window. An entry is stale if
+    # it is not in the set `listed_…` of its heap.
     wanted: list[int] = field(default_factory=list)
     listed_wanted: set[int] = field(default_factory=set)
     ahead: list[int] = field(default_factory=list)
     listed_ahead: set[int] = field(default_factory=set)
-    # A byte per index, in pages: 1 where some window has seen it and it is listed ahead, in flight or available since.
+    # A byte per index, in pages: 1 if a window has covered the index and it is listed ahead, in flight or available.
     seen: dict[int, bytearray] = field(default_factory=dict)
     num_waiting: int = 0
-    # By heap: slots given, each divided by the demand at the time; and whether the key is among those to be served.
+    # By heap: the slots given, each divided by the demand at the time; and whether the key is in that heap's queue.
     service: dict[str, float] = field(default_factory=lambda: {"wanted": 0.0, "ahead": 0.0})
     queued: dict[str, bool] = field(default_factory=lambda: {"wanted": False, "ahead": False})
     errors: dict[int, str] = field(default_factory=dict)
-    fresh: set[int] = field(default_factory=set)  # made here, and no reader has had them yet
-    ends: Counter[int] = field(default_factory=Counter)  # of waiting readers: how far they will go (exclusive)
+    fresh: set[int] = field(default_factory=set)  # made in this run and not yet given to a reader
+    ends: Counter[int] = field(default_factory=Counter)  # by waiting reader: the index (exclusive) up to which it reads
 
 
 class Schedule:
-    """The state of all keys. Indices go: asked for → in flight → held (and cached) → dropped → read again."""
+    """The state of all keys. An index goes: asked for → in flight → held (and cached) → dropped → read again."""
 
     def __init__(self, budget_bytes: int):
         self.budget_bytes = budget_bytes
         self.keys: dict[str, Key] = {}
         self.held: OrderedDict[tuple[str, int], tuple[Any, int]] = OrderedDict()
         self.held_bytes = 0
-        self.service = {"wanted": 0.0, "ahead": 0.0}  # of the key last served: where one that wanted nothing joins
-        # Heaps of (service, order of joining, key): every key with something on its own heap, which may be stale.
+        self.service = {"wanted": 0.0, "ahead": 0.0}  # of the key last served; a newly queued key starts here
+        # Heaps of (service, order of joining, key): all keys whose own heap is not empty; its entries may be stale.
         self.queues: dict[str, list[tuple[float, int, str]]] = {"wanted": [], "ahead": []}
         self.joined = itertools.count()
 
     def ask(self, key: str, index: int) -> None:
-        """A reader waits for a batch from now on."""
+        """A reader starts to wait for a batch."""
         state = self.keys[key]
         state.waiting[index] = state.waiting.get(index, 0) + 1
         state.num_waiting += 1
@@ -61,19 +62,19 @@ class Schedule:
             self._list(key, "wanted", index)
 
     def _list(self, key: str, name: str, index: int) -> None:
-        """Put an index on one of a key's heaps, once, and the key among those to be served."""
+        """Put an index on one of a key's heaps, unless it is listed there, and queue the key."""
         state = self.keys[key]
         listed = getattr(state, f"listed_{name}")
         if index not in listed:
             listed.add(index)
             heapq.heappush(getattr(state, name), index)
-        if not state.queued[name]:  # it had nothing to make, and saves up no claim from that time
+        if not state.queued[name]:  # it had nothing to make: it gets no credit for that time
             state.queued[name] = True
             state.service[name] = max(state.service[name], self.service[name])
             heapq.heappush(self.queues[name], (state.service[name], next(self.joined), key))
 
     def stop_asking(self, key: str, index: int) -> None:
-        """That reader has it, or has gone."""
+        """A reader stops waiting for a batch."""
         state = self.keys[key]
         state.waiting[index] -= 1
         state.num_waiting -= 1
@@ -81,20 +82,20 @@ class Schedule:
             del state.waiting[index]
 
     def wait(self, key: str, until: int) -> None:
-        """A reader waits, and will go on to `until` (exclusive)."""
+        """A reader starts to wait; it will read up to `until` (exclusive)."""
         self.keys[key].ends[until] += 1
 
     def stop_waiting(self, key: str, until: int) -> None:
-        """It has something, or has gone."""
+        """That reader stops waiting."""
         ends = self.keys[key].ends
         ends[until] -= 1
         if not ends[until]:
             del ends[until]
 
     def look_ahead(self, key: str, position: int, until: int, window: int) -> None:
-        """A reader at `position` will go on to `until` (exclusive): up to `window` batches may be made for it."""
+        """Allow `window` batches to be made ahead for a reader at `position` that reads up to `until` (exclusive)."""
         state, end = self.keys[key], min(until, position + window)
-        # A window of a large fleet is long, and a reader moves it by a few indices at a time: only those are new.
+        # The window of a large fleet is long and moves by a few indices at a time: visit only the new ones.
         while position < end:
             number, begin = divmod(position, PAGE)
             seen = state.seen.setdefault(number, bytearray(PAGE))
@@ -108,18 +109,18 @@ class Schedule:
             position = (number + 1) * PAGE
 
     def _lose(self, key: str, index: int) -> None:
-        """A batch that was there or on its way is neither: the next window that sees it lists it again."""
+        """Note that a batch is not available or in flight any more: the next window that covers it lists it again."""
         number, offset = divmod(index, PAGE)
         if number in self.keys[key].seen:
             self.keys[key].seen[number][offset] = 0
 
     def available(self, key: str, index: int) -> bool:
-        """Whether a batch exists already, in memory or in the cache, or has failed for good."""
+        """Whether a batch exists, in memory or in the cache, or has failed for good."""
         state = self.keys[key]
         return index in state.cached or (key, index) in self.held or index in state.errors
 
     def next_to_make(self) -> tuple[str, int] | None:
-        """The batch that the next free slot is for, now in flight; None when there is nothing to make."""
+        """The batch for the next free slot, marked as in flight; None if there is nothing to make."""
         for name, queue in self.queues.items():
             while queue:
                 best = queue[0][2]
@@ -142,7 +143,7 @@ class Schedule:
         return None
 
     def _tidy(self, key: str, state: Key, name: str) -> bool:
-        """Drop indices at the head of a heap that need no making any more; whether something is left."""
+        """Drop indices at the head of a heap that need not be made any more; returns whether an index is left."""
         heap, listed = getattr(state, name), getattr(state, f"listed_{name}")
         while heap:
             index = heap[0]
@@ -156,7 +157,7 @@ class Schedule:
         return False
 
     def wants_reading(self, key: str, index: int) -> bool:
-        """Whether a batch is in the cache but not in memory, and nobody is fetching it; it is in flight from now on."""
+        """Whether a batch must be read from the cache (not in memory, not in flight). If so, it becomes in flight."""
         state = self.keys[key]
         if index not in state.cached or (key, index) in self.held or index in state.in_flight:
             return False
@@ -164,7 +165,7 @@ class Schedule:
         return True
 
     def hold(self, key: str, index: int, reference: Any, size_bytes: int, *, cached: bool, fresh: bool) -> None:
-        """A batch is there: keep its reference, drop the least recently read ones beyond the budget."""
+        """Keep the reference of a new batch, and drop the least recently read ones beyond the budget."""
         state = self.keys[key]
         if fresh:
             state.fresh.add(index)
@@ -181,7 +182,7 @@ class Schedule:
                 self._lose(other, dropped)
 
     def reference(self, key: str, index: int) -> Any | None:
-        """The reference of a batch in memory, now the most recently read."""
+        """The reference of a batch in memory, marked as most recently read; None if it is not in memory."""
         found = self.held.get((key, index))
         if found is None:
             return None
@@ -189,7 +190,7 @@ class Schedule:
         return found[0]
 
     def hand_out(self, key: str, index: int) -> tuple[Any, bool] | None:
-        """A batch in memory for a reader: its reference, and whether it was found rather than made for this reader."""
+        """(reference, found) of a batch in memory; `found` is False for the first reader of a new batch."""
         reference = self.reference(key, index)
         if reference is None:
             return None
@@ -199,7 +200,7 @@ class Schedule:
         return reference, found
 
     def forget(self, key: str, index: int) -> None:
-        """Drop a reference: its object is lost, or it is replaced."""
+        """Drop the reference of a batch, because its object is lost or replaced."""
         found = self.held.pop((key, index), None)
         if found:
             self.held_bytes -= found[1]
@@ -207,7 +208,7 @@ class Schedule:
                 self._lose(key, index)
 
     def not_there(self, key: str, index: int) -> None:
-        """A batch in flight did not come (its maker died, its shard was damaged): make it again if it is wanted."""
+        """A batch in flight was lost (its synthesizer died, its shard was damaged): make it again if it is wanted."""
         state = self.keys[key]
         state.in_flight.discard(index)
         state.cached.discard(index)
@@ -216,13 +217,13 @@ class Schedule:
             self._list(key, "wanted", index)
 
     def fail(self, key: str, index: int, reason: str) -> None:
-        """A batch cannot be made: everybody who asks is told why."""
+        """Record why a batch cannot be made: every reader that asks for it gets this error."""
         self.keys[key].in_flight.discard(index)
         self.keys[key].errors[index] = reason
 
     def drop(self, key: str) -> bool:
-        """Forget a key and all its references, unless a batch of it is in flight or waited for: then nothing is done
-        but to make no more ahead. Whether it is gone."""
+        """Forget a key and its references; returns whether it is gone. While one of its batches is in flight or waited
+        for, the key stays, but no more batches are made ahead."""
         state = self.keys.get(key)
         if state is None:
             return True
@@ -238,14 +239,15 @@ class Schedule:
 
     @property
     def queue_depth(self) -> int:
-        """Batches that readers wait for and nobody is making."""
+        """The number of batches that readers wait for and that are not being made."""
         return sum(len(set(state.waiting) - state.in_flight) for state in self.keys.values())
 
     @property
     def demand(self) -> int:
-        """Batches that waiting readers will want and that nobody has made or is making, however far ahead they are.
+        """The number of batches that waiting readers will need and that are neither made nor being made.
 
-        More than any window: it says how many synthesizers could be of use. Indices that a reader leaves out count too.
+        It is not limited by the window: it tells how many synthesizers would be useful. Indices that a reader skips
+        count too.
         """
         total = 0
         for key, state in self.keys.items():

@@ -1,7 +1,7 @@
-"""Ray sessions: one of our own on this machine, or that of a cluster; what they may import, where they listen.
+"""Starts a private Ray session on this machine, or connects to a Ray cluster.
 
-A session of our own listens on loopback, asks everybody for a token and keeps its files in a private folder. Workers of
-either import from where their driver imports. Ray does none of this unless it is made to below.
+A local session ("our own") listens on loopback only, requires a token and keeps its files in a private folder. In both
+cases workers import only from folders on the driver's path. Ray does none of this by default.
 """
 
 import logging
@@ -23,7 +23,7 @@ from dfkd_ray import scratch
 from dfkd_ray.fleet import authentication, watching
 from dfkd_ray.text import one_line
 
-# Ray prints boxes, hints and warnings about things that this package decides; read before Ray starts its processes.
+# Turns off Ray's messages about things that this package decides. Ray reads these before it starts its processes.
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -31,27 +31,27 @@ QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Synthesizers and trials share cores: threads that spin while they wait would take them from each other.
+    # Synthesizers and trials share cores: threads that busy-wait would slow down the others.
     "OMP_WAIT_POLICY": "passive",
 }
 CONNECT_S = 5.0
 SOCKET_BYTES = 107 if sys.platform == "linux" else 103  # the longest path of a socket
-# What comes after the folder for temporary files: ours, Ray's session in it, and the longest name of a socket.
+# The longest socket path below the folder for temporary files: our folder, Ray's session folder, the socket.
 BELOW = "/dfkd_ray-ray-12345678/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 SHORT = "/tmp"
 FEW_FILES = 256  # with fewer open files Ray does not start, or dies in the middle of a sweep
 FEW_BYTES = 10 << 20
-SHOWN = 100  # characters of what Ray or the user says
+SHOWN = 100  # characters of a message of Ray or a value of the user
 
 
 class Importable(list[str]):
-    """Folders that Ray puts first on the path of every worker: of those it names, the ones that the driver has too.
+    """The folders that Ray puts first on each worker's path, restricted to those on the driver's own path.
 
-    Ray adds the working folder whatever the driver does, and a `torch.py` there would be every worker's torch.
+    Ray always adds the working folder; a `torch.py` there would replace torch in every worker.
     """
 
     def extend(self, folders: Iterable[str]) -> None:
-        """As `list.extend`, for what the driver itself imports from."""
+        """As `list.extend`, but only for folders on the driver's `sys.path`."""
         here = {os.path.realpath(folder) for folder in sys.path}
         super().extend(folder for folder in folders if os.path.realpath(folder) in here)
 
@@ -60,20 +60,20 @@ class Importable(list[str]):
 def connected(
     address: str | None = None, *, on_lost: Callable[[str], None] | None = None, **options: Any
 ) -> Iterator[None]:
-    """A Ray session, quiet and left at the end: the one there is, that of a cluster (`HOST:PORT`, or `auto` for one on
-    this machine; None reads RAY_ADDRESS), or one of our own, shut down at the end.
+    """A quiet Ray session while open. An existing session of this process is used as it is.
 
-    One of our own has no dashboard, and a token that nobody else knows, unless RAY_AUTH_MODE says what it is to be.
-    `on_lost` is called in a thread of its own, with one line, when Ray's processes or the cluster's head are gone:
-    nothing of the session answers any more, and Ray ends this process a minute later.
-    `ValueError` for an address or a mode that is none; `OSError`, in one line, where Ray does not start or answer.
+    Otherwise it connects to the cluster at `address`: `HOST:PORT`, or `auto` for one on this machine; None reads
+    RAY_ADDRESS. Without any address it starts a local session and shuts it down at the end. A local session has no
+    dashboard, and a token of its own unless the user has set RAY_AUTH_MODE. `on_lost` is called in a thread of its own,
+    with a one-line reason, when Ray's processes or the cluster's head are gone; a minute later Ray ends this process.
+    `ValueError` for an invalid address or mode; `OSError` (one line) if Ray does not start or answer.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     if ray.is_initialized():
         yield
         return
-    # "local", because None would also take up with whatever cluster was started on this machine last.
+    # "local" and not None: with None, Ray would connect to the last cluster that was started on this machine.
     chosen = address or os.environ.get("RAY_ADDRESS", "").strip() or "local"
     authentication.settle()
     scratch.remove_dead([tempfile.gettempdir(), os.environ.get("RAY_TMPDIR") or SHORT, SHORT])
@@ -87,25 +87,25 @@ def connected(
             stack.callback(ray.shutdown)
             join(chosen, "`address`" if address else "RAY_ADDRESS, in the environment,", options)
         if callable(on_terminate) and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own there
+            signal.signal(signal.SIGTERM, on_terminate)  # Ray has replaced it
         stack.enter_context(watching.watched(on_lost, is_own=chosen == "local"))
         try:
             yield
-        except RayTaskError:  # an error of what ran there, not of Ray
+        except RayTaskError:  # an error of the task, not of Ray
             raise
         except RayError as error:
             raise ConnectionError(f"Ray has failed ({shown(error)}); {watching.HOW_TO_GO_ON}") from error
 
 
 def start(options: dict[str, Any]) -> None:
-    """Start Ray on this machine. `OSError`, in one line, says why not and what to do."""
+    """Start Ray on this machine. `OSError` (one line) gives the reason and advice."""
     authentication.use_own_token()
     folder = options["_temp_dir"]
     check_room(folder)
     try:
         with on_loopback():
             init("local", options)
-    except Exception as error:  # noqa: BLE001 - Ray raises whatever it met, plain `Exception` too
+    except Exception as error:  # noqa: BLE001 - Ray raises any type, plain `Exception` too
         raise OSError(
             f"Ray does not start on this machine ({shown(error)}); see that it has memory, open files and processes "
             f"(`ulimit -a`) and room in {shown(folder)} to spare, then run the same command again"
@@ -113,7 +113,7 @@ def start(options: dict[str, Any]) -> None:
 
 
 def join(address: str, source: str, options: dict[str, Any]) -> None:
-    """Connect to a running cluster, or say in one line why not; `source` says who gave the address."""
+    """Connect to a running cluster; an error is one line. `source`: the option or variable that gave the address."""
     host, colon, port = address.rpartition(":")
     is_port = port.isascii() and port.isdigit() and 0 < int(port[:6]) < 1 << 16
     if "://" in address or (address != "auto" and not (host and colon and is_port)):
@@ -135,12 +135,12 @@ def join(address: str, source: str, options: dict[str, Any]) -> None:
 
 
 def init(address: str, options: dict[str, Any]) -> None:
-    """`ray.init`, quiet, with workers that import from where this process does; a closed terminal ends none of them."""
+    """`ray.init` without output. Workers import from this process's path, and a closed terminal does not end them."""
     from ray.job_config import JobConfig
 
     job = JobConfig()
     job._py_driver_sys_path = Importable()
-    # Processes inherit what is blocked. They end with this one, which stops cleanly, or goes on under nohup.
+    # Ray's processes inherit the blocked signal. They end with this process, which stops cleanly or runs under nohup.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
         ray.init(address, logging_level=logging.ERROR, log_to_driver=False, job_config=job, **options)
@@ -150,10 +150,10 @@ def init(address: str, options: dict[str, Any]) -> None:
 
 @contextmanager
 def on_loopback() -> Iterator[None]:
-    """While open, a session that is started is one of this machine alone: Ray's processes listen on loopback.
+    """While open, a session that is started listens on loopback only.
 
-    Ray has this for Windows and macOS, where other addresses bring up the firewall's questions. `_node_ip_address` does
-    not: Ray replaces a loopback address by the machine's own.
+    Ray does this by itself on Windows and macOS, to avoid firewall prompts. `_node_ip_address` does not help:
+    Ray replaces a loopback address by the machine's own.
     """
     from ray._private import ray_constants
 
@@ -167,10 +167,10 @@ def on_loopback() -> Iterator[None]:
 
 @contextmanager
 def with_private_folders(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """`options` with a private folder for the session's files, unless they name one; removed at the end.
+    """`options` with a private folder for the session's files, unless they name one. It is removed at the end.
 
-    Sockets must have short paths. Where the folder for temporary files is too deep they go below /tmp, and what does
-    not fit into memory goes where it would have gone.
+    Socket paths are limited. If the path of the temporary folder is too long, the session's folder is below /tmp, and
+    only spilled objects stay below the temporary folder.
     """
     if "_temp_dir" in options:
         yield options
@@ -193,7 +193,7 @@ def with_private_folders(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def check_room(folder: str) -> None:
-    """`OSError` where Ray would not start, or stop in the middle: few open files, no room for its files."""
+    """`OSError` if Ray would not start or would stop later: too few open files, or no disk space."""
     with suppress(ImportError):
         import resource
 

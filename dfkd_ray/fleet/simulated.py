@@ -1,4 +1,4 @@
-"""A synthesizer that makes known numbers in a known time: to measure and test the fleet without a network."""
+"""A synthesizer for benchmarks and tests of the fleet: it makes known arrays after a given sleep, without a network."""
 
 import asyncio
 import random
@@ -17,13 +17,13 @@ NUMERICS = "simulated"
 
 
 def simulated_spec(name: str, shape: tuple[int, ...], seconds: tuple[float, float] = (0.0, 0.0)) -> Spec:
-    """A key whose batches are uint8 arrays of `shape` (batch, channels, height, width), each made in `seconds`."""
+    """A spec whose batches are uint8 arrays of `shape` (batch, channels, height, width); `seconds`: (least, most)."""
     config = {"method": "simulated", "name": name, "shape": list(shape), "seconds": list(seconds)}
     return Spec(stable_hash(config), config, "train", "none", "none", None)
 
 
 def simulated_batch(key: str, index: int, config: Mapping[str, Any]) -> Batch:
-    """The batch itself: one value throughout, the index in its first pixels."""
+    """The batch: all pixels have one value, except the first bytes, which hold the index."""
     images = np.full(tuple(config["shape"]), (index * 31 + int(key[:4], 16)) % 256, np.uint8)
     flat = images.reshape(-1)
     stamp = np.frombuffer(index.to_bytes(4, "little"), np.uint8)[: len(flat)]
@@ -32,7 +32,7 @@ def simulated_batch(key: str, index: int, config: Mapping[str, Any]) -> Batch:
 
 
 class Simulated:
-    """As `Synthesizer`, but asynchronous: one process stands for many slots. Its time is spent asleep."""
+    """As `Synthesizer`, but asynchronous, so that one process can simulate many slots. It only sleeps."""
 
     def __init__(self, cache_root: str | None, device: str, fetch: Callable[[Any], Any]):
         self.cache_root = cache_root

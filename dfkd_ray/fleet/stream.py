@@ -1,4 +1,4 @@
-"""The trial's side of the fleet: batches by index, a few always on their way, every wait with a deadline."""
+"""The client of the fleet: through it a trial reads batches by index, with prefetching and a deadline on every wait."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,15 +14,15 @@ from dfkd_ray.fleet.synthesizer import Spec
 from dfkd_ray.trial.images import Round
 
 PAUSE_S = 0.2
-ANSWER_S = 60.0  # the coordinator answers within HOLD_S, if only with what is being waited for
-FETCH_S = 300.0  # a batch that exists is on this node within this time, or is asked for again
+ANSWER_S = 60.0  # timeout of a call; the coordinator answers within HOLD_S, with or without a batch
+FETCH_S = 300.0  # timeout of fetching a batch that exists; then it is requested again
 
 
 class Stream:
-    """Batches of any round, through the coordinator: what a trial takes its images from (`trial.Images`).
+    """Implements `trial.Images`: reads the batches of any round through the coordinator.
 
     `teachers` maps a teacher's hash to a list with a reference to its `bundles.to_arrays`. `call_s` counts the seconds
-    inside Ray calls, `wait_s` those of waiting for images that are still being made.
+    of overhead in Ray calls, `wait_s` the seconds of waiting for images that are still being made.
     """
 
     def __init__(
@@ -42,25 +42,25 @@ class Stream:
         self.node = ray.get_runtime_context().get_node_id()
         self.call_s = self.wait_s = 0.0
         self.num_alone = 0
-        self.specs: dict[str, Spec] = {}  # of rounds: each refers to a state in the object store
+        self.specs: dict[str, Spec] = {}  # of rounds with a state; each refers to it in the object store
 
     def read(self, wanted: Round, indices: Sequence[int]) -> Iterator[tuple[Batch, bool]]:
-        """As of `trial.Images`, in the order of `indices`."""
+        """As `trial.Images.read`, in the order of `indices`."""
         spec = self.spec(wanted)
         return self.batches(spec, indices, self.made_here(spec, wanted))
 
     def prepare(self, wanted: Round, num_batches: int) -> None:
-        """Have the first batches of a round made ahead; nothing is waited for."""
+        """Have the first batches of a round made ahead; does not block."""
         self.coordinator.prepare.remote(self.spec(wanted), self.numerics, num_batches)
 
     def close(self, owner: str) -> None:
-        """The rounds that are a trial's own are not wanted any more."""
+        """Tell the coordinator that this trial's own rounds are not needed any more."""
         if self.specs:
             self.specs.clear()
             self.coordinator.close.remote(owner)
 
     def spec(self, wanted: Round) -> Spec:
-        """What the key of a round stands for. Its state is put into the object store, once."""
+        """The `Spec` of a round. A round's state is put into the object store once."""
         if wanted.key in self.specs:
             return self.specs[wanted.key]
         teacher, state = wanted.teacher, wanted.state
@@ -86,20 +86,20 @@ class Stream:
         return spec
 
     def source(self, wanted: Round) -> BatchSource:
-        """Random access, `batch(i)`: the seam that local synthesis has too."""
+        """Random access by `batch(i)`: the same interface as local synthesis."""
         return lambda index: next(self.read(wanted, [index]))[0]
 
     def batches(
         self, spec: Spec, indices: Iterable[int], alone: BatchSource | None = None
     ) -> Iterator[tuple[Batch, bool]]:
-        """Batches in the order of `indices`, each with whether it was found rather than made for this reader.
+        """Yields (batch, found) in the order of `indices`; `found` is False if the batch was made for this reader.
 
-        The next few are on their way while one is worked on. With no synthesizer for `alone_s` seconds, `alone` makes
-        the batch here: the same images, and the trial goes on. `TimeoutError` says what was waited for; a batch that
-        cannot be made raises its error.
+        The next `in_flight` batches are requested while the caller works on one. If no synthesizer has been up for
+        `alone_s` seconds, `alone` makes the batch in this process, with the same images. `TimeoutError` tells what was
+        waited for. A batch that cannot be made raises its error.
         """
         indices = list(indices)
-        coming: dict[int, tuple[Any, bool]] = {}  # index → (reference, found): handed out, perhaps still in transfer
+        coming: dict[int, tuple[Any, bool]] = {}  # index → (reference, found): received, perhaps still in transfer
         until = max(indices, default=-1) + 1
         pending: tuple[Any, float] | None = None
         lost: list[int] = []
@@ -118,7 +118,7 @@ class Stream:
                     try:
                         batch = self.timed(reference, FETCH_S)
                         break
-                    except RayError:  # its node or its owner is gone
+                    except RayError:  # the object's node or owner is gone
                         lost.append(index)
                 window = self.window(indices, position, coming)
                 reply, lost = self.ask(pending, spec, window, until, lost), []
@@ -127,7 +127,7 @@ class Stream:
                     raise error_of(reply["errors"][index], spec.key, index)
                 if reply.get("ready"):
                     coming |= reply["ready"]
-                    # Transfers to this node begin now, not when each batch is wanted.
+                    # Starts the transfers to this node now, not when each batch is needed.
                     ray.wait([ref for ref, _ in coming.values()], num_returns=len(coming), timeout=0)
                 elif alone and reply.get("alone_s", 0.0) > self.alone_s:
                     self.num_alone += 1
@@ -137,21 +137,21 @@ class Stream:
             if window and pending is None:
                 pending = self.send(spec, window, until, [])
             yield batch, found
-            progress = time.monotonic()  # the reader's own time does not count
+            progress = time.monotonic()  # the caller's own time does not count
 
     def window(self, indices: list[int], position: int, coming: Mapping[int, Any]) -> list[int]:
-        """The next few indices that have not been handed out yet."""
+        """The next `in_flight` indices from `position` on, without those already received."""
         return [i for i in dict.fromkeys(indices[position : position + self.in_flight]) if i not in coming]
 
     def send(self, spec: Spec, window: list[int], until: int, lost: list[int]) -> tuple[Any, float]:
-        """Ask for some indices; returns the reference of the answer, and when it was asked."""
+        """Request some indices; returns the reference of the reply, and the time of the request."""
         hold_s = min(HOLD_S, self.timeout_s, max(self.alone_s, PAUSE_S))
         return self.coordinator.take.remote(spec.key, window, until, self.node, hold_s, lost), time.monotonic()
 
     def ask(
         self, pending: tuple[Any, float] | None, spec: Spec, window: list[int], until: int, lost: list[int]
     ) -> dict[str, Any]:
-        """The answer to the question on its way, or to a new one; an empty one where the coordinator is away."""
+        """The reply to the pending request, or to a new one; without batches if the coordinator does not answer."""
         start = time.monotonic()
         reply: Any
         try:
@@ -171,7 +171,7 @@ class Stream:
         return reply
 
     def timed(self, reference: Any, timeout_s: float) -> Any:
-        """`ray.get`, its seconds counted."""
+        """`ray.get`; its seconds are added to `call_s`."""
         start = time.monotonic()
         try:
             return ray.get(reference, timeout=timeout_s)
@@ -179,7 +179,7 @@ class Stream:
             self.call_s += time.monotonic() - start
 
     def made_here(self, spec: Spec, wanted: Round) -> BatchSource:
-        """Batches of `spec` made by this process, through the cache."""
+        """A source that makes the batches of `spec` in this process, through the cache."""
 
         def batch(index: int) -> Batch:
             folder = spec.folder(self.cache_root, self.numerics)
@@ -191,7 +191,7 @@ class Stream:
 
 
 def error_of(reason: str, key: str, index: int) -> Exception:
-    """An error that a synthesizer met, as the same kind of error here."""
+    """A synthesizer's error text as an exception of the same type."""
     kind, _, message = reason.partition(": ")
     kinds: dict[str, type[Exception]] = {
         "FloatingPointError": FloatingPointError,

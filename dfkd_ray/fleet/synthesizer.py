@@ -1,6 +1,6 @@
-"""What makes batches: a plain class, wrapped in an actor where the fleet starts it.
+"""The synthesizer: a class that makes batches of synthetic images; the fleet runs it as Ray actors.
 
-torch is imported inside, so that the coordinator, which only starts these actors, stays small without it.
+torch is imported inside its methods, so that the coordinator, which only starts the actors, stays small.
 """
 
 import os
@@ -19,14 +19,14 @@ HELD_SOURCES = 4  # each holds a copy of its teacher on the device
 
 
 class NotOpened(KeyError):
-    """A key that this process was not told of: it has been restarted since."""
+    """The key was not opened in this process, for example because the actor has been restarted."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a synthesis key stands for: all that is needed to make its batches.
+    """Everything that is needed to make the batches of a synthesis key.
 
-    `teacher` is what `bundles.to_arrays` gives, or a list with a reference to it: one copy per node, read-only.
+    `teacher` is the result of `bundles.to_arrays`, or a list with a reference to it: one read-only copy per node.
     """
 
     key: str
@@ -36,25 +36,25 @@ class Spec:
     teacher_name: str
     teacher: Any
     state: Any = None
-    """Of a method that goes by rounds: a list with a `RoundState`, or with a reference to one."""
+    """For methods in rounds: a list with a `RoundState`, or with a reference to one."""
     student: Mapping[str, Any] | None = None
-    """What network the student in the state is: a `StudentConfig` as plain data."""
+    """The config (`StudentConfig` as plain data) of the network whose weights the state holds."""
     owner: str = ""
-    """The trial whose student the round looks at: nobody else can use its batches, and no cache keeps them."""
+    """The trial whose student the round uses. No other trial can use its batches, so they are not cached."""
     number: int = 0
-    """Of the round."""
+    """The number of the round."""
     code: str | None = None
-    """Where the student's code lies, if it is named by an import path: `models.code_folder`."""
+    """The folder of the student's code if its architecture is an import path (`models.code_folder`)."""
 
     def folder(self, cache_root: str | None, numerics: str) -> Folder | None:
-        """Where its batches are kept; None where none are."""
+        """The cache folder of its batches; None if they are not cached."""
         return None if cache_root is None or self.owner else cache.folder_of(cache_root, self.key, numerics)
 
 
 class Synthesizer:
-    """Makes `batch(key, index)` for any key that was opened; each batch is in the cache before it is returned.
+    """Makes `batch(key, index)` for every opened key. Each batch is written to the cache before it is returned.
 
-    Batches that one trial alone can use are in no cache.
+    Batches that only one trial can use are not cached.
     """
 
     def __init__(self, cache_root: str | None, device: str, fetch: Callable[[Any], Any] = lambda given: given):
@@ -69,20 +69,21 @@ class Synthesizer:
         self.sources: OrderedDict[str, BatchSource] = OrderedDict()
 
     def hello(self) -> dict[str, Any]:
-        """Who this is; answers when it is ready for work."""
+        """Numerics class, host, process id and node; answers as soon as the actor is ready."""
         return {"numerics": self.numerics, **whereabouts()}
 
     def open(self, spec: Spec) -> None:
-        """Say what a key stands for; nothing is loaded before its first batch. A trial's rounds before that one go."""
+        """Register a key; nothing is loaded before its first batch. Earlier rounds of the same trial are forgotten."""
         for key in [key for key, other in self.specs.items() if is_over(other, spec)]:
             del self.specs[key]
             self.sources.pop(key, None)
         self.specs[spec.key] = spec
 
     def batch(self, key: str, index: int) -> tuple[Batch, dict[str, Any]]:
-        """Batch `index` of `key`, from the cache or made; and what the coordinator wants to know of it.
+        """Batch `index` of `key`, read from the cache or made, and its metadata for the coordinator (`told`).
 
-        `FloatingPointError` where the loss stays not finite, `ValueError` for a teacher that does not fit, `NotOpened`.
+        `FloatingPointError` if the loss is not finite in every attempt, `ValueError` if the teacher does not fit the
+        config, `NotOpened` for an unknown key.
         """
         if key not in self.specs:
             raise NotOpened(key)
@@ -101,7 +102,7 @@ class Synthesizer:
         return batch, told(batch, found, time.perf_counter() - start)
 
     def source(self, spec: Spec) -> BatchSource:
-        """The source of a key; the last few stay loaded."""
+        """The source of a key; the last `HELD_SOURCES` used stay loaded."""
         from dfkd_ray import bundles, models, synthesis
         from dfkd_ray.config import StudentConfig, parse_synthesis
 
@@ -121,12 +122,12 @@ class Synthesizer:
 
 
 def is_over(spec: Spec, other: Spec) -> bool:
-    """Whether a round is not wanted any more once a trial asks for another."""
+    """Whether `spec` is an earlier round of the trial that asks for `other`."""
     return bool(spec.owner) and spec.owner == other.owner and spec.number < other.number
 
 
 def whereabouts() -> dict[str, Any]:
-    """Host, process, and Ray's id of the node (empty outside Ray)."""
+    """Host, process id, and Ray's node id (empty outside Ray)."""
     import ray
 
     node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
@@ -134,7 +135,7 @@ def whereabouts() -> dict[str, Any]:
 
 
 def note(folder: Folder, spec: Spec, numerics: str) -> None:
-    """Write down in the cache what a key's folder holds, or that it is used once more."""
+    """Write the manifest of a key's cache folder, or mark the folder as used again."""
     cache.write_manifest(
         folder,
         key=spec.key,
@@ -147,13 +148,13 @@ def note(folder: Folder, spec: Spec, numerics: str) -> None:
 
 
 def told(batch: Batch, found: bool, wall_s: float) -> dict[str, Any]:
-    """What the coordinator is told of a batch, without its images."""
+    """Metadata of a batch for the coordinator, without its images."""
     size = batch.images.nbytes + batch.labels.nbytes
     return {"found": found, "wall_s": wall_s, "size_bytes": size, "num_images": len(batch.labels)}
 
 
 def read_shard(cache_root: str, key: str, numerics: str, index: int) -> tuple[Batch | None, dict[str, Any] | None]:
-    """A batch from the cache, on the node that asks for it; (None, None) where it is missing or damaged."""
+    """Read a batch from the cache on the reader's node; (None, None) if it is missing or damaged."""
     start = time.perf_counter()
     batch = cache.read(cache.folder_of(cache_root, key, numerics), index, key)
     return (None, None) if batch is None else (batch, told(batch, True, time.perf_counter() - start))

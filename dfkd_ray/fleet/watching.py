@@ -1,7 +1,8 @@
-"""Whether Ray itself is still there: a raylet or head that ends takes everything with it, and Ray says so very late.
+"""A watchdog for Ray: reports when the raylet or the head is gone, long before Ray's own calls fail.
 
-Of a session of our own the two processes are watched. Without its raylet calls hang for a quarter of a minute; without
-its head (the GCS) they hang for one, and then Ray ends this process. Of a cluster the ports are tried.
+In a session of our own it watches the two processes. Without the raylet, Ray calls hang for 15 seconds; without the
+head (the GCS) they hang for a minute, and then Ray ends this process. On a cluster it probes the ports of the head and
+of this machine's raylet.
 """
 
 import importlib
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-LOOK_S = 0.05  # before Ray's own agent notices, which prints the raylet's log
+LOOK_S = 0.05  # faster than Ray's own agent, which would print the raylet's log
 KNOCK_S = 3.0
 PATIENCE_S = 30.0  # a head with fault tolerance may be started again
 HOW_TO_GO_ON = "what is finished is on disk: the same command goes on from there"
@@ -20,7 +21,7 @@ HOW_TO_GO_ON = "what is finished is on disk: the same command goes on from there
 
 @contextmanager
 def watched(on_lost: Callable[[str], None] | None, is_own: bool) -> Iterator[None]:
-    """While open, `on_lost` is called once, with one line, when the session has lost what it cannot go on without."""
+    """While open, call `on_lost` once, with a one-line reason, when the session has lost its raylet or its head."""
     if on_lost is None:
         yield
         return
@@ -36,14 +37,14 @@ def watched(on_lost: Callable[[str], None] | None, is_own: bool) -> Iterator[Non
 
 
 def tell(watch: Callable[[threading.Event], str | None], over: threading.Event, on_lost: Callable[[str], None]) -> None:
-    """Watch, and tell what was seen, unless the session is over."""
+    """Run `watch`, and report its result unless the session is over."""
     lost = watch(over)
     if lost and not over.is_set():
         on_lost(f"{lost}; {HOW_TO_GO_ON}")
 
 
 def processes() -> dict[str, Any]:
-    """The processes that a session of our own depends on, by name; none where this version of Ray hides them."""
+    """Name → process of a session of our own: raylet and GCS; empty if this version of Ray does not expose them."""
     node = getattr(importlib.import_module("ray._private.worker"), "_global_node", None)
     found = getattr(node, "all_processes", {})
     names = ("raylet", "gcs_server")
@@ -51,7 +52,7 @@ def processes() -> dict[str, Any]:
 
 
 def until_ended(over: threading.Event) -> str | None:
-    """Wait until one of our session's processes has ended."""
+    """Wait until one of our session's processes has ended; returns the reason."""
     there = processes()
     while not over.wait(LOOK_S):
         for name, process in there.items():
@@ -61,7 +62,7 @@ def until_ended(over: threading.Event) -> str | None:
 
 
 def until_silent(over: threading.Event) -> str | None:
-    """Wait until the cluster's head, or Ray on this machine, has not answered for a while."""
+    """Wait until the cluster's head or this machine's raylet has not answered for `PATIENCE_S`; returns the reason."""
     doors = ports()
     heard = dict.fromkeys(doors, time.monotonic())
     while not over.wait(KNOCK_S):
@@ -74,7 +75,7 @@ def until_silent(over: threading.Event) -> str | None:
 
 
 def ports() -> dict[str, tuple[str, int]]:
-    """Where the head and this machine's raylet listen."""
+    """Name → (host, port) of the head and of this machine's raylet."""
     import ray
 
     host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
@@ -87,7 +88,7 @@ def ports() -> dict[str, tuple[str, int]]:
 
 
 def answers(host: str, port: int) -> bool:
-    """Whether something listens there."""
+    """Whether the port accepts a connection."""
     try:
         socket.create_connection((host, port), timeout=KNOCK_S).close()
     except OSError:

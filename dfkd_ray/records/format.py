@@ -1,17 +1,20 @@
-"""The file of a record: `records/<kind>.safetensors` in a teacher's bundle, readable and writable by any tool.
+"""Reads and writes an activation record: the file `records/<kind>.safetensors` in a teacher's bundle.
 
-The header is JSON under the metadata key `dfkd_ray.record` (its schema: `record.schema.json` beside this module); the
-tensors are named below. The whole specification: README.md beside this module, "The format".
-Sizes: C classes, d units of a part, r columns of a factor, K columns of all bases, n exemplars of k coefficients.
+The header is JSON under the metadata key `dfkd_ray.record`; its schema is `record.schema.json` beside this module. The
+full specification is in README.md beside this module, section "The format". A file holds these tensors and no others:
 
-* `gaussian`: `<part>.mean` (C, d) and `<part>.factor` (C, d, r), float32: class c is N(mean_c, factor_c factor_c^T).
-  `all` has a part per layer, over its outputs (the last one's are logits / temperature); `top` has the last layer's;
-  the spectral kinds have one part, `coefficients`, over all bases jointly (d = K).
-* `exemplars` (spectral kinds, no parts): `labels` (n,) int64, `indices` (n, k) int32 and `values` (n, k) float16: the k
-  strongest coefficients of n training examples. `indices` number the columns through, from one basis to the next.
-* `basis.<i>` (units, columns) float16 (spectral kinds): orthonormal columns, a basis per signal, in the header's order.
-  `spectral`: one signal, the activations of all layers. `spectral_pairs`: the first layer's activation, then of each
-  other layer its input and its activation.
+* Storage `gaussian`, for each part: `<part>.mean` (C, d) and `<part>.factor` (C, d, r), both float32. Class c has the
+  distribution N(mean_c, factor_c factor_c^T). Kind `all` has one part per layer, kind `top` has the last layer's part.
+  Such a part has the layer's name and covers its outputs; the last layer's outputs are logits / temperature. A spectral
+  kind has one part, `coefficients`, over the columns of all its bases (d = K).
+* Storage `exemplars` (spectral kinds only; no parts): `labels` (n,) int64, `indices` (n, k) int32 and `values` (n, k)
+  float16. They are the k coefficients of largest magnitude of each of n training examples. `indices` counts the columns
+  of all bases from 0, in the order of the bases.
+* Spectral kinds, with either storage: `basis.<i>` (units, columns) float16 with orthonormal columns, one basis per
+  signal, in the header's order. `spectral` has one signal: the activations of all layers, concatenated.
+  `spectral_pairs` has the first layer's activation, then the input and the activation of each further layer.
+
+Sizes: C classes, d units of a part, r columns of a factor, K columns of all bases, n exemplars, k coefficients each.
 """
 
 import hashlib
@@ -50,7 +53,7 @@ class Record:
 
 
 def layer_infos(found: Sequence[Tap]) -> tuple[LayerInfo, ...]:
-    """Taps as a record names them."""
+    """The header's entries for these taps."""
     return tuple(LayerInfo(name=tap.name, in_shape=tap.in_shape, out_shape=tap.out_shape) for tap in found)
 
 
@@ -64,13 +67,13 @@ def encode(record: Record) -> bytes:
 def decode(
     data: bytes, where: str, teacher_hash: str, layers: tuple[LayerInfo, ...], kind: str | None = None
 ) -> Record:
-    """The inverse of `encode`, for a record of this very teacher; `where` says in errors which file it is.
+    """The inverse of `encode`, for a record of the teacher with this hash; `where` names the file in error messages.
 
-    `ValueError` for one that is damaged, of another teacher, of another kind than `kind` where that is given, or whose
-    parts do not belong together.
+    `ValueError` if the record is damaged, belongs to another teacher, is not of `kind` (when given), or is
+    inconsistent.
     """
     where = one_line(where, 120)
-    # The library tells of metadata only where it opens the file itself.
+    # safetensors returns metadata only for a file that it opens by path.
     metadata = untrusted.safetensors_header(data, where, "record").get("__metadata__")
     text = metadata.get(METADATA) if isinstance(metadata, dict) else None
     header = untrusted.parse_json(text.encode(), f"{where}: its header") if isinstance(text, str) else None
@@ -90,8 +93,8 @@ def decode(
 
 
 def checked(record: Record, where: str, layers: tuple[LayerInfo, ...]) -> Record:
-    """The record, when its layers are the teacher's, its parts belong together (`consistency`) and every tensor has the
-    shape that the header says. `ValueError` says what is not so.
+    """The record, with its bases as float32. `ValueError` if its layers are not the teacher's, a tensor is missing,
+    unknown or not of the shape in the header, or its parts contradict each other (`consistency`).
     """
     info = record.info
     if info.layers != layers:
@@ -117,7 +120,7 @@ def checked(record: Record, where: str, layers: tuple[LayerInfo, ...]) -> Record
 
 
 def expected_shapes(info: RecordInfo, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Tensor name → shape, as the header says."""
+    """Tensor name → shape. The header gives the shapes; for exemplars, n and k come from `labels` and `indices`."""
     shapes: dict[str, tuple[int, ...]] = {}
     for part in info.parts:
         shapes[f"{part.name}.mean"] = (info.num_classes, part.units)
@@ -133,7 +136,7 @@ def expected_shapes(info: RecordInfo, tensors: Mapping[str, Tensor]) -> dict[str
 
 
 def teacher_hash_of(data: bytes) -> str | None:
-    """The teacher that a file says it is a record of; None where it is no record."""
+    """The teacher hash in a record's header; None if the file is not a record."""
     try:
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size]) if size < len(data) else {}
@@ -144,12 +147,12 @@ def teacher_hash_of(data: bytes) -> str | None:
 
 
 def json_schema() -> dict[str, Any]:
-    """The schema of the header, as it lies beside this module."""
+    """The JSON schema of the header: the contents of `record.schema.json`."""
     return RecordInfo.model_json_schema()
 
 
 def to_arrays(record: Record) -> dict[str, Any]:
-    """Plain data and numpy arrays, for other processes."""
+    """The record as plain data and numpy arrays, to send it to other processes."""
     arrays = {name: tensor.numpy() for name, tensor in record.tensors.items()}
     return {"info": record.info.model_dump(mode="json"), "tensors": arrays, "sha256": record.sha256}
 

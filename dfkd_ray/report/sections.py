@@ -1,4 +1,4 @@
-"""The sections of the page: each takes what was read, and gives its part or the sentence that says why it is not."""
+"""The sections of the report's HTML page: each function returns a section, or a sentence why it is missing."""
 
 import json
 from collections.abc import Callable, Mapping

@@ -1,6 +1,7 @@
-"""Sweeps: many trials over Ray Tune, on images that are made once.
+"""The Python API of sweeps: many trials on Ray Tune that share their synthetic images.
 
-A file, or a dict with the same fields, becomes a plan (all of it checked, nothing started), and a plan runs:
+`parse` takes the fields of a sweep file as a dict. `prepare` checks everything, starts nothing and returns a plan.
+`run` runs the plan:
 
 >>> from dfkd_ray import bundles, results, sweep
 >>> small = {"num_images": 16, "num_steps": 4, "batch_size": 8, "eval_every": 2}
@@ -15,12 +16,12 @@ A file, or a dict with the same fields, becomes a plan (all of it checked, nothi
 ...     "grid": {"pruning.sparsity": [0.5, 0.9]},
 ... })
 >>> plan = sweep.prepare(settings, bundles.load)
->>> sweep.run(plan, folder / "grid", cache_root=None)  # how many failed
+>>> sweep.run(plan, folder / "grid", cache_root=None)  # number of failed trials
 0
 >>> len(results.read(folder / "grid", "trials"))
 2
 
-A search has domains in place of values; with `stop`, trials that lag behind end early (status `stopped`):
+A search has domains instead of values. With `stop`, trials with low agreement end early (status `stopped`):
 
 >>> settings = sweep.parse({
 ...     "base": settings.base,
@@ -35,7 +36,7 @@ A search has domains in place of values; with `stop`, trials that lag behind end
 >>> set(results.read(folder / "search", "trials")["status"]) <= {"finished", "stopped"}
 True
 
-`folder` is a `pathlib.Path`; a URI does too. Both go on where they were left when called again.
+`folder` is a `pathlib.Path`; a URI works too. Called again, both sweeps resume where they stopped.
 """
 
 from dfkd_ray.sweep.jobs import About, Job, Plan, SweepConfig, expand, parse, plan, prepare

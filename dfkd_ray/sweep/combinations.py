@@ -1,6 +1,6 @@
-"""From the contents of a sweep file to the configs of its trials, and all that is wrong with them.
+"""Expands a sweep file into the configs of its trials, and collects the errors of all of them.
 
-A field's error is told once, with how many trials it concerns: a sweep may have a hundred thousand.
+Each error of a field is reported once, with the number of trials that have it: a sweep may have 100,000 trials.
 """
 
 import hashlib
@@ -28,23 +28,23 @@ from dfkd_ray.sweep.search import MOST_TRIALS, Point, StopConfig, can_match, opt
 
 SEED_FIELDS = ("synthesis.seed", "distillation.seed")
 SECTIONS = ("pruning", "student", "synthesis", "distillation", "reference", "reference.synthesis")
-MOST_DRAWS = 100  # per trial of a random search, before its space counts as used up
+MOST_DRAWS = 100  # per trial of a random search, before its space counts as exhausted
 MOST_DRAWS_IN_ALL = 1_000_000
-MOST_FAULTS = 200_000  # after which no more trials are looked at
+MOST_FAULTS = 200_000  # after which no more trials are checked
 
 
 @dataclass
 class Faults:
-    """Errors of many trials: of each field and kind the first, how many trials have it, and with how many values."""
+    """Errors of many trials: for each field and kind of error the first message, and how many trials and values."""
 
-    num_trials: int = 0  # looked at
+    num_trials: int = 0  # checked
     num_faults: int = 0
     lines: dict[Any, str] = field(default_factory=dict)
     counts: dict[Any, int] = field(default_factory=dict)
     values: dict[Any, set[str]] = field(default_factory=dict)
 
     def add(self, error: ValueError | ValidationError) -> None:
-        """What is wrong with one trial."""
+        """Add the error of one trial."""
         if isinstance(error, ValidationError):
             for item in error.errors(include_url=False):
                 key = (item["loc"], item["type"], item["msg"] if item["type"] == "value_error" else None)
@@ -62,7 +62,7 @@ class Faults:
         self.values.setdefault(key, set()).add(value)
 
     def told(self, num_points: int | None) -> list[str]:
-        """A line for each error; `num_points` is how many trials there would be, None for a search's points."""
+        """One line per error. `num_points`: the number of trials of a grid; None for the points of a search."""
         what = f"{self.num_trials:,} points tried" if num_points is None else f"{self.num_trials:,} trials"
         lines = []
         for key, line in self.lines.items():
@@ -76,11 +76,12 @@ class Faults:
 
 
 def expand(sweep: SweepConfig, overrides: Mapping[str, Any], *, tiny: bool = False) -> list[TrialConfig]:
-    """Every trial config known beforehand, in order, each once: none of an Optuna search, though its space is checked.
+    """All trial configs of a grid or a random search, in order and without duplicates; empty for an Optuna search.
 
-    `overrides` (dotted) win over `base`; an override of a field that varies is an error. `tiny` wins over grid and
-    seeds too: an axis that it fixes has one value, and points that thereby become equal are one trial. `ValueError`
-    with all errors of all combinations, or of all ends and choices of the domains, at once.
+    The space of an Optuna search is checked all the same. `overrides` (dotted names) replace values of `base`; to
+    override a varied field is an error. `tiny` replaces values of grid and seeds too: an axis that it fixes has one
+    value, and points that become equal are one trial. `ValueError` with all errors of all combinations of a grid, or of
+    the ends and choices of all domains.
     """
     configs, _, errors = expanded(sweep, overrides, tiny)
     if errors:
@@ -91,7 +92,7 @@ def expand(sweep: SweepConfig, overrides: Mapping[str, Any], *, tiny: bool = Fal
 def expanded(
     sweep: SweepConfig, overrides: Mapping[str, Any], tiny: bool
 ) -> tuple[list[TrialConfig], list[str], list[str]]:
-    """Trial configs, the names of all teachers (also those of combinations that are wrong), and all errors."""
+    """Trial configs, the names of all teachers (including those of invalid combinations), and all errors."""
     if errors := override_errors(sweep, overrides):
         return [], [], errors
     configs: dict[bytes, TrialConfig] = {}
@@ -101,7 +102,7 @@ def expanded(
     faults = Faults()
 
     def take(point: Point) -> TrialConfig | None:
-        """The config at a point; None where it is excluded or wrong, which is written down."""
+        """The config at a point; None if the point is excluded or invalid. Errors go into `faults`."""
         faults.num_trials += 1
         try:
             data = data_at(sweep, point, overrides)
@@ -149,7 +150,7 @@ def expanded(
                 errors.append(f"{number}: the space has no more than {len(configs)} distinct points; lower it")
         errors = faults.told(None) + errors + stop_errors(sweep.stop, tried)
     complete = faults.num_faults <= MOST_FAULTS
-    if not overrides and complete:  # what was set by hand may leave an entry without a match
+    if not overrides and complete:  # an override may leave an entry without a match
         for index in sorted(unmatched):
             errors.append(f"exclude: {without_secrets(shown(sweep.exclude[index]))} matches no combination")
     if not faults.lines:
@@ -162,7 +163,7 @@ def expanded(
 
 
 def override_errors(sweep: SweepConfig, overrides: Mapping[str, Any]) -> list[str]:
-    """Why fields cannot be set by hand that a sweep varies: by their name, a part of them, or what they are part of."""
+    """Errors for overrides of a field that the sweep varies, of a part of it, or of a section that contains it."""
     varied: dict[str, str] = {}
     for grid in sweep.grids:
         for name, values in grid.items():
@@ -178,7 +179,7 @@ def override_errors(sweep: SweepConfig, overrides: Mapping[str, Any]) -> list[st
 
 
 def parts_of(values: Sequence[Any]) -> dict[str, None]:
-    """The dotted names within those values that are mappings."""
+    """The dotted field names inside those values that are mappings."""
     return dict.fromkeys(name for value in values if isinstance(value, Mapping) for name in flat(value))
 
 
@@ -192,7 +193,7 @@ def grid_points(sweep: SweepConfig) -> Iterator[Point]:
 
 
 def distinct_points(sweep: SweepConfig) -> Iterator[Point]:
-    """The random points of a search, each once, until enough are drawn or there are no more."""
+    """The random points of a search without duplicates, until `most` points are drawn or the space is exhausted."""
     assert sweep.search is not None
     most = min(MOST_DRAWS * sweep.search.num_trials, max(MOST_DRAWS_IN_ALL, 2 * MOST_TRIALS))
     sizes = [domain.num_values for domain in sweep.search.domains.values()]
@@ -210,21 +211,21 @@ def distinct_points(sweep: SweepConfig) -> Iterator[Point]:
 
 
 def data_at(sweep: SweepConfig, point: Point, overrides: Mapping[str, Any], tiny: bool = False) -> dict[str, Any]:
-    """The plain data of the trial at a point: base, then the point, then `tiny` and overrides where they apply.
+    """The plain data of the trial at a point: base, updated by the point, then by `tiny` and overrides if they apply.
 
-    `ValueError`, pydantic's, where a section into which something is to be put is none.
+    pydantic's `ValueError` if a section that these fields belong to is not a mapping.
     """
     data = with_overrides(sweep.base, point)
     fixed = {**(sweep.tiny if tiny else {}), **overrides}
     if not fixed:
         return data
     if any(not isinstance(value_at(data, name) or {}, Mapping) for name in SECTIONS if name not in fixed):
-        TrialConfig.model_validate({"teacher": "any", **data})  # which says what is wrong
+        TrialConfig.model_validate({"teacher": "any", **data})  # raises the error
     return with_overrides(data, {k: v for k, v in fixed.items() if applies(k, data, fixed)})
 
 
 def applies(name: str, data: Mapping[str, Any], fixed: Mapping[str, Any]) -> bool:
-    """Whether one of the overrides `fixed` is meant for this combination: another synthesis method's fields are not."""
+    """Whether the override `name` of `fixed` applies to this trial: a field of another synthesis method does not."""
     parent, _, leaf = name.rpartition(".")
     if parent not in ("synthesis", "reference.synthesis"):
         return True
@@ -232,13 +233,13 @@ def applies(name: str, data: Mapping[str, Any], fixed: Mapping[str, Any]) -> boo
     method = section.get("method", "deepinversion") if isinstance(section, Mapping) else "deepinversion"
     method = fixed.get(f"{parent}.method", method)
     own = METHODS.get(method) if isinstance(method, str) else None
-    if own is None:  # the validation will refuse it
+    if own is None:  # validation refuses it later
         return True
     return leaf in own.config.model_fields or not any(leaf in row.config.model_fields for row in METHODS.values())
 
 
 def matching(sweep: SweepConfig, data: Mapping[str, Any]) -> list[int]:
-    """Which entries of `exclude` match a trial's plain data in all of their fields."""
+    """The indices of the `exclude` entries whose fields all match a trial's plain data."""
     if not sweep.exclude:
         return []
     over = filled(data)
@@ -251,12 +252,12 @@ def matching(sweep: SweepConfig, data: Mapping[str, Any]) -> list[int]:
 
 
 def is_one_of(value: Any, wanted: Sequence[Any]) -> bool:
-    """Whether a value is among some, as `alike` has it."""
+    """Whether a value is among `wanted`; unlike Python's `in`, true is not 1 (see `alike`)."""
     return value in wanted and any(alike(value, one) for one in wanted)
 
 
 def filled(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A trial's plain data over the defaults of all fields, unvalidated: what is excluded may be wrong otherwise."""
+    """A trial's plain data merged over all defaults, unvalidated: an excluded point may be invalid in other fields."""
     methods = [str(value_at(data, f"{section}method")) for section in ("synthesis.", "reference.synthesis.")]
 
     def over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -268,18 +269,18 @@ def filled(data: Mapping[str, Any]) -> dict[str, Any]:
 
 @lru_cache
 def defaults_of(method: str, reference_method: str) -> dict[str, Any]:
-    """The defaults of all fields of a trial with these methods of synthesis; not to be changed."""
+    """The defaults of all fields of a trial with these synthesis methods. Cached: do not modify the result."""
     reference = ReferenceConfig.model_construct(synthesis=METHODS[reference_method].config())
     return TrialConfig.model_construct(synthesis=METHODS[method].config(), reference=reference).model_dump(mode="json")
 
 
 def defaults(*methods: str) -> dict[str, Any]:
-    """As `defaults_of`; what is no method counts as the default."""
+    """Like `defaults_of`; an unknown method counts as the default method."""
     return defaults_of(*(name if name in METHODS else DeepInversionConfig().method for name in methods))
 
 
 def stop_errors(stop: StopConfig | None, configs: Sequence[TrialConfig]) -> list[str]:
-    """Why early stopping could not compare these trials, or not act."""
+    """Errors if early stopping cannot compare these trials, or could never stop one."""
     if stop is None:
         return []
     errors = []

@@ -1,4 +1,4 @@
-"""What a sweep will cost, before it starts: how much there is to do, times what a unit of it takes on this machine.
+"""Estimates a sweep's cost before it starts: the number of units of work times the seconds per unit on this machine.
 
 `syntheses` and `estimate` are pure; `calibrate` times a few steps of each kind of work. Ray is not started.
 """

@@ -1,6 +1,6 @@
-"""The contents of a sweep file, checked as far as one can without making a trial of them.
+"""The pydantic model of a sweep file, with all checks that need no trial config.
 
-How many trials a file asks for is computed before any is made, and bounded.
+The number of trials is computed and bounded before any trial config is made.
 """
 
 import math
@@ -20,7 +20,7 @@ Line = Annotated[str, plain(1, 20_000)]
 
 
 class About(BaseModel):
-    """What a reader wants to know before starting a sweep."""
+    """Notes for readers of a sweep file: its source, command, cost and expected result."""
 
     model_config = STRICT
 
@@ -106,17 +106,17 @@ class SweepConfig(BaseModel):
 
     @property
     def num_points(self) -> int:
-        """How many combinations all grids have with all seeds, equal ones counted each."""
+        """The number of combinations of all grids and seeds, duplicates included."""
         return sum(math.prod(map(len, grid.values())) for grid in self.grids) * self.seeds
 
 
 def parse(data: Mapping[str, Any], where: str = "sweep") -> SweepConfig:
-    """The contents of a sweep file out of plain data; `ValueError` with all errors at once, after `where`."""
+    """Validate the plain data of a sweep file. `ValueError` with all errors, each prefixed by `where`."""
     return validate(SweepConfig, data, where)
 
 
 def grid_fault(grid: Any) -> str | None:
-    """Why this is no grid, nor a list of grids; None where it is."""
+    """Why this is neither a grid nor a list of grids; None if it is one."""
     if wrong := fault(grid, MOST_VALUES):
         return wrong
     for one in grid if isinstance(grid, list) and grid else [grid]:
@@ -137,7 +137,7 @@ def grid_fault(grid: Any) -> str | None:
 
 
 def refuse_unknown(names: Any) -> None:
-    """`ValueError` for the first name that is no field of a trial."""
+    """`ValueError` for the first name that is not a field of a trial."""
     for name in names:
         if name not in known_fields(TrialConfig) and not name.startswith("student.arguments."):
             raise ValueError(f"{named(name)}: unknown field{hint(TrialConfig, name)}")
@@ -146,12 +146,12 @@ def refuse_unknown(names: Any) -> None:
 
 
 def count_text(number: int) -> str:
-    """A count of any size."""
+    """A count as text; a huge one as a power of ten."""
     return f"{number:,}" if number < LARGEST else f"more than 10^{int(math.log10(number))}"
 
 
 def axes_text(sweep: SweepConfig) -> str:
-    """How many values each axis of the largest grid has."""
+    """The number of values on each axis of the largest grid, as text."""
     grid = max(sweep.grids, key=lambda grid: math.prod(map(len, grid.values())))
     sizes = [(name, len(values)) for name, values in grid.items()] + [("seeds", sweep.seeds)]
     longest = sorted((size for size in sizes if size[1] > 1), key=lambda size: -size[1])

@@ -1,8 +1,8 @@
-"""A sweep file → validated trial configs → jobs with their teachers open. Nothing starts here.
+"""Turns a sweep file into a plan: validated jobs, each a trial config with its loaded teacher. Nothing is started.
 
-A sweep is `base` (a trial config) and `grid` (dotted field → list of values; a list of such grids is their union) or
-`search` (dotted field → domain), with `exclude` (partial points that are left out), `seeds` (a number: that many seeds
-of synthesis and distillation), `stop` (early stopping), `tiny` (a small override) and `about`.
+A sweep file has `base` (a trial config) and either `grid` (dotted field → list of values; a list of grids is their
+union) or `search` (dotted field → domain). Optional are `exclude` (partial points to leave out), `seeds` (the number of
+seeds of synthesis and distillation), `stop` (early stopping), `tiny` (overrides for a small run) and `about`.
 """
 
 import itertools
@@ -29,7 +29,7 @@ from dfkd_ray.sweep.tuning import Suggestions
 
 @dataclass(frozen=True)
 class Job:
-    """One trial of a sweep, with what it needs."""
+    """One trial of a sweep: its config, its loaded teacher and its id."""
 
     config: TrialConfig
     teacher: Teacher
@@ -38,30 +38,30 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep that can run: the trials known beforehand, or Optuna's; and when trials are stopped early."""
+    """A sweep that is ready to run: its jobs, or an Optuna search that chooses them; and the rule of early stopping."""
 
     jobs: list[Job]
     search: Suggestions | None = None
     stop: StopConfig | None = None
     max_concurrent: int | None = None
-    settings: SweepConfig | None = None  # what it was prepared from; none where jobs were handed in
+    settings: SweepConfig | None = None  # the sweep file; None if the jobs were given directly
 
     @property
     def num_trials(self) -> int:
-        """How many trials there will be, at most."""
+        """The largest number of trials that may run."""
         return self.search.config.num_trials if self.search else len(self.jobs)
 
     @property
     def known_jobs(self) -> list[Job]:
-        """The jobs known beforehand, or those at the ends of an Optuna search's space."""
+        """All jobs, or those at the ends of an Optuna search's space."""
         return list(self.search.probes) if self.search else self.jobs
 
     def jobs_in(self, rows: Iterable[Mapping[str, Any]]) -> list[Job]:
-        """This sweep's trials among the rows of a `trials` table; those without a row too, where known beforehand."""
+        """All jobs of a grid or random search; of an Optuna search, those that have a row in the `trials` table."""
         return self.search.jobs_in(rows) if self.search else self.jobs
 
     def likely_jobs(self, num_done: int) -> list[Job]:
-        """All jobs, or as many random ones as an Optuna search with `num_done` trials will still run."""
+        """All jobs; for an Optuna search with `num_done` trials done, as many random jobs as it still runs."""
         if self.search is None:
             return self.jobs
         drawn = map(self.search.job_at, itertools.islice(random_points(self.search.config), MOST_DRAWS))
@@ -70,7 +70,7 @@ class Plan:
 
 
 def job_of(config: TrialConfig, teacher: Teacher) -> Job:
-    """The job of a trial. `ValueError` where its teacher lacks an activation record that it asks for."""
+    """The job of a trial. `ValueError` if the teacher lacks an activation record that the config needs."""
     config = one_trial.pinned(config, teacher)
     return Job(config, teacher, one_trial.trial_id(config, teacher))
 
@@ -78,7 +78,7 @@ def job_of(config: TrialConfig, teacher: Teacher) -> Job:
 def plan(
     configs: Sequence[TrialConfig], open_teacher: Callable[[str], Teacher], trust_code: Sequence[str] = ()
 ) -> list[Job]:
-    """Open every teacher once, name and check every trial. `ValueError` with all that cannot run."""
+    """Load each teacher once, and check each trial and compute its id. `ValueError` with all errors."""
     teachers, unopened = opened([config.teacher for config in configs], open_teacher)
     jobs, unfit = checked(configs, teachers, trust_code)
     refuse([*unopened, *unfit])
@@ -86,13 +86,13 @@ def plan(
 
 
 def refuse(errors: Sequence[str]) -> None:
-    """`ValueError` with the first of these lines, and how many there are beside them; nothing where there is none."""
+    """`ValueError` with the first of these errors and the number of the others; nothing if there are none."""
     if errors:
         raise ValueError("\n".join(first_of(errors, len(errors))))
 
 
 def opened(names: Sequence[str], open_teacher: Callable[[str], Teacher]) -> tuple[dict[str, Teacher], list[str]]:
-    """Teachers by name, and why some cannot be opened."""
+    """Name → loaded teacher, and the errors of those that cannot be loaded."""
     teachers: dict[str, Teacher] = {}
     errors: dict[str, None] = {}
     for name in dict.fromkeys(names):
@@ -106,7 +106,7 @@ def opened(names: Sequence[str], open_teacher: Callable[[str], Teacher]) -> tupl
 def checked(
     configs: Sequence[TrialConfig], teachers: Mapping[str, Teacher], trust_code: Sequence[str], on_gpu: bool = False
 ) -> tuple[list[Job], list[str]]:
-    """A job for every distinct trial whose teacher is open, and why some cannot run."""
+    """A job for each distinct trial whose teacher is loaded, and the errors of trials that cannot run."""
     jobs: dict[str, Job] = {}
     errors: dict[str, None] = {}
     good: set[str] = set()
@@ -126,16 +126,16 @@ def checked(
 
 
 def kind_of(config: TrialConfig) -> str:
-    """What decides whether a trial fits its teacher: every field but seeds and fractions, which never do.
+    """All fields that decide whether a trial fits its teacher, as JSON: all but seeds and floats.
 
-    Looking at a new student takes milliseconds, and a sweep may have a hundred thousand trials.
+    Trials of one kind are checked once. Checking a new student takes milliseconds; a sweep may have 100,000 trials.
     """
     return config.model_dump_json(exclude=without_numbers(TrialConfig))
 
 
 @lru_cache
 def without_numbers(model: type[BaseModel]) -> Any:
-    """The seeds and fractions below a config, as pydantic wants to be told what is left out."""
+    """The seeds and floats of a config, in the form of pydantic's `exclude`."""
     inner = {name: nested_models(field.annotation) for name, field in model.model_fields.items()}
     below = {n: {k: v for m in models for k, v in without_numbers(m).items()} for n, models in inner.items() if models}
     return below | {n: True for n, field in model.model_fields.items() if n == "seed" or field.annotation is float}
@@ -150,11 +150,11 @@ def prepare(
     trust_code: Sequence[str] = (),
     on_gpu: bool = False,
 ) -> Plan:
-    """Everything that can be checked before a sweep starts, and the sweep ready to run.
+    """Check everything that can be checked before a sweep starts; returns the plan.
 
-    Every combination of a grid, every point of a random search, or the ends and choices of an Optuna search is
-    validated, every teacher opened. `on_gpu`: for machines with GPUs, though this one may have none. `ValueError` with
-    all errors at once.
+    Validated are all combinations of a grid, all points of a random search, or the ends and choices of an Optuna
+    search. All teachers are loaded. `on_gpu`: check for machines with GPUs, even if this one has none. `ValueError`
+    with all errors.
     """
     overrides = overrides or {}
     configs, names, errors = expanded(sweep, overrides, tiny)
@@ -178,7 +178,7 @@ def prepare(
 def at(
     sweep: SweepConfig, point: Point, overrides: Mapping[str, Any], tiny: bool, teachers: Mapping[str, Teacher]
 ) -> Job | None:
-    """The job at a point; None where it is excluded, its fields do not go together, or its teacher is not open."""
+    """The job at a point; None if it is excluded, its fields are incompatible, or its teacher is not loaded."""
     try:
         if matching(sweep, data_at(sweep, point, overrides)):
             return None

@@ -1,6 +1,7 @@
-"""What has become of each trial, as the driver hears of it, and the rows that no trial's process can write.
+"""The driver's list of trials and their states; it writes the rows that a trial's own process cannot write.
 
-What shows progress is told of rows when they are safe, and whatever it raises changes none of them.
+Those are the rows of trials that could not start, whose process died, or that were stopped early. Progress callbacks
+are called after a row is written. An exception in a callback is logged and changes no row.
 """
 
 import json
@@ -21,15 +22,15 @@ from dfkd_ray.sweep.worker import Seconds, failed_row, keep
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
 OnRow = Callable[[Mapping[str, Any], int, int], None]
-COMPACT_EVERY = 200  # trials: more parts than that are slow to read
-RETRIES = 2  # of a trial whose process died
+COMPACT_EVERY = 200  # trials: a table of more files is slow to read
+RETRIES = 2  # restarts of a trial whose process died
 DIED = f"the trial's process died {RETRIES + 1} times (killed, or out of memory)"
 
 
 def harmless(show: Callable[P, None]) -> Callable[P, None]:
-    """`show`, which may raise anything but `KeyboardInterrupt`: that is logged the first time, and changes nothing.
+    """`show`, with every exception but `KeyboardInterrupt` suppressed; the first one is logged.
 
-    Ray Tune counts what its callbacks raise as failures of trials.
+    Without this, Ray Tune would count an exception in a callback as a failure of the trial.
     """
     told = False
 
@@ -39,7 +40,7 @@ def harmless(show: Callable[P, None]) -> Callable[P, None]:
             show(*args, **kwargs)
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # noqa: BLE001 - SystemExit too: whatever shows a trial must not decide on it
+        except BaseException as error:  # noqa: BLE001 - SystemExit too: a display must not end a trial
             if not told:
                 told = True
                 why = one_trial.reason_of(error) if isinstance(error, Exception) else type(error).__name__
@@ -49,7 +50,7 @@ def harmless(show: Callable[P, None]) -> Callable[P, None]:
 
 
 class Ledger:
-    """What has become of each trial, as the driver hears of it. A search adds to `todo` until there are `total`."""
+    """The states of all trials, as the driver knows them. A search appends to `todo` until it has `total` jobs."""
 
     def __init__(
         self,
@@ -65,28 +66,28 @@ class Ledger:
         self.total, self.on_new = len(todo) if total is None else total, harmless(on_new)
         self.running: dict[str, str] = {}
         self.num_done = 0
-        self.trouble: str | None = None  # what no trial can get past: the sweep stops
+        self.trouble: str | None = None  # an error that every trial would meet: the sweep stops
 
     def add(self, job: Job) -> int:
-        """A search has come up with it; returns its index."""
+        """Append a job that a search has chosen; returns its index."""
         self.todo.append(job)
         self.on_new(job)
         return len(self.todo) - 1
 
     def started(self, job: Job) -> None:
-        """Its process is there, or is being started."""
+        """The trial's process has started or is starting."""
         self.running[job.id] = "starting"
 
     def again(self, job: Job) -> None:
-        """Its process has died; another goes on from its checkpoint."""
+        """The trial's process died; a new one resumes from its checkpoint."""
         self.running[job.id] = "starting again"
 
     def died(self, job: Job) -> None:
-        """Its process has died once too often, and so wrote no row."""
+        """The trial's process died too often: write a failed row."""
         self.ended(job, {"reason": DIED})
 
     def ended(self, job: Job, told: Mapping[str, Any]) -> None:
-        """What `in_worker` said; nothing of it where the trial was stopped."""
+        """The trial ended with the result `told` of `in_worker`; without one if the sweep was stopped."""
         self.running.pop(job.id, None)
         self.seconds.add(told.get("seconds", {}))
         if "stopped" in told:
@@ -97,14 +98,14 @@ class Ledger:
             self.tell(json.loads(told["row"]))
 
     def cut(self, job: Job, told: Mapping[str, Any], stop: StopConfig) -> None:
-        """It was stopped early, at the look `told`."""
+        """The trial was stopped early; `told` is its last report."""
         self.running.pop(job.id, None)
         self.seconds.add(told.get("seconds", {}))
         row = tuning.stopped_row(job, told, stop)
         self.keep(job, one_trial.Outcome(row, epochs=tuple(json.loads(told["looks"]))))
 
     def keep(self, job: Job, outcome: one_trial.Outcome) -> None:
-        """Write what no trial's process has written, unless one had written a final row: that is told, and stays."""
+        """Write a row for the trial, unless its process has already written a final row. Report the row that stands."""
         try:
             row = places.persistently(lambda: keep(job, outcome, self.place, self.seconds))
         except (OSError, ValueError, TypeError, OverflowError, pa.ArrowException) as error:
@@ -113,7 +114,7 @@ class Ledger:
         self.tell(row)
 
     def tell(self, row: Mapping[str, Any]) -> None:
-        """Hand a row on."""
+        """Count a finished row, compact the tables now and then, and call `on_row`."""
         self.num_done += 1
         if self.num_done % COMPACT_EVERY == 0:
             with self.seconds.spent("results"):
@@ -124,7 +125,7 @@ class Ledger:
 
 
 def compact(place: Folder) -> None:
-    """Make few files of the parts; where that fails the rows are as safe as before, and the next sweep tries again."""
+    """Merge the tables' small files. A failure is logged: no row is lost, and the next sweep tries again."""
     try:
         results.compact(place)
     except (OSError, ValueError, pa.ArrowException) as error:

@@ -1,8 +1,8 @@
-"""The machines of a sweep: how fleet and trials share those that there are, and the first of a cluster that has none.
+"""Divides a sweep's machines between fleet and trials; on an empty autoscaling cluster, requests the first machine.
 
-On a cluster whose head computes nothing and whose machines are launched on demand (`min_workers: 0`) there is nothing
-to plan by at first. A range of synthesizers says that such machines are wanted: one is asked for, waited for, and the
-plan is made by it. All others come of what is pending: trials of Ray Tune, and synthesizers that the fleet adds.
+A cluster whose head offers no CPUs and that launches machines on demand (`min_workers: 0`) has no machine to plan for
+at first. If `--synthesizers` is a range, one machine is requested from the autoscaler and waited for, and the plan is
+made for it. The autoscaler launches further machines for pending trials and for synthesizers that the fleet adds.
 """
 
 import logging
@@ -14,7 +14,7 @@ from typing import Any
 from dfkd_ray.sweep.jobs import Job
 
 log = logging.getLogger(__name__)
-Asked = int | tuple[int, int] | None  # synthesizers: a number, the fewest and the most, or as many as there is room for
+Asked = int | tuple[int, int] | None  # synthesizers: a number, (fewest, most), or None: as many as fit
 FIRST_MACHINE_S = 900.0
 LOOK_S = 1.0
 
@@ -26,7 +26,7 @@ def preflight(
     gpus_per_synthesizer: float | None,
     gpus_per_trial: float | None,
 ) -> tuple[Any, Any]:
-    """Settings of the fleet and the placement of fleet and trials together; `ValueError` where nothing fits."""
+    """The fleet's settings, and the placement of fleet and trials; `ValueError` if they do not fit."""
     from dfkd_ray import fleet
 
     fewest, most = fewest_and_most(synthesizers)
@@ -51,7 +51,7 @@ def preflight(
         cpus=placement.synthesizer_cpus,
         gpus=placement.synthesizer_gpus,
         cache_root=cache_root,
-        device="auto" if placement.synthesizer_gpus else "cpu",  # without a share it takes no trial's GPU
+        device="auto" if placement.synthesizer_gpus else "cpu",  # without a share, it must not use the trials' GPUs
         grow=synthesizers is None,
         threads=threads,
         trial_gpus=placement.trial_gpus,
@@ -63,7 +63,7 @@ def preflight(
 
 
 def fewest_and_most(synthesizers: Asked) -> tuple[int | None, int | None]:
-    """The most is None where no range is asked for. `ValueError` for a range that is none."""
+    """(fewest, most) synthesizers; most is None unless a range is given. `ValueError` for an invalid range."""
     fewest, most = synthesizers if isinstance(synthesizers, tuple) else (synthesizers, None)
     if most is not None and not 1 <= (fewest or 0) <= most:
         raise ValueError(f"synthesizers {fewest} to {most}: expected at least 1, and the fewest not above the most")
@@ -71,7 +71,7 @@ def fewest_and_most(synthesizers: Asked) -> tuple[int | None, int | None]:
 
 
 def threads_of(todo: Sequence[Job]) -> tuple[int, int]:
-    """The most threads of any synthesis, and of any trial."""
+    """The largest number of threads of any synthesis, and of any distillation."""
     return (
         max(getattr(job.config.synthesis, "num_threads", 1) for job in todo),
         max(job.config.distillation.num_threads for job in todo),
@@ -86,14 +86,14 @@ def first_machine(
     gpus_per_trial: float | None,
     limit_s: float = FIRST_MACHINE_S,
 ) -> Iterator[None]:
-    """With a range of synthesizers on a cluster where no machine has CPUs: open once there is one to plan by.
+    """With a range of synthesizers and no machine with CPUs: wait for a machine before the body runs.
 
-    While open the autoscaler is asked for it, so that it is not taken back before the fleet has its reservation.
-    `OSError` where none comes within `limit_s`.
+    The request to the autoscaler stays until the body ends, so that the machine is not removed before the fleet has
+    made its reservation. `OSError` if no machine comes within `limit_s`. In all other cases this does nothing.
     """
     from dfkd_ray import fleet
 
-    fewest, most = fewest_and_most(synthesizers)  # before anybody waits for a machine
+    fewest, most = fewest_and_most(synthesizers)  # check the range before waiting for a machine
     if most is None or any(node.cpus for node in fleet.nodes()):
         yield
         return
@@ -104,7 +104,7 @@ def first_machine(
 
 
 def wait_for_machines(asked: list[dict[str, float]], limit_s: float) -> None:
-    """Wait until the machines that are there hold all that the autoscaler was asked for."""
+    """Wait until a machine has CPUs and the machines with CPUs have the GPUs that were requested."""
     from dfkd_ray import fleet
 
     needs = {name: sum(bundle.get(name, 0.0) for bundle in asked) for name in ("CPU", "GPU")}
@@ -113,7 +113,7 @@ def wait_for_machines(asked: list[dict[str, float]], limit_s: float) -> None:
     end = time.monotonic() + limit_s
     while True:
         machines = [node for node in fleet.nodes() if node.cpus]
-        # Of CPUs one is enough: trials that want more threads than a machine has cores run on it all the same.
+        # One CPU is enough: a trial with more threads than the machine has cores still runs on it.
         if machines and sum(node.gpus for node in machines) >= needs["GPU"]:
             return
         if time.monotonic() > end:

@@ -1,4 +1,4 @@
-"""Where a sweep keeps things: tried before the first trial, written with patience, one sweep at a time."""
+"""Checks of results folder and cache before a sweep, retries of failed writes, and a lock: one sweep per folder."""
 
 import errno
 import logging
@@ -17,31 +17,31 @@ from dfkd_ray.storage import Folder, Where, in_one_line
 
 log = logging.getLogger(__name__)
 SCHEMA = "dfkd_ray.results/1"
-CLAIM = ".results.json"  # says whose a folder is before the first row is there
+CLAIM = ".results.json"  # marks a folder as a results place before its first row exists
 PLACE = targets.Product("a results place", {CLAIM: targets.claims(SCHEMA)}, results.is_place)
 HALF_MADE = re.compile(r"\.t-[0-9a-f]{12}-[a-z0-9_]{8}")  # a student whose writer was killed
 Result = TypeVar("Result")
 PAUSES_S = (0.5, 2.0, 5.0)  # before the second, third and fourth try
 PROBE_BYTES = 1 << 20
 NODE_PROBE_BYTES = 1 << 12  # many nodes may write at once
-ANSWER_S = 60.0  # a store that takes a megabyte takes it within this time
-# What the disk says when it is the disk's fault, and not one trial's.
+ANSWER_S = 60.0  # within which a store must accept a megabyte
+# Error numbers of the disk, as opposed to errors of one trial.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE}
 
 
 class Stopped(OSError):
-    """A sweep that cannot write any more has stopped; what was finished before is safe."""
+    """The sweep has stopped because of Ray, the disk or the object store; all finished rows are safe."""
 
 
 def probe(folder: Folder, what: str) -> None:
-    """Write, read back and remove a megabyte. `OSError` in one line where that does not work, or takes too long."""
+    """Write, read back and remove a megabyte. `OSError` (one line) if that fails or takes too long."""
     problem = write_problem(folder, PROBE_BYTES)
     if problem:
         raise OSError(f"the {what} {folder} cannot be written: {problem}; mend that or choose another place")
 
 
 def write_problem(folder: Folder, num_bytes: int) -> str | None:
-    """Why so many bytes cannot be written, read back and removed; None where they can."""
+    """Why `num_bytes` cannot be written, read back and removed; None if they can."""
     data, name = secrets.token_bytes(num_bytes), f".probe-{secrets.token_hex(4)}"
     problems: list[str] = []
 
@@ -56,7 +56,7 @@ def write_problem(folder: Folder, num_bytes: int) -> str | None:
         except OSError as error:
             problems.append(in_one_line(error))
 
-    # A bucket out of reach may keep its client trying for many minutes: that thread is left behind.
+    # The client of an unreachable bucket may retry for many minutes: the thread is abandoned.
     thread = threading.Thread(target=attempt, daemon=True)
     thread.start()
     thread.join(ANSWER_S)
@@ -67,7 +67,7 @@ def write_problem(folder: Folder, num_bytes: int) -> str | None:
 
 @contextmanager
 def explained(folder: Folder, what: str) -> Iterator[None]:
-    """An `OSError` on the way says which place it is of, and what to do."""
+    """Add the place and advice to an `OSError` of the body."""
     try:
         yield
     except OSError as error:
@@ -77,7 +77,7 @@ def explained(folder: Folder, what: str) -> Iterator[None]:
 
 
 def is_disk_error(error: BaseException) -> bool:
-    """Whether an error, here or told by another process, is of the disk or store: every trial would meet it."""
+    """Whether an error, here or in another process's message, is one of disk or store that every trial would meet."""
     if not isinstance(error, OSError):
         return False
     told = re.search(r"\[Errno (\d+)\]", str(error))
@@ -85,7 +85,7 @@ def is_disk_error(error: BaseException) -> bool:
 
 
 def persistently(action: Callable[[], Result], is_passing: Callable[[OSError], bool] = lambda _error: True) -> Result:
-    """`action()`, again after a pause where an `OSError` may pass, three times at most; then that error."""
+    """`action()`, retried up to three times after an `OSError` for which `is_passing`; then the error is raised."""
     for pause in PAUSES_S:
         try:
             return action()
@@ -99,7 +99,7 @@ def persistently(action: Callable[[], Result], is_passing: Callable[[OSError], b
 
 @contextmanager
 def reserved(folder: Folder) -> Iterator[None]:
-    """While open, no other sweep on this machine runs in `folder`. `OSError` where one does."""
+    """Hold a local folder's lock while open: `OSError` if another sweep on this machine runs in it."""
     if not folder.is_local:  # an object store has no locks
         yield
         return
@@ -116,14 +116,14 @@ def reserved(folder: Folder) -> Iterator[None]:
 
 
 def check_target(where: Where) -> Folder:
-    """The folder, if a sweep may write its results there. `ValueError` where it holds something else."""
+    """The folder, if a sweep may write its results there. `ValueError` if it holds other files."""
     folder = storage.folder(where)
     with explained(folder, "results folder"):
         return targets.check(folder, PLACE)
 
 
 def tidy(folder: Folder, finished: Iterable[str]) -> None:
-    """Remove what killed processes left behind: half-made students, and checkpoints of trials whose row is there."""
+    """Remove leftovers of killed processes: incomplete students, and checkpoints of finished trials."""
     if not folder.is_local:
         return
     students = folder.path / "students"
@@ -135,11 +135,12 @@ def tidy(folder: Folder, finished: Iterable[str]) -> None:
 
 
 def try_on_every_node(place: Folder, cache: Folder | None) -> None:
-    """`OSError` names a machine of the cluster that cannot use the results folder or the cache as this one can.
+    """Check results folder and cache on every node. `OSError` names a node that cannot use them.
 
-    Machines may have other credentials, mounts and disks than the driver's. One task per node, all at once: it looks
-    for what this one wrote in `place`, and tries both places by itself. A machine alone with its own disk has been
-    tried; one with a URI has not: the workers of a cluster that is up do not have the driver's environment.
+    Nodes may have other credentials, mounts and disks than the driver. One task per node, all concurrent, looks for a
+    file that the driver wrote in `place`, and test-writes both places. A single machine with local folders is skipped:
+    the driver has tested them. With a URI even a single machine is tested: workers of a running cluster do not have
+    the driver's environment.
     """
     import ray
     from ray.exceptions import GetTimeoutError, RayError
@@ -161,7 +162,7 @@ def try_on_every_node(place: Folder, cache: Folder | None) -> None:
             try:
                 trouble = ray.get(reference, timeout=3 * ANSWER_S)
             except GetTimeoutError:
-                continue  # busy: what it cannot do its first trial will say
+                continue  # busy node: its first trial would report the problem
             except RayError as error:
                 raise OSError(f"node {host} cannot run trials: {in_one_line(error.__cause__ or error)}") from None
             if trouble:
@@ -171,7 +172,7 @@ def try_on_every_node(place: Folder, cache: Folder | None) -> None:
 
 
 def trouble_here(place: Folder, name: str, cache: Folder | None) -> str | None:
-    """What this machine cannot do with the two places, and what to do about it; None where all is well."""
+    """The problem that this machine has with the two places, and advice; None if there is none."""
     access = "give this node the access that the sweep's own has (credentials, mounts), or choose another"
     try:
         if place.read(name) is None:

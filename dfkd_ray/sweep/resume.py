@@ -1,4 +1,4 @@
-"""What an earlier run of a sweep has left in its results place, and whether it goes with what is to come."""
+"""Reads the rows of earlier runs of a sweep, and refuses to resume it with other test or real data."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,14 +10,14 @@ from dfkd_ray.sweep.jobs import Job
 
 
 def rows_in(place: Folder, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """The rows of the `trials` table, or some of their columns; none where there is no table yet."""
+    """The rows of the `trials` table, all columns or some; empty if there is no table yet."""
     if not (place / "trials").names():
         return []
     return [{str(k): v for k, v in row.items()} for row in results.read(place, "trials", columns).to_dict("records")]
 
 
 def looks_in(place: Folder, trial_ids: set[str]) -> list[tuple[str, int, float]]:
-    """(trial, step, best agreement so far) of these trials' looks at the reference set."""
+    """(trial, step, best agreement so far) for each evaluation of these trials on the reference set."""
     if not trial_ids:
         return []
     looks = results.read(place, "epochs", ["trial_id", "step", "agreement"])
@@ -33,9 +33,9 @@ def check_one_meaning(
     tests: Mapping[str, Sequence[Batch] | None],
     reals: Mapping[str, BatchSource],
 ) -> None:
-    """`ValueError` where the rows of finished trials were measured on other data than those of the rest would be.
+    """`ValueError` if finished trials used other test or real images than the remaining trials would.
 
-    What a trial's id does not hold: the test images it is reported on, and which real images were handed in.
+    A trial's id covers neither. Compared are the number of test images and the synthesis key of the real images.
     """
     before = {job.id: job for job in finished}
     if not before:

@@ -1,8 +1,8 @@
-"""Jobs → Ray Tune → the tables `trials`, `epochs` and `synthesis`, and all else that a sweep leaves.
+"""Runs or resumes a whole sweep: connects to Ray, starts the fleet, runs the trials with Ray Tune, fills the tables.
 
-Trials read their images from one fleet (`dfkd_ray.fleet`): each distinct synthesis is paid for once. Trials with a
-finished row in the results place are not run again; others go on from their checkpoints, which are addressed by the
-hash of their configs. Ray's own state of an experiment is thrown away: the rows are what is known.
+The tables are `trials`, `epochs` and `synthesis`. Trials read their images from one fleet (`dfkd_ray.fleet`), so each
+distinct synthesis is computed once. A trial with a final row in the results place is not run again; the others resume
+from their checkpoints, which are stored under their trial ids. Ray Tune's own experiment state is discarded.
 """
 
 import threading
@@ -28,19 +28,19 @@ from dfkd_ray.sweep.resume import check_one_meaning, looks_in, rows_in
 from dfkd_ray.sweep.tuner import drive
 from dfkd_ray.sweep.worker import Board, Seconds, Shared
 
-Stages = Mapping[str, tuple[str, int, int]]  # trial id → (stage, done, total) of the trials that run now
+Stages = Mapping[str, tuple[str, int, int]]  # trial id → (stage, done, total), running trials only
 LOOK_S = 15.0
-SETTINGS = "sweep.yaml"  # in a results place: the sweep file that ran there last
+SETTINGS = "sweep.yaml"  # in a results place: the last sweep file that ran there
 
 
 @dataclass(frozen=True)
 class Cluster:
     """Where a sweep runs, and how its machines are shared.
 
-    `address` is of a running Ray cluster (`HOST:PORT` or `auto`); None starts Ray on this machine. `synthesizers` None
-    takes as many as the machines have room for and grows with them. A pair is the fewest and the most, between which an
-    autoscaler may launch machines and take them back; where there are none yet, the first is waited for up to
-    `first_machine_s`. 0 shares nothing: every trial makes its own images.
+    `address` is that of a running Ray cluster (`HOST:PORT` or `auto`); None starts Ray on this machine. `synthesizers`
+    None starts as many as the machines have room for, and more when machines join. A pair is (fewest, most): the
+    autoscaler may add and remove machines between them. If the cluster has no machine yet, the sweep waits up to
+    `first_machine_s` for the first. 0 starts no fleet: every trial makes its own images.
     """
 
     address: str | None = None
@@ -53,9 +53,9 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Data:
-    """Real data, where there is any: a teacher's test batches, and images for trials with `synthesis.method=real`.
+    """Optional real data: a teacher's test batches, and the images of trials with `synthesis.method=real`.
 
-    Without `real_of` such trials are refused.
+    Without `real_of`, such trials are refused.
     """
 
     test_of: Callable[[Teacher], Sequence[Batch] | None] = lambda _teacher: None
@@ -64,12 +64,12 @@ class Data:
 
 @dataclass(frozen=True)
 class Callbacks:
-    """Who is told what of a running sweep.
+    """Callbacks of a running sweep.
 
-    `on_up`: the fleet is up. `on_row`: a trial has ended. `on_new`: Optuna has come up with one. `on_status`, every
-    `look_s` seconds: how the fleet is; `on_stages`: where the running trials are. `on_lost`, in a thread of its own:
-    Ray itself is gone, as of `fleet.connected`. `stop` is asked several times a second: where it says yes, the trials
-    are stopped, the fleet is shut down, and `KeyboardInterrupt` raised; the same call goes on later.
+    `on_up`: the fleet is up. `on_row`: a trial has ended. `on_new`: Optuna has chosen a new trial. Every `look_s`
+    seconds, `on_status` gets the fleet's status and `on_stages` the stages of the running trials. `on_lost` is called
+    in a thread of its own when Ray is gone (see `fleet.connected`). `stop` is polled several times a second. When it
+    returns true, trials and fleet are shut down and `KeyboardInterrupt` is raised; the same call resumes the sweep.
     """
 
     on_row: OnRow | None = None
@@ -98,13 +98,13 @@ def run(
 ) -> int:
     """Run the trials that have no final row yet; returns how many failed.
 
-    Takes a plan (of `prepare`), or just jobs. An Optuna search goes on from the rows that lie in its space; a trial
-    that was stopped early has a row that says so, and is not run again. `place`, a folder or URI, takes all results.
-    `cache_root` is one too; None keeps batches in memory only. `seconds` is filled with what writing results and
-    telling of them took.
+    `jobs` is a plan (from `prepare`) or a list of jobs. An Optuna search resumes from the rows that lie in its space. A
+    trial that was stopped early has a final row and is not run again. `place` is the folder or URI of all results.
+    `cache_root` is the folder or URI of the cache; None keeps batches in memory only. `seconds` receives the time spent
+    on writing results and on callbacks.
 
-    `ValueError` where nothing fits; `OSError` where a place cannot be written or a cluster not be reached;
-    `places.Stopped` where that happens on the way: all finished rows are safe.
+    `ValueError` if fleet and trials do not fit on the machines. `OSError` if a place cannot be written or the cluster
+    cannot be reached; `places.Stopped` if that happens during the sweep: all finished rows are safe.
     """
     plan = jobs if isinstance(jobs, Plan) else Plan(list(jobs))
     if data.real_of is None and any(isinstance(job.config.synthesis, RealConfig) for job in plan.jobs):
@@ -122,7 +122,7 @@ def run(
     num_left = plan.search.begin(rows) if plan.search else len(todo)
     if not num_left:
         return 0
-    # Where Optuna chooses the trials, what has to be known of all of them is asked at the ends of the space.
+    # Optuna's trials are not known yet: jobs at the ends of the space stand for them.
     known = plan.known_jobs if plan.search else todo
     before = [job for job in plan.jobs_in(rows) if job.id in done]
     asha = tuning.scheduler(plan.stop, [job.config for job in plan.known_jobs]) if plan.stop else None
@@ -175,7 +175,7 @@ def run(
                 drive(plan, asha, shared, placement, ledger, callbacks.stop)
             except RayError as error:
                 raise places.Stopped(f"Ray has failed: {in_one_line(error)}; all finished rows are safe") from error
-        if plan.search:  # now its trials are known
+        if plan.search:  # only now are its trials known
             with seconds.spent("TensorBoard"):
                 tensorboard.write_sweep(place, [job.config for job in [*before, *todo]])
     if ledger.trouble:
@@ -189,14 +189,14 @@ def run(
 
 
 def as_yaml(settings: BaseModel) -> bytes:
-    """A sweep's settings as a sweep file, without secrets."""
+    """A sweep's settings as the YAML of a sweep file, secrets removed."""
     return yaml.safe_dump(storage.secretless(settings.model_dump(mode="json")), sort_keys=False).encode()
 
 
 def real_sources(
     todo: Sequence[Job], real_of: Callable[[Teacher, RealConfig], BatchSource] | None
 ) -> dict[str, BatchSource]:
-    """The real images of the trials that want some, by trial id; equal wishes share one source."""
+    """Trial id → real images, for trials with `synthesis.method=real`; equal teacher and config share one source."""
     sources: dict[tuple[str, str], BatchSource] = {}
     wanted = {}
     for job in todo:
@@ -210,7 +210,7 @@ def real_sources(
 
 
 def put(value: Any) -> list[Any]:
-    """A value in the object store; the list keeps Ray from replacing the reference by the value."""
+    """Put a value into the object store; inside a list, Ray does not replace the reference by the value."""
     import ray
 
     return [ray.put(value)]
@@ -218,7 +218,7 @@ def put(value: Any) -> list[Any]:
 
 @contextmanager
 def started_board() -> Iterator[Any]:
-    """The board as an actor on this machine."""
+    """The progress board, as an actor on this machine."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -237,7 +237,7 @@ def look_of(
     board: Any | None,
     callbacks: Callbacks,
 ) -> Callable[[], None]:
-    """A look at fleet and trials, handed on to who wants to know."""
+    """A function that reads the state of fleet and trials and calls `on_status` and `on_stages`."""
     import ray
     from ray.exceptions import GetTimeoutError, RayError
 
@@ -250,7 +250,7 @@ def look_of(
                 show_status(status)
         if board and show_stages:
             told: dict[str, tuple[str, int, int]] = {}
-            with suppress(RayError, GetTimeoutError):  # while it is being started, or started again
+            with suppress(RayError, GetTimeoutError):  # while the board starts or restarts
                 told = ray.get(board.read.remote(), timeout=10.0)
             with ledger.seconds.spent("live view"):
                 now = dict(ledger.running)
@@ -261,7 +261,7 @@ def look_of(
 
 @contextmanager
 def watched(look: Callable[[], None], every_s: float) -> Iterator[None]:
-    """While open, `look` is called every few seconds, and once at a good end; what it raises is logged once."""
+    """While open, call `look` every `every_s` seconds, and once more on success; its first exception is logged."""
     over = threading.Event()
     look = harmless(look)
 

@@ -15,9 +15,9 @@ def json_schema() -> Schema:
     trial = TrialConfig.model_json_schema()
     definitions = trial.pop("$defs")
     for model in (row.config for row in METHODS.values()):
-        if model is not DeepInversionConfig:  # what names no method is DeepInversion's
+        if model is not DeepInversionConfig:  # a config without `method` is DeepInversion's
             definitions[model.__name__]["required"] = ["method"]
-    # A base may leave to the grid what a trial needs.
+    # Fields that a trial requires may be in the grid instead of in base.
     base = {name: value for name, value in trial.items() if name != "required"}
     values = {name: value_schema(trial, definitions, name) for name in dict.fromkeys(field_paths(TrialConfig))}
     searched = {n: v for n, v in values.items() if not any((n + ".").startswith(f + ".") for f in FIXED)}
@@ -46,7 +46,7 @@ def json_schema() -> Schema:
 
 
 def value_schema(trial: Mapping[str, Any], definitions: Mapping[str, Any], name: str) -> Schema:
-    """The schema of one dotted field; of a union's members, any that has the field."""
+    """The schema of one dotted field. In a union, the schemas of all members that have the field."""
     nodes: list[Mapping[str, Any]] = [trial]
     for part in name.split("."):
         nodes = [
@@ -60,7 +60,7 @@ def value_schema(trial: Mapping[str, Any], definitions: Mapping[str, Any], name:
 
 
 def members(node: Mapping[str, Any], definitions: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The object schemas behind references and unions."""
+    """The object schemas of a node, with references and unions resolved."""
     if "$ref" in node:
         return members(definitions[node["$ref"].rpartition("/")[2]], definitions)
     inner = node.get("oneOf") or node.get("anyOf")
@@ -68,17 +68,17 @@ def members(node: Mapping[str, Any], definitions: Mapping[str, Any]) -> list[Map
 
 
 def dotted(properties: Mapping[str, Schema]) -> Schema:
-    """An object of dotted names and no others."""
+    """The schema of an object with these dotted names and no others."""
     return {"type": "object", "properties": dict(properties), "additionalProperties": False}
 
 
 def listed(value: Schema) -> Schema:
-    """A list of values."""
+    """The schema of a non-empty list of values."""
     return {"type": "array", "items": value, "minItems": 1}
 
 
 def domain_schema(value: Schema) -> Schema:
-    """A domain over a field: a list, or one of Ray Tune's names with its arguments."""
+    """The schema of a field's domain: a list, or one of Ray Tune's domain names with its arguments."""
     numbers = {
         name: {
             "type": "array",

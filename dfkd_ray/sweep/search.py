@@ -1,7 +1,7 @@
-"""What is searched: domains by Ray Tune's names, points drawn from them, and when a trial is stopped early.
+"""Search spaces of a sweep: domains with Ray Tune's names, random points from them, and the config of early stopping.
 
 Pure: no Ray, no Optuna. Point `i` of a random search is a function of (space, seed, i), so its trials are known before
-anything starts, as a grid's are. Optuna's points depend on earlier trials (`dfkd_ray.sweep.tuning`).
+the sweep starts, as those of a grid. Optuna's points depend on earlier trials (`dfkd_ray.sweep.tuning`).
 """
 
 import itertools
@@ -23,18 +23,18 @@ from dfkd_ray.plain import SHOWN_PATH, alike, cut, fault, given, named
 Point = dict[str, Any]  # dotted field → value
 BOUNDED = {"uniform": 2, "loguniform": 2, "quniform": 3, "qloguniform": 3}
 BOUNDED |= {"randint": 2, "lograndint": 2, "qrandint": 3, "qlograndint": 3}
-# What trials are compared by has to be the same for all of them; a search over seeds finds luck.
-LARGEST_WHOLE = 2**53  # the numbers between are floats on the way
-MOST_SHOWN = 100  # values that are looked at to show them
+LARGEST_WHOLE = 2**53  # up to which floats hold every integer
+MOST_SHOWN = 100  # a value with more elements is described instead of printed
 MOST_TRIALS = 100_000  # of a sweep
+# Not searchable: trials are compared on one teacher and reference set, and a search over seeds would select luck.
 FIXED = ("teacher", "reference", "device", "synthesis.seed", "distillation.seed")
 
 
 @dataclass(frozen=True)
 class Domain:
-    """Values of one field: `choice` of some, or numbers from `low` to `high`, on a grid of multiples of `step`.
+    """The values of one field: a `choice` of `values`, or numbers from `low` to `high` in multiples of `step`.
 
-    `high` is included, except in continuous domains, where it is a limit. `step` is None for continuous ones.
+    `high` is included, except in continuous domains. `step` is None for continuous domains.
     """
 
     kind: str
@@ -45,31 +45,31 @@ class Domain:
 
     @property
     def is_integer(self) -> bool:
-        """Whether values are whole numbers."""
+        """Whether the values are integers."""
         return "int" in self.kind
 
     @property
     def num_values(self) -> int | None:
-        """How many different values can be drawn, at most; None where there is no end of them."""
+        """The largest number of distinct values; None for a continuous domain."""
         if self.kind == "choice":
             return len({repr(value) for value in self.values})
         return None if self.step is None else math.floor((self.high - self.low) / self.step + 1e-6) + 1
 
     @property
     def is_log(self) -> bool:
-        """Whether equal ratios are equally likely, instead of equal differences."""
+        """Whether the distribution is uniform in the logarithm."""
         return "log" in self.kind
 
     def ends(self) -> tuple[Any, ...]:
-        """Every choice, or the least and the greatest number."""
+        """All choices, or the smallest and the largest number."""
         return self.values if self.kind == "choice" else (self.number(self.low), self.number(self.high))
 
     def number(self, value: float) -> float | int:
-        """A number as this domain's type, without the dust of multiplying by the step."""
+        """A number as this domain's type; rounding removes the float error of multiplying by the step."""
         return round(value) if self.is_integer else round(value, 12) if self.step else float(value)
 
     def at(self, share: float) -> Any:
-        """The value below which a `share` in [0, 1) of the draws lies."""
+        """The quantile `share` in [0, 1) of the domain."""
         if self.kind == "choice":
             return self.values[int(share * len(self.values))]
         step = self.step or 0.0
@@ -78,19 +78,19 @@ class Domain:
         else:
             value = self.low + share * (self.high + step - self.low)
         if step:
-            # The low end is a multiple of the step; the tolerance is for a quotient just below a whole number.
+            # The low end is a multiple of the step; the tolerance is for a quotient just below an integer.
             value = self.low + step * math.floor((value - self.low) / step + 1e-9)
         return self.number(min(value, self.high))
 
     def holds(self, value: Any) -> bool:
-        """Whether `value` can be drawn, but for its place between two steps."""
+        """Whether `value` is a choice, or a number within the bounds; the step is not checked."""
         if self.kind == "choice":
             return any(alike(value, one) for one in self.values)
         return isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
 
 
 def domain(written: Any) -> Domain:
-    """A domain as written in a sweep file: a list, or `{name: arguments}`. `ValueError` says what was expected."""
+    """Parse a domain of a sweep file: a list, or `{name: arguments}`. `ValueError` if it is neither or invalid."""
     if isinstance(written, list):
         written = {"choice": written}
     if not isinstance(written, Mapping) or len(written) != 1 or next(iter(written)) not in ("choice", *BOUNDED):
@@ -112,14 +112,14 @@ def domain(written: Any) -> Domain:
         raise ValueError(f"{kind} takes {wanted}, {what}, got {shown(arguments)}")
     low, high, *rest = arguments
     largest = LARGEST_WHOLE if "int" in kind else LARGEST_FLOAT
-    if not all(-largest <= x <= largest for x in arguments):  # nor is NaN
+    if not all(-largest <= x <= largest for x in arguments):  # refuses NaN too
         raise ValueError(f"{kind}: expected numbers of at most {largest:g}, got {shown(arguments)}")
     if low >= high:
         raise ValueError(f"{kind}: low has to be less than high, got {shown(arguments)}")
     if "log" in kind and low <= 0:
         raise ValueError(f"{kind}: low has to be above 0, got {shown(arguments)}")
     if not rest:
-        # As in Ray Tune: the upper end of whole numbers is left out, unless they are quantised.
+        # As in Ray Tune: the upper end of integers is excluded, unless they are quantised.
         is_integer = "int" in kind
         return Domain(kind, (), float(low), float(high - is_integer), 1.0 if is_integer else None)
     step = rest[0]
@@ -135,14 +135,14 @@ def domain(written: Any) -> Domain:
 
 
 def shown(value: Any) -> str:
-    """A value as one would write it in YAML, shortened."""
+    """A value as YAML text, shortened."""
     if fault(value, MOST_SHOWN):
         return given(value)
     return cut(json.dumps(value, ensure_ascii=False), SHOWN_PATH)
 
 
 class SearchConfig(BaseModel):
-    """Which points are tried, and how many."""
+    """The `search` section of a sweep file: the space, the algorithm and the number of trials."""
 
     model_config = STRICT
 
@@ -202,7 +202,7 @@ class AshaConfig(BaseModel):
 
 
 class StopConfig(BaseModel):
-    """Early stopping of trials that agree less with the teacher than others did at the same distillation step."""
+    """Early stopping: ends trials whose agreement is lower than that of other trials at the same distillation step."""
 
     model_config = STRICT
 
@@ -215,18 +215,18 @@ def within(name: str, other: str) -> bool:
 
 
 def random_points(search: SearchConfig) -> Iterator[Point]:
-    """Points without end; the i-th is a function of (space, seed, i), the same in every process and run."""
+    """An endless stream of points; point i is a function of (space, seed, i), the same in every process and run."""
     domains = sorted(search.domains.items())
     for index in itertools.count():
-        # random() of a seeded Random is the one draw that Python promises to keep between versions.
+        # random() of a seeded Random is the only draw that Python guarantees to keep between versions.
         draws = random.Random(mix_seed(search.seed, index))
         yield {name: values.at(draws.random()) for name, values in domains}
 
 
 def probes(search: SearchConfig) -> list[Point]:
-    """Points that hold every choice, both ends of every domain and a number between them.
+    """Points that cover every choice, both ends of every domain and one number between them.
 
-    The first is the lower corner; the others leave it in one field each.
+    The first point is the lower corner; each other one differs from it in one field.
     """
     domains = search.domains
     corner = {name: values.ends()[0] for name, values in domains.items()}
@@ -235,7 +235,7 @@ def probes(search: SearchConfig) -> list[Point]:
 
 
 def can_match(entry: Mapping[str, Any], search: SearchConfig, fixed: Mapping[str, Any]) -> bool:
-    """Whether an `exclude` entry matches any point of the space; `fixed` are the dotted values of all other fields."""
+    """Whether an `exclude` entry can match a point of the space; `fixed` holds the values of all other fields."""
     domains = search.domains
     sections = [name for name in domains if any(within(field, name) for field in entry)]
     return all(
@@ -248,5 +248,5 @@ def can_match(entry: Mapping[str, Any], search: SearchConfig, fixed: Mapping[str
 
 
 def options(wanted: Any) -> Sequence[Any]:
-    """The values that an `exclude` entry names for a field: one, or a list of them."""
+    """The values of a field in an `exclude` entry, always as a list."""
     return wanted if isinstance(wanted, list) else [wanted]

@@ -1,4 +1,4 @@
-"""Stored figures: what units of work took on one kind of machine, as a JSON file to plan with on any other.
+"""Reads and writes JSON files of measured seconds per unit of work, to estimate sweeps for another kind of machine.
 
 A unit is known by what decides its seconds (`estimate.synthesis_unit`, `estimate.trial_unit`): the teacher's hash and
 some fields of the config. Seeds, sparsities, numbers of images and of steps are not among them, so one dry run on a

@@ -1,4 +1,4 @@
-"""The trials of a sweep through Ray Tune: where it begins them, it says so to the ledger, and so where they end."""
+"""Runs a sweep's trials with Ray Tune, and reports each start, restart and end of a trial to the ledger."""
 
 import logging
 import os
@@ -17,22 +17,22 @@ from dfkd_ray.sweep.worker import Shared, in_worker
 def drive(
     plan: Plan, asha: Any | None, shared: Shared, placement: Any, ledger: Ledger, stop: Callable[[], bool]
 ) -> None:
-    """The trials through Ray Tune; what they hold of fleet and board are handles. `asha` stops some early."""
+    """Run the ledger's jobs with Ray Tune. `shared` holds handles to fleet and board; `asha` stops trials early."""
     from ray import tune
 
-    may_stop = asha is not None  # the scheduler itself stays here
+    may_stop = asha is not None  # a bool, so that trials do not pickle the scheduler
 
     def over() -> bool:
-        """Whether no trial is to run any more."""
+        """Whether the sweep must stop."""
         return stop() or ledger.trouble is not None
 
     def fit(space: dict[str, Any], **asking: Any) -> None:
-        """One round of Tune; it tells `told` of its trials."""
+        """One run of Tune, with the callback `told`."""
         points = [(job.id, job.config, job.teacher.hash) for job in ledger.todo]
 
         def trial(point: Mapping[str, Any]) -> None:
             if not placement.trial_gpus:
-                devices.hide_gpus()  # what has reserved none must not take a synthesizer's
+                devices.hide_gpus()  # a trial without a GPU reservation must not use a synthesizer's GPU
             if "config" in point:  # of a search
                 config = TrialConfig.model_validate_json(point["config"])
                 trial_id, teacher_hash = point["id"], point["teacher_hash"]
@@ -63,7 +63,7 @@ def drive(
             )
             tuner.fit()
 
-    # Whoever runs the sweep decides what Ctrl-C means; what trials die of is in their rows, not on the screen.
+    # The caller handles Ctrl-C. The reason why a trial failed is in its row, not on the screen.
     for name, value in {"TUNE_DISABLE_SIGINT_HANDLER": "1", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0"}.items():
         os.environ.setdefault(name, value)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
@@ -72,8 +72,8 @@ def drive(
         fit({}, search_alg=tuning.searcher(plan.search, ledger.add), num_samples=ledger.total)
     else:
         fit({"job": tune.grid_search(list(range(len(ledger.todo))))})
-    # Tune gives up at once on a trial whose process died between the trial before and its own beginning, as those of a
-    # lost machine do (a failed reset of a pending trial: ray.tune's `_process_trial_failure`). It has not begun yet.
+    # Tune gives up at once on a trial whose reused process dies before the trial begins, as on a lost machine (a failed
+    # reset of a pending trial: ray.tune's `_process_trial_failure`). Such trials have not begun: run them again here.
     for _ in range(RETRIES):
         if told.lost and not over():
             again, told.lost = told.lost, []
@@ -84,33 +84,33 @@ def drive(
 
 
 def _telling(ledger: Ledger, asha: Any | None = None, stop: StopConfig | None = None) -> Any:
-    """A Tune callback that keeps the ledger; `asha` knows whom it has stopped."""
+    """A Tune callback that updates the ledger; `asha.cut` says which trials were stopped early."""
     from ray import tune
 
     class Tells(tune.Callback):
-        """Trials by what becomes of them."""
+        """Reports state changes of trials to the ledger."""
 
         def __init__(self, ledger: Ledger):
             self.ledger = ledger
-            self.lost: list[int] = []  # given up by Tune before they may be: indices of jobs
+            self.lost: list[int] = []  # indices of jobs that Tune gave up with retries left
 
         def __getstate__(self) -> dict[str, Any]:
-            return {}  # Tune pickles its callbacks, for a way to resume that is not used
+            return {}  # Tune pickles its callbacks for its own resume, which is not used
 
         def job(self, trial: Any) -> Job:
-            """Which job a Tune trial runs."""
+            """The job that a Tune trial runs."""
             return self.ledger.todo[trial.config["job"]]
 
         def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-            """It has a process."""
+            """The trial has a process."""
             self.ledger.started(self.job(trial))
 
         def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-            """It will have another process."""
+            """The trial gets a new process."""
             self.ledger.again(self.job(trial))
 
         def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-            """It has reported, or was stopped."""
+            """The trial has finished or was stopped."""
             told = trial.last_result or {}
             if asha and stop and trial.trial_id in asha.cut:
                 self.ledger.cut(self.job(trial), told, stop)
@@ -118,7 +118,7 @@ def _telling(ledger: Ledger, asha: Any | None = None, stop: StopConfig | None = 
                 self.ledger.ended(self.job(trial), told)
 
         def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-            """It has failed as often as it may, or so Tune says."""
+            """Tune has given up on the trial, with or without retries left."""
             if trial.num_failures <= RETRIES:
                 self.lost.append(trial.config["job"])
                 self.ledger.again(self.job(trial))
@@ -133,7 +133,7 @@ def _stopper(stop: Callable[[], bool]) -> Any:
     from ray import tune
 
     class Stops(tune.Stopper):
-        """Asks at every step."""
+        """Calls `stop` at every step of Tune's loop."""
 
         def __init__(self, stop: Callable[[], bool]):
             self.stop = stop
@@ -142,11 +142,11 @@ def _stopper(stop: Callable[[], bool]) -> Any:
             return {}
 
         def __call__(self, trial_id: str, result: Mapping[str, Any]) -> bool:
-            """No trial alone."""
+            """Never stops a single trial."""
             return False
 
         def stop_all(self) -> bool:
-            """Whether it is time."""
+            """Whether to stop all trials."""
             return self.stop()
 
     return Stops(stop)

@@ -1,8 +1,8 @@
-"""What Ray Tune and Optuna get to see of a trial, and what they decide: the next point, or that a trial stops early.
+"""Adapters to Optuna (search) and to Ray Tune's ASHA (early stopping), and the metrics that a trial reports to them.
 
-Both judge by agreement with the teacher on the reference set: of all that a trial reports they read what `result` and
-`look` put under `step`, `agreement` and `failed`, none of which is measured on test data. Their state is never read
-from disk: Optuna's study and the rungs of early stopping are rebuilt from the result tables.
+Both use one metric: agreement with the teacher on the reference set. They read only the keys `step`, `agreement` and
+`failed` of a report (`result`, `look`); none of these is measured on test data. Their state is never read from disk:
+Optuna's study and the rungs of ASHA are rebuilt from the result tables.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from dfkd_ray.sweep.search import Domain, Point, SearchConfig, StopConfig
 from dfkd_ray.text import is_null
 
 METRIC = "agreement"
-# What a trial tells before it ends, for the row of one that is stopped.
+# Columns that a running trial reports, for its row in case it is stopped early.
 SO_FAR = (
     "synthesis_key",
     "num_cached_batches",
@@ -33,20 +33,20 @@ SO_FAR = (
     "image_bn",
     *(str(rung.agreement) for rung in BEFORE),
 )
-MOST_ASKED = 200  # points in a row that are no new trial, before a space counts as used up
+MOST_ASKED = 200  # points in a row that give no new trial, before a space counts as exhausted
 
 
 def result(row: Mapping[str, Any] | None, num_steps: int) -> dict[str, Any]:
-    """What Tune is told of a trial that has ended; one that failed, or has no row, is as bad as can be."""
+    """The final report of a trial to Tune. A failed trial, or one without a row, gets agreement 0."""
     if row is None or row["status"] == "failed":
         return {"step": 0, METRIC: 0.0, "failed": 1}
     return {"step": num_steps, METRIC: row["agreement"], "failed": 0}
 
 
 def look(row: Mapping[str, Any], state: State) -> dict[str, Any]:
-    """What Tune is told at a look at the reference set: the step, and the best agreement so far.
+    """The report to Tune at an evaluation on the reference set: the step, and the best agreement so far.
 
-    The columns of a row that is stopped there, and all looks so far, travel with it as JSON.
+    It carries, as JSON, the columns of a row in case the trial is stopped here, and all evaluations so far.
     """
     so_far = {name: row[name] for name in SO_FAR if name in row}
     so_far |= {"agreement": state.best_agreement, "reference_kl": state.best_kl, "best_step": state.best_step}
@@ -59,12 +59,12 @@ def look(row: Mapping[str, Any], state: State) -> dict[str, Any]:
 
 
 def counts(state: State, num_steps: int) -> bool:
-    """Whether a trial may be stopped at this look: it has a candidate (the pruning is done), and is not at its end."""
+    """Whether a trial may be stopped now: it has a candidate student (pruning is done) and is not at its last step."""
     return 0 < state.step < num_steps and state.best_agreement >= 0
 
 
 def stopped_row(job: Any, told: Mapping[str, Any], stop: StopConfig) -> dict[str, Any]:
-    """The row of a trial that was stopped at the look `told`: its numbers so far, none of test data."""
+    """The row of a trial stopped after the report `told`: its numbers so far, none of them from test data."""
     reason = (
         f"stopped early at step {told['step']}: agreement {told[METRIC]:.4f} was not among the best "
         f"1/{stop.asha.reduction_factor:g} of the trials that came so far"
@@ -74,10 +74,10 @@ def stopped_row(job: Any, told: Mapping[str, Any], stop: StopConfig) -> dict[str
 
 
 class Suggestions:
-    """Optuna's points as jobs: `next()` gives one, `tell` says what became of it.
+    """Optuna's points as jobs: `next()` returns one, `tell` reports its result to Optuna.
 
-    `job_at(point)` is the job of a point, None where there is none (excluded, or fields that do not go together);
-    `probes` are jobs at the ends of the domains, for what has to be known of all jobs beforehand.
+    `job_at(point)` is the job at a point, or None (the point is excluded, or its fields are incompatible). `probes` are
+    jobs at the ends of the domains. They stand for all jobs where something must be known before the search starts.
     """
 
     def __init__(self, config: SearchConfig, job_at: Callable[[Point], Any | None], probes: Sequence[Any]):
@@ -98,17 +98,17 @@ class Suggestions:
         self.study: Any = None
 
     def begin(self, rows: Iterable[Mapping[str, Any]]) -> int:
-        """Start from the rows of a `trials` table that lie in this space; returns how many trials are left to run.
+        """Start from the rows of a `trials` table that lie in this space; returns the number of trials left to run.
 
-        A failed trial is known, but not counted: another takes its place. Random draws start anew with the number of
-        known points, or a resumed search would try the same points again.
+        A failed trial is given to Optuna but not counted: another one replaces it. The sampler's seed depends on the
+        number of known points; otherwise a resumed search would draw the same points again.
         """
         import optuna
 
         known = [(point, row) for row in rows if (point := self.point_of(row)) is not None]
         self.seen = {row["trial_id"] for _, row in known if row["status"] != "failed"}
         seed = mix_seed(self.config.seed, len(known)) % 2**32
-        # Trials under way count as bad ones, so that those side by side are not all alike.
+        # Running trials count as bad ones (constant liar), so that concurrent trials differ.
         sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
         self.study = optuna.create_study(direction="maximize", sampler=sampler)
         distributions = {name: distribution(values) for name, values in self.domains.items()}
@@ -129,7 +129,7 @@ class Suggestions:
         return [self.job_at(point) for row in rows if (point := self.point_of(row)) is not None]
 
     def next(self) -> Any | None:
-        """A job that has not been tried yet; None where there seem to be no more."""
+        """A job that has not been tried yet; None after `MOST_ASKED` points in a row that give none."""
         import optuna
 
         distributions = {name: distribution(values) for name, values in self.domains.items()}
@@ -144,7 +144,7 @@ class Suggestions:
         return None
 
     def tell(self, job_id: str, agreement: float | None) -> None:
-        """What a job that was asked for came to; None where it failed."""
+        """Report a job's agreement to Optuna; None if the job failed."""
         import optuna
 
         trial = self.asked.pop(job_id)
@@ -154,7 +154,7 @@ class Suggestions:
             self.study.tell(trial, agreement)
 
     def point(self, parameters: Mapping[str, Any]) -> Point:
-        """A point out of Optuna's parameters: a choice is its index there, as Optuna takes plain values only."""
+        """The point for Optuna's parameters. A choice is stored there as an index: Optuna takes only plain values."""
         domains = self.domains
         return {
             name: domains[name].values[value] if domains[name].kind == "choice" else domains[name].number(value)
@@ -169,9 +169,10 @@ class Suggestions:
         }
 
     def point_of(self, row: Mapping[str, Any]) -> Point | None:
-        """The point of this space that a row of the `trials` table is of; None where it is of none.
+        """The point of this space that a row of the `trials` table belongs to; None if there is none.
 
-        The trial id, a hash of the whole config, decides: a row of another base, teacher or package is of none.
+        The trial id decides. It is a hash of teacher, config and algorithm versions, so a row that differs in one of
+        them belongs to no point.
         """
         candidates: list[list[Any]] = []
         for name, values in self.domains.items():
@@ -190,12 +191,12 @@ class Suggestions:
 
 
 def simple(values: Domain) -> bool:
-    """Whether a domain is continuous, or of consecutive whole numbers."""
+    """Whether a domain is continuous, or a range of consecutive integers."""
     return values.step is None or (values.is_integer and values.step == 1)
 
 
 def distribution(values: Domain) -> Any:
-    """A domain as Optuna's."""
+    """A domain as an Optuna distribution."""
     from optuna import distributions as d
 
     if values.kind == "choice":
@@ -219,18 +220,18 @@ def same(cell: Any, value: Any) -> bool:
 
 
 def searcher(suggestions: Suggestions, add: Callable[[Any], int]) -> Any:
-    """Suggestions as a searcher of Ray Tune; `add` numbers every job, which travels as its config's JSON."""
+    """A Ray Tune searcher that draws from `suggestions`; `add` gives each job its number. Configs are sent as JSON."""
     from ray.tune.search import Searcher
 
     class Asking(Searcher):
-        """Nothing but the wiring: Tune has trial ids of its own."""
+        """Maps Tune's trial ids to job ids."""
 
         def __init__(self):
             super().__init__(metric=METRIC, mode="max")
             self.jobs: dict[str, str] = {}
 
         def set_search_properties(self, *_args: Any, **_options: Any) -> bool:
-            """The space and the metric are settled."""
+            """Nothing to set: space and metric are fixed."""
             return True
 
         def suggest(self, trial_id: str) -> Any:
@@ -243,25 +244,25 @@ def searcher(suggestions: Suggestions, add: Callable[[Any], int]) -> Any:
             return {"job": add(job), "id": job.id, "config": config, "teacher_hash": job.teacher.hash}
 
         def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-            """Pass on what a trial came to."""
+            """Pass a trial's result on to Optuna."""
             failed = error or not result or bool(result.get("failed"))
             suggestions.tell(self.jobs[trial_id], None if failed or not result else float(result[METRIC]))
 
         def save(self, checkpoint_path: str) -> None:
-            """Nothing: the rows are what a search is resumed from."""
+            """Nothing to save: a search is resumed from the rows."""
 
         def restore(self, checkpoint_path: str) -> None:
-            """Nothing, as above."""
+            """Nothing to restore, for the same reason."""
 
     return Asking()
 
 
 def scheduler(stop: StopConfig, configs: Sequence[TrialConfig]) -> Any:
-    """ASHA of Ray Tune over distillation steps; `cut` holds the Tune ids of trials that it has stopped."""
+    """Ray Tune's ASHA over distillation steps; `cut` holds the Tune ids of the trials that it has stopped."""
     from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
     class Asha(ASHAScheduler):
-        """Knows whom it has stopped, and lets a trial at its end be."""
+        """ASHA that records which trials it has stopped, and never stops one that has ended."""
 
         def __init__(self):
             super().__init__(
@@ -276,7 +277,7 @@ def scheduler(stop: StopConfig, configs: Sequence[TrialConfig]) -> Any:
             self.cut: set[str] = set()
 
         def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
-            """Tune's decision at a look; a trial's last word is only written down."""
+            """Tune's decision after a report; a trial's final report is only recorded."""
             decision = super().on_trial_result(tune_controller, trial, result)
             if "failed" in result:
                 return TrialScheduler.CONTINUE
@@ -288,7 +289,7 @@ def scheduler(stop: StopConfig, configs: Sequence[TrialConfig]) -> Any:
 
 
 def prime(asha: Any, looks: Iterable[tuple[str, int, float]]) -> None:
-    """Tell a new scheduler of (trial, step, best agreement so far) of an earlier run, in any order of trials."""
+    """Give a new scheduler the (trial, step, best agreement so far) of an earlier run, trials in any order."""
     trials: dict[str, Any] = {}
     for name, step, agreement in looks:
         if name not in trials:

@@ -1,4 +1,4 @@
-"""What happens in a trial's process: the trial, what it leaves in the results place, what it tells on the way."""
+"""Runs one trial inside its Ray Tune process: loads its inputs, writes its results, reports progress to the driver."""
 
 import json
 import logging
@@ -21,13 +21,13 @@ from dfkd_ray.sweep import places, tuning
 from dfkd_ray.sweep.jobs import Job
 
 log = logging.getLogger(__name__)
-TOLD_S = 1.0  # between two messages of a trial on one stage
-TEACHER_ACCURACIES: dict[tuple[Any, ...], float] = {}  # of this process; trials follow each other in one
-OPENED: dict[str, Teacher] = {}  # of this process, by hash
+TOLD_S = 1.0  # least time between two progress messages of one stage
+TEACHER_ACCURACIES: dict[tuple[Any, ...], float] = {}  # cache of this process, which runs many trials in turn
+OPENED: dict[str, Teacher] = {}  # cache of this process, by teacher hash
 
 
 class Seconds(dict[str, float]):
-    """Seconds by what they were spent on."""
+    """Wall seconds by activity."""
 
     @contextmanager
     def spent(self, what: str) -> Iterator[None]:
@@ -39,7 +39,7 @@ class Seconds(dict[str, float]):
             self.add({what: time.perf_counter() - start})
 
     def add(self, more: Mapping[str, float]) -> None:
-        """Add what was counted elsewhere."""
+        """Add the seconds of another counter."""
         for what, seconds in more.items():
             self[what] = self.get(what, 0.0) + seconds
 
@@ -52,10 +52,10 @@ def run_job(
     observer: one_trial.Observer = one_trial.NOBODY,
     seconds: Seconds | None = None,
 ) -> dict[str, Any]:
-    """Run one trial and write what it leaves: student, picture, events, rows (its own last: then all else is there).
+    """Run one trial and write its student, picture, TensorBoard events and rows; the trial's own row is written last.
 
-    An error leaves a row with status `failed`, unless it is of the disk or the store: that is tried again after
-    pauses, and `OSError` where it stays. `seconds` is added to.
+    An error gives a row with status `failed`. An error of the disk or object store is retried after pauses instead,
+    and raised as `OSError` if it persists. `seconds` is updated.
     """
     place, seconds = storage.folder(place), Seconds() if seconds is None else seconds
     kd, test = job.config.distillation, inputs.test
@@ -71,7 +71,7 @@ def run_job(
 
     def attempt() -> one_trial.Outcome:
         unfit = results.unfit(one_trial.provenance(job.config, job.teacher))
-        if unfit:  # better known now than when all is computed
+        if unfit:  # refuse now, before anything is computed
             return one_trial.Outcome(failed_row(job, unfit))
         return one_trial.run(
             job.config,
@@ -82,7 +82,7 @@ def run_job(
         )
 
     try:
-        # A checkpoint that could not be written stops the trial; the next attempt goes on from the one before.
+        # A checkpoint that cannot be written ends the attempt; the next attempt resumes from the previous checkpoint.
         outcome = places.persistently(attempt, places.is_disk_error)
     except Exception as error:
         if places.is_disk_error(error):
@@ -105,13 +105,13 @@ def run_job(
 
 
 def epoch_rows(trial_id: str, looks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A trial's looks at the reference set as rows of `epochs`."""
+    """A trial's evaluations on the reference set as rows of `epochs`."""
     return [results.writable("epochs", {"trial_id": trial_id, **look}) for look in looks]
 
 
 @contextmanager
 def for_show(what: str) -> Iterator[None]:
-    """What only shows a trial changes nothing of what is recorded; what the disk or the store refuses is an error."""
+    """Log and suppress exceptions of a display such as TensorBoard; only `OSError` (disk, object store) is raised."""
     try:
         yield
     except OSError:
@@ -121,10 +121,10 @@ def for_show(what: str) -> Iterator[None]:
 
 
 def keep(job: Job, outcome: one_trial.Outcome, place: Folder, seconds: Seconds) -> dict[str, Any]:
-    """Write everything a trial leaves, each file whole; doing it twice changes nothing. Returns the row that is there.
+    """Write all results of a trial, each file atomically; idempotent. Returns the row that is in the table.
 
-    That is another one where an attempt has left a final row and a later one comes to none: it stays; and a failed one
-    where the table cannot hold what was measured.
+    That row differs from the outcome's in two cases. If an earlier attempt has written a final row and this one did not
+    finish, the earlier row stays. If the table cannot hold the measured values, the row becomes a failed one.
     """
     row = results.kept(outcome.row)
     if row["status"] == "failed" and outcome.student is not None:
@@ -148,20 +148,20 @@ def keep(job: Job, outcome: one_trial.Outcome, place: Folder, seconds: Seconds) 
         tensorboard.write_trial(place, row, outcome.epochs)
     with seconds.spent("results"):
         results.write(place, "trials", [row], job.id)
-        if row["status"] in FINAL:  # a failed one is run again on resume, and goes on from there
+        if row["status"] in FINAL:  # a failed trial keeps its checkpoints: it resumes from them
             with suppress(OSError):
                 one_trial.remove_checkpoints(place, [job.id])
     return row
 
 
 def failed_row(job: Job, reason: str) -> dict[str, Any]:
-    """The row of a trial that has not come to an end."""
+    """The row of a trial that failed for this reason."""
     return one_trial.provenance(job.config, job.teacher) | {"status": "failed", "reason": reason}
 
 
 @dataclass(frozen=True)
 class Shared:
-    """What every trial of a sweep gets. Pickled, it is a handle: what is large is a reference, in a list of one."""
+    """Inputs shared by all trials of a sweep. It pickles small: large values are object references, in lists of one."""
 
     place: str
     cache_root: str | None
@@ -181,15 +181,16 @@ def in_worker(
     shared: Shared,
     report: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Run a trial in this process, and say how it went: its `row` (written here), or the `reason` it could not begin
-    (the driver writes that row), or what `stopped` it, which would stop every other.
+    """Run a trial in this process; returns its final report to Tune, with one of three keys.
 
-    `report`, for trials that may be stopped early, is told of each look at the reference set.
+    `row`: the trial's row, written here. `reason`: why there is no row; the driver writes a failed one. `stopped`: an
+    error of disk or object store that every other trial would meet too. `report`, for trials that may be stopped early,
+    is called at each evaluation on the reference set.
     """
     import ray
 
     seconds, num_steps = Seconds(), config.distillation.num_steps
-    with suppress(OSError):  # an attempt before this one may have died between its row and its report
+    with suppress(OSError):  # an earlier attempt may have died after writing its row
         final = final_row(shared.place, trial_id, merged=False)
         if final is not None:
             return tuning.result(final, num_steps) | {"row": json.dumps(final), "seconds": dict(seconds)}
@@ -224,7 +225,7 @@ def in_worker(
 
 
 def why_stopped(error: OSError, place: Folder) -> str:
-    """What the disk or the store says, and of which folder: the cache says so itself, all else lies in the place."""
+    """The message of a disk or object store error, with the folder. Cache errors name the cache already."""
     message = storage.in_one_line(error)
     if cache.NAMED in message:
         return message
@@ -232,29 +233,29 @@ def why_stopped(error: OSError, place: Folder) -> str:
 
 
 class Board:
-    """What the running trials are at; an actor beside them, read by the driver."""
+    """Progress of the running trials: an actor that trials write to and the driver reads."""
 
     def __init__(self) -> None:
         self.stages: dict[str, tuple[str, int, int]] = {}
 
     def tell(self, trial_id: str, stage: str, done: int, total: int) -> None:
-        """Where a trial stands."""
+        """Set a trial's progress."""
         self.stages[trial_id] = (stage, done, total)
 
     def read(self) -> dict[str, tuple[str, int, int]]:
-        """Where all stand; some have ended."""
+        """The progress of all trials, including ended ones."""
         return self.stages
 
 
 class Telling:
-    """A trial's progress, told to the board at every new stage and now and then between."""
+    """Sends a trial's progress to the board: at every new stage, and at most every `TOLD_S` seconds within one."""
 
     def __init__(self, board: Any, trial_id: str, seconds: Seconds):
         self.board, self.trial_id, self.seconds = board, trial_id, seconds
         self.stage, self.at = "", 0.0
 
     def __call__(self, stage: str, done: int, total: int, numbers: Mapping[str, float | int]) -> None:
-        """As `distillation.Progress`; nothing is waited for."""
+        """Implements `distillation.Progress`; does not block."""
         now = time.monotonic()
         if stage == self.stage and now - self.at < TOLD_S:
             return

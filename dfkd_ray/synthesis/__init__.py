@@ -1,24 +1,23 @@
-"""Synthesis methods: each gives a source `batch(i)`, a pure function of (teacher, config, i).
+"""The interface of synthesis methods. Each gives a function `batch(i)`, pure in (teacher, config, i).
 
-`config.METHODS` has a row per method, which names its module. What such a module has:
+`config.METHODS` has one row per method, which names the method's module. The module defines:
 
-* `source(teacher, config, key, device) -> BatchSource`: the batches; `key` is what their seeds come from. A term that
-  the row does not declare is logged and left out of the tables.
-* `check(teacher, config, where)`, where it needs something of the teacher: `ValueError` with the reason. `where` is the
-  dotted name of the config, for the message.
-* `pin(teacher, config) -> config`, where images depend on a file beside the weights: the config with its hash.
+* `source(teacher, config, key, device) -> BatchSource`: the batches; their seeds are derived from `key`. A measured
+  term that the row does not declare is logged and left out of the tables.
+* `check(teacher, config, where)`, if the method needs something of the teacher: raises `ValueError` with the reason.
+  `where` is the dotted name of the config, for the message.
+* `pin(teacher, config) -> config`, if images depend on a file other than the weights: adds the file's hash.
 
-A method that goes by rounds (`Method.is_stationary` is false) has further
+The module of a method in rounds (`Method.is_stationary` is false) defines instead or in addition:
 
-* `source(teacher, config, key, device, state, student)`: batches of one round. `state` is its `RoundState`. `student`
-  is the network that the round looks at, in eval mode on `device`, or None. A batch's `contribution` is what it adds
-  to the next state.
-* `first_state(teacher, config) -> arrays`: of round 0, which has seen no student.
-* `advance(teacher, config, state, contributions, student) -> arrays`: of the round after `state`. `contributions` is
-  the sum over the batches of `state`'s round. A pure function: it is called once in an undisturbed trial, and again in
-  one that was killed.
+* `source(teacher, config, key, device, state, student)`: the batches of one round. `state` is its `RoundState`.
+  `student` is the network that the round uses, in eval mode on `device`, or None. A batch's `contribution` is its
+  summand of the next state.
+* `first_state(teacher, config) -> arrays`: the state of round 0, which uses no student.
+* `advance(teacher, config, state, contributions, student) -> arrays`: the state of the next round. `contributions` is
+  the sum over the batches of `state`'s round. It must be pure: a trial that was killed calls it again.
 
-Real images are made by no module: they are injected (see `dfkd_ray.trial.run`).
+Real images have no module: they are injected (see `dfkd_ray.trial.run`).
 """
 
 import importlib
@@ -39,20 +38,20 @@ from dfkd_ray.config import METHODS, StudentConfig, round_key, seeds_key
 
 
 def module_of(config: Any) -> ModuleType | None:
-    """The module that makes the images of a synthesis config; None where they are injected."""
+    """The module that makes the images of a synthesis config; None if they are injected."""
     name = METHODS[config.method].module
     return None if name is None else importlib.import_module(name)
 
 
 def check(teacher: Teacher, config: Any, where: str = "synthesis") -> None:
-    """`ValueError` with the reason where images of this config cannot be made from this teacher."""
+    """`ValueError` with the reason if this config cannot make images from this teacher."""
     of_method = getattr(module_of(config), "check", None)
     if of_method is not None:
         of_method(teacher, config, where)
 
 
 def pinned(teacher: Teacher, config: Any) -> Any:
-    """A synthesis config with the hashes of all that its images depend on beside the teacher's weights."""
+    """A synthesis config with the hashes of all files that its images depend on, other than the teacher's weights."""
     of_method = getattr(module_of(config), "pin", None)
     return config if of_method is None else of_method(teacher, config)
 
@@ -71,9 +70,9 @@ def source(
     state: RoundState | None = None,
     student: StudentConfig | None = None,
 ) -> tuple[str, BatchSource]:
-    """The key of (teacher, config, domain, round), and its batches by index; their terms say where they are from.
+    """The key of (teacher, config, domain, round), and its batches by index. Terms include host and numerics class.
 
-    `state` is that of a method which goes by rounds; `student` says what network the student in it is.
+    `state`: for methods in rounds. `student`: the config of the network whose weights the state holds.
     """
     key = key_of(teacher, config, domain, state, student)
     module = module_of(config)
@@ -93,7 +92,7 @@ def source(
 def student_in(
     teacher: Teacher, state: RoundState, student: StudentConfig | None, device: torch.device
 ) -> nn.Module | None:
-    """The student that a round looks at, in eval mode; None where it looks at none."""
+    """The student that a round uses, in eval mode; None if it uses none."""
     if state.student is None:
         return None
     if student is None or student.architecture is None:

@@ -1,7 +1,7 @@
-"""What the methods share that optimise images: batches with their attempts, pyramids, learning rates, terms.
+"""Shared by the methods that optimise images: batches with retries, image pyramids, learning rates, loss terms.
 
-A batch whose loss turns NaN is started again from other noise at half the learning rate: still a function of (teacher,
-config, i), so it is the same batch wherever and whenever it is made.
+A batch whose loss is not finite is restarted from other noise at half the learning rate. It is still a pure function
+of (teacher, config, i), so every process makes the same batch.
 """
 
 import logging
@@ -19,17 +19,17 @@ from dfkd_ray.batches import Batch, BatchSource, batch_seed, mix_seed
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.images import decode, encode
 
-ATTEMPTS = 3  # at a batch whose loss turns NaN
-CHECK_EVERY = 25  # steps between looks at the loss: each look is a host synchronisation on a GPU
-# What a method makes of (config, labels, generator, seed): normalised images, the steps taken, and what measures the
-# images as they are stored.
+ATTEMPTS = 3  # for a batch whose loss is not finite
+CHECK_EVERY = 25  # steps between checks of the loss: each one synchronises a GPU with the host
+# A method's function of (config, labels, generator, seed). It returns normalised images, the number of steps, and a
+# function that measures the terms of the images as stored.
 Make = Callable[[Any, Tensor, torch.Generator, int], tuple[Tensor, int, Callable[[Tensor], dict[str, Any]]]]
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 
 
 def batches(teacher: Teacher, config: Any, key: str, device: torch.device, make: Make) -> BatchSource:
-    """Batches of optimised images, with labels that cycle over the classes, on through the batches."""
+    """Batches of optimised images. Labels cycle over the classes and continue from one batch to the next."""
     space, num_classes = teacher.info.space, teacher.info.num_classes
 
     def batch(index: int) -> Batch:
@@ -52,7 +52,7 @@ def batches(teacher: Teacher, config: Any, key: str, device: torch.device, make:
 
 
 def with_attempts(attempt: Callable[[int], Result], what: str) -> tuple[Result, int]:
-    """What the first attempt gives whose loss stays finite, and its number (from 1)."""
+    """The result of the first attempt whose loss stays finite, and its number (from 1)."""
     for number in range(ATTEMPTS):
         try:
             return attempt(number), number + 1
@@ -64,13 +64,13 @@ def with_attempts(attempt: Callable[[int], Result], what: str) -> tuple[Result, 
 
 
 def pyramid_sizes(height: int, width: int) -> list[tuple[int, int]]:
-    """Height and width of the parts of a pyramid, the finest first; halved while at least 4 pixels are left."""
+    """(height, width) of the levels of a pyramid, finest first; halved as long as the shorter side stays at least 4."""
     levels = 1 + max(0, int(math.log2(min(height, width) / 4)))
     return [(-(-height // 2**level), -(-width // 2**level)) for level in range(levels)]
 
 
 def compose(parts: Sequence[Tensor]) -> Tensor:
-    """The sum of the parts, each upsampled to the finest one's size."""
+    """The image of a pyramid: the sum of its levels, each upsampled to the finest level's size."""
     size = parts[0].shape[2:]
     coarse = [F.interpolate(part, size=size, mode="bilinear", align_corners=False) for part in parts[1:]]
     return sum(coarse, start=parts[0])
@@ -84,13 +84,13 @@ def learning_rate(config: Any, step: int) -> float:
 
 
 def set_learning_rate(optimiser: torch.optim.Optimizer, config: Any, step: int) -> None:
-    """Give every group of the optimiser the learning rate of `step`."""
+    """Set the learning rate of `step` in every parameter group."""
     for group in optimiser.param_groups:
         group["lr"] = learning_rate(config, step)
 
 
 def looked_at(loss: Tensor, steps: int, num_steps: int) -> float | None:
-    """The loss, where it is time for a look at it after that many steps. `FloatingPointError` when it is not finite."""
+    """The loss every `CHECK_EVERY` steps and at the last step, else None. `FloatingPointError` if it is not finite."""
     if steps % CHECK_EVERY and steps < num_steps:
         return None
     value = float(loss.detach())
@@ -100,7 +100,7 @@ def looked_at(loss: Tensor, steps: int, num_steps: int) -> float | None:
 
 
 def bn_term(statistics: batchnorm.Statistics, device: torch.device, first_multiplier: float = 1.0) -> Tensor:
-    """The BatchNorm distances of all layers, summed; the first layer's times `first_multiplier`."""
+    """The sum of the BatchNorm distances of all layers; the first layer's is multiplied by `first_multiplier`."""
     bn = torch.zeros((), device=device)
     for position, layer in enumerate(statistics.layers):
         assert layer.running_mean is not None and layer.running_var is not None
@@ -112,13 +112,13 @@ def bn_term(statistics: batchnorm.Statistics, device: torch.device, first_multip
 
 
 def total(config: Any, terms: Mapping[str, Tensor]) -> Tensor:
-    """The sum of the terms, each times the config's field `<name>_weight`."""
+    """The weighted sum of the terms; the weight of term `<name>` is the config's field `<name>_weight`."""
     weights = {name: getattr(config, f"{name}_weight") for name in terms}
     return torch.stack([weights[name] * term for name, term in terms.items() if weights[name]]).sum()
 
 
 def measured(terms: Mapping[str, Tensor], logits: Tensor, labels: Tensor, num_classes: int) -> dict[str, Any]:
-    """Terms as numbers, and what the teacher says of the images: confidence, accuracy, class histogram."""
+    """The terms as numbers, and the teacher's confidence, agreement with the labels, and class histogram."""
     predicted = logits.argmax(dim=1)
     return {name: float(term) for name, term in terms.items()} | {
         "confidence": float(logits.softmax(dim=1).amax(dim=1).mean()),

@@ -1,7 +1,7 @@
-"""One whole trial on one machine, without Ray: prune, re-estimate BatchNorm (if any), distil, evaluate → a row.
+"""Runs one whole trial on one machine, without Ray: prune, re-estimate BatchNorm (if any), distil, evaluate.
 
-Real data enters only as arguments: test batches (for reporting) and, when a config asks for `real` images, a source of
-them. Neither is opened here.
+The result is a row. Real data is passed in as arguments: test batches (for reporting) and, if a config asks for `real`
+images, a source of them. This module opens no data set.
 """
 
 import logging
@@ -63,11 +63,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a trial is given beside config and teacher.
+    """The inputs of a trial other than config and teacher.
 
-    `test` is only reported on. `real` is used when, and only when, the config's method is `real`. `images` makes the
-    synthetic ones (default: here, kept nowhere). `teacher_accuracy`: measured before, on the same test batches in the
-    same precision. `trust_code`: modules that may be imported for a student.
+    `test` is used for reporting only. `real` is used only if the config's method is `real`. `images` makes the
+    synthetic images (default: in this process, without a cache). `teacher_accuracy`: an earlier measurement on the same
+    test batches in the same precision. `trust_code`: modules that may be imported for a student.
     """
 
     test: Sequence[Batch] | None = None
@@ -79,7 +79,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a trial leaves: its row, the student (None if it failed), its images, and the rows of other tables."""
+    """The results of a trial: its row, the student (None if it failed), its images, and rows of the other tables."""
 
     row: dict[str, Any]
     student: nn.Module | None = None
@@ -106,10 +106,10 @@ def run(
     checkpoint: Where | None = None,
     observer: Observer = NOBODY,
 ) -> Outcome:
-    """Run a trial. A loss that is not finite, or memory that runs out, gives a row with status `failed` and the reason.
+    """Run a trial. If the loss is not finite or memory runs out, the row has status `failed` and the reason.
 
-    `checkpoint` is the folder or URI of all trials' checkpoints; the observer's `epochs` gets the looks at the
-    reference set before each is written. `ValueError` for a config that does not fit the teacher.
+    `checkpoint` is the folder or URI of all trials' checkpoints. The observer's `epochs` receives the evaluations on
+    the reference set before each checkpoint is written. `ValueError` for a config that does not fit the teacher.
     """
     check(config, teacher, inputs.trust_code)
     config = pinned(config, teacher)
@@ -140,9 +140,9 @@ def run(
 
 
 def check(config: TrialConfig, teacher: Teacher, trust_code: Sequence[str], on_gpu: bool = False) -> None:
-    """What can be known to go wrong before anything is computed: `ValueError` with the reason.
+    """Check a config against the teacher before anything is computed: `ValueError` with the reason.
 
-    `on_gpu`: it is to run where there is a GPU, whatever this machine has.
+    `on_gpu`: check for a machine with a GPU, even if this one has none.
     """
     device = torch.device("cuda") if on_gpu and config.device != "cpu" else devices.resolve(config.device)
     for settings in (config.synthesis, config.reference.synthesis, config.distillation):
@@ -167,7 +167,7 @@ def steps(
     checkpoint: Folder | None,
     observer: Observer,
 ) -> Outcome:
-    """The trial itself, top to bottom."""
+    """The stages of a trial, in order."""
     device = devices.resolve(config.device)
     kd, test = config.distillation, inputs.test
     runtime = Runtime(device, teacher.info.space, kd.precision, kd.num_threads, kd.fast)
@@ -175,7 +175,7 @@ def steps(
     report = observer.progress or (lambda _stage, _done, _total, _shown: None)
 
     with runtime.numerics():
-        # The student as it stands on each rung before training.
+        # The student on the rungs before training.
         student = starting_student(config, teacher, device, inputs.trust_code)
         masks: pruning.Masks = {}
         if config.pruning.sparsity > 0:
@@ -213,10 +213,10 @@ def steps(
         if batchnorm.layers(student):
             reestimate(student, config, pool, runtime)
             measure(ladder.BN_REESTIMATED, student)
-        else:  # no such rung: a copy of `pruned` would tell of a step that there was not
+        else:  # this rung does not exist: repeating the numbers of `pruned` would suggest that it does
             row |= {ladder.BN_REESTIMATED.accuracy: None, str(ladder.BN_REESTIMATED.agreement): None}
 
-        # Frozen BatchNorm keeps the teacher's statistics; the cubic schedule starts dense, on masks of its own.
+        # Frozen BatchNorm keeps the teacher's statistics. The cubic schedule starts dense and makes its own masks.
         if config.pruning.schedule == "cubic":
             student = dense
             masks = {name: torch.ones_like(mask) for name, mask in masks.items()}
@@ -256,14 +256,14 @@ def steps(
 
 
 def on_device(network: nn.Module, device: torch.device) -> nn.Module:
-    """A frozen copy on the device, channels last: the bundle's own network is never touched."""
+    """A frozen copy on the device, channels last; the given network is not modified."""
     return devices.place(bundles.freeze(deepcopy(network)), device)
 
 
 def starting_student(
     config: TrialConfig, teacher: Teacher, device: torch.device, trust_code: Sequence[str]
 ) -> nn.Module:
-    """The teacher's copy, or a new network whose initial weights follow distillation.seed."""
+    """A copy of the teacher, or a new network with initial weights from `distillation.seed`."""
     if config.student.architecture is None:
         return on_device(teacher.network, device).requires_grad_(True)
     module_name, colon, _ = config.student.architecture.partition(":")
@@ -286,14 +286,14 @@ def starting_student(
 def gather_reference(
     config: TrialConfig, teacher: Teacher, device: torch.device, source: Images, report: distillation.Progress
 ) -> Gathered:
-    """The held-out reference images: of the reference config, in a seed domain that no training image comes from."""
+    """The held-out reference images: made with the reference config, with seeds that no training image uses."""
     settings = config.reference.synthesis
     wanted = Round(teacher, settings, device, "reference")
     return gather(source, wanted, -(-config.reference.num_images // settings.batch_size), "reference set", report)
 
 
 def reestimate(student: nn.Module, config: TrialConfig, pool: Pool, runtime: Runtime) -> None:
-    """Re-estimate the student's BatchNorm statistics on the first `bn_num_images` images, as they are."""
+    """Re-estimate the student's BatchNorm statistics on the first `bn_num_images` images, without augmentation."""
     size = config.synthesis.batch_size
     total = min(-(-config.bn_num_images // size) * size, len(pool.labels))
 

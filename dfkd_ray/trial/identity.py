@@ -1,4 +1,4 @@
-"""What a trial is called, what is known of it before it runs, and what becomes of what it leaves behind."""
+"""A trial's id, the columns of its row that are known before it runs, its error texts, removal of its checkpoints."""
 
 import re
 import socket
@@ -17,9 +17,10 @@ from dfkd_ray.trial import images
 
 TRIAL_ID = re.compile(r"t-[0-9a-f]{12}")
 CHECKPOINTS = "checkpoints"
-# (pattern, replacement): parts of an error message that differ between two runs that fail for the same reason.
+# (pattern, replacement). They remove from an error message what may differ between two runs with the same error:
+# CUDA's memory report, addresses, process ids, network addresses, the folders of a path.
 VARYING = (
-    (re.compile(r"(Tried to allocate [\d.]+ \w+)\..*"), r"\1"),  # CUDA goes on with what was free and who had the rest
+    (re.compile(r"(Tried to allocate [\d.]+ \w+)\..*"), r"\1"),  # CUDA appends free memory and its users
     (re.compile(r"\b0x[0-9a-fA-F]+"), "0x…"),
     (re.compile(r"\b(pid|process|thread)([ =:]+)\d+", re.IGNORECASE), r"\1\2…"),
     (re.compile(r"\b\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?\b"), "…"),
@@ -28,11 +29,12 @@ VARYING = (
 
 
 def pinned(config: TrialConfig, teacher: Teacher) -> TrialConfig:
-    """The config with the hash of every file that its images depend on beside the teacher's weights.
+    """The config with the hashes of all files that its images depend on, other than the teacher's weights.
 
-    These hashes are part of a trial's id and of its synthesis keys. The teacher is open by now, so its name is replaced
-    by its public one: from here the config goes into rows, files and other processes. The id does not hold the name.
-    `ValueError` where the teacher has no such file, or another than a hash that is there already.
+    Today these are activation records. The hashes are part of the trial's id and of its synthesis keys. The teacher's
+    name is replaced by its public name, without secrets, because the config is written to rows and files from here on;
+    the id does not depend on the name. `ValueError` if the teacher lacks such a file, or if the config already has
+    another hash for it.
     """
     own, reference = (synthesis.pinned(teacher, one) for one in (config.synthesis, config.reference.synthesis))
     return config.model_copy(
@@ -45,13 +47,16 @@ def pinned(config: TrialConfig, teacher: Teacher) -> TrialConfig:
 
 
 def trial_id(config: TrialConfig, teacher: Teacher) -> str:
-    """`t-` and 12 hex digits over all that decides a number of the row: teacher, config, versions of the algorithms."""
+    """`t-` and 12 hex digits: a hash of everything that determines the results (teacher, config, algorithm versions).
+
+    The config's `teacher` (a name) and `device` are left out.
+    """
     fields = config.model_dump(mode="json", exclude={"teacher": True, "device": True})
     return "t-" + stable_hash({"teacher": teacher.hash, "config": fields, "versions": versions()})[:12]
 
 
 def provenance(config: TrialConfig, teacher: Teacher) -> dict[str, Any]:
-    """The columns known before anything has run."""
+    """The columns of a row that are known before the trial runs."""
     return columns_of(config) | {
         "trial_id": trial_id(config, teacher),
         **versions(),
@@ -68,9 +73,9 @@ def provenance(config: TrialConfig, teacher: Teacher) -> dict[str, Any]:
 
 
 def reason_of(error: BaseException) -> str:
-    """Kind and first line of an error, as a row keeps it: without what differs between two runs of the same trial.
+    """Type and first line of an error, for a row, without the parts that differ between two runs of a trial.
 
-    Process numbers, addresses in memory or on the network, free memory and the folders before a file's name go.
+    Removed are process ids, memory and network addresses, amounts of free memory, and the folders of a path.
     """
     message = str(error).strip() or "no message"
     reason = f"{type(error).__name__}: {storage.without_secrets(message.splitlines()[0])}"
@@ -80,10 +85,10 @@ def reason_of(error: BaseException) -> str:
 
 
 def remove_checkpoints(place: Folder, trial_ids: Iterable[str] | None = None) -> None:
-    """Remove what these trials (None: all) have under `checkpoints/` of a place, and nothing else there.
+    """Remove the files of these trials (None: of all) under `checkpoints/` of a place, and nothing else.
 
-    Ids may come out of a table that somebody else has written: what has not the form of one is left alone, and where
-    `checkpoints` is a link nothing is removed.
+    Ids may come from a table of unknown origin, so a string that is not a trial id is ignored. If `checkpoints` is a
+    symbolic link, nothing is removed.
     """
     folder = place / CHECKPOINTS
     if folder.is_local and folder.path.is_symlink():
@@ -97,5 +102,5 @@ def remove_checkpoints(place: Folder, trial_ids: Iterable[str] | None = None) ->
 
 
 def is_checkpoint(name: str) -> bool:
-    """Whether a trial leaves a file of that name among its checkpoints."""
+    """Whether a file name is one of a trial's checkpoint files."""
     return name == distillation.CHECKPOINT or images.is_own_file(name)

@@ -1,9 +1,9 @@
-"""Where a trial's images come from: batch i of a round, whoever makes it.
+"""A trial's images: the interface `Images` to their makers, and the sequence of synthesis rounds.
 
-A stationary method has one round, whose state is empty: batch i is a function of (teacher, config, i). A method that
-looks at the student has several. Batch i of round r is a function of (teacher, config, state of round r, i), and what
-the batches of a round contribute, summed in the order of i, makes the state of the next. So a round can be made by one
-process or by many, and a trial that was killed goes on from the last round it has finished.
+A stationary method has one round without a state: batch i is a function of (teacher, config, i). A method that uses the
+student has several rounds. Batch i of round r is a function of (teacher, config, state of round r, i). The state of the
+next round is computed from the sum of the batches' contributions, in the order of i. So one or many processes can make
+a round, and a killed trial resumes from its last finished round.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ STATE_FILE = "rounds.safetensors"
 
 @dataclass(frozen=True)
 class Round:
-    """All that decides the batches of one round. `owner` is the trial whose student it looks at, "" where none's."""
+    """Everything that determines the batches of one round. `owner`: the trial whose student it uses, "" if none."""
 
     teacher: Teacher
     config: Any
@@ -50,31 +50,31 @@ class Round:
         return synthesis.key_of(self.teacher, self.config, self.domain, self.state, self.student)
 
     def source(self) -> BatchSource:
-        """Its batches, made by this process."""
+        """A source that makes the round's batches in this process."""
         return synthesis.source(self.teacher, self.config, self.device, self.domain, self.state, self.student)[1]
 
 
 @runtime_checkable
 class Images(Protocol):
-    """Makes the batches of rounds, or has them made."""
+    """The interface of objects that provide the batches of rounds."""
 
     def read(self, wanted: Round, indices: Sequence[int]) -> Iterator[tuple[Batch, bool]]:
-        """Each batch once, in any order, and whether it was found rather than made for this reader."""
+        """Yields (batch, found): each batch once, in any order; `found` is False if it was made for this reader."""
         ...
 
     def prepare(self, wanted: Round, num_batches: int) -> None:
-        """That many batches of a round will be wanted soon."""
+        """Announce that the first batches of a round will be needed soon."""
         ...
 
     def close(self, owner: str) -> None:
-        """A trial has ended: the rounds that are its own are not wanted any more."""
+        """Announce that a trial has ended: the rounds that it owns are not needed any more."""
         ...
 
 
 class Local:
-    """Made by this process, through the cache in `cache_root` (a folder or URI) unless that is None.
+    """Makes batches in this process, through the cache in `cache_root` (a folder or URI) unless that is None.
 
-    Rounds that look at a trial's own student are kept in no cache: nobody else could use them.
+    Rounds that use a trial's own student are not cached: no other trial could use them.
     """
 
     def __init__(self, cache_root: Where | None = None):
@@ -98,7 +98,7 @@ class Local:
         yield from cache.fetched(indices, wanted.key, wanted.source(), folder)
 
     def prepare(self, wanted: Round, num_batches: int) -> None:
-        """Nothing is made ahead: the student trains in this process."""
+        """Does nothing: this process is busy with training."""
 
     def close(self, owner: str) -> None:
         """Nothing is kept."""
@@ -115,7 +115,7 @@ class Injected:
         return ((self.source(index), False) for index in indices)
 
     def prepare(self, wanted: Round, num_batches: int) -> None:
-        """They are there."""
+        """Does nothing: the batches exist."""
 
     def close(self, owner: str) -> None:
         """Nothing is kept."""
@@ -134,11 +134,11 @@ class Gathered:
     rows: list[dict[str, Any]] = field(default_factory=list)
     contributions: dict[int, Mapping[str, np.ndarray]] = field(default_factory=dict)
     total: dict[str, np.ndarray] = field(default_factory=dict)
-    """What its batches contribute to the state of the next round, summed in the order of their indices."""
+    """The sum of the batches' contributions to the next round's state, in the order of their indices."""
     num_found: int = 0
 
     def add(self, batch: Batch, found: bool) -> None:
-        """Copy a batch to its place: what is shared between trials is not held while this one trains."""
+        """Copy a batch to its place, so that no memory shared between trials is held during training."""
         size, full_size = len(batch.labels), self.config.batch_size
         if not self.rows:
             shape = (self.num_batches * full_size, *batch.images.shape[1:])
@@ -156,13 +156,13 @@ class Gathered:
 
 
 def mean_term(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    """A term's mean over batches; None where no batch has it."""
+    """A term's mean over batches; None if no batch has it."""
     values = [float(row[name]) for row in rows if row.get(name) is not None]
     return sum(values) / len(values) if values else None
 
 
 def wall_s(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Seconds of making these batches, whoever made them and whenever."""
+    """The seconds that making these batches took, including batches made elsewhere or earlier."""
     return sum(float(row.get("wall_s") or 0.0) for row in rows)
 
 
@@ -191,21 +191,21 @@ def gather(source: Images, wanted: Round, num_batches: int, stage: str, report: 
 
 
 class RoundsLostError(Exception):
-    """A distillation goes on in a round whose images or state are not there any more: it has to start anew."""
+    """A distillation cannot resume: the images or state of its round are lost. The trial must start again."""
 
 
 def is_own_file(name: str) -> bool:
-    """Whether a file among a trial's checkpoints is of its rounds."""
+    """Whether a checkpoint file belongs to the rounds."""
     return name == STATE_FILE or ROUND_FILE.fullmatch(name) is not None
 
 
 class Rounds:
-    """The images that a trial distils on: round after round, each from the state that the one before has left.
+    """The images that a trial distils on, made round by round.
 
-    Rounds of equal size begin at equally spaced steps, and a step sees the images of its round and of all before it.
-    With `lag` 0 round r + 1 looks at the student at the end of round r. With `lag` 1 it looks at the student as round r
-    began, so that its images can be made while the student trains. `folder`: where a trial of several rounds keeps
-    their images, and the state of the last one; None keeps nothing.
+    Rounds have equal size and begin at equally spaced steps. A step uses the images of its round and of all earlier
+    ones. With `lag` 0, round r + 1 uses the student at the end of round r. With `lag` 1, it uses the student at the
+    beginning of round r, so its images can be made while the student trains. `folder`: where a trial with several
+    rounds stores their images and the last state; None stores nothing.
     """
 
     def __init__(
@@ -224,7 +224,7 @@ class Rounds:
         ]
         self.gathered: list[Gathered] = []
         self.saved: set[int] = set()
-        self.joined: tuple[int, Pool] | None = None  # the images of the first so many rounds, in one piece
+        self.joined: tuple[int, Pool] | None = None  # (number of rounds, their images concatenated)
         self.state: RoundState | None = None  # of the last round gathered
         self.next: RoundState | None = None
         if not row.is_stationary:
@@ -234,13 +234,13 @@ class Rounds:
             self.load()
 
     def first_pool(self) -> Pool:
-        """The images of round 0, which looks at no student."""
+        """The images of round 0, which uses no student."""
         if not self.gathered:
             self.enter()
         return self.gathered[0].pool
 
     def pool_at(self, step: int, student: nn.Module) -> Pool:
-        """The images that a step of the distillation sees; `student` as it is before that step."""
+        """The images for a distillation step; `student` is the student before that step."""
         number = max(i for i, start in enumerate(self.starts) if start <= step)
         while len(self.gathered) <= number:
             if self.gathered and self.next is None:
@@ -254,7 +254,7 @@ class Rounds:
         return self.pool(number + 1)
 
     def pool(self, num_rounds: int | None = None) -> Pool:
-        """The images of the first so many rounds (None: of all that there are)."""
+        """The images of the first `num_rounds` rounds (None: of all gathered so far)."""
         pools = [one.pool for one in self.gathered[:num_rounds]]
         if len(pools) == 1:
             return pools[0]
@@ -276,7 +276,10 @@ class Rounds:
         self.save()
 
     def advance(self, step: int, at_round: int, student: nn.Module) -> None:
-        """The state of the round after the last, with the student as it is at the beginning of round `at_round`."""
+        """Compute the state of the next round, with the student as it is at the beginning of round `at_round`.
+
+        `RoundsLostError` if the distillation has resumed after that step.
+        """
         if step != self.starts[at_round]:
             raise RoundsLostError(f"step {step}: the state of round {len(self.gathered)} is not there")
         module, last = synthesis.module_of(self.config), self.gathered[-1]
@@ -290,7 +293,7 @@ class Rounds:
         self.save()
 
     def save(self) -> None:
-        """Write down the images of the last round where that is not done yet, then the states."""
+        """Write the images of the last round, unless they are written, and then the states."""
         if self.folder is None or self.num_rounds == 1 or self.state is None:
             return
         last = self.gathered[-1]
@@ -309,7 +312,7 @@ class Rounds:
         checkpoints.write_file(self.folder, STATE_FILE, as_tensors(arrays), plain)
 
     def load(self) -> None:
-        """Go on from what an attempt before this one has written down, where all of it is there and whole."""
+        """Resume from the files of an earlier attempt if they are complete and undamaged."""
         if self.folder is None or self.num_rounds == 1:
             return
         try:
@@ -327,13 +330,13 @@ class Rounds:
         self.gathered, self.state, self.next, self.saved = gathered, state, after, set(range(number + 1))
 
     def read_file(self, name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-        """Plain data and arrays of a file that was written down; None where there is none."""
+        """Plain data and arrays of a file; None if it does not exist."""
         assert self.folder is not None
         found = checkpoints.read_file(self.folder, name, untrusted.free_bytes() // 2)
         return None if found is None else (found[0], {key: tensor.numpy() for key, tensor in found[1].items()})
 
     def read_round(self, number: int) -> Gathered:
-        """A round that was written down; `ValueError` where it is not there, or damaged."""
+        """Read a stored round; `ValueError` if it is missing or damaged."""
         found = self.read_file(round_file(number))
         if found is None:
             raise ValueError(f"{round_file(number)} is missing")
@@ -347,7 +350,7 @@ class Rounds:
 
     @property
     def key(self) -> str:
-        """The key of the images: that of the round, or a hash of the keys of all rounds in their order."""
+        """The key of the images: the round's key, or a hash of the keys of all rounds in order."""
         keys = [one.key for one in self.gathered]
         return keys[0] if len(keys) == 1 else stable_hash(keys)
 
@@ -359,12 +362,12 @@ class Rounds:
 
     @property
     def num_found(self) -> int:
-        """Batches that were there: in the cache, or made for another trial."""
+        """The number of batches that were found: in the cache, or made for another trial."""
         return sum(one.num_found for one in self.gathered)
 
 
 def round_file(number: int) -> str:
-    """The file of a round's images."""
+    """The file name of a round's images."""
     return f"round-{number:06d}.safetensors"
 
 
@@ -381,7 +384,7 @@ def below(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray
 
 
 def read_state(arrays: Mapping[str, np.ndarray], plain: Mapping[str, Any], what: str, number: int) -> RoundState | None:
-    """A state that was written down, None where none was; `ValueError` where it is not what it was."""
+    """A stored state; None if there is none. `ValueError` if its hash does not match."""
     if what not in plain:
         return None
     student = below(arrays, f"{what}_student.") if plain[what]["has_student"] else None
@@ -392,5 +395,5 @@ def read_state(arrays: Mapping[str, np.ndarray], plain: Mapping[str, Any], what:
 
 
 def as_tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """Arrays as tensors; those that are views for reading only are copied."""
+    """Arrays as tensors; read-only arrays are copied."""
     return {name: torch.from_numpy(array if array.flags.writeable else array.copy()) for name, array in arrays.items()}

@@ -1,4 +1,4 @@
-"""What a trial measured, as columns of its row, and as the description of its student."""
+"""Columns of a trial's row (images, student size), and the student's bundle description."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from dfkd_ray.trial.images import mean_term
 def image_columns(
     pool: Pool, rows: Sequence[Mapping[str, Any]], network: nn.Module, num_classes: int, runtime: Runtime
 ) -> dict[str, Any]:
-    """What the images are: their hash, the teacher's confidence and argmax over them, their BN term."""
+    """Columns about the images: number, hash, the teacher's confidence and class histogram, BN term."""
     logits = evaluation.logits(network, pool.images, runtime)
     histogram = torch.bincount(logits.argmax(dim=1), minlength=num_classes).tolist()
     return {
@@ -46,7 +46,7 @@ def size_columns(student: nn.Module, pruned: Sequence[str]) -> dict[str, Any]:
 
 
 def student_info(config: TrialConfig, teacher: Teacher, row: Mapping[str, Any]) -> bundles.BundleInfo:
-    """The student's `teacher.json`: the teacher's, but for the architecture and how it was made."""
+    """The student's `teacher.json`: the teacher's, with the student's architecture, accuracy and notes."""
     changes: dict[str, Any] = {
         "test_accuracy": row.get(RECOVERED.accuracy),
         "trained": True,
