@@ -14,7 +14,7 @@ import yaml
 
 from dfkd_ray import bundles, results, storage, sweep, trial
 from dfkd_ray.distillation import State
-from dfkd_ray.sweep import estimate, search, tuning
+from dfkd_ray.sweep import asha, estimate, optuna, reports, search
 from helpers import TINY_NOISE, TINY_TRIAL, costs_of, tiny_trial
 
 LOOKS = {"distillation.num_steps": 6, "distillation.eval_every": 1}
@@ -188,20 +188,20 @@ def test_nothing_measured_on_test_data_reaches_tune_or_optuna():
     columns = {name: 0.5 for name in results.schema("trials").names}
     row = Sealed(columns | {"status": "finished", "agreement": 0.75, "recovered_accuracy": 0.99})
     state = State(step=2, best_agreement=0.75, best_kl=0.1, best_step=1)
-    told = [tuning.result(row, 6), tuning.result(Sealed(row | {"status": "failed"}), 6), tuning.look(row, state)]
+    told = [reports.final(row, 6), reports.final(Sealed(row | {"status": "failed"}), 6), reports.evaluation(row, state)]
     assert {key for report in told for key in report} == {"step", "agreement", "failed", "so_far", "looks"}
     assert not any("accuracy" in name or "test" in name for name in json.loads(told[2]["so_far"]))
     assert told[0]["agreement"] == told[2]["agreement"] == 0.75 and told[1]["agreement"] == 0.0
-    assert tuning.result(None, 6) == told[1] and tuning.METRIC == "agreement"
+    assert reports.final(None, 6) == told[1] and reports.METRIC == "agreement"
 
 
 def test_searcher_and_scheduler_are_given_agreement_as_their_metric(tiny_teacher):
     plan = sweep.prepare(settings_of(tiny_teacher, algorithm="optuna", stop={"asha": {}}), bundles.load)
     assert plan.search is not None and plan.stop is not None
     jobs = []
-    searcher = tuning.searcher(plan.search, lambda job: jobs.append(job) or len(jobs) - 1)
-    asha = tuning.scheduler(plan.stop, [job.config for job in plan.search.probes])
-    assert (searcher.metric, searcher.mode, asha.metric) == ("agreement", "max", "agreement")
+    searcher = optuna.searcher(plan.search, lambda job: jobs.append(job) or len(jobs) - 1)
+    stopper = asha.scheduler(plan.stop, [job.config for job in plan.search.probes])
+    assert (searcher.metric, searcher.mode, stopper.metric) == ("agreement", "max", "agreement")
     plan.search.begin([])
     point = searcher.suggest("one")
     report = Report(step=6, agreement=0.25, failed=0, row="a row with its accuracies")
@@ -217,7 +217,7 @@ def test_a_trial_reports_each_look_and_its_numbers_do_not_depend_on_being_asked(
     seen = []
 
     def look(row, state):
-        seen.append((state.step, tuning.look(row, state)))
+        seen.append((state.step, reports.evaluation(row, state)))
 
     told = trial.run(config, teacher, observer=trial.Observer(look=look))
     assert [step for step, _ in seen] == [0, 1, 2, 3, 4, 5, 6]
@@ -227,8 +227,8 @@ def test_a_trial_reports_each_look_and_its_numbers_do_not_depend_on_being_asked(
     silent = trial.run(config, teacher)
     same = [name for name in results.deterministic_columns() if name in told.row]
     assert [told.row[name] for name in same] == [silent.row[name] for name in same]
-    assert not tuning.counts(State(step=3), 6), "while it is being pruned a student is no candidate"
-    assert not tuning.counts(State(step=6, best_agreement=0.5), 6), "a trial at its end is not stopped"
+    assert not reports.may_stop(State(step=3), 6), "while it is being pruned a student is no candidate"
+    assert not reports.may_stop(State(step=6, best_agreement=0.5), 6), "a trial at its end is not stopped"
 
 
 # ---- early stopping ------------------------------------------------------------------------------------------------
@@ -237,32 +237,32 @@ def test_a_trial_reports_each_look_and_its_numbers_do_not_depend_on_being_asked(
 def asha_of(num_steps=6, **options):
     stop = search.StopConfig(asha=search.AshaConfig(**options))
     data = tiny_trial(**LOOKS | {"distillation.num_steps": num_steps})
-    return tuning.scheduler(stop, sweep.expand(sweep.parse({"base": data, "grid": {"pruning.sparsity": [0.5]}}), {}))
+    return asha.scheduler(stop, sweep.expand(sweep.parse({"base": data, "grid": {"pruning.sparsity": [0.5]}}), {}))
 
 
-def ask(asha, name, step, agreement, **more) -> str:
-    if name not in asha._trial_info:
-        asha.on_trial_add(None, SimpleNamespace(trial_id=name))
+def ask(stopper, name, step, agreement, **more) -> str:
+    if name not in stopper._trial_info:
+        stopper.on_trial_add(None, SimpleNamespace(trial_id=name))
     report = Report(step=step, agreement=agreement, row="a row with its accuracies", **more)
-    decision = asha.on_trial_result(None, SimpleNamespace(trial_id=name), report)
+    decision = stopper.on_trial_result(None, SimpleNamespace(trial_id=name), report)
     assert report.read <= {"step", "agreement"}
     return decision
 
 
 def test_a_trial_that_lags_behind_at_a_rung_is_stopped_and_one_at_its_end_is_not():
-    asha = asha_of(grace_looks=2, reduction_factor=2)
-    assert ask(asha, "best", 2, 0.9) == "CONTINUE"
-    assert ask(asha, "early", 1, 0.1) == "CONTINUE", "before the first rung"
-    assert ask(asha, "worse", 2, 0.3) == "STOP" and asha.cut == {"worse"}
-    assert ask(asha, "at its end", 6, 0.1, failed=0) == "CONTINUE" and asha.cut == {"worse"}
+    stopper = asha_of(grace_looks=2, reduction_factor=2)
+    assert ask(stopper, "best", 2, 0.9) == "CONTINUE"
+    assert ask(stopper, "early", 1, 0.1) == "CONTINUE", "before the first rung"
+    assert ask(stopper, "worse", 2, 0.3) == "STOP" and stopper.cut == {"worse"}
+    assert ask(stopper, "at its end", 6, 0.1, failed=0) == "CONTINUE" and stopper.cut == {"worse"}
 
 
 def test_the_rungs_are_rebuilt_from_earlier_looks():
-    asha, again = asha_of(), asha_of()
-    ask(asha, "best", 1, 0.9)
-    tuning.prime(again, [("best", 1, 0.9), ("lost", 1, 0.2)])
+    stopper, again = asha_of(), asha_of()
+    ask(stopper, "best", 1, 0.9)
+    asha.prime(again, [("best", 1, 0.9), ("lost", 1, 0.2)])
     assert again.cut == set()
-    assert ask(asha, "new", 1, 0.3) == ask(again, "new", 1, 0.3) == "STOP"
+    assert ask(stopper, "new", 1, 0.3) == ask(again, "new", 1, 0.3) == "STOP"
     assert ask(asha_of(), "new", 1, 0.3) == "CONTINUE", "with no earlier trials it is the best"
 
 

@@ -23,8 +23,8 @@ from dfkd_ray.sweep.combinations import expand as expand
 from dfkd_ray.sweep.files import About as About
 from dfkd_ray.sweep.files import SweepConfig as SweepConfig
 from dfkd_ray.sweep.files import parse as parse
+from dfkd_ray.sweep.optuna import Suggestions
 from dfkd_ray.sweep.search import Point, StopConfig, probes, random_points
-from dfkd_ray.sweep.tuning import Suggestions
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import pyarrow as pa
 from dfkd_ray import results
 from dfkd_ray import trial as one_trial
 from dfkd_ray.storage import Folder, in_one_line
-from dfkd_ray.sweep import places, tuning
+from dfkd_ray.sweep import places, reports
 from dfkd_ray.sweep.jobs import Job
 from dfkd_ray.sweep.search import StopConfig
 from dfkd_ray.sweep.worker import Seconds, failed_row, keep
@@ -101,7 +101,7 @@ class Ledger:
         """The trial was stopped early; `told` is its last report."""
         self.running.pop(job.id, None)
         self.seconds.add(told.get("seconds", {}))
-        row = tuning.stopped_row(job, told, stop)
+        row = reports.stopped_row(job, told, stop)
         self.keep(job, one_trial.Outcome(row, epochs=tuple(json.loads(told["looks"]))))
 
     def keep(self, job: Job, outcome: one_trial.Outcome) -> None:

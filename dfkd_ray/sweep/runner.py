@@ -20,7 +20,7 @@ from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import RealConfig
 from dfkd_ray.results import FINAL, finished_ids
 from dfkd_ray.storage import Where, in_one_line
-from dfkd_ray.sweep import places, tuning
+from dfkd_ray.sweep import asha, places
 from dfkd_ray.sweep.jobs import Job, Plan
 from dfkd_ray.sweep.ledger import Ledger, OnRow, compact, harmless
 from dfkd_ray.sweep.machines import FIRST_MACHINE_S, Asked, first_machine, preflight
@@ -125,9 +125,9 @@ def run(
     # Optuna's trials are not known yet: jobs at the ends of the space stand for them.
     known = plan.known_jobs if plan.search else todo
     before = [job for job in plan.jobs_in(rows) if job.id in done]
-    asha = tuning.scheduler(plan.stop, [job.config for job in plan.known_jobs]) if plan.stop else None
-    if asha:
-        tuning.prime(asha, looks_in(place, {job.id for job in before}))
+    stopper = asha.scheduler(plan.stop, [job.config for job in plan.known_jobs]) if plan.stop else None
+    if stopper:
+        asha.prime(stopper, looks_in(place, {job.id for job in before}))
     places.probe(place, "results folder")
     if cache_root is not None:
         places.probe(storage.folder(cache_root), "cache")
@@ -172,7 +172,7 @@ def run(
         )
         with watched(look_of(ledger, running, board, callbacks), callbacks.look_s):
             try:
-                drive(plan, asha, shared, placement, ledger, callbacks.stop)
+                drive(plan, stopper, shared, placement, ledger, callbacks.stop)
             except RayError as error:
                 raise places.Stopped(f"Ray has failed: {in_one_line(error)}; all finished rows are safe") from error
         if plan.search:  # only now are its trials known

@@ -1,7 +1,7 @@
 """Search spaces of a sweep: domains with Ray Tune's names, random points from them, and the config of early stopping.
 
 Pure: no Ray, no Optuna. Point `i` of a random search is a function of (space, seed, i), so its trials are known before
-the sweep starts, as those of a grid. Optuna's points depend on earlier trials (`dfkd_ray.sweep.tuning`).
+the sweep starts, as those of a grid. Optuna's points depend on earlier trials (`dfkd_ray.sweep.optuna`).
 """
 
 import itertools

@@ -7,7 +7,7 @@ from typing import Any
 
 from dfkd_ray import devices, scratch
 from dfkd_ray.config import TrialConfig
-from dfkd_ray.sweep import tuning
+from dfkd_ray.sweep import optuna
 from dfkd_ray.sweep.jobs import Job, Plan
 from dfkd_ray.sweep.ledger import RETRIES, Ledger
 from dfkd_ray.sweep.search import StopConfig
@@ -69,7 +69,7 @@ def drive(
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     told = _telling(ledger, asha, plan.stop)
     if plan.search:
-        fit({}, search_alg=tuning.searcher(plan.search, ledger.add), num_samples=ledger.total)
+        fit({}, search_alg=optuna.searcher(plan.search, ledger.add), num_samples=ledger.total)
     else:
         fit({"job": tune.grid_search(list(range(len(ledger.todo))))})
     # Tune gives up at once on a trial whose reused process dies before the trial begins, as on a lost machine (a failed

@@ -1,76 +1,19 @@
-"""Adapters to Optuna (search) and to Ray Tune's ASHA (early stopping), and the metrics that a trial reports to them.
+"""Search with Optuna: its points as jobs, and its adapter to Ray Tune.
 
-Both use one metric: agreement with the teacher on the reference set. They read only the keys `step`, `agreement` and
-`failed` of a report (`result`, `look`); none of these is measured on test data. Their state is never read from disk:
-Optuna's study and the rungs of ASHA are rebuilt from the result tables.
+Optuna's study is never read from disk: it is rebuilt from the rows of the `trials` table.
 """
 
 import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any
 
-from dfkd_ray import trial as one_trial
 from dfkd_ray.batches import mix_seed
-from dfkd_ray.config import TrialConfig
-from dfkd_ray.distillation import State
-from dfkd_ray.ladder import BEFORE
-from dfkd_ray.sweep.search import Domain, Point, SearchConfig, StopConfig
+from dfkd_ray.sweep.reports import METRIC
+from dfkd_ray.sweep.search import Domain, Point, SearchConfig
 from dfkd_ray.text import is_null
 
-METRIC = "agreement"
-# Columns that a running trial reports, for its row in case it is stopped early.
-SO_FAR = (
-    "synthesis_key",
-    "num_cached_batches",
-    "synthesis_wall_s",
-    "reference_wall_s",
-    "num_images",
-    "images_sha256",
-    "image_confidence",
-    "class_histogram",
-    "image_bn",
-    *(str(rung.agreement) for rung in BEFORE),
-)
 MOST_ASKED = 200  # points in a row that give no new trial, before a space counts as exhausted
-
-
-def result(row: Mapping[str, Any] | None, num_steps: int) -> dict[str, Any]:
-    """The final report of a trial to Tune. A failed trial, or one without a row, gets agreement 0."""
-    if row is None or row["status"] == "failed":
-        return {"step": 0, METRIC: 0.0, "failed": 1}
-    return {"step": num_steps, METRIC: row["agreement"], "failed": 0}
-
-
-def look(row: Mapping[str, Any], state: State) -> dict[str, Any]:
-    """The report to Tune at an evaluation on the reference set: the step, and the best agreement so far.
-
-    It carries, as JSON, the columns of a row in case the trial is stopped here, and all evaluations so far.
-    """
-    so_far = {name: row[name] for name in SO_FAR if name in row}
-    so_far |= {"agreement": state.best_agreement, "reference_kl": state.best_kl, "best_step": state.best_step}
-    return {
-        "step": state.step,
-        METRIC: state.best_agreement,
-        "so_far": json.dumps(so_far),
-        "looks": json.dumps(state.epochs),
-    }
-
-
-def counts(state: State, num_steps: int) -> bool:
-    """Whether a trial may be stopped now: it has a candidate student (pruning is done) and is not at its last step."""
-    return 0 < state.step < num_steps and state.best_agreement >= 0
-
-
-def stopped_row(job: Any, told: Mapping[str, Any], stop: StopConfig) -> dict[str, Any]:
-    """The row of a trial stopped after the report `told`: its numbers so far, none of them from test data."""
-    reason = (
-        f"stopped early at step {told['step']}: agreement {told[METRIC]:.4f} was not among the best "
-        f"1/{stop.asha.reduction_factor:g} of the trials that came so far"
-    )
-    so_far = json.loads(told["so_far"])
-    return one_trial.provenance(job.config, job.teacher) | {**so_far, "status": "stopped", "reason": reason}
 
 
 class Suggestions:
@@ -255,45 +198,3 @@ def searcher(suggestions: Suggestions, add: Callable[[Any], int]) -> Any:
             """Nothing to restore, for the same reason."""
 
     return Asking()
-
-
-def scheduler(stop: StopConfig, configs: Sequence[TrialConfig]) -> Any:
-    """Ray Tune's ASHA over distillation steps; `cut` holds the Tune ids of the trials that it has stopped."""
-    from ray.tune.schedulers import ASHAScheduler, TrialScheduler
-
-    class Asha(ASHAScheduler):
-        """ASHA that records which trials it has stopped, and never stops one that has ended."""
-
-        def __init__(self):
-            super().__init__(
-                time_attr="step",
-                metric=METRIC,
-                mode="max",
-                max_t=max(config.distillation.num_steps for config in configs),
-                grace_period=stop.asha.grace_looks * configs[0].distillation.eval_every,
-                reduction_factor=stop.asha.reduction_factor,
-                stop_last_trials=False,
-            )
-            self.cut: set[str] = set()
-
-        def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
-            """Tune's decision after a report; a trial's final report is only recorded."""
-            decision = super().on_trial_result(tune_controller, trial, result)
-            if "failed" in result:
-                return TrialScheduler.CONTINUE
-            if decision == TrialScheduler.STOP:
-                self.cut.add(trial.trial_id)
-            return decision
-
-    return Asha()
-
-
-def prime(asha: Any, looks: Iterable[tuple[str, int, float]]) -> None:
-    """Give a new scheduler the (trial, step, best agreement so far) of an earlier run, trials in any order."""
-    trials: dict[str, Any] = {}
-    for name, step, agreement in looks:
-        if name not in trials:
-            trials[name] = SimpleNamespace(trial_id=name)
-            asha.on_trial_add(None, trials[name])
-        asha.on_trial_result(None, trials[name], {"step": step, METRIC: agreement})
-    asha.cut.clear()

@@ -1,0 +1,65 @@
+"""The reports of a trial to Ray Tune: the metric that search and early stopping use, and a stopped trial's row.
+
+The metric is agreement with the teacher on the reference set; nothing in a report is measured on test data.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from dfkd_ray import trial as one_trial
+from dfkd_ray.distillation import State
+from dfkd_ray.ladder import BEFORE
+from dfkd_ray.sweep.search import StopConfig
+
+METRIC = "agreement"
+# Columns that a running trial reports, for its row in case it is stopped early.
+SO_FAR = (
+    "synthesis_key",
+    "num_cached_batches",
+    "synthesis_wall_s",
+    "reference_wall_s",
+    "num_images",
+    "images_sha256",
+    "image_confidence",
+    "class_histogram",
+    "image_bn",
+    *(str(rung.agreement) for rung in BEFORE),
+)
+
+
+def final(row: Mapping[str, Any] | None, num_steps: int) -> dict[str, Any]:
+    """The final report of a trial to Tune. A failed trial, or one without a row, gets agreement 0."""
+    if row is None or row["status"] == "failed":
+        return {"step": 0, METRIC: 0.0, "failed": 1}
+    return {"step": num_steps, METRIC: row["agreement"], "failed": 0}
+
+
+def evaluation(row: Mapping[str, Any], state: State) -> dict[str, Any]:
+    """The report to Tune at an evaluation on the reference set: the step, and the best agreement so far.
+
+    It carries, as JSON, the columns of a row in case the trial is stopped here, and all evaluations so far.
+    """
+    so_far = {name: row[name] for name in SO_FAR if name in row}
+    so_far |= {"agreement": state.best_agreement, "reference_kl": state.best_kl, "best_step": state.best_step}
+    return {
+        "step": state.step,
+        METRIC: state.best_agreement,
+        "so_far": json.dumps(so_far),
+        "looks": json.dumps(state.epochs),
+    }
+
+
+def may_stop(state: State, num_steps: int) -> bool:
+    """Whether a trial may be stopped now: it has a candidate student (pruning is done) and is not at its last step."""
+    return 0 < state.step < num_steps and state.best_agreement >= 0
+
+
+def stopped_row(job: Any, report: Mapping[str, Any], stop: StopConfig) -> dict[str, Any]:
+    """The row of a trial stopped after the `report`: its numbers so far, none of them from test data."""
+    reason = (
+        f"stopped early at step {report['step']}: agreement {report[METRIC]:.4f} was not among the best "
+        f"1/{stop.asha.reduction_factor:g} of the trials that came so far"
+    )
+    so_far = json.loads(report["so_far"])
+    return one_trial.provenance(job.config, job.teacher) | {**so_far, "status": "stopped", "reason": reason}
