@@ -125,12 +125,12 @@ def write(folder: Where, batch: Batch) -> None:
     meta = {"key": batch.key, "terms": terms, "sha256": sha256}
     arrays = {"labels": batch.labels, "images": batch.images}
     arrays |= {CONTRIBUTION + name: array for name, array in sorted(batch.contribution.items())}
-    with told(folder):
+    with explained(folder):
         storage.folder(folder).write(name_of(batch.index), *pack(meta, arrays))
 
 
 @contextlib.contextmanager
-def told(folder: Where) -> Iterator[None]:
+def explained(folder: Where) -> Iterator[None]:
     """An `OSError` on the way says that it is of the cache, and which folder: rows and results lie elsewhere."""
     try:
         yield
@@ -159,7 +159,7 @@ def pack(meta: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> list[byte
 
 def read(folder: Where, index: int, key: str) -> Batch | None:
     """Batch `index`, or None where it is not there, damaged, or of another key."""
-    with told(folder):
+    with explained(folder):
         data = storage.folder(folder).read(name_of(index))
     batch = None if data is None else unpack(data, index)
     return batch if batch is not None and batch.key == key else None
@@ -246,7 +246,7 @@ def obtain(index: int, key: str, make: BatchSource, folder: Where | None) -> tup
         return batch, True
     try:
         with contextlib.ExitStack() as held:
-            with told(folder):
+            with explained(folder):
                 held.enter_context(lock(folder, index))
             # The one who held the lock may just have written it.
             batch = read(folder, index, key) if folder.is_local else None
@@ -279,14 +279,14 @@ def write_manifest(
 ) -> None:
     """Write down what a folder holds, where that is not written yet; on a disk a manifest's time is its last use."""
     folder = storage.folder(folder)
-    with told(folder):
+    with explained(folder):
         found = read_manifest(folder)
     if found is not None:
         folder.touch(MANIFEST)
         return
     texts = {"key": key, "numerics": numerics, "teacher_hash": teacher_hash, "teacher": teacher, "domain": domain}
     data = {"schema": SCHEMA, **texts, "config": dict(config), "package_version": dfkd_ray.__version__}
-    with told(folder):
+    with explained(folder):
         folder.write(MANIFEST, json.dumps(data, indent=1, allow_nan=False).encode())
 
 

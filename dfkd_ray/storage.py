@@ -42,7 +42,7 @@ def refusing(method: "Callable[Concatenate[Folder, P], R]") -> "Callable[Concate
     """
 
     @wraps(method)
-    def told(folder: "Folder", *args: P.args, **kwargs: P.kwargs) -> R:
+    def wrapped(folder: "Folder", *args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return method(folder, *args, **kwargs)
         except OSError as error:
@@ -59,7 +59,7 @@ def refusing(method: "Callable[Concatenate[Folder, P], R]") -> "Callable[Concate
             reason = hidden(in_one_line(error), folder.where)
             raise OSError(f"{folder}: {type(error).__name__}: {reason}") from error
 
-    return told
+    return wrapped
 
 
 @dataclass(frozen=True, repr=False)

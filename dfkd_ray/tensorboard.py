@@ -246,8 +246,8 @@ def scalar(tag: str, number: float | int | None, description: str = "") -> Summa
     """One number, or None where there is none."""
     if is_null(number):
         return None
-    told = SummaryMetadata(summary_description=description) if description else None
-    return Summary.Value(tag=tag, simple_value=number, metadata=told)
+    metadata = SummaryMetadata(summary_description=description) if description else None
+    return Summary.Value(tag=tag, simple_value=number, metadata=metadata)
 
 
 def image(tag: str, png: bytes, description: str) -> Summary.Value:

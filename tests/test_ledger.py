@@ -44,7 +44,7 @@ def test_what_shows_progress_can_raise_anything_and_changes_no_row(tiny_teacher,
     first, second = jobs_with(tiny_teacher, 0.5, 0.6)
     ledger = ledger_of([first, second], tmp_path, raises, on_new=raises)
     results.write(tmp_path, "trials", [final(first)], first.id)
-    told = tuner._telling(ledger)
+    told = tuner._callback(ledger)
     ended = type("Ended", (), {"config": {"job": 0}, "trial_id": "x", "last_result": {"row": json.dumps(final(first))}})
     told.on_trial_complete(0, [], ended)
     died = type("Died", (), {"config": {"job": 1}, "trial_id": "y", "num_failures": 3})

@@ -286,7 +286,7 @@ def test_a_full_cache_of_a_synthesizer_is_named_where_the_trial_stops(tmp_path):
     from dfkd_ray.fleet.stream import error_of
 
     folder = cache.folder_of(tmp_path / "cache", "ab" * 32, "cpu")
-    with pytest.raises(OSError) as caught, cache.told(folder):
+    with pytest.raises(OSError) as caught, cache.explained(folder):
         raise OSError(28, "No space left on device", "/x/.part")
     error = error_of(f"{type(caught.value).__name__}: {caught.value}", "ab" * 32, 3)
     assert isinstance(error, OSError) and worker.places.is_disk_error(error)

@@ -135,7 +135,7 @@ class Reader:
         self.ended.add(key)
 
 
-def told(running: fleet.Fleet) -> dict[str, Any]:
+def status(running: fleet.Fleet) -> dict[str, Any]:
     """The coordinator's status, which it gives even when it is late."""
     status = running.status(timeout_s=60.0)
     assert status is not None, "the coordinator does not answer"
@@ -145,7 +145,7 @@ def told(running: fleet.Fleet) -> dict[str, Any]:
 def wait_until(running: fleet.Fleet, count: str, number: int) -> None:
     """Until a count of the coordinator's status has come so far; `OSError` where it does not."""
     end = time.monotonic() + PATIENCE_S
-    while (have := told(running)[count]) < number:
+    while (have := status(running)[count]) < number:
         if time.monotonic() > end:
             raise OSError(f"{count}: {have} of {number} within {PATIENCE_S:.0f} s: this machine is too busy for this")
         time.sleep(PROBE_S)
@@ -157,7 +157,7 @@ def watch(running: fleet.Fleet, spec: Spec, seconds: float, *, probe: bool) -> L
     Where `probe`, it is asked all the while for a batch that is in memory, and the answers are timed. `OSError` where
     the machine is too busy for all this.
     """
-    after = before = told(running)
+    after = before = status(running)
     begin, takes = time.monotonic(), []
     node = ray.get_runtime_context().get_node_id()
     while (now := time.monotonic()) < begin + seconds or (
@@ -168,7 +168,7 @@ def watch(running: fleet.Fleet, spec: Spec, seconds: float, *, probe: bool) -> L
             takes.append(time.monotonic() - now)
         time.sleep(PROBE_S if probe else max(PROBE_S, begin + seconds - now))
         if time.monotonic() > begin + seconds:
-            after = told(running)
+            after = status(running)
     if after["made"] - before["made"] < MIN_MADE:
         raise OSError(
             f"{after['made'] - before['made']} simulated batches in {after['now'] - begin:.0f} s: this machine is too "

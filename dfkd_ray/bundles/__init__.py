@@ -100,7 +100,7 @@ class Teacher:
         """The kinds of the records in the bundle and of those in memory."""
         found: list[str] = []
         if self.folder is not None:
-            with told(self.folder):
+            with explained(self.folder):
                 found = (self.folder / RECORDS).names()
         return sorted({*self.records, *(kind for kind in format.KINDS if f"{kind}{ENDING}" in found)})
 
@@ -113,7 +113,7 @@ class Teacher:
             if self.folder is not None:
                 place, name = self.folder / RECORDS, f"{kind}{ENDING}"
                 where = str(place / name)
-                with told(self.folder):
+                with explained(self.folder):
                     data = content(place, name, untrusted.free_bytes() // 2)
             if data is None:
                 raise ValueError(
@@ -132,7 +132,7 @@ def teacher_hash(info: BundleInfo) -> str:
 
 
 @contextmanager
-def told(where: Where) -> Iterator[None]:
+def explained(where: Where) -> Iterator[None]:
     """Add the bundle's name and advice to an `OSError` of a remote store; a local disk's error names its file."""
     try:
         yield
@@ -161,7 +161,7 @@ def content(folder: Folder, name: str, most: int) -> bytes | None:
 
 def is_bundle(folder: Folder) -> bool:
     """Whether the folder is a bundle. `OSError` (one line) if it cannot be reached or access is denied."""
-    with told(folder):
+    with explained(folder):
         if folder.is_local:
             return untrusted.plain_file(folder.path / DESCRIPTION) is not None
         return folder.size(DESCRIPTION) is not None
@@ -174,7 +174,7 @@ def locate(name: Where) -> Folder:
     """
     shown = one_line(storage.without_secrets(str(name)), 120)
     if isinstance(name, Folder) or "://" in str(name):
-        with told(name):
+        with explained(name):
             folder = storage.folder(name)
         if is_bundle(folder):
             return folder
@@ -196,7 +196,7 @@ def read_info(where: Where) -> BundleInfo:
     """Read and check `teacher.json`."""
     folder = storage.folder(where)
     path = folder / DESCRIPTION
-    with told(folder):
+    with explained(folder):
         text = content(folder, DESCRIPTION, untrusted.MAX_JSON_BYTES)
     if text is None:
         raise ValueError(f"{path}: no such file")
@@ -245,7 +245,7 @@ def read_weights(folder: Folder, info: BundleInfo) -> dict[str, Tensor]:
         else:
             untrusted.check_size(found.st_size, largest, where)
     else:
-        with told(folder):
+        with explained(folder):
             file = content(folder, WEIGHTS, largest)
     if file is None:
         raise ValueError(f"{folder}: {WEIGHTS} is missing")
@@ -383,7 +383,7 @@ def remove_records(folder: Folder, of_others_than: str) -> None:
 def check_record_target(name: Where, kinds: Sequence[str]) -> None:
     """`ValueError` if writing records of these kinds would replace a file that is not a record."""
     folder = locate(name)
-    with told(folder):
+    with explained(folder):
         for kind in kinds:
             file = f"{kind}{ENDING}"
             targets.check_file(
@@ -395,6 +395,6 @@ def save_record(name: Where, record: Record) -> int:
     """Write a record into a bundle atomically, replacing one of the same kind; returns its size in bytes."""
     check_record_target(name, [record.info.kind])
     data, folder = format.encode(record), locate(name)
-    with told(folder):
+    with explained(folder):
         (folder / RECORDS).write(f"{record.info.kind}{ENDING}", data)
     return len(data)

@@ -55,8 +55,8 @@ def main() -> None:
         code = outcome()
         streams.flush()
         if out.trouble is not None:
-            told = errors.environment_error(out.trouble)
-            code = errors.fail(f"standard output: {told}", code or 3)
+            line = errors.environment_error(out.trouble)
+            code = errors.fail(f"standard output: {line}", code or 3)
     sys.exit(code)
 
 
@@ -70,7 +70,7 @@ def outcome() -> int:
         return 0
     except BaseException as error:  # noqa: BLE001 - nothing may leave a traceback on a terminal
         debug = bool(context and context.params.get("debug"))
-        return errors.told(error, debug, options_of(context.command, sys.argv[1:]) if context else ())
+        return errors.end(error, debug, options_of(context.command, sys.argv[1:]) if context else ())
 
 
 def options_of(command: Any, words: Sequence[str]) -> list[str]:

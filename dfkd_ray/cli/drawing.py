@@ -57,8 +57,8 @@ def table(figures: Figures, title: str, height: int, stopping: bool = False) -> 
     top = Table.grid(padding=(0, 1), expand=True)
     top.add_column(style="dim", no_wrap=True)
     top.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
-    told = {"trials": counts, "time": clock, "best": Text(shown(best)), "fleet": Text(shown(fleet))}
-    for name, what in told.items():
+    cells = {"trials": counts, "time": clock, "best": Text(shown(best)), "fleet": Text(shown(fleet))}
+    for name, what in cells.items():
         top.add_row(name, what)
 
     # The terminal's echo of Ctrl-C behind a full line would start another, which the next drawing would not clear.

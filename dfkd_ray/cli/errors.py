@@ -1,7 +1,7 @@
 """How a command ends that does not end well: short lines on standard error, and an exit code.
 
 What nobody expected ends in a line too; its traceback is kept in a file of the state folder. That is a net below the
-errors that are told where they arise: its lines say `unexpected error`, and its exit code is the environment's.
+errors that are shown where they arise: its lines say `unexpected error`, and its exit code is the environment's.
 """
 
 import errno
@@ -36,7 +36,7 @@ ADVICE = {
 }
 
 
-def told(error: BaseException, debug: bool = False, options: Sequence[str] = ()) -> int:
+def end(error: BaseException, debug: bool = False, options: Sequence[str] = ()) -> int:
     """Say in lines what has ended a command; returns its exit code. `debug` shows the traceback before them.
 
     `options` of the command, as in "--data-root": parameters that the message names are written like them.
@@ -99,7 +99,7 @@ def without_secrets(line: str) -> str:
         from dfkd_ray import storage
 
         return storage.without_secrets(line)
-    except Exception:  # noqa: BLE001 - an error is being told, out of memory perhaps: another must not hide it
+    except Exception:  # noqa: BLE001 - an error is being shown, out of memory perhaps: another must not hide it
         return line
 
 
@@ -115,7 +115,7 @@ def unexpected(error: BaseException, where: str = "") -> str:
     """One line for an error that nobody expected; its traceback is written to a file, which the line names."""
     try:
         what = " ".join(f"{type(error).__name__}: {error}".split())
-    except Exception:  # noqa: BLE001 - an error whose text raises is told by its name
+    except Exception:  # noqa: BLE001 - an error whose text raises is shown by its name
         what = type(error).__name__
     kept = keep_traceback(error)
     room = MOST_SIGNS - len(f"error: unexpected error{where}: ; {kept}")
@@ -136,7 +136,7 @@ def keep_traceback(error: BaseException) -> str:
         for old in sorted(folder.glob("*-*-*-*.txt"))[:-MOST_FILES]:
             old.unlink(missing_ok=True)
         return f"traceback: {shown(file)}"
-    except Exception as problem:  # noqa: BLE001 - the error itself is what has to be told
+    except Exception as problem:  # noqa: BLE001 - the error itself is what has to be shown
         why = getattr(problem, "strerror", None) or problem
         return f"its traceback could not be written ({shown(why)}): add --debug before the command to see it"
 
@@ -148,8 +148,8 @@ def state_folder() -> Path:
     return root / "dfkd_ray"
 
 
-def in_thread(told: Any) -> None:
+def in_thread(args: Any) -> None:
     """As `threading.excepthook`: the command goes on, the traceback is kept."""
-    if told.exc_value is not None and not issubclass(told.exc_type, SystemExit):
-        error: BaseException = told.exc_value
+    if args.exc_value is not None and not issubclass(args.exc_type, SystemExit):
+        error: BaseException = args.exc_value
         say(shortened(f"note: {unexpected(error, ' beside the command')}", MOST_SIGNS), error=True)

@@ -165,7 +165,7 @@ def load_teacher(name: str, trust_code: Sequence[str] | None, below: str | None 
     trusted = tuple(trust_code or ())
     if below is None or "://" in name:
         return bundles.load(name, trusted)
-    with bundles.told(below):
+    with bundles.explained(below):
         inner = found = storage.folder(below)
     if inner.is_local:
         inner = storage.folder(inner.path / name)

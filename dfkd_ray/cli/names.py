@@ -25,9 +25,9 @@ def name_of(values: Mapping[str, Any], differing: Sequence[str]) -> str:
 def name_from(parts: Parts) -> str:
     """The parts as one line."""
     bare = ("network", "method")
-    told = (value if name in bare else f"{name.rpartition('.')[2]} {value}" for name, value in parts.items())
+    words = (value if name in bare else f"{name.rpartition('.')[2]} {value}" for name, value in parts.items())
     # Two fields of one name and value, as the seeds of synthesis and distillation, are said once.
-    return shown(" ".join(dict.fromkeys(told)))
+    return shown(" ".join(dict.fromkeys(words)))
 
 
 def parts_of(trials: Mapping[str, TrialConfig]) -> dict[str, Parts]:
@@ -58,10 +58,10 @@ def differing_parts(parts: Mapping[str, Parts]) -> tuple[dict[str, Parts], str]:
     same = set()
     if len(parts) > 1:
         for heading in ("network", "method"):
-            told = {each[heading] for each in parts.values()}
-            if len(told) == 1:
+            values = {each[heading] for each in parts.values()}
+            if len(values) == 1:
                 same.add(heading)
-                once += told
+                once += values
     kept: dict[str, Parts] = {}
     for name, each in parts.items():
         network = each["network"]

@@ -113,19 +113,19 @@ def trials_table(rows: Any, fields: Sequence[str], width: int | None, place: obj
     columns, notes = trial_columns(rows, fields), [LEGEND]
     fitted = tables.fits(columns, 10**9 if width is None else width, tables.AS_THEY_ARE)
     if fitted is None and width is not None:
-        columns, told = tables.said_once(columns)
-        notes += told
+        columns, said = tables.said_once(columns)
+        notes += said
         fitted = tables.fits(columns, width, tables.ROOMY)
         if fitted is None:
-            columns, told = teachers_said_once(columns)
-            notes += told
+            columns, said = teachers_said_once(columns)
+            notes += said
             fitted = tables.fits(columns, width, tables.TIGHT) or tables.squeezed(columns, width)
     assert fitted
     missing = {"not shown": fitted.left_out, "shortened": fitted.cut}
-    told = [f"{how}: {', '.join(names)}" for how, names in missing.items() if names]
-    if told:
-        told.append(f"all of it: dfkd-ray results {shlex.quote(str(place))}")
-        notes.append(f"at {width} columns {'; '.join(told)}")
+    left_out = [f"{how}: {', '.join(names)}" for how, names in missing.items() if names]
+    if left_out:
+        left_out.append(f"all of it: dfkd-ray results {shlex.quote(str(place))}")
+        notes.append(f"at {width} columns {'; '.join(left_out)}")
     return tables.drawn(fitted, TITLE, width), [shown(note) for note in notes]
 
 
@@ -136,8 +136,8 @@ def trial_columns(rows: Any, fields: Sequence[str]) -> list[tables.Column]:
         named.append((name, [text_of(value) for value in rows[field]]))
     columns = []
     for name, cells in named:
-        told = tuple(shown(cell) for cell in cells)
-        columns.append(tables.Column(shown(name), told, tables.is_text(told), is_field=True))
+        texts = tuple(shown(cell) for cell in cells)
+        columns.append(tables.Column(shown(name), texts, tables.is_text(texts), is_field=True))
     statuses = [text_of(status) for status in rows["status"]]
     for heading, (name, scale, digits, rank) in MEASURED.items():
         cells = [number(value, scale, digits) for value in rows[name]]
@@ -157,8 +157,8 @@ def teachers_said_once(columns: Sequence[tables.Column]) -> tuple[list[tables.Co
     pairs = sorted({pair for pair in zip(network, teacher.cells, strict=True) if pair[1] not in ("", "-")})
     if not pairs or len(pairs) > 6 or len(dict(pairs)) < len(pairs):
         return list(columns), []
-    told = ", ".join(f"{network} {accuracy}".strip() for network, accuracy in pairs)
-    return [column for column in columns if column is not teacher], [f"accuracy of the teacher: {told}"]
+    text = ", ".join(f"{network} {accuracy}".strip() for network, accuracy in pairs)
+    return [column for column in columns if column is not teacher], [f"accuracy of the teacher: {text}"]
 
 
 def short_names(columns: Sequence[str]) -> list[str]:
@@ -191,8 +191,8 @@ def print_failures(rows: Any) -> None:
     failed = rows[rows["status"] == "failed"]
     for reason, group in failed.groupby(failed["reason"].fillna("no reason given"), sort=True):
         names = sorted(text_of(name) for name in group["trial_id"])
-        told = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        say(f"{len(names)} failed: {reason} ({told})")
+        text = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        say(f"{len(names)} failed: {reason} ({text})")
 
 
 def number(value: Any, scale: float = 1.0, digits: int = 2, group: str = "") -> str:

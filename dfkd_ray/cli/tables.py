@@ -213,13 +213,13 @@ def said_once(columns: Sequence[Column]) -> tuple[list[Column], list[str]]:
     """The columns without what the texts of a field share, and lines that say it."""
     kept, notes = [], []
     for column in columns:
-        told = sorted({cell for cell in column.cells if cell != "-"})
-        if not column.is_field or len(column.cells) < 2 or not told:
+        values = sorted({cell for cell in column.cells if cell != "-"})
+        if not column.is_field or len(column.cells) < 2 or not values:
             kept.append(column)
         elif len(set(column.cells)) == 1:
-            notes.append(f"{column.heading}: {told[0]} in all")
+            notes.append(f"{column.heading}: {values[0]} in all")
         else:
-            start, end = shared(told) if column.is_text else ("", "")
+            start, end = shared(values) if column.is_text else ("", "")
             if start or end:
                 notes.append(f"{column.heading}: {start}…{end}")
             cells = (c if c == "-" else c[len(start) : len(c) - len(end)] for c in column.cells)

@@ -76,8 +76,8 @@ def opening(material: Material) -> str:
     state, answers = state_of(material.rows["status"]), material.answers
     if answers.empty:
         return page.paragraph(f"{state} There is no result to report yet.", "lead")
-    told = lead(answers, material.own_fields)
-    items = "".join(f"<li><strong>{escape(label)}</strong> {escape(text)}</li>" for label, text in told)
+    lines = lead(answers, material.own_fields)
+    items = "".join(f"<li><strong>{escape(label)}</strong> {escape(text)}</li>" for label, text in lines)
     mixed = selecting.mixed(material.rows)
     warning = page.paragraph(f"This page has {mixed}.", "note") if mixed else ""
     note = "Of several configurations the best is the one of highest agreement with the teacher on held-out synthetic "

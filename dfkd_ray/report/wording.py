@@ -13,7 +13,7 @@ Frame = Any
 Series = Any
 MEASURES = {"accuracy": "test accuracy", "agreement": "agreement with the teacher"}
 RUNG_NAMES = {rung.name: rung.label for rung in STUDENTS}
-NUM_TOLD = 4  # networks told of in the lead
+NUM_NAMED = 4  # networks lines of in the lead
 
 
 def number(value: Any, digits: int = 2, scale: float = 1.0) -> str:
@@ -121,11 +121,11 @@ def seeds_of(nums: Series) -> str:
 def lead(answers: Frame, fields: Sequence[str]) -> list[tuple[str, str]]:
     """The answer, network by network: its label, and a sentence or two on what its best configurations lose."""
     networks = list(dict.fromkeys(answers["network"]))
-    told = [(name, sentence(answers[answers["network"] == name], fields)) for name in networks[:NUM_TOLD]]
-    rest = len(networks) - len(told)
+    lines = [(name, sentence(answers[answers["network"] == name], fields)) for name in networks[:NUM_NAMED]]
+    rest = len(networks) - len(lines)
     if rest:
-        told.append((f"{count(rest, 'more network')}:", "see the table below."))
-    return told
+        lines.append((f"{count(rest, 'more network')}:", "see the table below."))
+    return lines
 
 
 def sentence(rows: Frame, fields: Sequence[str]) -> str:

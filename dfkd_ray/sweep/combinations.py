@@ -61,7 +61,7 @@ class Faults:
         self.counts[key] = self.counts.get(key, 0) + 1
         self.values.setdefault(key, set()).add(value)
 
-    def told(self, num_points: int | None) -> list[str]:
+    def report(self, num_points: int | None) -> list[str]:
         """One line per error. `num_points`: the number of trials of a grid; None for the points of a search."""
         what = f"{self.num_trials:,} points tried" if num_points is None else f"{self.num_trials:,} trials"
         lines = []
@@ -132,7 +132,7 @@ def expanded(
                 keep(config)
             if faults.num_faults > MOST_FAULTS:
                 break
-        errors = faults.told(sweep.num_points)
+        errors = faults.report(sweep.num_points)
     else:
         fixed = flat(filled(sweep.base))
         unmatched = {i for i in unmatched if not can_match(sweep.exclude[i], sweep.search, fixed)}
@@ -148,7 +148,7 @@ def expanded(
             if not faults.lines and len(configs) < wanted:
                 number = f"search.num_trials={wanted}"
                 errors.append(f"{number}: the space has no more than {len(configs)} distinct points; lower it")
-        errors = faults.told(None) + errors + stop_errors(sweep.stop, tried)
+        errors = faults.report(None) + errors + stop_errors(sweep.stop, tried)
     complete = faults.num_faults <= MOST_FAULTS
     if not overrides and complete:  # an override may leave an entry without a match
         for index in sorted(unmatched):

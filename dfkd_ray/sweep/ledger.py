@@ -32,17 +32,17 @@ def harmless(show: Callable[P, None]) -> Callable[P, None]:
 
     Without this, Ray Tune would count an exception in a callback as a failure of the trial.
     """
-    told = False
+    logged = False
 
     def shows(*args: P.args, **kwargs: P.kwargs) -> None:
-        nonlocal told
+        nonlocal logged
         try:
             show(*args, **kwargs)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # noqa: BLE001 - SystemExit too: a display must not end a trial
-            if not told:
-                told = True
+            if not logged:
+                logged = True
                 why = one_trial.reason_of(error) if isinstance(error, Exception) else type(error).__name__
                 log.warning("what shows progress does not work, the sweep goes on: %s", why)
 
@@ -86,23 +86,23 @@ class Ledger:
         """The trial's process died too often: write a failed row."""
         self.ended(job, {"reason": DIED})
 
-    def ended(self, job: Job, told: Mapping[str, Any]) -> None:
-        """The trial ended with the result `told` of `in_worker`; without one if the sweep was stopped."""
+    def ended(self, job: Job, report: Mapping[str, Any]) -> None:
+        """The trial ended with the result `report` of `in_worker`; without one if the sweep was stopped."""
         self.running.pop(job.id, None)
-        self.seconds.add(told.get("seconds", {}))
-        if "stopped" in told:
-            self.trouble = self.trouble or str(told["stopped"])
-        elif "reason" in told:
-            self.keep(job, one_trial.Outcome(failed_row(job, told["reason"])))
-        elif "row" in told:
-            self.tell(json.loads(told["row"]))
+        self.seconds.add(report.get("seconds", {}))
+        if "stopped" in report:
+            self.trouble = self.trouble or str(report["stopped"])
+        elif "reason" in report:
+            self.keep(job, one_trial.Outcome(failed_row(job, report["reason"])))
+        elif "row" in report:
+            self.count(json.loads(report["row"]))
 
-    def cut(self, job: Job, told: Mapping[str, Any], stop: StopConfig) -> None:
-        """The trial was stopped early; `told` is its last report."""
+    def cut(self, job: Job, report: Mapping[str, Any], stop: StopConfig) -> None:
+        """The trial was stopped early; `report` is its last report."""
         self.running.pop(job.id, None)
-        self.seconds.add(told.get("seconds", {}))
-        row = reports.stopped_row(job, told, stop)
-        self.keep(job, one_trial.Outcome(row, epochs=tuple(json.loads(told["looks"]))))
+        self.seconds.add(report.get("seconds", {}))
+        row = reports.stopped_row(job, report, stop)
+        self.keep(job, one_trial.Outcome(row, epochs=tuple(json.loads(report["looks"]))))
 
     def keep(self, job: Job, outcome: one_trial.Outcome) -> None:
         """Write a row for the trial, unless its process has already written a final row. Report the row that stands."""
@@ -111,9 +111,9 @@ class Ledger:
         except (OSError, ValueError, TypeError, OverflowError, pa.ArrowException) as error:
             self.trouble = self.trouble or f"{self.place}: {in_one_line(error)}"
             return
-        self.tell(row)
+        self.count(row)
 
-    def tell(self, row: Mapping[str, Any]) -> None:
+    def count(self, row: Mapping[str, Any]) -> None:
         """Count a finished row, compact the tables now and then, and call `on_row`."""
         self.num_done += 1
         if self.num_done % COMPACT_EVERY == 0:

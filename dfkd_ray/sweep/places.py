@@ -80,8 +80,8 @@ def is_disk_error(error: BaseException) -> bool:
     """Whether an error, here or in another process's message, is one of disk or store that every trial would meet."""
     if not isinstance(error, OSError):
         return False
-    told = re.search(r"\[Errno (\d+)\]", str(error))
-    return (error.errno or (int(told[1]) if told else None)) in DISK_ERRORS
+    number = re.search(r"\[Errno (\d+)\]", str(error))
+    return (error.errno or (int(number[1]) if number else None)) in DISK_ERRORS
 
 
 def persistently(action: Callable[[], Result], is_passing: Callable[[OSError], bool] = lambda _error: True) -> Result:

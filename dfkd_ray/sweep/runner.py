@@ -249,12 +249,12 @@ def look_of(
             with ledger.seconds.spent("live view"):
                 show_status(status)
         if board and show_stages:
-            told: dict[str, tuple[str, int, int]] = {}
+            found: dict[str, tuple[str, int, int]] = {}
             with suppress(RayError, GetTimeoutError):  # while the board starts or restarts
-                told = ray.get(board.read.remote(), timeout=10.0)
+                found = ray.get(board.read.remote(), timeout=10.0)
             with ledger.seconds.spent("live view"):
                 now = dict(ledger.running)
-                show_stages({trial_id: told.get(trial_id, (stage, 0, 0)) for trial_id, stage in now.items()})
+                show_stages({trial_id: found.get(trial_id, (stage, 0, 0)) for trial_id, stage in now.items()})
 
     return look
 

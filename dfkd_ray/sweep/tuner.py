@@ -27,7 +27,7 @@ def drive(
         return stop() or ledger.trouble is not None
 
     def fit(space: dict[str, Any], **asking: Any) -> None:
-        """One run of Tune, with the callback `told`."""
+        """One run of Tune, with the callback `callback`."""
         points = [(job.id, job.config, job.teacher.hash) for job in ledger.todo]
 
         def trial(point: Mapping[str, Any]) -> None:
@@ -56,7 +56,7 @@ def drive(
                     name="tune",
                     storage_path=str(folder),
                     verbose=0,
-                    callbacks=[told],
+                    callbacks=[callback],
                     stop=_stopper(over),
                     failure_config=tune.FailureConfig(max_failures=RETRIES),
                 ),
@@ -67,7 +67,7 @@ def drive(
     for name, value in {"TUNE_DISABLE_SIGINT_HANDLER": "1", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0"}.items():
         os.environ.setdefault(name, value)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    told = _telling(ledger, asha, plan.stop)
+    callback = _callback(ledger, asha, plan.stop)
     if plan.search:
         fit({}, search_alg=optuna.searcher(plan.search, ledger.add), num_samples=ledger.total)
     else:
@@ -75,19 +75,19 @@ def drive(
     # Tune gives up at once on a trial whose reused process dies before the trial begins, as on a lost machine (a failed
     # reset of a pending trial: ray.tune's `_process_trial_failure`). Such trials have not begun: run them again here.
     for _ in range(RETRIES):
-        if told.lost and not over():
-            again, told.lost = told.lost, []
+        if callback.lost and not over():
+            again, callback.lost = callback.lost, []
             fit({"job": tune.grid_search(again)})
     if not over():
-        for index in told.lost:
+        for index in callback.lost:
             ledger.died(ledger.todo[index])
 
 
-def _telling(ledger: Ledger, asha: Any | None = None, stop: StopConfig | None = None) -> Any:
+def _callback(ledger: Ledger, asha: Any | None = None, stop: StopConfig | None = None) -> Any:
     """A Tune callback that updates the ledger; `asha.cut` says which trials were stopped early."""
     from ray import tune
 
-    class Tells(tune.Callback):
+    class Updates(tune.Callback):
         """Reports state changes of trials to the ledger."""
 
         def __init__(self, ledger: Ledger):
@@ -111,11 +111,11 @@ def _telling(ledger: Ledger, asha: Any | None = None, stop: StopConfig | None = 
 
         def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             """The trial has finished or was stopped."""
-            told = trial.last_result or {}
+            report = trial.last_result or {}
             if asha and stop and trial.trial_id in asha.cut:
-                self.ledger.cut(self.job(trial), told, stop)
+                self.ledger.cut(self.job(trial), report, stop)
             else:
-                self.ledger.ended(self.job(trial), told)
+                self.ledger.ended(self.job(trial), report)
 
         def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             """Tune has given up on the trial, with or without retries left."""
@@ -125,7 +125,7 @@ def _telling(ledger: Ledger, asha: Any | None = None, stop: StopConfig | None = 
             else:
                 self.ledger.died(self.job(trial))
 
-    return Tells(ledger)
+    return Updates(ledger)
 
 
 def _stopper(stop: Callable[[], bool]) -> Any:
