@@ -85,10 +85,28 @@ def jobs_of(data: dict[str, Any]) -> list[sweep.Job]:
 
 def costs_of(jobs: Sequence[sweep.Job]) -> dict[str, estimate.Cost]:
     """Made-up seconds of all units of these jobs."""
-    units = {estimate.trial_unit(job): estimate.Cost(0.0, 2.0, 0.1) for job in jobs}
-    for made in estimate.syntheses(jobs):
-        units[estimate.synthesis_unit(made.teacher, made.config)] = estimate.Cost(1.0, 3.0)
-    return units
+    made = {estimate.unit_of(one): estimate.Cost(4.0) for one in estimate.syntheses(jobs)}
+    return made | {estimate.unit_of(job): estimate.Cost(2.0, 0.1) for job in jobs}
+
+
+def estimated(
+    jobs: Sequence[sweep.Job],
+    costs: Mapping[str, estimate.Cost],
+    num: int,
+    kind: estimate.Kind = "CPU core",
+    num_test_images: int = 0,
+    num_cached: int = 0,
+) -> estimate.Estimate:
+    """What these trials cost on so many GPUs or cores."""
+    made = estimate.syntheses(jobs, lambda _key: num_cached)
+    tests = {job.teacher.hash: num_test_images for job in jobs}
+    return estimate.estimate(jobs, made, costs, estimate.Machine(num, kind), tests)
+
+
+def calibrated(jobs: Sequence[sweep.Job], cap_s: float) -> dict[str, estimate.Cost]:
+    """What all units of work in these trials take here, timed in about so many seconds."""
+    units = {estimate.unit_of(one): one for one in (*estimate.syntheses(jobs), *jobs)}
+    return estimate.calibrate(units, torch.device("cpu"), cap_s)
 
 
 # ---- networks and teachers -------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import yaml
 
 from dfkd_ray import __version__, bundles, devices, sweep
 from dfkd_ray.sweep import estimate, timings
-from helpers import costs_of, tiny_trial
+from helpers import costs_of, estimated, tiny_trial
 
 H200 = "NVIDIA H200, torch 2.15.0"
 SPARSITIES = {"pruning.sparsity": [0.5, 0.7, 0.9]}
@@ -22,10 +22,14 @@ def grid_jobs(teacher, grid=SPARSITIES, on_gpu=False, **base) -> list[sweep.Job]
     return sweep.prepare(settings, bundles.load, on_gpu=on_gpu).jobs
 
 
-def stored_for(jobs, kind: Any = "GPU", numerics=H200, **changes) -> timings.Figures:
+def units_of(jobs) -> dict[estimate.Unit, estimate.Work]:
+    return {estimate.unit_of(one): one for one in (*estimate.syntheses(jobs), *jobs)}
+
+
+def stored_for(jobs, kind: Any = "GPU", numerics=H200, version=__version__) -> timings.Figures:
     """Figures of made-up seconds for all units of these jobs."""
-    timed = estimate.Calibration(costs_of(jobs), 1.0, frozenset())
-    return timings.extended(None, timed, estimate.units(jobs), kind, numerics).model_copy(update=changes)
+    device = numerics.partition(", torch")[0]
+    return timings.Figures(package_version=version, kind=kind, device=device, numerics=numerics, costs=costs_of(jobs))
 
 
 def figures_in(path: Path) -> timings.Figures:
@@ -54,11 +58,10 @@ def dry(tiny_teacher, tmp_path, run_cli, monkeypatch):
 # ---- what bounds a sweep -------------------------------------------------------------------------------------------
 
 
-def costs_with(jobs, batch_s: float, step_s: float) -> dict:
-    units = {estimate.trial_unit(job): estimate.Cost(0.0, step_s, 0.0) for job in jobs}
-    for made in estimate.syntheses(jobs):
-        units[estimate.synthesis_unit(made.teacher, made.config)] = estimate.Cost(batch_s, 0.0)
-    return units
+def costs_with(jobs, batch_s: float, step_s: float) -> dict[estimate.Unit, estimate.Cost]:
+    return {
+        unit: estimate.Cost(step_s if isinstance(one, sweep.Job) else batch_s) for unit, one in units_of(jobs).items()
+    }
 
 
 def test_a_wall_time_is_that_of_all_the_work_of_a_trials_images_or_of_a_trial(tiny_teacher):
@@ -66,44 +69,46 @@ def test_a_wall_time_is_that_of_all_the_work_of_a_trials_images_or_of_a_trial(ti
     steps = jobs[0].config.distillation.num_steps
 
     def planned(num, batch_s, step_s):
-        return estimate.estimate(jobs, costs_with(jobs, batch_s, step_s), estimate.Machine(num, "GPU"))
+        return estimated(jobs, costs_with(jobs, batch_s, step_s), num, "GPU")
 
     one = planned(1, 100.0, 1.0)
     assert one.bound == "work" and one.wall_s == estimate.START_S + 11 * 100 + 3 * steps
     four = planned(4, 100.0, 1.0)
     assert four.bound == "images" and four.waits_s == 100 + 3 * 100, "one round of the reference set, three of ten"
-    assert four.wall_s == estimate.START_S + 400 + steps and four.units_h == one.units_h
+    assert four.wall_s == estimate.START_S + 400 + steps and four.synthesis_h == one.synthesis_h == 1100 / 3600
     many = planned(64, 100.0, 1.0)
-    assert many.waits_s == 200 and many.wall_s == many.floor_s == four.floor_s == estimate.START_S + 200 + steps
+    assert many.waits_s == 200 and many.wall_s == estimate.START_S + 200 + steps
     slow = planned(64, 1.0, 1000.0)
     assert slow.bound == "trial" and slow.wall_s == estimate.START_S + 2 + 1000 * steps
 
 
-def test_more_gpus_never_take_longer_and_never_less_than_the_floor(tiny_teacher):
+def test_more_gpus_never_take_longer_and_never_less_than_a_trial_with_its_images(tiny_teacher):
     jobs = grid_jobs(tiny_teacher, grid=SPARSITIES | {"bn_num_images": [24, 80]})
     costs = costs_with(jobs, 7.0, 1.0)
-    walls = [estimate.estimate(jobs, costs, estimate.Machine(num, "GPU")).wall_s for num in range(1, 40)]
+    walls = [estimated(jobs, costs, num, "GPU").wall_s for num in range(1, 40)]
     assert walls == sorted(walls, reverse=True)
-    assert walls[-1] == estimate.estimate(jobs, costs, estimate.Machine(1, "GPU")).floor_s
+    assert walls[-1] == estimate.START_S + 2 * 7.0 + jobs[0].config.distillation.num_steps
 
 
 def test_nobody_waits_for_batches_that_are_in_the_cache(tiny_teacher):
     jobs = grid_jobs(tiny_teacher)
-    cached = estimate.estimate(jobs, costs_of(jobs), estimate.Machine(64, "GPU"), None, lambda _key: 99)
-    assert cached.waits_s == 0 and cached.synthesis_s == 0 and cached.bound == "trial"
+    cached = estimated(jobs, costs_of(jobs), 64, "GPU", num_cached=99)
+    assert cached.waits_s == 0 and cached.synthesis_h == 0 and cached.bound == "trial"
 
 
 def test_units_tell_apart_what_takes_other_seconds_and_nothing_else(tiny_teacher):
     same = {"pruning.sparsity": [0.5, 0.9], "distillation.temperature": [2, 4], "synthesis.num_steps": [1, 3]}
-    assert len(estimate.units(grid_jobs(tiny_teacher, grid=same))) == 2, "of batches, and of trials"
+    assert len(units_of(grid_jobs(tiny_teacher, grid=same))) == 2, "of batches, and of trials"
     other = {
         "distillation.batch_size": [4, 8],
         "student.architecture": [None, "resnet8"],
         "synthesis.precision": ["float32"],
     }
     jobs = grid_jobs(tiny_teacher, grid=other)
-    assert len(estimate.units(jobs)) == 4 + 2
-    assert set(estimate.units(jobs)) == set(costs_of(jobs)) and set(estimate.units(jobs).values()) == {"tiny"}
+    assert len(units_of(jobs)) == 4 + 2
+    assert set(units_of(jobs)) == set(costs_of(jobs)) and {one.teacher.name for one in units_of(jobs).values()} == {
+        "tiny"
+    }
 
 
 # ---- the file ------------------------------------------------------------------------------------------------------
@@ -118,19 +123,9 @@ def test_figures_read_back_as_written_and_give_the_same_costs(tiny_teacher, tmp_
     assert timings.read(path) == written and written.costs == costs_of(jobs)
     data = json.loads(path.read_text())
     assert (data["device"], data["numerics"], data["package_version"]) == ("NVIDIA H200", H200, __version__)
-    units = [timing["unit"] for timing in data["timings"]]
-    assert {unit["work"] for unit in units} == {"synthesis", "trial"}
-    assert all(unit["teacher_hash"] == jobs[0].teacher.hash and unit["batch_size"] for unit in units)
-
-
-def test_figures_grow_by_what_is_timed_later(tiny_teacher):
-    some, more = (grid_jobs(tiny_teacher, grid={"distillation.batch_size": sizes}) for sizes in ([4], [4, 8]))
-    before = stored_for(some)
-    new = {unit: cost for unit, cost in costs_of(more).items() if unit not in before.costs}
-    timed = estimate.Calibration(new, 1.0, frozenset(new))
-    after = timings.extended(before, timed, estimate.units(more), "GPU", H200)
-    assert after.costs == costs_of(more) and after.timings[: len(before.timings)] == before.timings
-    assert [timing.scaled for timing in after.timings[len(before.timings) :]] == [True]
+    assert {unit.split()[0] for unit in data["costs"]} == {"synthesis", "trial"}
+    assert all(f" {jobs[0].teacher.hash} " in unit and " batch_size=" in unit for unit in data["costs"])
+    assert [set(cost) for cost in data["costs"].values()] == [{"step_s", "image_s", "scaled"}] * 2
 
 
 @pytest.mark.parametrize(
@@ -138,11 +133,12 @@ def test_figures_grow_by_what_is_timed_later(tiny_teacher):
     [
         (lambda data: "{", "not valid JSON"),
         (lambda data: [], "schema_version is 'list', this version reads"),
-        (lambda data: data | {"schema_version": "dfkd_ray.figures/2"}, "schema_version is 'dfkd_ray.figures/2'"),
+        (lambda data: data | {"schema_version": "dfkd_ray.figures/1"}, "schema_version is 'dfkd_ray.figures/1'"),
         (lambda data: data | {"kind": "TPU"}, "kind: input should be 'GPU' or 'CPU core'"),
         (lambda data: data | {"extra": 1}, "extra: unknown field"),
-        (lambda data: data | {"timings": [data["timings"][0] | {"step_s": -1}]}, "timings.0.step_s: "),
-        (lambda data: data | {"timings": [data["timings"][0]] * 2}, "hold a unit twice"),
+        (lambda data: data | {"costs": {"a": {"step_s": -1}}}, "costs.a.step_s: "),
+        (lambda data: data | {"costs": {"a": {"step_s": 1, "extra": 1}}}, "costs.a.extra: "),
+        (lambda data: json.dumps(data)[:-1] + ', "costs": {}}', "'costs' is given twice"),
     ],
 )
 def test_what_is_no_file_of_figures_is_refused(tiny_teacher, tmp_path, change, says):
@@ -160,12 +156,12 @@ def test_what_is_no_file_of_figures_is_refused(tiny_teacher, tmp_path, change, s
 def test_a_sweep_for_gpus_is_planned_on_a_machine_without_one(dry, tiny_teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(estimate, "calibrate", lambda *_a, **_k: pytest.fail("something was timed"))
     path = tmp_path / "h200.json"
-    timings.write(path, stored_for(grid_jobs(tiny_teacher), package_version="0.0.9"))
+    timings.write(path, stored_for(grid_jobs(tiny_teacher), version="0.0.9"))
     done = dry("--gpus", "64", "--figures", str(path))
     assert done.code == 0, done.err
     assert "3 trials, 0 already finished" in done.out and "2 distinct syntheses" in done.out
     assert "on 64 GPUs" in done.out and "GPU-hours" in done.out
-    assert "bound by: the longest trial" in done.out and "no number of GPUs makes it shorter than" in done.out
+    assert "bound by: the longest trial" in done.out
     assert f"figures of {path}, timed on {H200} by dfkd_ray 0.0.9 (this is {__version__})" in done.out
     assert not (tmp_path / "out").exists()
 
@@ -185,15 +181,15 @@ def test_timings_are_written_where_there_are_none_and_are_used_the_next_time(dry
     assert done.code == 0 and f"timings written to {path}" in done.out, done.err
     written = figures_in(path)
     assert written.kind == "CPU core" and written.numerics == devices.numerics_class(torch.device("cpu"))
-    assert len(written.timings) == 2 and all(timing.step_s > 0 for timing in written.timings)
+    assert len(written.costs) == 2 and all(cost.step_s > 0 for cost in written.costs.values())
     timed = []
     real = estimate.calibrate
     monkeypatch.setattr(estimate, "calibrate", lambda *a, **k: timed.append(real(*a, **k)) or timed[-1])
     done = dry("--figures", str(path))
     assert done.code == 0 and not timed and "bound by: " in done.out and "2 figures of " in done.out
     done = dry("--figures", str(path), grid={"distillation.batch_size": [4, 8]})
-    assert done.code == 0 and [len(calibration.costs) for calibration in timed] == [1], "what was lacking, and no more"
-    assert len(figures_in(path).timings) == 3 and figures_in(path).timings[:2] == written.timings
+    assert done.code == 0 and [len(costs) for costs in timed] == [1], "what was lacking, and no more"
+    assert len(figures_in(path).costs) == 3 and figures_in(path).costs == written.costs | timed[0]
 
 
 def test_what_figures_cannot_say_is_one_line_with_what_to_do(dry, tiny_teacher, tmp_path):
@@ -207,7 +203,7 @@ def test_what_figures_cannot_say_is_one_line_with_what_to_do(dry, tiny_teacher, 
         (("--figures", str(path)), "--figures are of a GPU (NVIDIA H200): say how many to plan for", SPARSITIES),
         (("--figures", str(path), "--gpus", "0"), "say how many to plan for, as in --gpus 8", SPARSITIES),
         (("--figures", str(cpu), "--gpus", "4"), "these --figures are of CPU cores (x86_64 AVX2)", SPARSITIES),
-        (("--figures", str(path), "--gpus", "4"), "lacks 5 of 6 units of work: trial with tiny (batch_size 2", lacking),
+        (("--figures", str(path), "--gpus", "4"), "lacks 5 of 6 units of work: trial with tiny (batch_size=2", lacking),
         (("--figures", str(cpu)), "run this dry run with it on a machine of its kind (x86_64 AVX2", lacking),
     ):
         done = dry(*words, grid=grid)

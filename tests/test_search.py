@@ -15,7 +15,7 @@ import yaml
 from dfkd_ray import bundles, results, storage, sweep, trial
 from dfkd_ray.distillation import State
 from dfkd_ray.sweep import asha, estimate, optuna, reports, search
-from helpers import TINY_NOISE, TINY_TRIAL, costs_of, tiny_trial
+from helpers import TINY_NOISE, TINY_TRIAL, calibrated, costs_of, estimated, tiny_trial
 
 LOOKS = {"distillation.num_steps": 6, "distillation.eval_every": 1}
 SPACE = {
@@ -437,28 +437,28 @@ def test_the_keys_and_batches_of_an_estimate_are_those_of_a_real_run(tiny_teache
 
 def test_an_estimate_adds_up(tiny_teacher):
     jobs = grid_jobs(tiny_teacher, grid={"pruning.sparsity": [0.5, 0.7, 0.9]})
-    one = estimate.estimate(jobs, costs_of(jobs), estimate.Machine(1, "CPU core"))
+    costs = costs_of(jobs)
+    one = estimated(jobs, costs, 1)
     images = 8 * (3 + 7) + 8 + 8  # reference: teacher, two rungs and seven looks; pool; BatchNorm
-    assert one.synthesis_s == 2 * (1 + 3) and one.trials_s == pytest.approx(3 * (6 * 2.0 + 0.1 * images))
-    assert one.units_h * 3600 == pytest.approx(one.synthesis_s + one.trials_s)
-    assert one.unshared_units_h * 3600 == pytest.approx(3 * one.synthesis_s + one.trials_s)
-    assert one.wall_s == pytest.approx(estimate.START_S + one.synthesis_s + one.trials_s)
-    many = estimate.estimate(jobs, costs_of(jobs), estimate.Machine(1000, "GPU"))
-    assert many.units_h == pytest.approx(one.units_h)
-    assert many.wall_s == pytest.approx(estimate.START_S + one.synthesis_s + one.trials_s / 3), "no sooner than a trial"
-    tested = estimate.estimate(jobs, costs_of(jobs), estimate.Machine(1, "CPU core"), {jobs[0].teacher.hash: 100})
-    assert tested.trials_s == pytest.approx(one.trials_s + 3 * 3 * 100 * 0.1)
-    cached = estimate.estimate(jobs, costs_of(jobs), estimate.Machine(1, "CPU core"), None, lambda key: 9)
-    assert cached.synthesis_s == 0 and cached.trials_s == one.trials_s
-    assert estimate.estimate([], {}, estimate.Machine(1, "GPU")).wall_s == 0
+    synthesis_s, trials_s = 2 * 4.0, 3 * (6 * 2.0 + 0.1 * images)
+    assert one.synthesis_h * 3600 == pytest.approx(synthesis_s) and one.trials_h * 3600 == pytest.approx(trials_s)
+    assert one.unshared_h * 3600 == pytest.approx(3 * synthesis_s)
+    assert one.wall_s == pytest.approx(estimate.START_S + synthesis_s + trials_s)
+    many = estimated(jobs, costs, 1000, "GPU")
+    assert (many.synthesis_h, many.trials_h) == (one.synthesis_h, one.trials_h)
+    assert many.wall_s == pytest.approx(estimate.START_S + synthesis_s + trials_s / 3), "no sooner than a trial"
+    tested = estimated(jobs, costs, 1, num_test_images=100)
+    assert tested.trials_h * 3600 == pytest.approx(trials_s + 3 * 3 * 100 * 0.1)
+    cached = estimated(jobs, costs, 1, num_cached=9)
+    assert cached.synthesis_h == 0 and cached.trials_h == one.trials_h and cached.unshared_h == one.unshared_h
 
 
 def test_calibration_times_every_unit_once_and_keeps_its_cap(tiny_teacher):
     jobs = grid_jobs(tiny_teacher, grid={"pruning.sparsity": [0.5, 0.9], "distillation.batch_size": [4, 8]})
-    calibration = estimate.calibrate(jobs, cap_s=1.0)
-    assert set(calibration.costs) == set(costs_of(jobs)) and len(calibration.costs) == 3
-    assert all(cost.step_s > 0 for cost in calibration.costs.values())
-    assert estimate.estimate(jobs, calibration.costs, estimate.Machine(2, "CPU core")).units_h > 0
+    costs = calibrated(jobs, cap_s=1.0)
+    assert set(costs) == set(costs_of(jobs)) and len(costs) == 3
+    assert all(cost.step_s > 0 for cost in costs.values())
+    assert estimated(jobs, costs, 2).trials_h > 0
 
 
 @pytest.mark.parametrize("overhead", [0.0, 0.004])
@@ -472,11 +472,26 @@ def test_work_that_cannot_be_afforded_is_timed_on_fewer_images_and_scaled(overhe
 
         return run
 
-    for batch_size, share_s in ((8, 1.0), (256, 10.0), (1024, 2.0), (4096, 0.1)):
+    for batch_size, share_s in ((1, 1.0), (8, 1.0), (256, 10.0), (1024, 2.0), (4096, 0.1)):
         clock.now = 0.0
-        cost, scaled = estimate.per_step(work, batch_size, share_s)
-        assert scaled == (batch_size > 256) and clock.now < share_s + 0.3
-        assert cost.step_s == pytest.approx(overhead + 0.001 * batch_size, rel=0.01 if not scaled else 1.3)
+        cost = estimate.per_step(work, batch_size, share_s)
+        assert cost.scaled == (batch_size > 256) and clock.now < share_s + 0.3
+        rel = 0.01 if not cost.scaled else 1.3
+        assert cost.step_s == pytest.approx(overhead + 0.001 * batch_size, rel=rel)
+
+
+def test_a_batch_that_waits_for_the_device_and_not_for_images_is_not_taken_to_grow_with_them(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(estimate.time, "perf_counter", lambda: clock.now)
+
+    def work(steps, _batch_size):
+        def run():
+            clock.now += 0.1 * steps
+
+        return run
+
+    cost = estimate.per_step(work, 256, 0.5)
+    assert cost.step_s == pytest.approx(0.1) and clock.now < 1.2
 
 
 def test_a_dry_run_says_what_will_be_run_and_starts_nothing(tiny_teacher, tmp_path, run_cli, monkeypatch):

@@ -26,7 +26,7 @@ from dfkd_ray.data import LabelledImages
 from dfkd_ray.models import without_batchnorm
 from dfkd_ray.sweep import estimate
 from dfkd_ray.sweep.combinations import applies
-from helpers import TINY_NOISE, tiny_trial
+from helpers import TINY_NOISE, calibrated, estimated, tiny_trial
 
 SHAPES = {
     "hinton_1200": (1, 28, 28),
@@ -415,6 +415,5 @@ def test_estimates_count_a_reference_of_noise_as_a_synthesis(teacher, teacher_fo
         ("reference", "noise", 1),
         ("train", "noise", 2),
     ]
-    calibration = estimate.calibrate(jobs, cap_s=1.0)
-    whole = estimate.estimate(jobs, calibration.costs, estimate.Machine(1, "CPU core"))
-    assert whole.trials_s > 0 and whole.wall_s > 0
+    whole = estimated(jobs, calibrated(jobs, cap_s=1.0), 1)
+    assert whole.trials_h > 0 and whole.wall_s > 0

@@ -1,6 +1,7 @@
 """`dfkd-ray schema`, and what `dfkd-ray sweep --dry-run` says."""
 
 import json
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,8 +51,8 @@ def dry_run(
 
     jobs = [job for job in plan.likely_jobs(len(done)) if job.id not in done]
     machine = machine_of(gpus, not jobs or any(job.config.device != "cpu" for job in jobs), stored)
-    on_gpu = machine.kind == "GPU" and torch.cuda.is_available()
-    here = devices.numerics_class(torch.device("cuda" if on_gpu else "cpu"))
+    device = torch.device("cuda" if machine.kind == "GPU" and torch.cuda.is_available() else "cpu")
+    here = devices.numerics_class(device)
     numerics = stored.numerics if stored else here
 
     def num_cached(key: str) -> int:
@@ -62,30 +63,32 @@ def dry_run(
     print_syntheses(made)
     if not jobs:
         return
-    names = estimates.units(jobs)
-    costs = stored.costs if stored else {}
-    missing = [unit for unit in names if unit not in costs]
-    num_scaled = sum(t.scaled and estimates.unit_text(t.unit) in names for t in stored.timings) if stored else 0
-    if len(missing) < len(names) and stored:
+    units = {estimates.unit_of(one): one for one in (*made, *jobs)}
+    costs = dict(stored.costs) if stored else {}
+    missing = {unit: one for unit, one in units.items() if unit not in costs}
+    how = []
+    if stored and len(missing) < len(units):
         version = "" if stored.package_version == __version__ else f" (this is {__version__})"
         by = f"by dfkd_ray {stored.package_version}{version}"
-        how = [f"{len(names) - len(missing)} figures of {path}, timed on {numerics} {by}"]
-    else:
-        how = []
+        how.append(f"{len(units) - len(missing)} figures of {path}, timed on {numerics} {by}")
     if missing:
         if path and stored and here != numerics:
-            raise timings.lack(path, stored, missing, names, here)
+            raise timings.lack(path, stored, missing, len(units), here)
         say(f"timing a few steps of each kind on this machine, about {estimates.CAP_S:.0f} s …")
-        timed = estimates.calibrate(jobs, trust_code, known=costs, cpu_only=machine.kind == "CPU core")
-        costs |= timed.costs
-        num_scaled += len(timed.scaled)
-        how.append(f"{len(timed.costs)} timings in {timed.wall_s:.0f} s on {here}, on a machine as busy as it is now")
+        start = time.perf_counter()
+        costs |= estimates.calibrate(missing, device, estimates.CAP_S, trust_code)
+        wall_s = time.perf_counter() - start
+        how.append(f"{len(missing)} timings in {wall_s:.0f} s on {here}, on a machine as busy as it is now")
         if path:
-            timings.write(path, timings.extended(stored, timed, names, machine.kind, here))
+            model = here.rpartition(", torch ")[0]
+            own = timings.Figures(
+                package_version=__version__, kind=machine.kind, device=model, numerics=here, costs=costs
+            )
+            timings.write(path, own)
             say(f"timings written to {path}")
-    if num_scaled:
+    if num_scaled := sum(costs[unit].scaled for unit in units):
         how.append(f"{num_scaled} of them on fewer images, and scaled")
-    print_estimate(estimates.estimate(jobs, costs, machine, num_test_images, num_cached), how, machine)
+    print_estimate(estimates.estimate(jobs, made, costs, machine, num_test_images), how, machine)
     if plan.search:
         say("Optuna chooses its points as it goes: random points of the same space stand for them here")
     if plan.stop:
@@ -125,23 +128,19 @@ def machine_of(gpus: int | None, may_use_gpu: bool, stored: "Figures | None" = N
 
 def print_syntheses(made: "Sequence[Synthesis]") -> None:
     """The distinct syntheses, one a line."""
-    total, cached = sum(s.num_batches for s in made), sum(s.num_batches - s.num_to_make for s in made)
+    total, cached = sum(one.num_batches for one in made), sum(one.num_cached for one in made)
     say(f"{len(made)} distinct syntheses, {total} batches ({cached} of them in the cache):")
-    for synthesis in made:
-        like = [other.config for other in made if (other.domain, other.config.method) == kind_of(synthesis)]
-        config = synthesis.config.model_dump(mode="json")
+    for one in made:
+        kind = (one.domain, one.config.method)
+        like = [other.config for other in made if (other.domain, other.config.method) == kind]
+        config = one.config.model_dump(mode="json")
         differing = [name for name in config if len({str(getattr(other, name)) for other in like}) > 1]
-        what = "reference set" if synthesis.domain == "reference" else synthesis.config.method
+        what = "reference set" if one.domain == "reference" else one.config.method
         told = "".join(f", {name} {config[name]}" for name in differing if not follows(name))
         say(
-            f"  {synthesis.key[:12]}  {Path(synthesis.teacher.name).name}, {what}{told}: "
-            f"{synthesis.num_batches} x {synthesis.config.batch_size} images for {synthesis.num_users} trials"
+            f"  {one.key[:12]}  {Path(one.teacher.name).name}, {what}{told}: "
+            f"{one.num_batches} x {one.config.batch_size} images for {one.num_users} trials"
         )
-
-
-def kind_of(synthesis: "Synthesis") -> tuple[str, str]:
-    """What syntheses are compared within."""
-    return synthesis.domain, synthesis.config.method
 
 
 def print_estimate(estimate: "Estimate", how: "Sequence[str]", machine: "Machine") -> None:
@@ -149,11 +148,11 @@ def print_estimate(estimate: "Estimate", how: "Sequence[str]", machine: "Machine
     from dfkd_ray.sweep.estimate import START_S
 
     spread = f"{machine.num} {machine.kind}{'s' if machine.num != 1 else ''}"
-    share = 100 * estimate.synthesis_s / max(estimate.synthesis_s + estimate.trials_s, 1e-9)
+    hours, alone = (made_h + estimate.trials_h for made_h in (estimate.synthesis_h, estimate.unshared_h))
+    share = 100 * estimate.synthesis_h / max(hours, 1e-9)
     say(
-        f"estimated: {duration(estimate.wall_s)} on {spread}, {estimate.units_h:.3g} {machine.kind}-hours "
-        f"({share:.0f} % synthesis, {100 - share:.0f} % trials); {estimate.unshared_units_h:.3g} if every trial made "
-        "its own images"
+        f"estimated: {duration(estimate.wall_s)} on {spread}, {hours:.3g} {machine.kind}-hours "
+        f"({share:.0f} % synthesis, {100 - share:.0f} % trials); {alone:.3g} if every trial made its own images"
     )
     waits, longest = duration(estimate.waits_s), duration(estimate.longest_s)
     bounds = {
@@ -161,10 +160,7 @@ def print_estimate(estimate: "Estimate", how: "Sequence[str]", machine: "Machine
         "images": f"one trial's wait of {waits} for the last batch that it needs, and then its own {longest}",
         "trial": f"the longest trial: {longest}, after {waits} until the last batch that it needs",
     }
-    say(
-        f"bound by: {bounds[estimate.bound]} (and {START_S:.0f} s to start); no number of {machine.kind}s makes it "
-        f"shorter than {duration(estimate.floor_s)}"
-    )
+    say(f"bound by: {bounds[estimate.bound]} (and {START_S:.0f} s to start)")
     say(
         f"how: {'; '.join(how)}; one worker at a time: workers that slow each other down, and torch.compile, are not "
         "in it"

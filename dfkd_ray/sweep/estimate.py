@@ -5,13 +5,14 @@
 
 import json
 import time
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from dfkd_ray import devices, distillation, evaluation, synthesis, trial
 from dfkd_ray.bundles import Teacher
@@ -21,27 +22,44 @@ from dfkd_ray.sweep.jobs import Job
 
 START_S = 15.0  # Ray, the fleet and the first trial's process; measured on two cores
 CAP_S = 20.0
-SMALL = 8  # images of a first timing, which says whether the configured batch size can be afforded
+SMALL = 2  # images of a first timing
 MOST_STEPS = 8
-Unit = str  # canonical JSON of what decides how long a piece of work takes: `unit_text`
+Unit = str  # what decides how long a piece of work takes, as text: `unit_of`
+Kind = Literal["GPU", "CPU core"]
+Seconds = Annotated[float, Field(ge=0)]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of a step, one worker on its own; of a trial also those of an image once through a network.
+
+    A batch of a method without steps is one step. `scaled`: timed on fewer images than the batch size, and scaled.
+    """
+
+    step_s: Seconds
+    image_s: Seconds = 0.0
+    scaled: bool = False
 
 
 @dataclass(frozen=True)
 class Synthesis:
-    """One distinct synthesis of a sweep: its key, and how many batches the trials want of it together."""
+    """One distinct synthesis: its key, how many batches of it so many trials want, and how many of these are cached."""
 
     key: str
     domain: str
     teacher: Teacher
     config: Any
     num_batches: int
-    num_users: int
+    num_users: int = 0
     num_cached: int = 0
 
-    @property
-    def num_to_make(self) -> int:
-        """Batches that are not in the cache yet."""
-        return max(0, self.num_batches - self.num_cached)
+    def batch_s(self, costs: "Costs") -> float:
+        """Seconds of a batch."""
+        return costs[unit_of(self)].step_s * getattr(self.config, "num_steps", 1)
+
+
+Costs = Mapping[Unit, Cost]
+Work = Job | Synthesis
 
 
 @dataclass(frozen=True)
@@ -49,300 +67,176 @@ class Machine:
     """What the work is spread over: `num` GPUs, or CPU cores."""
 
     num: int
-    kind: Literal["GPU", "CPU core"]
+    kind: Kind
 
-    def share(self, num_threads: int) -> float:
-        """How much of the machine's units one piece of work takes."""
-        return 1.0 if self.kind == "GPU" else float(min(num_threads, self.num))
-
-    def workers(self, num_threads: int) -> int:
-        """How many such pieces run at once."""
-        return max(1, int(self.num / self.share(num_threads)))
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Seconds of a batch's or a trial's fixed part, of a step, and of an image through the network."""
-
-    fixed_s: float = 0.0
-    step_s: float = 0.0
-    image_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Costs by unit of work, and how they were got."""
-
-    costs: Mapping[Unit, Cost]
-    wall_s: float
-    scaled: frozenset[Unit]  # units too slow for the configured batch size: timed on fewer images, and scaled
+    def share(self, config: Any) -> int:
+        """How many of them one piece of work takes: a whole GPU, or a core for each thread."""
+        return 1 if self.kind == "GPU" else min(getattr(config, "num_threads", 1), self.num)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a sweep costs. Seconds of work are those of one worker on its own; `units_h` is GPU- or core-hours."""
+    """What a sweep costs, in GPU- or core-hours, and how long it takes, in seconds."""
 
-    synthesis_s: float
-    trials_s: float
-    units_h: float
-    unshared_units_h: float  # were every trial to make its own images
-    spread_s: float  # all the work, spread evenly over the machine
+    synthesis_h: float
+    trials_h: float
+    unshared_h: float  # of synthesis, were every trial to make its own images
+    wall_s: float
+    bound: Literal["work", "images", "trial"]  # all the work; one trial, more than half of it its wait; one trial
     waits_s: float  # of the trial that ends last on a machine of its own: until the last batch that it needs,
     longest_s: float  # and from there to its end
-    floor_s: float  # that trial's end on a machine without bounds
 
-    @property
-    def wall_s(self) -> float:
-        """Seconds from start to end."""
-        return START_S + max(self.spread_s, self.waits_s + self.longest_s) if self.floor_s else 0.0
 
-    @property
-    def bound(self) -> Literal["work", "images", "trial"]:
-        """What decides `wall_s`: all the work; or one trial, the greater part of it its wait for images, or itself."""
-        if self.spread_s >= self.waits_s + self.longest_s:
-            return "work"
-        return "images" if self.waits_s > self.longest_s else "trial"
+def wanted(job: Job) -> Iterator[Synthesis]:
+    """What a trial has synthesised, as `trial.steps` asks for it; the cache is not looked into."""
+    config, teacher = job.config, job.teacher
+    sets: dict[str, tuple[Any, int]] = {"reference": (config.reference.synthesis, config.reference.num_images)}
+    if METHODS[config.synthesis.method].is_data_free:
+        sets["train"] = (config.synthesis, max(config.distillation.num_images, config.bn_num_images))
+    for domain, (own, num_images) in sets.items():
+        key, num_batches = synthesis_key(teacher.hash, own, domain), -(-num_images // own.batch_size)
+        yield Synthesis(key, domain, teacher, own, num_batches)
 
 
 def syntheses(jobs: Iterable[Job], num_cached: Callable[[str], int] = lambda _key: 0) -> list[Synthesis]:
     """Every distinct synthesis that these trials read, reference sets included; real images are none."""
     found: dict[str, Synthesis] = {}
     for job in jobs:
-        for domain, config, num_images in wanted(job):
-            key = synthesis_key(job.teacher.hash, config, domain)
-            num_batches = -(-num_images // config.batch_size)
-            before = found.get(key)
-            users = 1 + (before.num_users if before else 0)
-            num_batches = max(num_batches, before.num_batches if before else 0)
-            cached = before.num_cached if before else num_cached(key)
-            found[key] = Synthesis(key, domain, job.teacher, config, num_batches, users, cached)
-    return list(found.values())
+        for own in wanted(job):
+            before = found.get(own.key, own)
+            most = max(own.num_batches, before.num_batches)
+            found[own.key] = replace(before, num_batches=most, num_users=before.num_users + 1)
+    return [replace(made, num_cached=min(made.num_batches, num_cached(key))) for key, made in found.items()]
 
 
-def wanted(job: Job) -> list[tuple[str, Any, int]]:
-    """(domain, config, images) of what a trial has synthesised, as `trial.steps` asks for it."""
-    config = job.config
-    needs: list[tuple[str, Any, int]] = [("reference", config.reference.synthesis, config.reference.num_images)]
-    if METHODS[config.synthesis.method].is_data_free:
-        needs.append(("train", config.synthesis, max(config.distillation.num_images, config.bn_num_images)))
-    return needs
+def unit_of(one: Work) -> Unit:
+    """What decides how long a step of a trial or a batch takes: the same text in every process and in files."""
+    config: Any = one.config
+    if isinstance(one, Synthesis):
+        names = {"method", "batch_size", "num_threads", "storage", *METHODS[config.method].cost_fields}
+        work, fields = "synthesis", config.model_dump(mode="json", include=names)
+    else:
+        kd, names = config.distillation, {"precision", "batch_size", "num_threads", "fast"}
+        work, fields = "trial", kd.model_dump(mode="json", include=names) | config.student.model_dump(mode="json")
+        fields |= {"device": config.device, "features": kd.feature_weight > 0}
+    texts = (f"{name}={json.dumps(value, sort_keys=True)}" for name, value in fields.items())
+    return " ".join((work, one.teacher.hash, *texts))
 
 
-def unit_text(unit: Mapping[str, Any]) -> Unit:
-    """The same text for the same unit, in every process and in files. A field that is null is as none."""
-    return json.dumps({name: value for name, value in unit.items() if value is not None}, sort_keys=True)
-
-
-def units(jobs: Iterable[Job]) -> dict[Unit, str]:
-    """Every distinct unit of work in these trials, with its teacher's name."""
-    found: dict[Unit, str] = {}
-    for job in jobs:
-        for _, config, _ in wanted(job):
-            found.setdefault(synthesis_unit(job.teacher, config), job.teacher.name)
-        found.setdefault(trial_unit(job), job.teacher.name)
-    return found
-
-
-def synthesis_unit(teacher: Teacher, config: Any) -> Unit:
-    """What decides how long a batch takes, but for its number of steps."""
-    fields = ("method", "batch_size", "num_threads", "storage", *METHODS[config.method].cost_fields)
-    given = {name: getattr(config, name, None) for name in fields}
-    return unit_text({"work": "synthesis", "teacher_hash": teacher.hash, **given})
-
-
-def trial_unit(job: Job) -> Unit:
-    """What decides how long a distillation step takes: teacher, student, precision, batch size and threads."""
-    config, kd = job.config, job.config.distillation
-    given = {name: getattr(kd, name) for name in ("precision", "batch_size", "num_threads", "fast")}
-    given |= {"features": kd.feature_weight > 0, "device": config.device}
-    return unit_text(
-        {"work": "trial", "teacher_hash": job.teacher.hash, **config.student.model_dump(mode="json"), **given}
-    )
-
-
-def num_steps(config: Any) -> int:
-    """Optimiser steps of a batch."""
-    return getattr(config, "num_steps", 0)
-
-
-def num_forward(job: Job, num_test_images: int) -> int:
-    """Images that go through a network once in a trial, beside the distillation steps."""
-    config, kd = job.config, job.config.distillation
+def trial_s(job: Job, costs: Costs, num_test_images: int) -> float:
+    """Seconds of a trial: its distillation steps, and images that go through a network once beside them."""
+    config, kd, cost = job.config, job.config.distillation, costs[unit_of(job)]
     looks = 1 + -(-kd.num_steps // kd.eval_every)
     rungs = 3 * num_test_images  # pruned, BatchNorm re-estimated, recovered; the teacher's is known after the first
     # The reference set: the teacher's answers, two rungs and the looks. The pool: teacher's answers, re-estimation.
-    return rungs + (3 + looks) * config.reference.num_images + kd.num_images + config.bn_num_images
+    num_images = rungs + (3 + looks) * config.reference.num_images + kd.num_images + config.bn_num_images
+    return kd.num_steps * cost.step_s + num_images * cost.image_s
 
 
 def estimate(
-    jobs: Sequence[Job],
-    costs: Mapping[Unit, Cost],
-    machine: Machine,
-    num_test_images: Mapping[str, int] | None = None,
-    num_cached: Callable[[str], int] = lambda _key: 0,
+    jobs: Sequence[Job], made: Sequence[Synthesis], costs: Costs, machine: Machine, num_test_images: Mapping[str, int]
 ) -> Estimate:
-    """Time and GPU- or core-hours of these trials, every distinct synthesis made once.
+    """What at least one trial costs, `made` being its `syntheses`, with so many test images by the teacher's hash.
 
-    `num_test_images` is by the teacher's hash. The work is taken to spread evenly over the machine, but no trial ends
-    before the batches of its reference set and then of its own images are made, over all of the machine, and then
-    itself has run.
+    The work is taken to spread evenly over the machine, but no trial ends before the batches of its reference set and
+    then of its own images are made, over all of the machine, and then itself has run.
     """
-    tests = num_test_images or {}
-    synthesis_s = trials_s = units_s = 0.0
-
-    def batch_s(teacher: Teacher, config: Any) -> float:
-        cost = costs[synthesis_unit(teacher, config)]
-        return cost.fixed_s + num_steps(config) * cost.step_s
-
-    cached: dict[str, int] = {}
-    for made in syntheses(jobs, num_cached):
-        seconds = made.num_to_make * batch_s(made.teacher, made.config)
-        synthesis_s += seconds
-        units_s += seconds * machine.share(getattr(made.config, "num_threads", 1))
-        cached[made.key] = made.num_cached
-    unshared_s = floor_s = 0.0
-    longest = (0.0, 0.0, 0.0)  # wait and trial, wait, trial
+    cached = {one.key: one.num_cached for one in made}
+    to_make = ((one.num_batches - one.num_cached) * one.batch_s(costs) * machine.share(one.config) for one in made)
+    synthesis_s, trials_s, unshared_s = sum(to_make), 0.0, 0.0
+    ends = []
     for job in jobs:
-        cost, kd = costs[trial_unit(job)], job.config.distillation
-        num_images = num_forward(job, tests.get(job.teacher.hash, 0))
-        seconds = cost.fixed_s + kd.num_steps * cost.step_s + num_images * cost.image_s
-        trials_s += seconds
-        units_s += seconds * machine.share(kd.num_threads)
-        unshared_s += seconds * machine.share(kd.num_threads)
-        waits_s = least_s = 0.0
-        for domain, config, images in wanted(job):
-            one_s, num_batches = batch_s(job.teacher, config), -(-images // config.batch_size)
-            threads = getattr(config, "num_threads", 1)
-            unshared_s += num_batches * one_s * machine.share(threads)
-            left = max(0, num_batches - cached[synthesis_key(job.teacher.hash, config, domain)])
-            waits_s += -(-left // machine.workers(threads)) * one_s
-            least_s += one_s if left else 0.0
-        longest = max(longest, (waits_s + seconds, waits_s, seconds))
-        floor_s = max(floor_s, least_s + seconds)
-    return Estimate(
-        synthesis_s=synthesis_s,
-        trials_s=trials_s,
-        units_h=units_s / 3600,
-        unshared_units_h=unshared_s / 3600,
-        spread_s=units_s / machine.num,
-        waits_s=longest[1],
-        longest_s=longest[2],
-        floor_s=START_S + floor_s if jobs else 0.0,
-    )
+        own_s, waits_s = trial_s(job, costs, num_test_images.get(job.teacher.hash, 0)), 0.0
+        trials_s += own_s * machine.share(job.config.distillation)
+        for one in wanted(job):
+            batch_s, share = one.batch_s(costs), machine.share(one.config)
+            unshared_s += one.num_batches * batch_s * share
+            waits_s += -(-max(0, one.num_batches - cached[one.key]) // (machine.num // share)) * batch_s
+        ends.append((waits_s + own_s, waits_s, own_s))
+    last_s, waits_s, own_s = max(ends)
+    spread_s = (synthesis_s + trials_s) / machine.num
+    bound = "work" if spread_s >= last_s else "images" if waits_s > own_s else "trial"
+    wall_s = START_S + max(spread_s, last_s)
+    return Estimate(synthesis_s / 3600, trials_s / 3600, unshared_s / 3600, wall_s, bound, waits_s, own_s)
 
 
 def calibrate(
-    jobs: Sequence[Job],
-    trust_code: Sequence[str] = (),
-    cap_s: float = CAP_S,
-    *,
-    known: Container[Unit] = (),
-    cpu_only: bool = False,
-) -> Calibration:
-    """Time every distinct unit of work in these trials on this machine, in about `cap_s` seconds altogether.
-
-    Work that would take longer at the configured batch size is timed on fewer images, and scaled. Units that are
-    `known` are left out; `cpu_only` times on the CPU what a GPU here would do.
-    """
-    start = time.perf_counter()
-    timed: dict[Unit, Callable[[float], tuple[Cost, bool]]] = {}
-    for job in jobs:
-        device = torch.device("cpu") if cpu_only else devices.resolve(job.config.device)
-        for _, config, _ in wanted(job):
-            unit = synthesis_unit(job.teacher, config)
-            timed.setdefault(unit, lambda s, t=job.teacher, c=config, d=device: synthesis_cost(t, c, d, s))
-        timed.setdefault(trial_unit(job), lambda s, j=job, d=device: trial_cost(j, d, trust_code, s))
-    timed = {unit: measure for unit, measure in timed.items() if unit not in known}
+    todo: Mapping[Unit, Work], device: torch.device, cap_s: float, trust_code: Sequence[str] = ()
+) -> dict[Unit, Cost]:
+    """Time these units of work on a device of this machine, in about `cap_s` seconds altogether."""
+    end = time.perf_counter() + cap_s
     costs: dict[Unit, Cost] = {}
-    scaled: set[Unit] = set()
-    for position, (unit, measure) in enumerate(timed.items()):
-        left = max(0.0, cap_s - (time.perf_counter() - start))
-        costs[unit], was_scaled = measure(left / (len(timed) - position))
-        scaled |= {unit} if was_scaled else set()
-    return Calibration(costs, time.perf_counter() - start, frozenset(scaled))
+    for unit, one in todo.items():
+        share_s = (end - time.perf_counter()) / (len(todo) - len(costs))
+        if isinstance(one, Synthesis):
+            costs[unit] = synthesis_cost(one, device, share_s)
+        else:
+            own = torch.device("cpu") if one.config.device == "cpu" else device
+            costs[unit] = trial_cost(one, own, trust_code, share_s)
+    return costs
 
 
-def synthesis_cost(teacher: Teacher, config: Any, device: torch.device, share_s: float) -> tuple[Cost, bool]:
-    """Cost of a batch; without torch.compile, whose own seconds would be all that is seen of it."""
+def synthesis_cost(one: Synthesis, device: torch.device, share_s: float) -> Cost:
+    """Cost of a batch's steps; without torch.compile, whose own seconds would be all that is seen of it."""
 
     def ready(steps: int, batch_size: int) -> Callable[[], Any]:
         changes = {"num_steps": steps, "batch_size": batch_size, "compile": False}
-        changes = {name: value for name, value in changes.items() if hasattr(config, name)}
-        make = synthesis.source(teacher, config.model_copy(update=changes), device)[1]
-        return lambda: make(0)
+        changes = {name: value for name, value in changes.items() if hasattr(one.config, name)}
+        make = synthesis.source(one.teacher, one.config.model_copy(update=changes), device)[1]
+        return lambda: [make(index) for index in range(1 if "num_steps" in changes else steps)]
 
-    return per_step(ready, config.batch_size, share_s)
+    return per_step(ready, one.config.batch_size, share_s)
 
 
-def trial_cost(job: Job, device: torch.device, trust_code: Sequence[str], share_s: float) -> tuple[Cost, bool]:
+def trial_cost(job: Job, device: torch.device, trust_code: Sequence[str], share_s: float) -> Cost:
     """Cost of a trial's steps and of images through its network."""
-    config, kd = job.config, job.config.distillation
+    kd = job.config.distillation
     runtime = devices.Runtime(device, job.teacher.info.space, kd.precision, kd.num_threads, kd.fast)
     network = trial.on_device(job.teacher.network, device)
-    draws = np.random.default_rng(0)
-
-    def images(num: int) -> np.ndarray:
-        return draws.integers(0, 256, (num, *job.teacher.info.image_shape), dtype=np.uint8)
+    shape = (max(kd.batch_size, evaluation.EVALUATION_BATCH), *job.teacher.info.image_shape)
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
     def ready_steps(steps: int, batch_size: int) -> Callable[[], Any]:
-        student = trial.starting_student(config, job.teacher, device, trust_code)
-        masks = pruning.masks(student, PruningConfig(sparsity=0.5))
-        pool = distillation.Pool(images(batch_size), np.zeros(batch_size, np.int64))
+        student = trial.starting_student(job.config, job.teacher, device, trust_code)
+        pruned = pruning.Pruned(PruningConfig(), {})  # the masks' part of a step is next to nothing
+        pool = distillation.Pool(images[:batch_size], np.zeros(batch_size, np.int64))
         changes = {"num_steps": steps, "batch_size": batch_size, "eval_every": steps, "patience": 0}
-        settings = kd.model_copy(update=changes)
-        reference = evaluation.reference(network, images(2), runtime)
-        pruned = pruning.Pruned(PruningConfig(sparsity=0.5), masks)
+        settings, reference = kd.model_copy(update=changes), evaluation.reference(network, images[:2], runtime)
         return lambda: distillation.distil(student, network, lambda *_: pool, settings, pruned, reference)
 
-    def ready_images(_steps: int, num: int) -> Callable[[], Any]:
-        given = images(num)
-        return lambda: evaluation.logits(network, given, runtime)
+    def ready_images(steps: int, num: int) -> Callable[[], Any]:
+        return lambda: [evaluation.logits(network, images[:num], runtime).cpu() for _ in range(steps)]
 
     with runtime.numerics():
-        steps, scaled = per_step(ready_steps, kd.batch_size, 0.7 * share_s)
-        forward, forward_scaled = per_step(ready_images, evaluation.EVALUATION_BATCH, 0.3 * share_s, most_steps=1)
-    return Cost(0.0, steps.step_s, forward.fixed_s / evaluation.EVALUATION_BATCH), scaled or forward_scaled
+        steps = per_step(ready_steps, kd.batch_size, 0.7 * share_s)
+        forward = per_step(ready_images, evaluation.EVALUATION_BATCH, 0.3 * share_s)
+    return Cost(steps.step_s, forward.step_s / evaluation.EVALUATION_BATCH, steps.scaled or forward.scaled)
 
 
-def per_step(
-    ready: Callable[[int, int], Callable[[], Any]], batch_size: int, share_s: float, most_steps: int = MOST_STEPS
-) -> tuple[Cost, bool]:
-    """Fixed seconds and seconds per step of `ready(steps, batch_size)()`, and whether they were scaled.
+def per_step(ready: Callable[[int, int], Callable[[], Any]], batch_size: int, share_s: float) -> Cost:
+    """Seconds per step of `ready(steps, batch_size)()`, but for what it does once, got in about `share_s` seconds.
 
-    With `most_steps` 1 all seconds are fixed ones.
+    Timed with few images, then with four times as many for as long as a few steps of that can be afforded. Where the
+    batch size is not reached, further images are taken to cost what the last ones did.
     """
 
     def seconds(steps: int, size: int) -> float:
         run = ready(steps, size)
-        start = time.perf_counter()
+        begin = time.perf_counter()
         with suppress(FloatingPointError):  # the trial will say so; its steps take as long as others
             run()
-        return time.perf_counter() - start
+        return time.perf_counter() - begin
 
-    def split(one_s: float, several_s: float, steps: int) -> Cost:
-        step_s = (several_s - one_s) / (steps - 1)
-        step_s = step_s if step_s > 0 else several_s / steps  # too short for the clock
-        return Cost(max(0.0, one_s - step_s), step_s)
-
-    size = min(batch_size, SMALL)
-    start = time.perf_counter()
-    seconds(1, size)  # the first call of anything is slower
+    end, size, image_s = time.perf_counter() + share_s, min(batch_size, SMALL), 0.0
+    seconds(1, min(batch_size, 4 * SMALL))  # the first call of anything is slower
     one_s = seconds(1, size)
-    expected_s = one_s * batch_size / size
     while size < batch_size:
-        left_s = share_s - (time.perf_counter() - start)
-        # The largest size of which one timing, and at the configured size a few, can be afforded.
-        next_size = batch_size if 4 * expected_s < left_s else int(size * left_s / (4 * max(one_s, 1e-9)))
-        if next_size < min(2 * size, batch_size):
+        more = min(3 * size, batch_size - size)
+        if size > SMALL and time.perf_counter() + 4 * (one_s + more * image_s) > end:
             break
-        before, before_s, size = size, one_s, next_size
-        one_s = seconds(1, size)
-        slope = max(0.0, (one_s - before_s) / (size - before))
-        expected_s = one_s + slope * (batch_size - size)
-    scale = expected_s / one_s if size < batch_size else 1.0
-    if most_steps == 1:
-        return Cost(one_s * scale), size < batch_size
-    left_s = share_s - (time.perf_counter() - start)
-    steps = min(most_steps, max(2, int(left_s / max(one_s, 1e-6))))
-    cost = split(one_s, seconds(steps, size), steps)
-    return Cost(cost.fixed_s * scale, cost.step_s * scale), size < batch_size
+        before_s, one_s = one_s, seconds(1, size + more)
+        image_s, size = max(0.0, one_s - before_s) / more, size + more
+    steps = min(MOST_STEPS, max(2, int((end - time.perf_counter()) / one_s)))
+    several_s = seconds(steps, size)
+    step_s = (several_s - one_s) / (steps - 1) if several_s > one_s else several_s / steps  # too short for the clock
+    return Cost(step_s * (1 + (batch_size - size) * image_s / one_s), scaled=size < batch_size)
