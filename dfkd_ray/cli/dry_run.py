@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from dfkd_ray.sweep import Plan
     from dfkd_ray.sweep.estimate import Estimate, Machine, Synthesis
-    from dfkd_ray.sweep.timings import Figures
+    from dfkd_ray.sweep.timings import Timings
 
 
 def schema() -> None:
@@ -36,11 +36,11 @@ def dry_run(
     gpus: int | None,
     trust_code: "Sequence[str]",
     path: Path | None = None,
-    stored: "Figures | None" = None,
+    stored: "Timings | None" = None,
 ) -> None:
     """Print how many trials and syntheses a sweep has, and what they will cost. Nothing is started.
 
-    `stored` are the figures in the file at `path`; what they lack is timed, where this machine is of their kind, and
+    `stored` are the timings in the file at `path`; what they lack is timed, where this machine is of their kind, and
     written there.
     """
     import torch
@@ -70,7 +70,7 @@ def dry_run(
     if stored and len(missing) < len(units):
         version = "" if stored.package_version == __version__ else f" (this is {__version__})"
         by = f"by dfkd_ray {stored.package_version}{version}"
-        how.append(f"{len(units) - len(missing)} figures of {path}, timed on {numerics} {by}")
+        how.append(f"{len(units) - len(missing)} timings of {path}, timed on {numerics} {by}")
     if missing:
         if path and stored and here != numerics:
             raise timings.lack(path, stored, missing, len(units), here)
@@ -81,7 +81,7 @@ def dry_run(
         how.append(f"{len(missing)} timings in {wall_s:.0f} s on {here}, on a machine as busy as it is now")
         if path:
             model = here.rpartition(", torch ")[0]
-            own = timings.Figures(
+            own = timings.Timings(
                 package_version=__version__, kind=machine.kind, device=model, numerics=here, costs=costs
             )
             timings.write(path, own)
@@ -95,8 +95,8 @@ def dry_run(
         say("early stopping is not counted: what it saves is not known beforehand")
 
 
-def machine_of(gpus: int | None, may_use_gpu: bool, stored: "Figures | None" = None) -> "Machine":
-    """What the sweep would run on: `gpus` GPUs, those of this machine, or its cores; of the kind of stored figures."""
+def machine_of(gpus: int | None, may_use_gpu: bool, stored: "Timings | None" = None) -> "Machine":
+    """What the sweep would run on: `gpus` GPUs, those of this machine, or its cores; of the kind of stored timings."""
     import os
 
     import torch
@@ -106,19 +106,19 @@ def machine_of(gpus: int | None, may_use_gpu: bool, stored: "Figures | None" = N
     here = torch.cuda.device_count() if may_use_gpu else 0
     if stored and stored.kind == "GPU":
         if not may_use_gpu:
-            raise ValueError(f"--figures are of a GPU ({stored.device}), and all trials have device=cpu")
+            raise ValueError(f"--timings are of a GPU ({stored.device}), and all trials have device=cpu")
         if gpus == 0 or not (gpus or here):
-            raise ValueError(f"--figures are of a GPU ({stored.device}): say how many to plan for, as in --gpus 8")
+            raise ValueError(f"--timings are of a GPU ({stored.device}): say how many to plan for, as in --gpus 8")
         return Machine(gpus or here, "GPU")
     if stored and gpus:
         raise ValueError(
-            f"--gpus {gpus}: these --figures are of CPU cores ({stored.device}), which say nothing about a GPU; "
+            f"--gpus {gpus}: these --timings are of CPU cores ({stored.device}), which say nothing about a GPU; "
             "name another file, or leave --gpus out"
         )
     if gpus and not here:
         raise ValueError(
             f"--gpus {gpus}: this machine has no GPU that the sweep would use, and a CPU's seconds say nothing about "
-            "one; give --figures FILE.json that the same dry run has written on a machine with such a GPU, or leave "
+            "one; give --timings FILE.json that the same dry run has written on a machine with such a GPU, or leave "
             "--gpus out"
         )
     if here and gpus != 0 and not stored:
@@ -136,9 +136,9 @@ def print_syntheses(made: "Sequence[Synthesis]") -> None:
         config = one.config.model_dump(mode="json")
         differing = [name for name in config if len({str(getattr(other, name)) for other in like}) > 1]
         what = "reference set" if one.domain == "reference" else one.config.method
-        told = "".join(f", {name} {config[name]}" for name in differing if not follows(name))
+        fields = "".join(f", {name} {config[name]}" for name in differing if not follows(name))
         say(
-            f"  {one.key[:12]}  {Path(one.teacher.name).name}, {what}{told}: "
+            f"  {one.key[:12]}  {Path(one.teacher.name).name}, {what}{fields}: "
             f"{one.num_batches} x {one.config.batch_size} images for {one.num_users} trials"
         )
 

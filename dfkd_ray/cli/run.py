@@ -144,7 +144,7 @@ def sweep(
     gpus: Annotated[
         int | None, typer.Option(min=0, help="with --dry-run: GPUs to plan for; default: those here")
     ] = None,
-    figures: Annotated[
+    timings: Annotated[
         Path | None,
         typer.Option(
             help="with --dry-run: a JSON file of what work costs on some machine; used where it exists, else written"
@@ -158,8 +158,8 @@ def sweep(
     """
     if gpus is not None and not dry_run:
         raise ValueError("--gpus goes with --dry-run; a sweep uses the GPUs that there are")
-    if figures is not None and not dry_run:
-        raise ValueError("--figures goes with --dry-run; a sweep takes as long as it takes")
+    if timings is not None and not dry_run:
+        raise ValueError("--timings goes with --dry-run; a sweep takes as long as it takes")
     asked = range_of(synthesizers)
     data = configs.read_yaml(file)
     overrides = configs.parse_overrides(set_ or [])
@@ -167,9 +167,9 @@ def sweep(
     from dfkd_ray import results as tables
     from dfkd_ray import storage
     from dfkd_ray import sweep as sweeps
-    from dfkd_ray.sweep import timings as stored_figures
+    from dfkd_ray.sweep import timings as timing_files
 
-    stored = None if figures is None else stored_figures.read(figures)
+    stored = None if timings is None else timing_files.read(timings)
     # What the machines of a cluster have is not known before it is joined, and says nothing of the driver's.
     elsewhere = not dry_run and (address or os.environ.get("RAY_ADDRESS") or "local") != "local"
     settings = sweeps.parse(data, str(file))
@@ -209,7 +209,7 @@ def sweep(
         tests = {job.teacher.hash: job.teacher for job in plan.known_jobs}
         batches = {name: open_test(teacher, test_data, data_root, download) for name, teacher in tests.items()}
         sizes = {name: sum(len(batch.labels) for batch in test or ()) for name, test in batches.items()}
-        print_dry_run(file, plan, done, root, sizes, gpus, tuple(trust_code or ()), figures, stored)
+        print_dry_run(file, plan, done, root, sizes, gpus, tuple(trust_code or ()), timings, stored)
         return
     say(f"{file}: {plan.num_trials} trials, {len(finished)} already finished; results in {place}")
     start = time.monotonic()

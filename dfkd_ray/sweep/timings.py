@@ -14,11 +14,11 @@ from dfkd_ray.config import STRICT, parsing, validate
 from dfkd_ray.plain import cut, named
 from dfkd_ray.sweep.estimate import Cost, Kind, Unit, Work
 
-SCHEMA = "dfkd_ray.figures/2"
+SCHEMA = "dfkd_ray.timings/1"
 
 
-class Figures(BaseModel):
-    """The contents of a file of figures: all of one kind of machine."""
+class Timings(BaseModel):
+    """The contents of a file of timings: all of one kind of machine."""
 
     model_config = STRICT
 
@@ -30,29 +30,29 @@ class Figures(BaseModel):
     costs: dict[Unit, Cost]
 
 
-def read(path: Path) -> Figures | None:
-    """The figures in a file, None where there is no such file. `ValueError` for one that is no file of figures."""
+def read(path: Path) -> Timings | None:
+    """The timings in a file, None where there is no such file. `ValueError` for one that is no file of timings."""
     if not path.exists():
         return None
-    data = parsing.parse_json(parsing.read_text(path), f"--figures {named(path)}")
+    data = parsing.parse_json(parsing.read_text(path), f"`timings` {named(path)}")
     found = data.get("schema_version") if isinstance(data, dict) else type(data).__name__
     if found != SCHEMA:
-        raise ValueError(f"--figures {path}: schema_version is {found!r}, this version reads {SCHEMA!r}")
-    return validate(Figures, data, f"--figures {path}")
+        raise ValueError(f"`timings` {path}: schema_version is {found!r}, this version reads {SCHEMA!r}")
+    return validate(Timings, data, f"`timings` {path}")
 
 
-def write(path: Path, figures: Figures) -> None:
-    """Write figures whole."""
-    storage.write_local(path.resolve().parent, path.name, [(figures.model_dump_json(indent=1) + "\n").encode()])
+def write(path: Path, timings: Timings) -> None:
+    """Write timings whole."""
+    storage.write_local(path.resolve().parent, path.name, [(timings.model_dump_json(indent=1) + "\n").encode()])
 
 
-def lack(path: Path, figures: Figures, missing: Mapping[Unit, Work], num_units: int, here: str) -> ValueError:
+def lack(path: Path, timings: Timings, missing: Mapping[Unit, Work], num_units: int, here: str) -> ValueError:
     """The error for units that a file lacks and this machine, of numerics class `here`, cannot stand in for."""
     unit, one = next(iter(missing.items()))
     work, _, fields = unit.split(" ", 2)
     what = cut(f"{work} with {one.teacher.name} ({fields})", 60)
     more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
     return ValueError(
-        f"--figures {cut(str(path), 40)} lacks {len(missing)} of {num_units} units of work: {what}{more}; run this "
-        f"dry run with it on a machine of its kind ({cut(figures.numerics, 50)}; this one: {cut(here, 30)})"
+        f"`timings` {cut(str(path), 40)} lacks {len(missing)} of {num_units} units of work: {what}{more}; run this "
+        f"dry run with it on a machine of its kind ({cut(timings.numerics, 50)}; this one: {cut(here, 30)})"
     )

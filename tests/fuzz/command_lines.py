@@ -105,7 +105,7 @@ synthesize teacher --out target --cache target-cache --gpus-per-synthesizer <num
 sweep sweep.yaml --results target --cache target-cache --test-data <none|place> --synthesizers <range|word> \
     --batch-timeout <10|number> --gpus-per-trial <0.5|number> --teachers <.|place>
 sweep sweep.yaml --dry-run --gpus <number> --results target --cache target-cache --test-data none \
-    --figures <target/f.json|notes.txt|sweep.yaml|foreign>
+    --timings <target/f.json|notes.txt|sweep.yaml|foreign>
 results place --table <trials|epochs|synthesis|word> --format <table|csv|markdown|latex|json|word> --limit <2|number>
 results place --where <condition> --sort <-agreement|word|->
 results place --where <condition> --where sparsity>=<word>

@@ -186,7 +186,7 @@ def sweep_files(rng: random.Random, desk: Desk) -> Case:
     kind = rng.choice([*kinds, damaged_document, too_many, too_many, *[edges] * 4])
     desk.take("teacher")
     words = ["sweep", "sweep.yaml", "--results", "target", "--cache", "target-cache", "--test-data", "none"]
-    words += rng.choice([[], [], ["--dry-run"], ["--dry-run", "--figures", "target/figures.json"]])
+    words += rng.choice([[], [], ["--dry-run"], ["--dry-run", "--timings", "target/timings.json"]])
     words += rng.choice([[], [], ["--tiny"], ["--set", "synthesis.num_steps=2"], ["--set", "distillation.seed=1"]])
     words += rng.choice([[], [], ["--synthesizers", "0"], ["--teachers", "foreign"]])
     if rng.random() < 0.08:

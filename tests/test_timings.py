@@ -1,4 +1,4 @@
-"""Plans from stored figures: what bounds a sweep on many GPUs, and the file that carries costs between machines."""
+"""Plans from stored timings: what bounds a sweep on many GPUs, and the file that carries costs between machines."""
 
 import json
 from pathlib import Path
@@ -26,16 +26,16 @@ def units_of(jobs) -> dict[estimate.Unit, estimate.Work]:
     return {estimate.unit_of(one): one for one in (*estimate.syntheses(jobs), *jobs)}
 
 
-def stored_for(jobs, kind: Any = "GPU", numerics=H200, version=__version__) -> timings.Figures:
-    """Figures of made-up seconds for all units of these jobs."""
+def stored_for(jobs, kind: Any = "GPU", numerics=H200, version=__version__) -> timings.Timings:
+    """Timings of made-up seconds for all units of these jobs."""
     device = numerics.partition(", torch")[0]
-    return timings.Figures(package_version=version, kind=kind, device=device, numerics=numerics, costs=costs_of(jobs))
+    return timings.Timings(package_version=version, kind=kind, device=device, numerics=numerics, costs=costs_of(jobs))
 
 
-def figures_in(path: Path) -> timings.Figures:
-    figures = timings.read(path)
-    assert figures is not None
-    return figures
+def timings_in(path: Path) -> timings.Timings:
+    found = timings.read(path)
+    assert found is not None
+    return found
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_units_tell_apart_what_takes_other_seconds_and_nothing_else(tiny_teacher
 # ---- the file ------------------------------------------------------------------------------------------------------
 
 
-def test_figures_read_back_as_written_and_give_the_same_costs(tiny_teacher, tmp_path):
+def test_timings_read_back_as_written_and_give_the_same_costs(tiny_teacher, tmp_path):
     jobs = grid_jobs(tiny_teacher)
     written = stored_for(jobs)
     path = tmp_path / "new" / "h200.json"
@@ -141,13 +141,13 @@ def test_figures_read_back_as_written_and_give_the_same_costs(tiny_teacher, tmp_
         (lambda data: json.dumps(data)[:-1] + ', "costs": {}}', "'costs' is given twice"),
     ],
 )
-def test_what_is_no_file_of_figures_is_refused(tiny_teacher, tmp_path, change, says):
+def test_what_is_no_file_of_timings_is_refused(tiny_teacher, tmp_path, change, says):
     path = tmp_path / "f.json"
     changed = change(stored_for(grid_jobs(tiny_teacher)).model_dump(mode="json"))
     path.write_text(changed if isinstance(changed, str) else json.dumps(changed))
     with pytest.raises(ValueError) as caught:
         timings.read(path)
-    assert f"--figures {path}" in str(caught.value) and says in str(caught.value)
+    assert f"`timings` {path}" in str(caught.value) and says in str(caught.value)
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
@@ -157,12 +157,12 @@ def test_a_sweep_for_gpus_is_planned_on_a_machine_without_one(dry, tiny_teacher,
     monkeypatch.setattr(estimate, "calibrate", lambda *_a, **_k: pytest.fail("something was timed"))
     path = tmp_path / "h200.json"
     timings.write(path, stored_for(grid_jobs(tiny_teacher), version="0.0.9"))
-    done = dry("--gpus", "64", "--figures", str(path))
+    done = dry("--gpus", "64", "--timings", str(path))
     assert done.code == 0, done.err
     assert "3 trials, 0 already finished" in done.out and "2 distinct syntheses" in done.out
     assert "on 64 GPUs" in done.out and "GPU-hours" in done.out
     assert "bound by: the longest trial" in done.out
-    assert f"figures of {path}, timed on {H200} by dfkd_ray 0.0.9 (this is {__version__})" in done.out
+    assert f"timings of {path}, timed on {H200} by dfkd_ray 0.0.9 (this is {__version__})" in done.out
     assert not (tmp_path / "out").exists()
 
 
@@ -170,29 +170,29 @@ def test_what_only_a_gpu_can_do_is_planned_on_a_machine_without_one(dry, tiny_te
     base = {"device": "cuda", "distillation.precision": "tf32", "distillation.fast": True}
     path = tmp_path / "h200.json"
     timings.write(path, stored_for(grid_jobs(tiny_teacher, on_gpu=True, **base)))
-    done = dry("--gpus", "8", "--figures", str(path), **base)
+    done = dry("--gpus", "8", "--timings", str(path), **base)
     assert done.code == 0 and "on 8 GPUs" in done.out, done.err
     assert dry("--gpus", "8", **base).code == 2
 
 
 def test_timings_are_written_where_there_are_none_and_are_used_the_next_time(dry, tmp_path, monkeypatch):
     path = tmp_path / "cpu.json"
-    done = dry("--figures", str(path))
+    done = dry("--timings", str(path))
     assert done.code == 0 and f"timings written to {path}" in done.out, done.err
-    written = figures_in(path)
+    written = timings_in(path)
     assert written.kind == "CPU core" and written.numerics == devices.numerics_class(torch.device("cpu"))
     assert len(written.costs) == 2 and all(cost.step_s > 0 for cost in written.costs.values())
     timed = []
     real = estimate.calibrate
     monkeypatch.setattr(estimate, "calibrate", lambda *a, **k: timed.append(real(*a, **k)) or timed[-1])
-    done = dry("--figures", str(path))
-    assert done.code == 0 and not timed and "bound by: " in done.out and "2 figures of " in done.out
-    done = dry("--figures", str(path), grid={"distillation.batch_size": [4, 8]})
+    done = dry("--timings", str(path))
+    assert done.code == 0 and not timed and "bound by: " in done.out and "2 timings of " in done.out
+    done = dry("--timings", str(path), grid={"distillation.batch_size": [4, 8]})
     assert done.code == 0 and [len(costs) for costs in timed] == [1], "what was lacking, and no more"
-    assert len(figures_in(path).costs) == 3 and figures_in(path).costs == written.costs | timed[0]
+    assert len(timings_in(path).costs) == 3 and timings_in(path).costs == written.costs | timed[0]
 
 
-def test_what_figures_cannot_say_is_one_line_with_what_to_do(dry, tiny_teacher, tmp_path):
+def test_what_timings_cannot_say_is_one_line_with_what_to_do(dry, tiny_teacher, tmp_path):
     path, cpu = tmp_path / "h200.json", tmp_path / "cpu.json"
     jobs = grid_jobs(tiny_teacher)
     timings.write(path, stored_for(jobs))
@@ -200,14 +200,14 @@ def test_what_figures_cannot_say_is_one_line_with_what_to_do(dry, tiny_teacher, 
     lacking = {"distillation.batch_size": [2, 3, 4, 5, 6]}
     for words, says, grid in (
         (("--gpus", "4"), "this machine has no GPU that the sweep would use", SPARSITIES),
-        (("--figures", str(path)), "--figures are of a GPU (NVIDIA H200): say how many to plan for", SPARSITIES),
-        (("--figures", str(path), "--gpus", "0"), "say how many to plan for, as in --gpus 8", SPARSITIES),
-        (("--figures", str(cpu), "--gpus", "4"), "these --figures are of CPU cores (x86_64 AVX2)", SPARSITIES),
-        (("--figures", str(path), "--gpus", "4"), "lacks 5 of 6 units of work: trial with tiny (batch_size=2", lacking),
-        (("--figures", str(cpu)), "run this dry run with it on a machine of its kind (x86_64 AVX2", lacking),
+        (("--timings", str(path)), "--timings are of a GPU (NVIDIA H200): say how many to plan for", SPARSITIES),
+        (("--timings", str(path), "--gpus", "0"), "say how many to plan for, as in --gpus 8", SPARSITIES),
+        (("--timings", str(cpu), "--gpus", "4"), "these --timings are of CPU cores (x86_64 AVX2)", SPARSITIES),
+        (("--timings", str(path), "--gpus", "4"), "lacks 5 of 6 units of work: trial with tiny (batch_size=2", lacking),
+        (("--timings", str(cpu)), "run this dry run with it on a machine of its kind (x86_64 AVX2", lacking),
     ):
         done = dry(*words, grid=grid)
         assert done.code == 2 and len(done.err.splitlines()) == 1 and says in done.err, done.err
-    assert ", and 4 more" in done.err and figures_in(cpu).costs == costs_of(jobs), "nothing was added"
-    done = dry("--figures", str(path), "--gpus", "4", device="cpu")
+    assert ", and 4 more" in done.err and timings_in(cpu).costs == costs_of(jobs), "nothing was added"
+    done = dry("--timings", str(path), "--gpus", "4", device="cpu")
     assert done.code == 2 and "all trials have device=cpu" in done.err
