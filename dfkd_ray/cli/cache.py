@@ -1,4 +1,4 @@
-"""`dfkd-ray cache`: what lies in a batch cache, whether it is whole, and making it smaller."""
+"""`dfkd-ray cache`: list, verify and prune a batch cache."""
 
 import contextlib
 import math
@@ -115,13 +115,13 @@ def print_table(found: "list[Entry]") -> None:
     for entry in found:
         table.add_row(*(Text(shown(cell)) for cell in cells_of(entry)))
     console = Console()
-    # A table cut to a narrow pipe hides what it is for.
+    # In a pipe the table keeps its full width: cut columns would be useless.
     console.width = max(console.width, console.measure(table).maximum if console.is_terminal else 160)
     console.print(table)
 
 
 def cells_of(entry: "Entry") -> list[str]:
-    """One line of the table; without a manifest, `-` for what only that says, and the hash of the numerics class."""
+    """One line of the table; without a manifest, `-` in its columns, and the hash of the numerics class."""
     manifest: dict[str, Any] = entry.manifest or {}
     config = manifest.get("config")
     method = config.get("method", "-") if isinstance(config, dict) else "-"
@@ -129,7 +129,7 @@ def cells_of(entry: "Entry") -> list[str]:
     numerics = manifest.get("numerics") or entry.folder.name.rpartition("-")[2]
     used = "-"
     if entry.last_used is not None:
-        with contextlib.suppress(ValueError, OverflowError, OSError):  # a time that no calendar has
+        with contextlib.suppress(ValueError, OverflowError, OSError):  # a time outside the calendar
             used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used))
     size = size_text(entry.size_bytes)
     return [entry.key[:NUM_SHOWN], manifest.get("teacher", "-"), what, str(entry.num_batches), size, numerics, used]

@@ -1,4 +1,4 @@
-"""`dfkd-ray synthesize`: the synthesis fleet alone, its images as files."""
+"""`dfkd-ray synthesize`: makes images with the synthesis fleet and exports them as files."""
 
 import math
 import time
@@ -105,7 +105,7 @@ def settings_of(file: Path | None, method: str | None, seed: int | None, assignm
 
 
 def check(teacher: "Teacher", settings: Any, device: str) -> None:
-    """What can be known to go wrong before Ray starts: `ValueError` with the reason."""
+    """Check the settings before Ray starts: `ValueError` with the reason."""
     from dfkd_ray import devices, synthesis
 
     precision, fast = getattr(settings, "precision", "float32"), getattr(settings, "fast", False)
@@ -114,7 +114,7 @@ def check(teacher: "Teacher", settings: Any, device: str) -> None:
 
 
 def export_of(teacher: "Teacher", settings: Any, out: Path, format_: str, num_images: int) -> "Export":
-    """What is to be written."""
+    """The description of the export."""
     from dfkd_ray.image_sets import Export
 
     info = teacher.info
@@ -146,7 +146,7 @@ def through_fleet(
     cache_root: str,
     batch_timeout_s: float,
 ) -> None:
-    """Have a fleet of its own make some batches: `on_batch(batch, found)` for each, then say how it fared."""
+    """Make batches with a new fleet: calls `on_batch(batch, found)` for each, then prints the fleet's status."""
     from dfkd_ray import devices, fleet
     from dfkd_ray.trial import Round
 
@@ -164,7 +164,7 @@ def through_fleet(
 def fleet_settings(
     settings: Any, device: str, num_synthesizers: int | None, gpus_per_synthesizer: float | None, cache_root: str
 ) -> "Settings":
-    """A fleet that has the machines to itself. `ValueError` where it does not fit."""
+    """The settings of a fleet that uses the machines alone. `ValueError` if it does not fit."""
     from dfkd_ray import fleet
 
     machines = fleet.nodes()
