@@ -27,7 +27,7 @@ NUM_SHOWN = 12  # hex digits of a key: enough for --key
 
 @app.command("ls")
 def list_entries(cache: Cache = None) -> None:
-    """List keys: of which teacher and method, how many batches, how large, when last used."""
+    """List the keys with teacher, method, number of batches, size and last use."""
     from dfkd_ray import cache as caches
 
     root = open_root(cache)
@@ -46,7 +46,7 @@ def verify(
     cache: Cache = None,
     remove: Annotated[bool, typer.Option("--remove", help="remove what is damaged: it is made again on use")] = False,
 ) -> None:
-    """Read every batch and compare its checksum; exit code 1 if something is damaged and stays."""
+    """Read every batch and compare its checksum; exit code 1 if a damaged file stays."""
     from dfkd_ray import cache as caches
 
     root = open_root(cache)
@@ -70,9 +70,9 @@ def prune(
     max_size: Annotated[str | None, typer.Option(help="longest unused first, until the rest is so large: 2GB")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be removed, remove nothing")] = False,
 ) -> None:
-    """Remove whole keys: those named, those not used for long, or the longest unused until the rest is small enough.
+    """Remove whole keys: the named ones, those unused for long, or the longest unused until the rest is small enough.
 
-    Not while a run uses them: it would make its batches again. --key limits what the other options may remove.
+    Do not use it while a run uses the cache: the run would make its batches again. --key restricts the other options.
     """
     if not key and older_than is None and max_size is None:
         raise ValueError("cache prune: say what to remove, with --key, --older-than or --max-size")

@@ -44,11 +44,11 @@ def results(
         bool, typer.Option("--mean-std", help="fold finished trials that differ in seeds only: mean ± std")
     ] = False,
 ) -> None:
-    """Print a table of a sweep's results, or export it; live while the sweep runs.
+    """Print a table of a sweep's results, or export it; also while the sweep runs.
 
-    `sparsity` is short for `pruning.sparsity` where no other column ends so. Without --columns a printed table has the
-    fields that differ and the main metrics; csv and json have everything. In csv an apostrophe stands before texts
-    that begin with = + - @, a tab or a carriage return: spreadsheets would compute them. Numbers are as they are.
+    `sparsity` is short for `pruning.sparsity` if no other column ends with it. Without --columns, a printed table has
+    the fields that differ and the main metrics; csv and json have all columns. In csv, texts that begin with = + - @, a
+    tab or a carriage return get an apostrophe, because spreadsheets would evaluate them. Numbers are unchanged.
 
     dfkd-ray results runs/quickstart --where 'sparsity>=0.75' --where status=finished --sort -agreement --limit 10
     """
@@ -86,7 +86,7 @@ def results(
         if mixed:
             say(mixed)
         return
-    # A file or a program gets every sign as it is; on a terminal none may act.
+    # Files and pipes get the text unchanged; on a terminal control characters are escaped.
     print(shown(text, keep="\n") if sys.stdout.isatty() else text, end="")
     if kind == "table":
         folded = f", {int(rows['num_seeds'].sum())} finished trials folded" if mean_std else ""

@@ -66,10 +66,10 @@ def recover(
     cache: Cache = None,
     trust_code: Trust = None,
 ) -> None:
-    """Prune a network and win its accuracy back without data: one trial, no Ray.
+    """Prune a network and recover its accuracy without data: one trial, without Ray.
 
-    Writes OUT/student (a bundle), OUT/row.json, OUT/images.png; prints the ladder teacher, pruned,
-    BatchNorm re-estimated, recovered. Interrupted, the same command goes on from its checkpoint.
+    Writes OUT/student (a bundle), OUT/row.json, OUT/images.png. Prints the accuracy of the stages teacher, pruned,
+    BatchNorm re-estimated, recovered. After an interruption, the same command resumes from its checkpoint.
     """
     data = configs.read_yaml(config) if config else {}
     options = {
@@ -153,8 +153,8 @@ def sweep(
 ) -> None:
     """Run a grid or a search of trials with Ray Tune, here or on a cluster; finished trials are not run again.
 
-    Every distinct synthesis is made once, by a fleet that all trials share (--synthesizers 0: each trial its own).
-    Ctrl-C stops cleanly; the same command goes on.
+    Every distinct synthesis is made once, by a fleet that all trials share (--synthesizers 0: no sharing).
+    Ctrl-C stops the sweep cleanly; the same command resumes it.
     """
     if gpus is not None and not dry_run:
         raise ValueError("--gpus goes with --dry-run; a sweep uses the GPUs that there are")

@@ -51,8 +51,8 @@ def synthesize(
 ) -> None:
     """Make images from a teacher with the synthesis fleet, and write them for other programs to read.
 
-    Writes OUT/train/CLASS/BATCH-ROW.png or OUT/part-BATCH.parquet, and last OUT/synthesis.json. Every batch is in the
-    cache first: interrupted, the same command goes on from there.
+    Writes OUT/train/CLASS/BATCH-ROW.png or OUT/part-BATCH.parquet, and last OUT/synthesis.json. Every batch is first
+    written to the cache: after an interruption, the same command resumes from there.
     """
     settings = settings_of(config, method, seed, set_)
     if device not in DEVICES:
@@ -94,7 +94,7 @@ def synthesize(
 
 
 def settings_of(file: Path | None, method: str | None, seed: int | None, assignments: list[str] | None) -> Any:
-    """The synthesis config of a command line; fields may be called as in a trial config, `synthesis.num_steps`."""
+    """The synthesis config of a command line; fields may have their trial config names, as `synthesis.num_steps`."""
     data = configs.read_yaml(file) if file else {}
     assignments = [assignment.strip().removeprefix("synthesis.") for assignment in assignments or []]
     data = settled(data, {"--method": {"method": method}, "--seed": {"seed": seed}}, assignments)
