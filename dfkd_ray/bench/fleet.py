@@ -277,7 +277,7 @@ def grid(teacher: Teacher, teacher_name: str, scale: float, without: bool = True
 
 
 def alone(jobs: list[sweep.Job], teacher: Teacher, root: Path) -> tuple[float, float, int]:
-    """Seconds of the distinct syntheses, of all trials without them, and the number of keys; on one thread, machine idle."""
+    """Seconds of the distinct syntheses, of all trials without them, number of keys; one thread, idle machine."""
     torch.set_num_threads(1)
     inputs, rows = trial.Inputs(images=trial.Local(root)), []
     for job in jobs:
