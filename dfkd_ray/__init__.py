@@ -1,16 +1,16 @@
 """Make trained networks small without their training data.
 
-A teacher goes in; a pruned or smaller student that is as accurate comes out, distilled on images that are
-made from the teacher alone. Importing this package does nothing: no device, no seed, no Ray, no torch.
+The input is a teacher network. The result is a pruned or smaller student, distilled on images that are made from the
+teacher alone. Importing this package has no side effects and imports neither torch nor Ray.
 
-* `recover(network, …)`: one network, in memory or from a bundle; gives `.student`, `.row`, `.images`.
-* `Teacher.from_network(network, …)`, `load(name)`: a network with what has to be said of its images.
-* `TrialConfig`: every option of one trial. * `sweep`: many trials over Ray Tune. * `results`: their tables.
+* `recover(network, …)`: one network, in memory or from a bundle; returns `.student`, `.row`, `.images`.
+* `Teacher.from_network(network, …)`, `load(name)`: a network with the description of its input images.
+* `TrialConfig`: all options of one trial. * `sweep`: many trials on Ray Tune. * `results`: their tables.
 """
 
 import importlib
 
-TYPE_CHECKING = False  # not from `typing`: with `python -m` the working folder comes before Python's library here
+TYPE_CHECKING = False  # not from `typing`: with `python -m` the working folder shadows the standard library here
 if TYPE_CHECKING:
     from dfkd_ray import results, sweep
     from dfkd_ray.bundles import Teacher, load

@@ -3,7 +3,7 @@
 import sys
 
 if __name__ == "__main__" and not sys.flags.safe_path:
-    del sys.path[0]  # the working folder, put first by `python -m`: what lies there is no code of this program
+    del sys.path[0]  # the working folder, which `python -m` puts first: its files are not part of this program
 
 import os
 import signal
@@ -11,7 +11,7 @@ from contextlib import suppress
 
 
 def main() -> None:
-    """Run the command line; interrupted while it is loaded or while it ends, it leaves no traceback either."""
+    """Run the command line. An interrupt during loading or exit leaves no traceback."""
     try:
         from dfkd_ray.cli import main as run
 
@@ -26,7 +26,7 @@ def main() -> None:
 
 
 def find_package() -> None:
-    """Where the package was found through the working folder alone, as in a checkout, let others find it, last."""
+    """If the package was found only in the working folder, as in a checkout, append that folder to `sys.path`."""
     finders = [finder for finder in sys.meta_path if hasattr(finder, "find_spec")]
     if not any(finder.find_spec("dfkd_ray", None) for finder in finders):
         sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))

@@ -1,6 +1,6 @@
-"""A batch of images, the seam `batch(i)`, the state of a round, and the seeds behind them.
+"""A batch of images, the interface `batch(i)`, the state of a round, and the seeds of batches.
 
-Without torch: processes that only pass batches on start faster and stay small without it.
+It does not import torch, so that processes that only forward batches start fast and stay small.
 """
 
 import hashlib
@@ -19,10 +19,10 @@ NO_LABEL = -1
 class Batch:
     """Images of one synthesis index, as stored.
 
-    `images` is (batch, channels, height, width) in the storage type, `labels` int64 (batch,), -1 without a label;
-    `terms` are what its making measured: unweighted losses, teacher confidence, class histogram, seconds.
-    `contribution` is what it adds to the state of the next round, by name; empty for a stationary method.
-    All arrays are read-only views: batches are shared between trials, a write into one raises `ValueError`.
+    `images` is (batch, channels, height, width) in the storage type, `labels` int64 (batch,), -1 without a label.
+    `terms` are measurements: unweighted losses, teacher confidence, class histogram, seconds. `contribution` is the
+    batch's summand of the next round's state, by name; empty for a stationary method. All arrays are read-only views,
+    because trials share batches: writing into one raises `ValueError`.
     """
 
     index: int
@@ -40,10 +40,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class RoundState:
-    """What the batches of one round depend on beside teacher, config and index.
+    """The state that the batches of one round depend on, in addition to teacher, config and index.
 
-    `arrays` are the method's own; `student` is the state dict of the student that the round looks at, None where it
-    looks at none. Round 0 of every method has seen no student.
+    `arrays` belong to the method. `student` is the state dict of the student that the round uses, or None. Round 0
+    never uses a student.
     """
 
     number: int
@@ -51,7 +51,7 @@ class RoundState:
     student: Mapping[str, np.ndarray] | None = None
 
     def __post_init__(self):
-        # Arithmetic on arrays of no dimension gives numbers.
+        # Arithmetic on 0-dimensional arrays gives numpy scalars.
         object.__setattr__(self, "arrays", {name: np.asarray(array) for name, array in self.arrays.items()})
 
     @cached_property
@@ -74,21 +74,21 @@ def read_only(array: Any) -> np.ndarray:
 
 
 def summed(contributions: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The sum of what batches contribute, by name, added up in the order given: the same bytes wherever it is done."""
+    """The sum of batches' contributions by name, added in the given order, so that the bytes are reproducible."""
     total: dict[str, np.ndarray] = {}
     for one in contributions:
         for name, array in one.items():
-            # The sum of two arrays of no dimension is a number.
+            # The sum of two 0-dimensional arrays is a numpy scalar.
             total[name] = np.asarray(total[name] + array) if name in total else np.array(array)
     return total
 
 
-# The seam of every synthesis method, of the cache and of what streams them: batch i, whatever came before.
+# The common interface of synthesis methods, cache and streams: batch i, independent of earlier calls.
 BatchSource = Callable[[int], Batch]
 
 
 def mix_seed(*parts: int) -> int:
-    """One 63-bit seed out of several numbers, without collisions of neighbours (splitmix64 over the parts)."""
+    """A 63-bit seed from several numbers (splitmix64 over the parts); neighbouring numbers do not collide."""
     state = 0
     for part in parts:
         state = (state ^ (part & 0xFFFFFFFFFFFFFFFF)) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF

@@ -1,9 +1,10 @@
-"""BatchNorm statistics: of a layer's input while a teacher runs in eval mode, and re-estimated for a student.
+"""BatchNorm statistics: differentiable input statistics of a teacher in eval mode, and re-estimation for a student.
 
-The gradient of any function of a layer's (mean, var) with respect to its input x is affine per channel, a_c + b_c x,
-so an eval-mode BatchNorm and its input statistics are one autograd function with a closed-form backward: no graph of
-reductions, and one pass over memory where hooks need several. On CPU the per-channel affine maps of the backward run
-in the BatchNorm kernel itself (mean 0, variance 1), about 1.6 times faster than broadcast arithmetic in bfloat16.
+The gradient of any function of a layer's (mean, var) with respect to its input x is affine per channel: a_c + b_c x. So
+an eval-mode BatchNorm and its input statistics are one autograd function with a closed-form backward. It needs no graph
+of reductions, and one pass over memory instead of the several passes of hooks. On CPU the per-channel affine maps of
+the backward run in the BatchNorm kernel itself (mean 0, variance 1), about 1.6 times faster than broadcast arithmetic
+in bfloat16.
 """
 
 from collections.abc import Iterable, Iterator
@@ -54,7 +55,7 @@ def channel_moments(x: Float[Tensor, "n c *rest"]) -> tuple[Float[Tensor, " c"],
     """Float32 mean and biased variance per channel, whatever the precision of `x`."""
     channels = x.shape[1]
     if x.device.type == "cpu":
-        # Vectorised two-pass kernel with float32 accumulation; with momentum 0 the buffers stay untouched.
+        # The kernel is vectorised, in two passes with float32 accumulation; with momentum 0 the buffers stay unchanged.
         kind = torch.float64 if x.dtype == torch.float64 else torch.float32
         zeros, ones = torch.zeros(channels, dtype=kind), torch.ones(channels, dtype=kind)
         return torch.batch_norm_update_stats(x, zeros, ones, 0.0)

@@ -1,11 +1,11 @@
-"""Batches by synthesis key, on disk or on any pyarrow file system, shared by trials, processes and runs.
+"""The batch cache: synthetic batches by synthesis key, on disk or any pyarrow file system, shared by all processes.
 
-One shard is one batch: the most that damage or a kill can cost, and one upload. Its checksum lies in the shard; a
-damaged one is made again. A list of checksums that several writers share would need a lock, which object stores do
-not have; so the manifest of a key only says what lies there, and every writer would write the same one. Another
-numerics class (device, instruction set, torch version) is another folder, so a hit always has the bytes that making
-it here would give. On a local disk processes that want the same key share the work: each makes a batch that nobody
-else is making. Elsewhere two may make the same batch, and write the same bytes.
+One file (a shard) holds one batch, so damage or a killed process costs one batch at most. Each shard contains its own
+checksum; a damaged shard is made again. There is no shared list of checksums, because writing it would need a lock,
+which object stores do not have. A key's manifest only describes the key, so all writers write the same content. Each
+numerics class (device, instruction set, torch version) has its own folder, so a cached batch has exactly the bytes that
+this machine would make. On a local disk, processes that need the same key divide its batches with locks. On other file
+systems two processes may make the same batch; they write the same bytes.
 """
 
 import contextlib
@@ -30,14 +30,14 @@ from dfkd_ray.config import stable_hash
 from dfkd_ray.storage import Folder, Where
 
 POLL_S = 0.05
-LEFTOVER_S = 600.0  # a shard is written in seconds: an older temporary file has no writer any more
+LEFTOVER_S = 600.0  # a shard is written in seconds: an older temporary file belongs to no running writer
 DAY_S = 86400.0
 
 SCHEMA = "dfkd_ray.cache/1"
-CONTRIBUTION = "contribution."  # what the names of a batch's contributions to the next round begin with
+CONTRIBUTION = "contribution."  # name prefix of a batch's contributions to the next round
 NOTHING: Mapping[str, np.ndarray] = {}
 MANIFEST = "manifest.json"
-NAMED = "the cache "  # what an error of the cache's disk or store begins with
+NAMED = "the cache "  # prefix of the errors of the cache's disk or store
 TEXTS = ("key", "numerics", "teacher_hash", "teacher", "domain", "package_version")
 
 FOLDER_NAME = re.compile(r"[0-9a-f]{32}-[0-9a-f]{8}")
@@ -67,7 +67,7 @@ def own_folder() -> Path:
 
 
 def check_target(root: Where) -> Folder:
-    """The folder, if batches may be kept there. `ValueError` where it holds other things and no key of ours."""
+    """The folder, if it may be used as a cache. `ValueError` if it holds other files and no key of ours."""
 
     def holds_keys(folder: Folder) -> bool:
         is_default = folder == storage.folder(own_folder())
@@ -77,12 +77,12 @@ def check_target(root: Where) -> Folder:
 
 
 def is_own_file(name: str) -> bool:
-    """Whether a file in a key's folder is one that this module writes."""
+    """Whether a file name in a key's folder is one of this module's."""
     return name == MANIFEST or any(form.fullmatch(name) for form in (SHARD_NAME, LOCK_NAME))
 
 
 def folder_of(root: Where, key: str, numerics: str) -> Folder:
-    """Where the batches of a key lie; `numerics` is `devices.numerics_class`."""
+    """The folder of a key's batches; `numerics` is the result of `devices.numerics_class`."""
     return storage.folder(root) / f"{key[:32]}-{stable_hash(numerics)[:8]}"
 
 
@@ -92,7 +92,7 @@ def name_of(index: int) -> str:
 
 
 def indices(folder: Where) -> set[int]:
-    """Which batches are there, by one listing; whether they are whole is found out by reading."""
+    """The indices of the batches in a folder, from one listing; the files are not checked."""
     matches = (SHARD_NAME.fullmatch(name) for name in storage.folder(folder).names())
     return {int(match[1]) for match in matches if match}
 
@@ -106,7 +106,7 @@ def digest(
 ) -> str:
     """SHA-256 over a batch's index, types, shapes and bytes of its arrays, and its terms as JSON text.
 
-    With the index, a shard that lies under the name of another one of its key is damage.
+    The index is included so that a shard under another shard's name counts as damaged.
     """
     sha = hashlib.sha256(f"{index} {images.dtype}{images.shape}{labels.dtype}{labels.shape}{terms}".encode())
     for array in (images, labels):
@@ -119,7 +119,7 @@ def digest(
 
 
 def write(folder: Where, batch: Batch) -> None:
-    """Write one batch whole."""
+    """Write one batch atomically."""
     terms = json.dumps(batch.terms)
     sha256 = digest(batch.index, batch.images, batch.labels, terms, batch.contribution)
     meta = {"key": batch.key, "terms": terms, "sha256": sha256}
@@ -131,10 +131,10 @@ def write(folder: Where, batch: Batch) -> None:
 
 @contextlib.contextmanager
 def explained(folder: Where) -> Iterator[None]:
-    """An `OSError` on the way says that it is of the cache, and which folder: rows and results lie elsewhere."""
+    """Name the cache and the folder in an `OSError` of the body, to tell it from errors of the results place."""
     try:
         yield
-    except Timeout:  # somebody else holds a lock
+    except Timeout:  # another process holds a lock
         raise
     except OSError as error:
         message = f"{NAMED}{storage.folder(folder)}: {storage.in_one_line(error)}"
@@ -142,7 +142,7 @@ def explained(folder: Where) -> Iterator[None]:
 
 
 def pack(meta: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> list[bytes | memoryview]:
-    """A shard as parts to write one after the other: the inverse of `parse`, and as free of copies."""
+    """A shard as byte parts to be written in sequence, without copies: the inverse of `parse`."""
     header: dict[str, Any] = {"__metadata__": meta}
     parts: list[bytes | memoryview] = []
     offset = 0
@@ -158,7 +158,7 @@ def pack(meta: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> list[byte
 
 
 def read(folder: Where, index: int, key: str) -> Batch | None:
-    """Batch `index`, or None where it is not there, damaged, or of another key."""
+    """Read batch `index`; None if it is missing, damaged or of another key."""
     with explained(folder):
         data = storage.folder(folder).read(name_of(index))
     batch = None if data is None else unpack(data, index)
@@ -166,7 +166,7 @@ def read(folder: Where, index: int, key: str) -> Batch | None:
 
 
 def unpack(data: bytes, index: int) -> Batch | None:
-    """Batch `index`, its arrays views of `data`; None for anything that is not its whole shard."""
+    """Batch `index`, with arrays that are views of `data`; None if `data` is not its intact shard."""
     try:
         meta, arrays = parse(data)
         images, labels = arrays.pop("images"), arrays.pop("labels")
@@ -175,7 +175,7 @@ def unpack(data: bytes, index: int) -> Batch | None:
         if not isinstance(key, str) or meta["sha256"] != digest(index, images, labels, terms, contribution):
             return None
         values = json.loads(terms)
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # each can come of one wrong byte
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # a wrong byte can cause each of these
         return None
     return Batch(index, images, labels, key, values, contribution) if isinstance(values, dict) else None
 
@@ -213,9 +213,9 @@ def parse(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def fetched(indices: Iterable[int], key: str, make: BatchSource, folder: Where | None) -> Iterator[tuple[Batch, bool]]:
-    """Batches from `folder` or made, each once, in any order, and whether it was cached; without a folder, just made.
+    """Yields (batch, cached) for each index once, in any order: read from `folder`, or made and written there.
 
-    A lock is the operating system's: it goes with its process, so a killed maker cannot block the others.
+    Locks are the operating system's and end with their process, so a killed process cannot block others.
     """
     left = list(dict.fromkeys(indices))
     while left:
@@ -230,14 +230,14 @@ def fetched(indices: Iterable[int], key: str, make: BatchSource, folder: Where |
 
 
 def fetch(indices: Iterable[int], key: str, make: BatchSource, folder: Where | None) -> list[Batch]:
-    """Those batches in the order of their indices."""
+    """The batches of `fetched`, in the order of `indices`."""
     wanted = list(indices)
     found = {batch.index: batch for batch, _ in fetched(wanted, key, make, folder)}
     return [found[index] for index in wanted]
 
 
 def obtain(index: int, key: str, make: BatchSource, folder: Where | None) -> tuple[Batch | None, bool]:
-    """One batch and whether it was cached; (None, False) while another process is making it."""
+    """(batch, cached); (None, False) while another process is making the batch."""
     if folder is None:
         return make(index), False
     folder = storage.folder(folder)
@@ -248,7 +248,7 @@ def obtain(index: int, key: str, make: BatchSource, folder: Where | None) -> tup
         with contextlib.ExitStack() as held:
             with explained(folder):
                 held.enter_context(lock(folder, index))
-            # The one who held the lock may just have written it.
+            # The previous holder of the lock may have written it.
             batch = read(folder, index, key) if folder.is_local else None
             if batch is not None:
                 return batch, True
@@ -277,7 +277,7 @@ def write_manifest(
     domain: str,
     config: Mapping[str, Any],
 ) -> None:
-    """Write down what a folder holds, where that is not written yet; on a disk a manifest's time is its last use."""
+    """Write a folder's manifest unless it exists. On a local disk also set its time, which records the last use."""
     folder = storage.folder(folder)
     with explained(folder):
         found = read_manifest(folder)
@@ -291,7 +291,7 @@ def write_manifest(
 
 
 def read_manifest(folder: Where) -> dict[str, Any] | None:
-    """What a folder holds, or None where the manifest is missing or damaged."""
+    """A folder's manifest; None if it is missing or damaged."""
     data = storage.folder(folder).read(MANIFEST)
     try:
         manifest = None if data is None else json.loads(data)
@@ -304,7 +304,7 @@ def read_manifest(folder: Where) -> dict[str, Any] | None:
 
 
 def readable_manifest(folder: Folder) -> dict[str, Any] | None:
-    """`read_manifest`, or None also where the disk or the store does not give it."""
+    """Like `read_manifest`, but None also after an error of disk or store."""
     try:
         return read_manifest(folder)
     except OSError:
@@ -321,14 +321,14 @@ class Entry:
     num_batches: int
     size_bytes: int
     last_used: float | None
-    """Newest time of change of its files, seconds since 1970; None where the file system keeps none."""
+    """Latest modification time of its files, seconds since 1970; None if the file system has no times."""
     problem: str | None = None
-    """Why it cannot be looked into; then nothing is known of what lies there."""
+    """Why the folder cannot be listed; the other fields are then unknown."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What `verify` found wrong with a file; `damaged` is false for what does no harm."""
+    """A problem of a file, found by `verify`; `damaged` is false for a harmless one."""
 
     entry: Entry
     name: str
@@ -338,12 +338,12 @@ class Finding:
 
 
 def entries(root: Where) -> list[Entry]:
-    """What a cache holds, by folder name; whatever does not look like ours is left out."""
+    """The entries of a cache, by folder name; folders that are not ours are left out."""
     return [entry_of(folder) for folder in storage.folder(root).folders() if FOLDER_NAME.fullmatch(folder.name)]
 
 
 def entry_of(folder: Folder) -> Entry:
-    """One folder of a cache, by one listing and its manifest; one that cannot be looked into says why."""
+    """One folder of a cache, from a listing and its manifest; `problem` is set if it cannot be listed."""
     try:
         sizes = folder.sizes()
     except OSError as error:
@@ -360,9 +360,9 @@ def entry_of(folder: Folder) -> Entry:
 
 
 def verify(root: Where, remove: bool = False) -> Iterator[Finding]:
-    """Read every shard and compare its checksum; tell of each file that is wrong as it is found.
+    """Read every shard and compare its checksum; yields a finding for each bad file.
 
-    With `remove`, damaged files go, and are made again by whoever needs them next; so do leftovers of killed writers.
+    With `remove`, damaged files and leftovers of killed writers are removed. Batches are made again when needed.
     """
     for entry in entries(root):
         for name, problem, damaged in problems(entry):
@@ -377,7 +377,7 @@ def verify(root: Where, remove: bool = False) -> Iterator[Finding]:
 
 
 def problems(entry: Entry) -> Iterator[tuple[str, str, bool]]:
-    """File, problem and whether it is damage, for each file of an entry that is not as it should be."""
+    """Yields (file, problem, whether it is damage) for each bad file of an entry."""
     manifest = entry.manifest
     try:
         sizes = entry.folder.sizes()
@@ -426,10 +426,10 @@ def prune(
 ) -> list[Entry]:
     """Remove entries and return them; with `dry_run`, only return what would be removed.
 
-    One that cannot be removed has a `problem`, and the others go. What cannot be looked into is left alone.
-
-    `keys` (prefixes) limits what may be removed. Of that goes everything; or, with `older_than_days` or `max_bytes`,
-    what was not used for so long, and then the longest unused until the rest is at most so large.
+    An entry that cannot be removed is returned with its `problem`, and the others are removed. Entries that cannot be
+    listed stay. `keys` (prefixes) restricts the candidates. Without further options all candidates are removed. With
+    `older_than_days`, those unused for so long are removed; with `max_bytes`, then the longest unused ones until the
+    rest is at most that large.
     """
     if not keys and older_than_days is None and max_bytes is None:
         raise ValueError("nothing says what to remove: give keys, an age or a size")
@@ -453,7 +453,7 @@ def prune(
 
 
 def cleared(entry: Entry) -> Entry:
-    """The entry, removed; or why it is still there."""
+    """Remove an entry and return it; on failure it has a `problem`."""
     try:
         entry.folder.clear(is_own_file)
     except OSError as error:
@@ -462,14 +462,14 @@ def cleared(entry: Entry) -> Entry:
 
 
 def matches(entry: Entry, prefix: str) -> bool:
-    """Whether an entry's key begins with a prefix. `ValueError` for a prefix that no key can have."""
+    """Whether an entry's key begins with a prefix. `ValueError` for an impossible prefix."""
     if not re.fullmatch(r"[0-9a-f]{1,64}", prefix):
         raise ValueError(f"key {prefix!r}: expected the first characters of a key, of 0-9 and a-f")
     return entry.key.startswith(prefix[:32])
 
 
 def is_older(entry: Entry, days: float | int) -> bool:
-    """Whether an entry was not used for so many days. `ValueError` where the file system keeps no times."""
+    """Whether an entry was unused for this many days. `ValueError` if the file system has no times."""
     if entry.last_used is None and entry.num_batches:
         raise ValueError(f"{entry.folder}: this file system keeps no times, so nothing there has an age")
     return entry.last_used is not None and time.time() - entry.last_used > days * DAY_S

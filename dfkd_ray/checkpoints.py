@@ -1,7 +1,7 @@
-"""Checkpoints of a training: networks, momentum and plain counters in one safetensors file.
+"""Checkpoint files: networks, optimiser momentum and plain counters in one safetensors file.
 
-What is read back is compared with what is being trained before any of it is put in place. A checkpoint that is damaged,
-or of another network or another version, is no error: its training starts anew, which the callers say in the log.
+A checkpoint is compared with the network in training before any of it is loaded. One that is damaged, or of another
+network or version, raises `ValueError`; the callers log it and start the training again.
 """
 
 import json
@@ -18,14 +18,14 @@ from dfkd_ray.text import one_line
 
 FILE = "state.safetensors"
 STATE = "state"  # metadata key of the counters
-COUNT = "num_tensors"  # of them: how many tensors the file was written with
-MAX_NETWORKS = 8  # a file has at most so many times the bytes of the network, and some to spare
+COUNT = "num_tensors"  # a counter: the number of tensors that were written
+MAX_NETWORKS = 8  # largest ratio of a file's bytes to the network's bytes, with a margin
 
 
 def write(
     folder: Folder, tensors: Mapping[str, Tensor], optimiser: torch.optim.Optimizer, plain: dict[str, Any]
 ) -> None:
-    """Write tensors by name, the optimiser's momentum and plain counters, whole."""
+    """Write tensors by name, the optimiser's momentum and plain counters, atomically."""
     named = dict(tensors)
     for index, parameter in enumerate(parameters(optimiser)):
         momentum = optimiser.state[parameter].get("momentum_buffer")
@@ -35,23 +35,23 @@ def write(
 
 
 def write_file(folder: Folder, name: str, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-    """Write tensors by name, and plain data beside them in the file's header, whole."""
+    """Write tensors by name, and plain data in the file's header, atomically."""
     folder.write(name, safetensors_bytes(tensors, {STATE: json.dumps({**plain, COUNT: len(tensors)})}))
 
 
 def read(folder: Folder, network: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """The counters and tensors of a checkpoint of this network, None where there is none.
+    """The counters and tensors of a checkpoint of this network; None if there is none.
 
-    `ValueError` for one that is damaged or too large to be of it.
+    `ValueError` if it is damaged or too large for this network.
     """
     own = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
     return read_file(folder, FILE, MAX_NETWORKS * own + untrusted.SPARE_BYTES)
 
 
 def read_file(folder: Folder, name: str, most: int) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """Plain data and tensors of a file of `write_file`, None where there is none.
+    """Plain data and tensors of a file written by `write_file`; None if there is none.
 
-    `ValueError` for one that is damaged, or larger than `most` bytes.
+    `ValueError` if it is damaged or larger than `most` bytes.
     """
     data = content(folder, name, most)
     if data is None:
@@ -69,7 +69,7 @@ def read_file(folder: Folder, name: str, most: int) -> tuple[dict[str, Any], dic
 
 
 def part(tensors: Mapping[str, Tensor], prefix: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors below a prefix; `ValueError` unless names, shapes, kinds are those of `like`, and values finite."""
+    """The tensors below a prefix; `ValueError` unless names, shapes, dtypes are those of `like`, and values finite."""
     found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     if set(found) != set(like):
         other = min(set(found) ^ set(like))
@@ -80,7 +80,7 @@ def part(tensors: Mapping[str, Tensor], prefix: str, like: Mapping[str, Tensor])
 
 
 def momenta(tensors: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) -> dict[int, Tensor]:
-    """The momentum of parameters by their number; `ValueError` where one is of no parameter, or of another shape."""
+    """Parameter number → momentum; `ValueError` if one belongs to no parameter or has another shape."""
     own = parameters(optimiser)
     found: dict[int, Tensor] = {}
     for name, tensor in tensors.items():
@@ -94,7 +94,7 @@ def momenta(tensors: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) -> 
 
 
 def check_like(name: str, tensor: Tensor, like: Tensor) -> None:
-    """`ValueError` unless a tensor has the shape and kind of another, and finite values."""
+    """`ValueError` unless a tensor has the shape and dtype of `like`, and finite values."""
     if tensor.shape != like.shape or tensor.dtype != like.dtype:
         raise ValueError(f"{one_line(name, 60)} has another shape or kind of numbers than the network's")
     if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -102,7 +102,7 @@ def check_like(name: str, tensor: Tensor, like: Tensor) -> None:
 
 
 def put_momenta(found: Mapping[int, Tensor], optimiser: torch.optim.Optimizer) -> None:
-    """Give the optimiser its momentum back."""
+    """Load the momentum into the optimiser."""
     own = parameters(optimiser)
     for index, tensor in found.items():
         optimiser.state[own[index]]["momentum_buffer"] = tensor.to(own[index].device)

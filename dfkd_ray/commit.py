@@ -1,6 +1,6 @@
-"""Which commit this package is of: asked of git in a checkout, read from a file in an installed wheel.
+"""The git commit of this package: from git in a checkout, from a file in an installed wheel.
 
-Standard library alone: the build hook (`.ci/embed_commit.py`) runs this file by itself.
+It uses only the standard library: the build hook (`.ci/embed_commit.py`) runs this file by itself.
 """
 
 import subprocess
@@ -10,7 +10,7 @@ FILE = "_commit.txt"  # in wheels and source archives, beside this module; never
 
 
 def of_package(folder: Path | None = None) -> str | None:
-    """The commit of the package in `folder` (default: this one), `+` where it had changes; None where nobody knows."""
+    """The commit of the package in `folder` (default: this one), with `+` if it had changes; None if unknown."""
     folder = Path(__file__).resolve().parent if folder is None else folder
     if (folder.parent / ".git").exists():
         return of_checkout(folder)

@@ -1,7 +1,7 @@
 """Real data sets, for training teachers, for test accuracy and for the upper bound. Imported by teachers and cli only.
 
-Nothing is downloaded unless asked for. Small sets lie in memory as uint8; celeba and folders are decoded as they are
-read. torchvision reads CIFAR's own pickles only after their MD5 sums match the ones it ships.
+Nothing is downloaded unless requested. Small sets are kept in memory as uint8; images of celeba and of folders are
+decoded when they are read. torchvision reads CIFAR's pickles only after checking their MD5 sums.
 """
 
 import errno
@@ -66,10 +66,10 @@ def open_dataset(
 ) -> LabelledImages:
     """Open a data set by name, or a folder with `train/<class>/…` and `test/<class>/…` by its path.
 
-    `image_shape` (channels, height, width) is what images become: grey is repeated or made from colour, 28x28 digits
-    are padded to 32x32 (not where 28x28 is asked for), other sizes resized. `attribute` is CelebA's one attribute, and
-    `equal_classes` keeps as many images with it as without. `ValueError` for an unknown or missing set says where it
-    looked and what to run.
+    Images are converted to `image_shape` (channels, height, width): grey is repeated or computed from colour, 28x28 is
+    padded to 32x32 (unless 28x28 is requested), other sizes are resized. `attribute` is CelebA's label, and
+    `equal_classes` keeps equally many images with and without it. `ValueError` for an unknown or missing set; for the
+    latter it tells where it looked and what to run.
     """
     if name in OPENERS:
         found = OPENERS[name](name, root, train, image_shape, download, attribute)
@@ -82,7 +82,7 @@ def open_dataset(
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder lies there; a name that no file system takes is none."""
+    """Whether the path is a folder; False for a name that is impossible on the file system."""
     try:
         return path.is_dir()
     except OSError as error:
@@ -111,7 +111,7 @@ def fit_images(images: Tensor, image_shape: Sequence[int]) -> Tensor:
 def in_memory(
     name: str, images: Tensor, labels: Tensor, class_names: Sequence[str], image_shape: Sequence[int] | None
 ) -> LabelledImages:
-    """A data set that lies in memory."""
+    """A data set that is kept in memory."""
     if image_shape is None:
         size = 32 if images.shape[2:] == (28, 28) else images.shape[2]
         image_shape = (images.shape[1], size, size)
@@ -120,23 +120,23 @@ def in_memory(
     return LabelledImages(name, partial(rows_of, images), labels.long(), tuple(class_names), (c, h, w))
 
 
-# Readers are functions with arguments bound to them, and no closures: they travel to other processes.
+# Readers are partial functions instead of closures, so that they can be pickled for other processes.
 
 
 def rows_of(images: Tensor, indices: Sequence[int] | Tensor) -> Tensor:
-    """Some images of those in memory."""
+    """Images by index, from memory."""
     return images[indices]
 
 
 def rows_through(
     read: Callable[[Sequence[int] | Tensor], Tensor], kept: Tensor, indices: Sequence[int] | Tensor
 ) -> Tensor:
-    """Some images of those kept of a data set."""
+    """Images by index into `kept`, a subset of a data set."""
     return read(kept[torch.as_tensor(indices)])
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The array of an IDX file of unsigned bytes (LeCun's format), plain or `.gz`; no more is read than it says."""
+    """The array of an IDX file of unsigned bytes (LeCun's format), plain or `.gz`; reads only the declared size."""
     where = one_line(path, 120)
     if plain_file(path) is None:
         raise ValueError(f"{where}: no such file")
@@ -165,7 +165,7 @@ def read_idx(path: Path) -> np.ndarray:
 def open_idx(
     name: str, root: Path, train: bool, image_shape: Sequence[int] | None, download: bool, _attribute: str
 ) -> LabelledImages:
-    """MNIST or Fashion-MNIST from IDX files, where torchvision or the publisher's download puts them."""
+    """MNIST or Fashion-MNIST from IDX files, in the folders of torchvision or of the publisher's download."""
     vision = {"mnist": torchvision.datasets.MNIST, "fashion_mnist": torchvision.datasets.FashionMNIST}[name]
     if download:
         vision(str(root), train=train, download=True)
@@ -228,10 +228,10 @@ def open_celeba(
 
 
 def balanced(data: LabelledImages, seed: int = 0) -> LabelledImages:
-    """As many images of each class as the rarest has: a seeded choice, in the set's own order.
+    """Equally many images of each class, as many as the rarest has: a seeded choice, in the set's order.
 
-    The seed is the data set's, not the training's: networks of all seeds are trained and tested on the same images.
-    `ValueError` where a class has no image.
+    The seed is fixed and not the training's: networks of all seeds are trained and tested on the same images.
+    `ValueError` if a class has no image.
     """
     counts = torch.bincount(data.labels, minlength=len(data.class_names))
     size = int(counts.min())
@@ -248,7 +248,7 @@ def balanced(data: LabelledImages, seed: int = 0) -> LabelledImages:
 
 
 def open_folder(folder: Path, image_shape: Sequence[int] | None) -> LabelledImages:
-    """A folder of class folders; images are decoded as they are read. Without a shape, the first image gives it."""
+    """A folder of class folders; images are decoded when read. Without a shape, the first image defines it."""
     names, files, labels = image_files.class_folders(folder)
     c, h, w = image_shape or image_files.read(files[0]).shape
 
@@ -257,19 +257,19 @@ def open_folder(folder: Path, image_shape: Sequence[int] | None) -> LabelledImag
 
 
 def decode_images(files: Sequence[str], indices: Sequence[int] | Tensor, image_shape: Sequence[int]) -> Tensor:
-    """Some image files, decoded and fitted. `ValueError` for a file that is no whole image."""
+    """Image files by index, decoded and converted to `image_shape`. `ValueError` for an invalid or truncated file."""
     return torch.cat([fit_images(image_files.read(files[int(index)])[None], image_shape) for index in indices])
 
 
 def missing(name: str, where: str) -> ValueError:
-    """The error for a data set that is not there."""
+    """The error for a missing data set."""
     return ValueError(
         f"data set {name!r} not found; looked in {where}; give its folder as `data_root`, or fetch it with `download`"
     )
 
 
 def bundled_test_set(name: str, image_shape: Sequence[int]) -> LabelledImages | None:
-    """The test images that come with the package, or None where there are none for that data set."""
+    """The bundled test images of a data set, or None."""
     folder = BUNDLED / name
     if not (folder / "t10k-images-idx3-ubyte.gz").is_file():
         return None

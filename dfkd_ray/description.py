@@ -1,4 +1,4 @@
-"""What a bundle's `teacher.json` says, and what is refused of it: whoever reads it may not have written it."""
+"""The pydantic model of a bundle's `teacher.json`, with strict validation: the file may be of unknown origin."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ DATA_OPTIONS = {"attribute": str, "equal_classes": bool}  # of a data set, under
 
 
 def not_boolean(value: Any) -> Any:
-    """The value; `ValueError` for true and false, which count as 1 and 0 otherwise."""
+    """The value; `ValueError` for true and false, which pydantic would accept as 1 and 0."""
     if isinstance(value, bool):
         raise ValueError(f"expected a number, not {str(value).lower()}")
     return value
@@ -51,7 +51,7 @@ class BundleInfo(BaseModel):
     @field_validator("notes")
     @classmethod
     def _notes_that_are_read(cls, notes: dict[str, Any]) -> dict[str, Any]:
-        """The two notes that are acted on: which images were held out, and how the data set was opened."""
+        """Validate the two notes that are used: `training` (held-out images) and `data` (options of the data set)."""
         training, data = notes.get("training", {}), notes.get("data", {})
         if not isinstance(training, Mapping) or not isinstance(data, Mapping):
             raise ValueError("training and data must be objects")
@@ -95,7 +95,7 @@ class BundleInfo(BaseModel):
         return self
 
     def _check_normalised(self) -> None:
-        """`ValueError` where the pixels that networks see are no finite numbers in float32."""
+        """`ValueError` if normalised pixels are not finite in float32."""
         with np.errstate(all="ignore"):
             mean, std, ends = (np.array(values, np.float32) for values in (self.mean, self.std, self.pixel_range))
             seen = (ends[:, None] - mean) / std

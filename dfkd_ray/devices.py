@@ -1,4 +1,4 @@
-"""Device, precision, threads and determinism: what decides the last bits of a result, in one place."""
+"""Device, precision, threads and determinism: all settings that can change the last bits of a result."""
 
 import functools
 import os
@@ -16,7 +16,7 @@ from dfkd_ray.images import PixelSpace
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how networks run on images of a pixel space: what decides the last bits of a result."""
+    """Device, pixel space, precision and threads with which networks run."""
 
     device: torch.device
     space: PixelSpace
@@ -29,12 +29,12 @@ class Runtime:
         return autocast(self.precision, self.device)
 
     def numerics(self) -> AbstractContextManager[None]:
-        """Threads, TF32 and determinism of a piece of work: see `numerics`."""
+        """The context for threads, TF32 and determinism: see `numerics`."""
         return numerics(self.precision, self.device, self.num_threads, self.fast)
 
 
 def resolve(device: str) -> torch.device:
-    """ "auto" is CUDA where there is one. `ValueError` where CUDA is asked for and missing."""
+    """The torch device; "auto" is CUDA if available. `ValueError` if CUDA is requested and missing."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -43,12 +43,12 @@ def resolve(device: str) -> torch.device:
 
 
 def hide_gpus() -> None:
-    """From here on this process has no CUDA device: "auto" is the CPU. To be called before anything looks for one."""
+    """Hide all CUDA devices from this process: "auto" is then the CPU. Call it before CUDA is initialised."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def place(network: nn.Module, device: torch.device, *, channels_last: bool = True) -> nn.Module:
-    """Move a network to a device, its convolution weights with channels last (or contiguous)."""
+    """Move a network to a device, with convolution weights in channels-last (or contiguous) layout."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return network.to(device).to(memory_format=layout)  # type: ignore[call-overload]
 
@@ -63,9 +63,9 @@ def check_precision(precision: str, device: torch.device, fast: bool = False) ->
 
 @functools.cache
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device computes in bfloat16, or only imitates it.
+    """Whether a device computes bfloat16 natively instead of emulating it.
 
-    A CPU with AVX2 alone imitates: a step of the bundled ResNet-8 takes 7 times as long as in float32 (AMD EPYC, one
+    A CPU with only AVX2 emulates it: a step of the bundled ResNet-8 takes 7 times as long as in float32 (AMD EPYC, one
     thread, torch 2.14).
     """
     if device.type != "cpu":
@@ -75,10 +75,10 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def autocast(precision: str, device: torch.device) -> Any:
-    """The context in which a network runs in `precision`; what it stores and differentiates stays float32.
+    """The autocast context for `precision`; parameters and gradients stay float32.
 
-    On a CPU that only imitates bfloat16 it runs in float32, which is faster and more exact there; the numerics class
-    says so.
+    On a CPU that only emulates bfloat16 the network runs in float32, which is faster and more exact there. The numerics
+    class records this.
     """
     if precision == "bfloat16" and has_bfloat16(device):
         return torch.autocast(device.type, torch.bfloat16)
@@ -87,10 +87,10 @@ def autocast(precision: str, device: torch.device) -> Any:
 
 @contextmanager
 def numerics(precision: str, device: torch.device, num_threads: int, fast: bool = False) -> Iterator[None]:
-    """Threads, TF32 and determinism for a piece of work; restores what was there before.
+    """Set threads, TF32 and determinism while open; the previous settings are restored.
 
-    CUDA runs deterministic algorithms without autotuning unless `fast`; an operation that has no deterministic form
-    warns and runs.
+    CUDA uses deterministic algorithms without autotuning unless `fast`. An operation without a deterministic version
+    runs with a warning.
     """
     check_precision(precision, device, fast)
     before = (
@@ -121,7 +121,7 @@ def numerics(precision: str, device: torch.device, num_threads: int, fast: bool 
 
 
 def numerics_class(device: torch.device) -> str:
-    """What must be equal for equal bits: device model or instruction set, and the torch version."""
+    """A text that is equal on machines with bit-identical results: device model or instruction set, torch version."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     imitated = "" if has_bfloat16(torch.device("cpu")) else " without bfloat16"

@@ -1,7 +1,7 @@
-"""Image files and class folders from elsewhere: decoded faithfully to eight bits and three colours, or refused by name.
+"""Reads image files and class folders of unknown origin as uint8 RGB; refuses what cannot be converted correctly.
 
-Sizes come from the header before a pixel is decoded. 16-bit grey is scaled, where Pillow's own conversion clips it;
-floating-point and 32-bit images have no range that is known, and are refused.
+The size is checked in the header before pixels are decoded. 16-bit grey is scaled (Pillow's own conversion clips it).
+Floating-point and 32-bit images are refused, because their value range is unknown.
 """
 
 import os
@@ -24,19 +24,19 @@ SIXTEEN_BIT_FORMATS = ("PNG", "PPM")  # older Pillow opens their 16-bit grey as 
 
 
 def read(path: str | Path) -> Tensor:
-    """An image file as uint8 (3, height, width). `ValueError`, naming the file, for one that cannot be read so."""
+    """Read an image file as uint8 (3, height, width). `ValueError`, with the file's name, if that is impossible."""
     where = one_line(path, 120)
     if plain_file(Path(path)) is None:
         raise ValueError(f"{where}: no such image file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes, which are checked here, and of metadata, which is not read
+            warnings.simplefilter("ignore")  # about sizes, which are checked here, and metadata, which is not used
             with Image.open(path) as image:
                 problem = problem_of(image)
                 picture = None if problem else colours(image)
     except PermissionError:
         raise
-    except Exception as error:  # noqa: BLE001 - decoders fail on damaged files in ways of their own
+    except Exception as error:  # noqa: BLE001 - decoders raise various exceptions for damaged files
         raise ValueError(f"{where}: cannot be decoded: {reason(error)}") from None
     if picture is None:
         raise ValueError(f"{where}: {problem}")
@@ -44,7 +44,7 @@ def read(path: str | Path) -> Tensor:
 
 
 def problem_of(image: Image.Image) -> str | None:
-    """Why an opened image is not decoded, if it is not."""
+    """Why an opened image is refused, or None."""
     width, height = image.size
     if width * height > MAX_PIXELS:
         return f"an image of {width:,} x {height:,} pixels, expected at most {MAX_PIXELS:,} altogether"
@@ -65,9 +65,9 @@ def colours(image: Image.Image) -> np.ndarray:
 
 
 def class_folders(folder: Path) -> tuple[list[str], list[str], list[int]]:
-    """Class names (sorted), image files in order, and each one's class, of a folder of class folders.
+    """For a folder of class folders: the sorted class names, the image files in order, and the class of each file.
 
-    `ValueError` where there is no class folder, one has no image or a name that is no text, or a link leads back.
+    `ValueError` if there is no class folder, if one has no image or an undecodable name, or if links form a cycle.
     """
     expected = f"{one_line(folder, 120)}: expected class folders with images"
     try:
@@ -107,7 +107,7 @@ def image_files(folder: str) -> list[str]:
         found[place] = []
         for name in os.listdir(place):
             inner = os.path.join(place, name)
-            if os.path.isdir(inner):  # false for a link to itself, of which a directory entry's own question dies
+            if os.path.isdir(inner):  # False for a link to itself, for which DirEntry.is_dir raises
                 todo.append((inner, above | {itself}))
             elif name.lower().endswith(IMG_EXTENSIONS):
                 found[place].append(name)

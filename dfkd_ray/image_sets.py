@@ -1,15 +1,15 @@
-"""Synthetic images as files that other programs read: PNG files in class folders, or Parquet with a batch per file.
+"""Exports synthetic images for other programs: PNG files in class folders, or Parquet with one batch per file.
 
-`folder`: `train/<class>/<batch>-<row>.png`, 8 bits, grey or colour. `ImageFolder` and this project's own folder data
-set number classes by the order of their names; so a class folder is called by the class's name only where the names
-sort in class order, and otherwise begins with the class's number, zero-padded. Images without a label lie outside
-`train`, in `unlabelled/`: read from there they would be called class 0.
+`folder`: `train/<class>/<batch>-<row>.png`, 8 bits, grey or colour. `ImageFolder` and this project's folder data set
+number classes by the sorted folder names. So a folder has the class's name only if the names sort in class order;
+otherwise it begins with the class's number, zero-padded. Images without a label are outside `train`, in `unlabelled/`:
+inside `train` they would be read as class 0.
 
-`parquet`: `part-<batch>.parquet`, columns as in `COLUMNS`. An image is a PNG file where it is uint8 with 1 or 3
-channels, and otherwise its bytes in C order (channels, height, width), little-endian; uint8 spans the pixel range,
-floats are pixels. What all images have in common is in the file's metadata.
+`parquet`: `part-<batch>.parquet` with the columns in `COLUMNS`. A uint8 image with 1 or 3 channels is stored as a PNG
+file; other images as bytes in C order (channels, height, width), little-endian. uint8 spans the pixel range, floats are
+pixel values. Common properties of all images are in the file's metadata.
 
-`synthesis.json` comes last: where it is, the export is whole. Until then `.synthesis.json` says whose the folder is.
+`synthesis.json` is written last and marks a complete export. Until then `.synthesis.json` claims the folder.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ SCHEMA = "dfkd_ray.images/1"
 RECORD, UNFINISHED = "synthesis.json", ".synthesis.json"
 TRAIN, UNLABELLED = "train", "unlabelled"
 PNG_CHANNELS = (1, 3)
-WRITERS = 8  # threads that write PNG files: most of their time goes to waiting for the disk
+WRITERS = 8  # threads that write PNG files; they mostly wait for the disk
 
 IMAGE_SET = targets.Product("a set of images", dict.fromkeys((RECORD, UNFINISHED), targets.claims(SCHEMA)))
 
@@ -52,7 +52,7 @@ COLUMNS: dict[str, tuple[pa.DataType, str]] = {
 
 @dataclass(frozen=True)
 class Export:
-    """Where images go, how many, and what they all have in common."""
+    """An export: target folder, number of images, and the common properties of all images."""
 
     folder: Path
     format: str
@@ -70,19 +70,19 @@ class Export:
 
     @property
     def num_batches(self) -> int:
-        """Batches that hold the images; the last one may be cut."""
+        """The number of batches; the last one may be used partly."""
         return -(-self.num_images // self.config["batch_size"])
 
     def num_rows(self, index: int) -> int:
-        """How many images of a batch belong to the export."""
+        """The number of images of a batch that belong to the export."""
         return min(self.config["batch_size"], self.num_images - index * self.config["batch_size"])
 
 
 def prepare(export: Export) -> list[int]:
-    """Claim the folder; returns which batches are still to be written.
+    """Claim the folder; returns the indices of the batches to write.
 
-    `ValueError` where the format cannot hold the images, or the folder holds something else. The PNG files of an
-    earlier run are written again: to be sure of each would cost as much.
+    `ValueError` if the format cannot hold the images, or if the folder holds something else. PNG files of an earlier
+    run are written again: checking each one would cost as much.
     """
     if export.format not in FORMATS:
         raise ValueError(f"`format={export.format}`: expected {' or '.join(FORMATS)}")
@@ -103,7 +103,7 @@ def prepare(export: Export) -> list[int]:
 
 
 def check_folder(export: Export) -> None:
-    """`ValueError` where a folder holds other images, or more of these than asked for."""
+    """`ValueError` if the folder holds other images, or more of these than requested."""
     folder = export.folder
     images = [folder / TRAIN, folder / UNLABELLED, *sorted(folder.glob("part-*.parquet"))]
     images = [path for path in images if path.exists()]
@@ -125,7 +125,7 @@ def check_folder(export: Export) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What a folder says it holds."""
+    """The description of an export in its folder."""
     record: Any = None
     with contextlib.suppress(ValueError, RecursionError):
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -137,7 +137,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def is_written(export: Export, index: int) -> bool:
-    """Whether a batch is there as it should be. `ValueError` for one of another key."""
+    """Whether a batch's Parquet file is complete and correct. `ValueError` for a file of another key."""
     path = part_path(export.folder, index)
     if export.format != "parquet" or not path.exists():
         return False
@@ -151,13 +151,13 @@ def is_written(export: Export, index: int) -> bool:
 
 
 def write(export: Export, batch: Batch) -> None:
-    """Write what an export takes of a batch; every file is whole or not there."""
+    """Write the images of a batch that belong to the export; each file is written atomically."""
     num_rows = export.num_rows(batch.index)
     FORMATS[export.format](export, replace(batch, images=batch.images[:num_rows], labels=batch.labels[:num_rows]))
 
 
 def finish(export: Export, *, seconds: float, num_made: int, num_found: int, num_kept: int) -> Path:
-    """Write down what the folder holds, now that it is all there; counts are batches of the run that ends."""
+    """Write `synthesis.json`, after all images; the counts are batches of this run."""
     record = {
         "schema": SCHEMA,
         "key": export.key,
@@ -197,12 +197,12 @@ def write_pngs(export: Export, batch: Batch) -> None:
 
 
 def class_folders(num_classes: int, class_names: Sequence[str]) -> list[str]:
-    """A folder name per class, in an order that sorts as the classes do."""
+    """A folder name per class; the sorted names are in class order."""
     width = len(str(num_classes - 1))
     numbers = [f"{number:0{width}d}" for number in range(num_classes)]
     if not class_names:
         return numbers
-    # Of what file systems refuse, and without a leading dot: readers pass over hidden folders.
+    # Without characters that file systems refuse, and without a leading dot: readers skip hidden folders.
     names = [re.sub(r'[\x00-\x1f/\\:*?"<>|]', "_", name).strip(" .")[:60] for name in class_names]
     alike = len({name.casefold() for name in names}) < num_classes
     if all(names) and names == sorted(names) and not alike:
@@ -253,7 +253,7 @@ def write_part(export: Export, batch: Batch) -> None:
 
 
 def part_metadata(export: Export) -> dict[str, str]:
-    """What a Parquet file says of all its images; values other than texts are JSON."""
+    """The metadata of a Parquet file: common properties of its images; values other than text are JSON."""
     texts = {
         "schema": SCHEMA,
         "synthesis_key": export.key,
@@ -281,7 +281,7 @@ def read_part(path: Path) -> Batch:
 
 
 def is_png(dtype: str, shape: Sequence[int]) -> bool:
-    """Whether images of that type and shape (channels, height, width) lie in Parquet as PNG files."""
+    """Whether Parquet stores images of this dtype and shape (channels, height, width) as PNG files."""
     return dtype == "uint8" and shape[0] in PNG_CHANNELS
 
 

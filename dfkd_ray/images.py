@@ -1,8 +1,8 @@
-"""How pixels are stored, and augmentation. Pure: randomness is an argument.
+"""Pixel spaces with encoding and decoding of stored images, and augmentation. Pure: randomness is an argument.
 
-Three spaces: *stored* (uint8 over the pixel range, float16 or float32), *pixels* (`low` to `high`, usually 0 to 1) and
-*normalised* ((pixel - mean) / std), which is what networks see. Decoding always makes a new tensor, so nothing can
-write into a stored batch that others share.
+There are three spaces: *stored* (uint8 over the pixel range, float16 or float32), *pixels* (`low` to `high`, usually 0
+to 1) and *normalised* ((pixel - mean) / std), the input of networks. Decoding always makes a new tensor, so nothing can
+write into a shared stored batch.
 """
 
 import io
@@ -43,7 +43,7 @@ class PixelSpace:
 
 
 def encode(images: Float[Tensor, "n c h w"], space: PixelSpace, storage: str) -> np.ndarray:
-    """Normalised images as stored; outside the pixel range they are clipped to it."""
+    """Normalised images in stored form, clipped to the pixel range."""
     mean, std = space.per_channel(images.device)
     pixels = (images.detach().float() * std + mean).clamp(space.low, space.high)
     if storage == "uint8":
@@ -54,10 +54,10 @@ def encode(images: Float[Tensor, "n c h w"], space: PixelSpace, storage: str) ->
 def decode(images: np.ndarray | Tensor, space: PixelSpace, device: torch.device | str = "cpu") -> Tensor:
     """Stored images as normalised float32, always a new tensor."""
     if isinstance(images, np.ndarray):
-        # from_numpy warns of a read-only view (object store, memory map); dlpack does not, and it is only read here.
+        # from_numpy warns about a read-only view (object store, memory map); dlpack does not, and this only reads.
         try:
             images = torch.from_dlpack(np.ascontiguousarray(images))
-        except BufferError:  # older numpy or torch: no dlpack of read-only memory
+        except BufferError:  # older numpy or torch: no dlpack for read-only memory
             images = torch.tensor(images)
     pixels = images.to(device, non_blocking=True).to(torch.float32)
     mean, std = space.per_channel(device)
@@ -69,7 +69,7 @@ def decode(images: np.ndarray | Tensor, space: PixelSpace, device: torch.device 
 def decoded(arrays: Iterable[np.ndarray], space: PixelSpace, device: torch.device) -> Iterator[Tensor]:
     """Stored arrays as normalised float32 on the device, in order.
 
-    On CUDA the next array travels (pinned memory, a stream of its own) while the current one is worked on.
+    On CUDA the next array is copied (pinned memory, separate stream) while the current one is in use.
     """
     if device.type != "cuda":
         for array in arrays:
@@ -92,7 +92,7 @@ def decoded(arrays: Iterable[np.ndarray], space: PixelSpace, device: torch.devic
 
 
 def landed(images: Tensor, space: PixelSpace, device: torch.device, side: Any) -> Tensor:
-    """Decode images whose copy may still be under way on another stream."""
+    """Decode images whose copy on another stream may still be running."""
     current = torch.cuda.current_stream(device)
     current.wait_stream(side)
     images.record_stream(current)
@@ -143,7 +143,7 @@ def mix_images(
 def class_grid(
     batches: Sequence[Batch], num_classes: int, space: PixelSpace, per_class: int = 12, largest: int = 20
 ) -> bytes:
-    """A PNG with a row of stored images for each of the first `largest` classes; unlabelled noise fills in order."""
+    """A PNG with a row of images for each of the first `largest` classes; unlabelled noise fills the rows in order."""
     images = np.concatenate([batch.images for batch in batches])
     labels = np.concatenate([batch.labels for batch in batches])
     if (labels == NO_LABEL).all():
@@ -157,7 +157,7 @@ def class_grid(
                 scaled = (image.astype(np.float32) - space.low) / (space.high - space.low)
                 image = (scaled * 255).round().clip(0, 255).astype(np.uint8)
             picture[:, row * (h + 2) : row * (h + 2) + h, column * (w + 2) : column * (w + 2) + w] = image
-    # Grey or colour; of other channel counts the first is shown.
+    # Grey or colour; for other channel counts, the first channel is shown.
     shown = picture.transpose(1, 2, 0) if c == 3 else picture[0]
     file = io.BytesIO()
     Image.fromarray(shown).save(file, format="PNG")

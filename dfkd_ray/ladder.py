@@ -1,6 +1,6 @@
-"""The rungs of a trial, from the teacher to the recovered student: names, labels, columns, in one place.
+"""The rungs of a trial, the stages at which a network is measured (teacher, pruned, …): names, labels, columns.
 
-A rung is added here and measured in `trial`; tables, figures and the ladder that is printed follow.
+A new rung is added here and measured in `trial`; tables, figures and the printed ladder follow from it.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Rung:
-    """A network on its way. `name` is the stem of its columns; `how` says what has been done to it by then."""
+    """One rung. `name` is the stem of its columns; `how` describes what has been done to the network."""
 
     name: str
     label: str
@@ -18,7 +18,7 @@ class Rung:
     accuracy_meaning: str
     agreement_meaning: str | None = None
     look: tuple[tuple[str, Any], ...] = ()
-    """How a figure draws it: colours that differ in lightness too, with a marker of their own each."""
+    """Colour and marker in figures; the colours also differ in lightness."""
 
     @property
     def accuracy(self) -> str:

@@ -35,7 +35,7 @@ def mean_square(images: Float[Tensor, "n c h w"]) -> Float[Tensor, ""]:
 
 
 def output_entropy(logits: Float[Tensor, "n classes"]) -> Float[Tensor, ""]:
-    """Mean entropy of the softmax, in nats: low where the teacher is sure, of whatever class."""
+    """Mean entropy of the softmax, in nats: low if the teacher is confident of any class."""
     log_p = F.log_softmax(logits, dim=1)
     return -(log_p.exp() * log_p).sum(dim=1).mean()
 

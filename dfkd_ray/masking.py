@@ -1,8 +1,7 @@
-"""What is shown and written of a URI: never the password, key or token that opens it.
+"""Removes passwords, keys and tokens from URIs before they are shown or written.
 
-A secret may hold anything that should have been escaped: `/`, `@`, blanks, `?`. Where it ends inside a sentence is then
-anybody's guess, so all that may belong to it goes, at the cost of a word of the message. Text that was masked before
-stays as it is.
+A secret may contain unescaped characters such as `/`, `@`, blanks and `?`, so its end within a sentence is ambiguous.
+Then everything that may belong to it is removed, even if that removes a word of the message. Masking is idempotent.
 """
 
 import re
@@ -12,14 +11,14 @@ from typing import Any
 from urllib.parse import unquote
 
 MASK = "***"
-# A URI in a text begins a new one after a blank, a quote or a bracket; elsewhere it is part of the one before.
+# After a blank, a quote or a bracket a new URI begins; elsewhere it is part of the previous one.
 START = re.compile(r"(?<![^\s\"'`(\[{<,;])(?:[\w+.-]+::)*[A-Za-z][A-Za-z0-9+.-]*://")
-# User and password: to the last @, for a password may hold all the characters that should have been escaped.
+# User and password, up to the last @: a password may contain unescaped special characters.
 USERINFO = re.compile(r"[^/?:]*?(?::|%3[Aa])(.*)@", re.DOTALL)
 QUERY = re.compile(r"\?(?=[^\s\"'`)\]},;:.!?])")
 NAME = re.compile(r"[\w.%\[\]-]{1,64}")
-# Parameters of pyarrow's file systems (https://arrow.apache.org/docs/python/filesystems.html) that hold no secret, and
-# the values that are shown of them.
+# Parameters of pyarrow's file systems (https://arrow.apache.org/docs/python/filesystems.html) that are not secret, and
+# the form of the values that are shown.
 HARMLESS = {
     *("region", "scheme", "endpoint_override", "anonymous", "allow_bucket_creation", "allow_bucket_deletion"),
     *("background_writes", "check_directory_existence_before_creation", "force_virtual_addressing"),
@@ -27,19 +26,19 @@ HARMLESS = {
     *("buffer_size", "default_block_size", "use_mmap"),
 }
 PLAIN = re.compile(r"[\w.:/+-]*(?=$|[\s\"'`)\]}>]|[,;:.](?:\s|$))")
-# What may hold a secret: a scheme, one slash, and further on an @ or a ?.
+# A path that may contain a secret: a scheme, one slash, and later an @ or a ?.
 ONE_SLASH = re.compile(r"(?<![\w+.:-])([A-Za-z][A-Za-z0-9+.-]+):/(?=[^/\s][^\s]*[@?])")
 MASKED = re.compile(r"\*\*\*(?!\w)")
-SHORTEST = 4  # characters of a secret that is looked for in what a client library says
+SHORTEST = 4  # characters of a secret that is searched in a client library's message
 
 
 def with_slashes(text: str) -> str:
-    """A text in which a URI that was taken for a path has the slash again that it lost."""
+    """A text with the double slash restored in URIs that were normalised as paths."""
     return ONE_SLASH.sub(r"\1://", text) if ":/" in text else text
 
 
 def without_secrets(text: str) -> str:
-    """For messages: users with passwords, and the values of queries, become `***` in every URI of a text."""
+    """For messages: in all URIs of a text, user and password and the values of queries become `***`."""
     text = with_slashes(text)
     if "://" not in text:
         return text
@@ -53,12 +52,12 @@ def _line(line: str) -> str:
 
 
 def _segment(text: str) -> str:
-    """A text with one URI in it, and perhaps others in that: to its end, all may belong to it."""
+    """Mask a text that contains one URI, perhaps with others inside it; everything to the end may belong to it."""
     for mark in re.finditer("://", text):
         found = USERINFO.match(text, mark.end())
         if found:
             rest = text[found.end() :]
-            if "?" in found[0]:  # in the password, or it is the one before a query that has an @ in it
+            if "?" in found[0]:  # in the password, or before a query that contains an @
                 rest = "&".join([MASK, *(_parameter(part) for part in rest.split("&")[1:])])
             text = f"{text[: mark.end()]}{MASK}@{rest}"
             break
@@ -69,20 +68,20 @@ def _segment(text: str) -> str:
 
 
 def _parameter(text: str) -> str:
-    """`name=value` of a query without the value, unless that is known to be harmless; a bare word is a token."""
+    """Mask the value in `name=value` of a query, unless it is known to be harmless; a bare word counts as a token."""
     name, equals, value = text.partition("=")
     if MASKED.match(text) or (equals and MASKED.match(value)):
         return text
     plain = PLAIN.match(value)
     if equals and name.lower() in HARMLESS and plain:
-        query = QUERY.search(value, plain.end())  # of another URI, further on in the sentence
+        query = QUERY.search(value, plain.end())  # of another URI later in the sentence
         return text if not query else f"{name}={value[: query.end()]}{_parameter(value[query.end() :])}"
-    is_token = not value.lstrip("=").strip()  # a token in base64 ends so
+    is_token = not value.lstrip("=").strip()  # base64 tokens end like this
     return f"{name}={MASK}" if equals and NAME.fullmatch(name) and not is_token else MASK
 
 
 def secrets_of(uri: str) -> list[str]:
-    """What `without_secrets` hides of one URI, as it stands there and unescaped; the longest first."""
+    """The strings that `without_secrets` hides in one URI, both escaped and unescaped; longest first."""
     rest = uri.partition("://")[2]
     found = USERINFO.match(rest)
     hidden = [found[1]] if found else []
@@ -95,7 +94,7 @@ def secrets_of(uri: str) -> list[str]:
 
 
 def hidden(text: str, uri: str) -> str:
-    """What a client library says of a URI, without its secrets, wherever they stand in the text."""
+    """A client library's message about a URI, with the URI's secrets masked everywhere in the text."""
     text = text.replace(uri, without_secrets(uri)) if "://" in uri else text
     for secret in secrets_of(uri):
         text = text.replace(secret, MASK)
@@ -103,7 +102,7 @@ def hidden(text: str, uri: str) -> str:
 
 
 def secretless(data: Any) -> Any:
-    """A copy of plain nested data, with every URI in it as `without_secrets` shows it."""
+    """A copy of plain nested data, with `without_secrets` applied to every text."""
     if isinstance(data, Mapping):
         return {secretless(key): secretless(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
@@ -117,12 +116,12 @@ def split_query(uri: str) -> tuple[str, str, str]:
 
 
 def public_name(where: str) -> str:
-    """What tables call a place that was opened: a URI without user, password and query; a path as it is."""
+    """The name of a place in tables: a URI without user, password and query; a path unchanged."""
     scheme, mark, rest = split_query(where)[0].partition("://")
     if not mark:
         return where
     host, slash, path = rest.partition("/")
     host = host.rpartition("@")[2]
-    if ":" in host and not re.fullmatch(r"[^:]*:\d*|\[[^\]]*\](:\d*)?", host):  # no port: part of a password
+    if ":" in host and not re.fullmatch(r"[^:]*:\d*|\[[^\]]*\](:\d*)?", host):  # not a port: part of a password
         return split_query(without_secrets(where))[0]
     return without_secrets(f"{scheme}://{host}{slash}{path}")

@@ -1,6 +1,6 @@
-"""Plain data: what a table, a hash and JSON can hold. Mappings with names, lists, text, numbers, booleans and null.
+"""Plain data, i.e. JSON types: mappings with text keys, lists, text, numbers, booleans, null. Checks and display.
 
-Nothing of the user's is looked into before it is known to be plain, and no more of it than fits is shown in an error.
+Data from the user is checked to be plain before it is used. Error messages show it shortened.
 """
 
 import math
@@ -12,24 +12,24 @@ from dfkd_ray.masking import with_slashes
 from dfkd_ray.text import shortened
 from dfkd_ray.text import shown as printable
 
-MOST_DEPTH = 24  # of lists and mappings within each other
-MOST_SIGNS = 4096  # of a text: a name, a path, a URI
-LARGEST = 2**63 - 1  # what a table's whole numbers hold
-SHOWN, SHOWN_PATH = 80, 120  # signs of a value and of a path in an error
+MOST_DEPTH = 24  # nesting of lists and mappings
+MOST_SIGNS = 4096  # characters of a text: a name, a path, a URI
+LARGEST = 2**63 - 1  # largest integer of a table's columns
+SHOWN, SHOWN_PATH = 80, 120  # characters of a value and of a path in an error message
 
 
 def given(value: Any, most: int = SHOWN) -> str:
-    """A value of any kind and size as an error shows it: as Python writes it, on one line, shortened."""
+    """A value of any type and size for an error message: its Python form on one line, shortened."""
     return cut(printable(written(value, 3)), most)
 
 
 def named(path: object) -> str:
-    """A path or a name as an error shows it."""
+    """A path or a name for an error message."""
     return cut(printable(path), SHOWN_PATH)
 
 
 def cut(text: str, most: int) -> str:
-    """A text shortened in the middle; where it is a URI, without what opens it, half of which would not be masked."""
+    """A text shortened in the middle. Secrets of a URI are removed first: half a secret would not be recognised."""
     text = with_slashes(text)
     if len(text) > most and "://" in text:
         text = re.sub(r"://[^/]*@", "://***@", text.partition("?")[0])
@@ -37,11 +37,11 @@ def cut(text: str, most: int) -> str:
 
 
 def written(value: Any, depth: int) -> str:
-    """A value as Python writes it, without most of what is large."""
+    """A value in its Python form; large parts are abbreviated."""
     if isinstance(value, str):
         return repr(value if len(value) <= MOST_SIGNS else value[:MOST_SIGNS])
     if isinstance(value, int) and not isinstance(value, bool):
-        # Python refuses to write what has more than 4,300 digits.
+        # Python refuses to print integers with more than 4,300 digits.
         return str(value) if abs(value) < 10**30 else f"a number of {math.ceil(value.bit_length() * 0.30103)} digits"
     if isinstance(value, Mapping):
         if depth == 0 and value:
@@ -56,7 +56,7 @@ def written(value: Any, depth: int) -> str:
 
 
 def text_fault(text: str, most: int = MOST_SIGNS) -> str | None:
-    """Why a text cannot be written to a table or used as a name; None where it can."""
+    """Why a text cannot be written to a table or used as a name; None if it can."""
     if len(text) > most:
         return f"a text of {len(text):,} characters; at most {most:,} are taken"
     if "\0" in text:
@@ -65,7 +65,7 @@ def text_fault(text: str, most: int = MOST_SIGNS) -> str | None:
 
 
 def fault(data: Any, most: int, most_signs: int = MOST_SIGNS) -> str | None:
-    """Why data is not plain, too deep, or of more than `most` values, with the place in it; None where it is good."""
+    """Why data is not plain, too deep or has more than `most` values, with the position; None if it is valid."""
     todo, num = [(data, "", 0)], 0
     while todo:
         value, place, depth = todo.pop()
@@ -89,7 +89,7 @@ def fault(data: Any, most: int, most_signs: int = MOST_SIGNS) -> str | None:
 
 
 def scalar_fault(value: Any, most_signs: int) -> str | None:
-    """Why a single value is not plain; None where it is."""
+    """Why a single value is not plain; None if it is."""
     if isinstance(value, str):
         return text_fault(value, most_signs)
     if isinstance(value, int):
@@ -100,7 +100,7 @@ def scalar_fault(value: Any, most_signs: int) -> str | None:
 
 
 def alike(one: Any, other: Any) -> bool:
-    """Whether two plain values are the same; true is not 1, but 1.0 is."""
+    """Whether two plain values are equal. 1 equals 1.0, but not true."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(alike(value, other[name]) for name, value in one.items())
     if isinstance(one, list) and isinstance(other, list):
@@ -109,9 +109,9 @@ def alike(one: Any, other: Any) -> bool:
 
 
 def with_overrides(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested `data` with dotted `overrides` put in; neither is changed, parts are shared.
+    """A copy of nested `data` with dotted `overrides` applied; unchanged parts are shared.
 
-    `ValueError` where a path runs through a plain value.
+    `ValueError` if a parent in a path is not a mapping.
     """
     result = dict(data)
     for name, value in overrides.items():
@@ -128,7 +128,7 @@ def with_overrides(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dic
 
 
 def value_at(data: Any, name: str) -> Any:
-    """The value of a dotted name in nested data; None where there is none."""
+    """The value of a dotted name in nested data; None if there is none."""
     for part in name.split("."):
-        data = data.get(part) if isinstance(data, dict | Mapping) else None  # dict first: it is told much faster
+        data = data.get(part) if isinstance(data, dict | Mapping) else None  # dict first: that check is much faster
     return data

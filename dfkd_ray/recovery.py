@@ -1,4 +1,4 @@
-"""One network made small from Python: `recover(network, …)`, without a file, without Ray."""
+"""The Python function `recover(network, …)`: makes one network smaller in memory, without files and Ray."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from dfkd_ray.storage import Where
 
 
 class Description(TypedDict, total=False):
-    """What has to be said of a network in memory: see `Teacher.from_network`."""
+    """The description that a network in memory needs: see `Teacher.from_network`."""
 
     image_shape: Sequence[int]
     num_classes: int
@@ -27,7 +27,7 @@ class Description(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Recovered:
-    """What a recovery leaves: the student (eval mode, on the CPU), what was measured, and the images it was made with.
+    """The result of a recovery: the student (eval mode, on the CPU), the row of measurements, and the synthetic images.
 
     `row` has the columns of the table `trials`. `images` is (num_images, channels, height, width) as stored (uint8 over
     the pixel range by default), `labels` int64 (num_images,), -1 without a label.
@@ -49,15 +49,14 @@ def recover(
     progress: bool = True,
     **described: Unpack[Description],
 ) -> Recovered:
-    """Prune a network, make images from it alone, and distil it back to its own answers.
+    """Prune a copy of a network, make images from the network alone, and distil the network into its pruned copy.
 
-    `network`: a module in memory, which wants `image_shape`, `num_classes`, `mean` and `std` (see
-    `Teacher.from_network`); or a teacher, or the name or folder of a bundle. It is not changed. `settings`: further
-    fields of a `TrialConfig` by their dotted names, such as `{"distillation.num_steps": 100}`. `test`: batches that are
-    reported on, never used to choose. `cache_root`: where images are kept and found again; None keeps nothing.
-    `progress` shows where it stands.
+    `network`: a module in memory, which needs `image_shape`, `num_classes`, `mean` and `std` (see
+    `Teacher.from_network`); or a teacher; or the name or folder of a bundle. It is not modified. `settings`: further
+    fields of a `TrialConfig` by dotted name, such as `{"distillation.num_steps": 100}`. `test`: test batches, for
+    reporting only. `cache_root`: the cache folder for images; None caches nothing. `progress`: show progress.
 
-    `ValueError` for what does not fit, `RuntimeError` with the reason where the recovery has failed.
+    `ValueError` for invalid arguments, `RuntimeError` with the reason if the recovery fails.
 
     >>> import dfkd_ray
     >>> quick = {"bn_num_images": 32, "distillation.num_images": 32, "distillation.num_steps": 4}
@@ -89,7 +88,7 @@ def recover(
 
 
 def bars() -> Any:
-    """What shows progress, on a terminal, in a notebook or in a log."""
+    """The progress display for a terminal, a notebook or a log."""
     from dfkd_ray.cli.show import Progress
 
     return Progress()

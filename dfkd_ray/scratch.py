@@ -1,7 +1,7 @@
-"""Private temporary folders, each held by the process that made it: those of processes that died are removed later.
+"""Private temporary folders, locked by their process; folders of dead processes are removed later.
 
-A folder is locked for as long as it is in use. The lock is the operating system's and ends with its process, however
-that ends, so a folder whose lock is free belongs to nobody. Names, owner and lock have to fit before one is removed.
+The lock is the operating system's and ends with the process, also after a kill. So a folder with a free lock is not in
+use. It is removed only if name, owner and lock all match.
 """
 
 import os
@@ -25,9 +25,9 @@ PAUSES_S = (0.0, 0.2, 1.0)
 
 @contextmanager
 def folder(kind: str, base: Path | str | None = None) -> Iterator[Path]:
-    """A new folder of this process alone, in `base` (default: where temporary files go), removed at the end.
+    """A new private folder in `base` (default: the folder for temporary files), removed at the end.
 
-    `OSError` where none can be made.
+    `OSError` if it cannot be created.
     """
     assert kind in KINDS, kind
     path, lock = made(kind, Path(tempfile.gettempdir() if base is None else base))
@@ -43,7 +43,7 @@ def made(kind: str, base: Path) -> tuple[Path, BaseFileLock]:
     for _ in range(TRIES):
         path = Path(tempfile.mkdtemp(prefix=f"dfkd_ray-{kind}-", dir=base))
         lock = FileLock(path / LOCK)
-        # Between its making and its locking another process may have taken it for one of a dead process.
+        # Before it is locked, another process may take it for a dead process's folder and remove it.
         with suppress(Timeout, FileNotFoundError):
             lock.acquire(timeout=0)
             if (path / LOCK).exists():
@@ -53,9 +53,10 @@ def made(kind: str, base: Path) -> tuple[Path, BaseFileLock]:
 
 
 def remove_dead(bases: Iterable[Path | str]) -> list[Path]:
-    """Remove what processes of this user that are gone have left in `bases`; returns what was removed.
+    """Remove the folders of this user's dead processes in `bases`; returns the removed paths.
 
-    Only folders (no links) of this user's with a name of ours and a free lock, or empty ones without a lock.
+    Removed are only real folders of this user with one of our names, if their lock is free or they are empty without a
+    lock.
     """
     gone = []
     for base in {str(base) for base in bases}:
@@ -67,7 +68,7 @@ def remove_dead(bases: Iterable[Path | str]) -> list[Path]:
 
 
 def is_own_folder(entry: "os.DirEntry[str]") -> bool:
-    """Whether it is a folder, and this user's."""
+    """Whether the entry is a folder that this user owns."""
     try:
         found = entry.stat(follow_symlinks=False)
     except OSError:
@@ -76,7 +77,7 @@ def is_own_folder(entry: "os.DirEntry[str]") -> bool:
 
 
 def remove_if_dead(path: Path) -> bool:
-    """Remove a folder of ours unless a process holds it; whether it was removed."""
+    """Remove one of our folders unless a process holds its lock; returns whether it was removed."""
     try:
         kept = (path / LOCK).lstat()
     except OSError:
@@ -99,7 +100,7 @@ def remove_if_dead(path: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder, its lock last: what is left of one that is killed meanwhile is still known by it."""
+    """Remove a folder, its lock file last, so that the rest is still recognised if this process is killed meanwhile."""
     for pause_s in PAUSES_S:  # a process that is ending may still write into it
         with suppress(OSError):
             time.sleep(pause_s)

@@ -1,8 +1,8 @@
-"""Where a command may write: the one place that decides whether something of the user's would be lost.
+"""Decides whether a command may write to a folder, so that no file of the user is lost.
 
-No command removes or replaces a file that it did not write. A folder to be written is new, or empty, or holds what the
-same command made there before, which one of its files says (its marker). Working folder, home, root, whatever holds one
-of them, and mount points are refused always: too much lies there that nobody counted.
+No command removes or replaces a file that it did not write. An output folder must be new, empty, or made by the same
+command before; a marker file in it shows that. The working folder, home, root, their parents and mount points are
+always refused.
 """
 
 import contextlib
@@ -17,16 +17,16 @@ from dfkd_ray import storage
 from dfkd_ray.plain import named
 from dfkd_ray.storage import Folder, Where
 
-HEAD_BYTES = 32 << 20  # of a file, by which it is recognised; our markers are smaller, our large files have headers
+HEAD_BYTES = 32 << 20  # read to recognise a file: our markers are smaller, our large files have headers
 NUM_NAMED = 3  # files named in a refusal
 
 
 @dataclass(frozen=True)
 class Product:
-    """What a command makes in a folder, and how its own work is recognised there.
+    """The output of a command, and how to recognise earlier output of it in a folder.
 
-    `markers`: file name → whether a file of that name with this content was written by the command. Any one will do, or
-    what `holds` finds in the folder.
+    `markers`: file name → predicate on the file's content that tells whether the command wrote it. One matching marker
+    is enough, or `holds` returning true for the folder.
     """
 
     what: str
@@ -35,7 +35,7 @@ class Product:
 
 
 def check(where: Where, product: Product) -> Folder:
-    """The folder, if `product` may be written there. `ValueError`, in one line, where it may not."""
+    """The folder, if `product` may be written there; else `ValueError` (one line)."""
     folder = storage.folder(where)
     if folder.is_local:
         refuse_shared(folder.path)
@@ -52,7 +52,7 @@ def check(where: Where, product: Product) -> Folder:
 
 
 def check_file(folder: Folder, name: str, is_own: Callable[[bytes], bool], what: str) -> None:
-    """`ValueError` where a file of that name is there already and `is_own` does not know its content."""
+    """`ValueError` if the file exists and `is_own` does not recognise its content."""
     path = folder / name
     if folder.is_local:
         status = None
@@ -70,7 +70,7 @@ def check_file(folder: Folder, name: str, is_own: Callable[[bytes], bool], what:
 
 
 def is_ours(folder: Folder, product: Product) -> bool:
-    """Whether a marker says that the command has written this folder."""
+    """Whether a marker shows that the command has written this folder."""
     for name, is_own in product.markers.items():
         data = head(folder, name)
         if data is not None and is_own(data):
@@ -79,7 +79,7 @@ def is_ours(folder: Folder, product: Product) -> bool:
 
 
 def head(folder: Folder, name: str) -> bytes | None:
-    """The beginning of a file; None where there is none, or something else than a plain file."""
+    """The beginning of a file; None if it does not exist or is not a plain file."""
     if not folder.is_local:
         return folder.read(name)
     try:
@@ -92,7 +92,7 @@ def head(folder: Folder, name: str) -> bytes | None:
 
 
 def claims(schema: str) -> Callable[[bytes], bool]:
-    """Whether bytes are a claim of this schema (see `claim`), of any version."""
+    """A predicate: whether bytes are a claim of this schema (see `claim`), of any version."""
 
     def is_own(data: bytes) -> bool:
         try:
@@ -105,12 +105,12 @@ def claims(schema: str) -> Callable[[bytes], bool]:
 
 
 def claim(folder: Folder, name: str, schema: str, **notes: str) -> None:
-    """Say in the file `name` whose a folder is, before anything else is written there."""
+    """Write the marker `name` that claims a folder, before anything else is written there."""
     folder.write(name, (json.dumps({"schema": schema, **notes}) + "\n").encode())
 
 
 def contents(folder: Folder) -> list[str]:
-    """Names of all that lies in a folder, sorted, without what a killed write of ours left; none where it is not."""
+    """All names in a folder, sorted, without leftovers of our killed writes; empty if it does not exist."""
     if folder.is_local:
         try:
             names = os.listdir(folder.path)
@@ -122,10 +122,10 @@ def contents(folder: Folder) -> list[str]:
 
 
 def refuse_shared(path: Path) -> None:
-    """`ValueError` for a folder that holds more than one command's work by its nature."""
+    """`ValueError` for the working folder, home, root, their parents and mount points."""
     real = os.path.realpath(path)
     special = {"your home folder": os.path.expanduser("~")}
-    with contextlib.suppress(OSError):  # a working folder that was removed
+    with contextlib.suppress(OSError):  # the working folder may have been removed
         special["the working folder"] = os.getcwd()
     advice = "choose a folder of its own below it"
     if real == os.path.sep:
@@ -141,7 +141,7 @@ def refuse_shared(path: Path) -> None:
 
 
 def refuse_no_folder(path: Path) -> None:
-    """`ValueError` where something else than a folder is in the way, here or further up."""
+    """`ValueError` if the path or one of its parents exists and is not a folder."""
     for part in (path, *path.parents):
         try:
             mode = os.stat(part).st_mode

@@ -1,7 +1,7 @@
-"""Training of teachers on real data: OneCycle SGD, shift and flip, bfloat16, resumable to the same numbers.
+"""Trains teachers on real data: OneCycle SGD, shift and flip, bfloat16; a resumed run gives the same numbers.
 
-Every random draw is a function of (seed, epoch, step), so a resumed run continues as if it had not stopped.
-The test set is read once, after the last epoch: nothing is selected on it.
+Every random draw is a function of (seed, epoch, step). The test set is read once, after the last epoch: nothing is
+selected on it.
 """
 
 import logging
@@ -50,7 +50,7 @@ def channel_statistics(data: LabelledImages, indices: Tensor, largest: int = 10_
 
 
 def one_cycle(step: int, num_steps: int, peak: float, warmup: float = 0.3) -> float:
-    """OneCycle learning rate with cosine legs: from peak / 25 up to the peak, then down to zero.
+    """OneCycle learning rate with cosine annealing: from peak / 25 up to the peak, then down to zero.
 
     Source: Smith and Topin 2017, arXiv 1708.07120.
     """
@@ -69,14 +69,14 @@ def train(
 ) -> tuple[BundleInfo, nn.Module]:
     """Train a teacher; returns its bundle's info (no test accuracy yet) and the network in eval mode on the CPU.
 
-    With a `checkpoint` folder the state is kept there after every epoch and continued from, if it is of this config.
-    `FloatingPointError` when the loss is no longer finite.
+    With a `checkpoint` folder, the state is stored there after every epoch, and training resumes from it if it belongs
+    to this config. `FloatingPointError` if the loss is not finite.
     """
     device = devices.resolve(config.device)
     train_indices, _ = split(len(data), config.num_validation, config.seed)
     space = channel_statistics(data, train_indices)
     num_classes = len(data.class_names)
-    torch.manual_seed(config.seed)  # the layers' own initialisation draws from the global generator
+    torch.manual_seed(config.seed)  # layer initialisation uses the global generator
     network = models.build(config.architecture, config.arguments, num_classes=num_classes, image_shape=data.image_shape)
     network = devices.place(network, device)
     optimiser = make_optimiser(network, config)
@@ -94,7 +94,7 @@ def train(
             for step in range(steps_per_epoch):
                 rows = train_indices[order[step * config.batch_size : (step + 1) * config.batch_size]]
                 generator = torch.Generator().manual_seed(mix_seed(config.seed, epoch, step))
-                torch.manual_seed(mix_seed(config.seed, epoch, step, 1))  # dropout draws from the global generator
+                torch.manual_seed(mix_seed(config.seed, epoch, step, 1))  # dropout uses the global generator
                 images = decode(data.read(rows), space, device)
                 images = shift_images(images, config.shift, space.bounds(device)[0], generator)
                 if config.flip:
@@ -130,7 +130,7 @@ def train(
 
 
 def make_optimiser(network: nn.Module, config: TeacherTrainingConfig) -> torch.optim.SGD:
-    """SGD with Nesterov momentum; weight decay on weights of two and more dimensions only."""
+    """SGD with Nesterov momentum; weight decay only on weights with two or more dimensions."""
     decayed = [p for p in network.parameters() if p.ndim > 1]
     others = [p for p in network.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -140,16 +140,16 @@ def make_optimiser(network: nn.Module, config: TeacherTrainingConfig) -> torch.o
 def write_checkpoint(
     folder: Path, config: TeacherTrainingConfig, network: nn.Module, optimiser: torch.optim.SGD, num_epochs: int
 ) -> None:
-    """Weights, momentum and the count of finished epochs, in one file, written whole."""
+    """Write weights, momentum and the number of finished epochs atomically into one file."""
     tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
     state = {"config": config_hash(config), "num_epochs": num_epochs}
     checkpoints.write(storage.folder(folder), tensors, optimiser, state)
 
 
 def read_checkpoint(folder: Path, config: TeacherTrainingConfig, network: nn.Module, optimiser: torch.optim.SGD) -> int:
-    """Restore a checkpoint of this very config; returns the count of finished epochs, 0 where there is none.
+    """Restore a checkpoint of this config; returns the number of finished epochs, 0 if there is none.
 
-    One that is damaged or does not fit is as none: it is said in the log, and nothing of it is used.
+    A checkpoint that is damaged or does not fit is logged and ignored.
     """
     try:
         found = checkpoints.read(storage.folder(folder), network)

@@ -1,12 +1,11 @@
 """TensorBoard event files in a results place: `tensorboard --logdir PLACE`.
 
-Under `tensorboard/` each trial is a run of one file, and a file beside the runs says which fields vary: the hparams
-view. The records and messages are TensorBoard's own, its SummaryWriter is not used: that begins a file under a new name
-at each start, so a resumed trial has its points twice, and object stores cannot append. Here what is there is read
-before, and only what is new is added. A TensorBoard that follows a run goes on reading the file that it has open: on a
-disk the file grows, by whole records after the last whole one, in an object store it is written anew with the same
-beginning. A file under another name, or one in its place, would be missed by the one or the other of TensorBoard's
-two readers.
+Under `tensorboard/` each trial is a run with one file. A file beside the runs defines the hparams view: it lists the
+fields that vary. The records are in TensorBoard's format, but its SummaryWriter is not used: it starts a new file each
+time, so a resumed trial would have its points twice, and it appends, which object stores cannot. This module reads the
+existing file and adds only new events. A running TensorBoard keeps reading the same file. On a disk, whole records are
+appended after the last whole one; in an object store, the file is rewritten with the same beginning. A new or replaced
+file would be missed by one of TensorBoard's two readers.
 """
 
 # Protobuf makes its classes at import, where a type checker does not see them.
@@ -39,7 +38,7 @@ from dfkd_ray.text import is_null
 NAME = "events.out.tfevents"  # TensorBoard reads files with `tfevents` in their names, in the order of the names
 TRIAL, SWEEP, FIELDS = f"{NAME}.trial", f"{NAME}.sweep", "fields.json"
 SECTIONS = {"loss": "losses", "kl": "losses", "label": "losses", "feature": "losses"}
-SECTIONS |= {"agreement": "reference", "reference_kl": "reference"}  # any other column is in the section `training`
+SECTIONS |= {"agreement": "reference", "reference_kl": "reference"}  # all other columns are in the section `training`
 LOOKS = ("losses/", "reference/", "training/")
 RUNGS = tuple(rung.name for rung in ladder.RUNGS)
 LADDER = "Set smoothing to 0. Steps: 0 teacher, 1 pruned, 2 BatchNorm re-estimated without training, 3 recovered"
@@ -48,10 +47,10 @@ LARGEST_PX = 1024
 
 
 def write_epochs(place: str | Path | Folder, trial_id: str, epochs: Sequence[Mapping[str, Any]]) -> None:
-    """Write what a distillation has measured so far: `epochs` are all its looks, each with its `step`.
+    """Write the measurements of a distillation so far: `epochs` are all its evaluations, each with its `step`.
 
-    Looks up to the last step that is there already are left out: a resumed trial may hand in what an earlier process
-    wrote, and adds no point twice. A look without its step is left out.
+    Evaluations up to the last step in the file are left out, so a resumed trial adds no point twice. An evaluation
+    without a step is left out.
     """
     run = folder(place) / "tensorboard" / trial_id
     there, size = events_in(run)
@@ -61,10 +60,10 @@ def write_epochs(place: str | Path | Folder, trial_id: str, epochs: Sequence[Map
 
 
 def write_trial(place: str | Path | Folder, row: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]) -> None:
-    """Write a trial that has ended: its looks, ladder, results, fields and the picture of its images, if there is one.
+    """Write an ended trial: evaluations, ladder, results, config fields, and the picture of its images if it exists.
 
-    `row` is its row of `trials`, of a failed one too, with nulls of any kind; without an id nothing is written. The
-    picture is the one under `images/` of the same place.
+    `row` is its row of `trials`, also of a failed trial, with any kind of null. Without a trial id nothing is written.
+    The picture is read from `images/` in the same place.
     """
     row = {name: None if is_null(value) else value for name, value in row.items()}
     trial_id = row.get("trial_id")
@@ -96,14 +95,14 @@ def write_trial(place: str | Path | Folder, row: Mapping[str, Any], epochs: Sequ
     run = place / "tensorboard" / trial_id
     there, size = events_in(run)
     new = look_events(epochs, there)
-    if any(is_end(one) for one in there):  # of an attempt before: its end must not stand beside this one
+    if any(is_end(one) for one in there):  # of an earlier attempt: only one end may remain
         run.write(TRIAL, encoded([*(one for one in there if is_look(one)), *new, *events]))
     else:
         extend(run, size, [*new, *events])
 
 
 def events_in(run: Folder) -> tuple[list[Event], int]:
-    """The events of a run's file, and how many bytes of it are whole records; a process may have died in the last."""
+    """The events of a run's file, and the size of its whole records; the last one may be incomplete after a kill."""
     data = run.read(TRIAL) or b""
     events, position = [], 0
     while len(data) >= position + 12:
@@ -119,29 +118,29 @@ def events_in(run: Folder) -> tuple[list[Event], int]:
 
 
 def look_events(epochs: Sequence[Mapping[str, Any]], there: Sequence[Event]) -> list[Event]:
-    """The looks that are later than those which are there."""
+    """The evaluations that are later than those in `there`."""
     last = max((one.step for one in there if is_look(one)), default=-1)
     new = [look for look in epochs if not is_null(look.get("step")) and look["step"] > last]
     return [event(int(look["step"]), *look_values(look)) for look in new]
 
 
 def is_look(one: Event) -> bool:
-    """Whether an event is of one look at the student."""
+    """Whether an event is an evaluation of the student."""
     return any(value.tag.startswith(LOOKS) for value in one.summary.value)
 
 
 def is_end(one: Event) -> bool:
-    """Whether an event says that the trial has ended."""
+    """Whether an event marks the end of the trial."""
     return any(value.tag == metadata.SESSION_END_INFO_TAG for value in one.summary.value)
 
 
 def extend(run: Folder, size: int, events: Sequence[Event]) -> None:
-    """Add events after the first `size` bytes of a run's file; after an error it is as it was."""
+    """Append events after the first `size` bytes of a run's file; after an error the file is unchanged."""
     data = encoded(events, begin=not size)
     if not size or not run.is_local:
         run.write(TRIAL, (run.read(TRIAL) or b"")[:size], data)
         return
-    # A link that somebody has put there leads to a file of theirs.
+    # A symbolic link there would point to a foreign file.
     descriptor = os.open(run.path / TRIAL, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
     with open(descriptor, "r+b", buffering=0) as file:
         try:
@@ -157,10 +156,10 @@ def extend(run: Folder, size: int, events: Sequence[Event]) -> None:
 
 
 def write_sweep(place: str | Path | Folder, configs: Iterable[TrialConfig]) -> None:
-    """Say which fields the hparams view shows: those that differ between the trials, beside agreement and accuracy.
+    """Define the hparams view: the fields that differ between trials, with agreement and accuracy.
 
-    The trials are those of every sweep that has been in this place: TensorBoard takes one such message only, so the
-    values of all fields so far lie beside it.
+    It covers the trials of all sweeps in this place. TensorBoard accepts only one definition, so the values of all
+    fields so far are stored beside it.
     """
     root = folder(place) / "tensorboard"
     values = merged(fields_in(root), seen(configs))
@@ -175,7 +174,7 @@ def write_sweep(place: str | Path | Folder, configs: Iterable[TrialConfig]) -> N
 
 
 def seen(configs: Iterable[TrialConfig]) -> dict[str, list[Any]]:
-    """Dotted field → the values that it has in these trials."""
+    """Dotted field → its values in these trials."""
     found: dict[str, dict[Any, None]] = {}
     for config in configs:
         for name, value in columns_of(config).items():
@@ -184,7 +183,7 @@ def seen(configs: Iterable[TrialConfig]) -> dict[str, list[Any]]:
 
 
 def fields_in(root: Folder) -> dict[str, list[Any]]:
-    """What the sweeps before have left there; nothing of a file that is damaged."""
+    """The field values stored by earlier sweeps; empty if the file is damaged."""
     try:
         found = json.loads(root.read(FIELDS) or b"{}")
     except (ValueError, RecursionError):
@@ -196,7 +195,7 @@ def fields_in(root: Folder) -> dict[str, list[Any]]:
 
 
 def kinds(values: Iterable[Any]) -> set[str]:
-    """Of what kinds the values are that a field has; the hparams view takes one. Empty where one is none of a field."""
+    """The types of a field's values (the hparams view accepts one type); empty if a value has an unsupported type."""
     found = set()
     for value in values:
         if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**63:
@@ -209,14 +208,14 @@ def kinds(values: Iterable[Any]) -> set[str]:
 
 
 def merged(before: Mapping[str, list[Any]], now: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-    """Field → values of both; where those are of different kinds, the values of now."""
+    """Field → the values of both; if their types differ, the current values."""
     both = {name: list(dict.fromkeys([*before.get(name, []), *now.get(name, [])])) for name in {**before, **now}}
     fits = {name: len(kinds(values) - {"NoneType"}) == 1 or set(values) == {None} for name, values in both.items()}
     return {name: values if fits[name] else now.get(name, []) for name, values in both.items()}
 
 
 def varying(values: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-    """The fields that have more than one value where a trial has them; numbers as floats, null left out."""
+    """The fields with more than one value among the trials that have them; numbers as floats, nulls left out."""
     found = {name: [one for one in some if one is not None] for name, some in values.items() if len(some) > 1}
     return {
         name: [float(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for v in some]
@@ -225,7 +224,7 @@ def varying(values: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
 
 
 def look_values(look: Mapping[str, Any]) -> list[Summary.Value | None]:
-    """The scalars of one look at the student."""
+    """The scalars of one evaluation of the student."""
     return [
         scalar(f"{SECTIONS.get(name, 'training')}/{name}", float(value))
         for name, value in look.items()
@@ -234,7 +233,7 @@ def look_values(look: Mapping[str, Any]) -> list[Summary.Value | None]:
 
 
 def ladder_values(row: Mapping[str, Any], rung: str) -> list[Summary.Value | None]:
-    """Accuracy and agreement on one rung; the teacher's agreement with itself is no measurement."""
+    """Accuracy and agreement on one rung; the teacher has no agreement."""
     agreement = "agreement" if rung == "recovered" else f"{rung}_agreement"
     return [
         scalar("ladder/accuracy", row.get(f"{rung}_accuracy"), LADDER),
@@ -243,7 +242,7 @@ def ladder_values(row: Mapping[str, Any], rung: str) -> list[Summary.Value | Non
 
 
 def scalar(tag: str, number: float | int | None, description: str = "") -> Summary.Value | None:
-    """One number, or None where there is none."""
+    """A scalar summary, or None without a number."""
     if is_null(number):
         return None
     metadata = SummaryMetadata(summary_description=description) if description else None
@@ -251,7 +250,7 @@ def scalar(tag: str, number: float | int | None, description: str = "") -> Summa
 
 
 def image(tag: str, png: bytes, description: str) -> Summary.Value:
-    """A picture from a PNG file, made smaller where it has more than `LARGEST_PX` pixels a side."""
+    """An image summary from a PNG file, scaled down if a side exceeds `LARGEST_PX` pixels."""
     with Image.open(io.BytesIO(png)) as picture:
         if max(picture.size) > LARGEST_PX:
             picture.thumbnail((LARGEST_PX, LARGEST_PX))
@@ -265,17 +264,17 @@ def image(tag: str, png: bytes, description: str) -> Summary.Value:
 
 
 def hparams_value(tag: str, data: Any) -> Summary.Value:
-    """One message to the hparams view."""
+    """A summary value for the hparams view."""
     return Summary.Value(tag=tag, metadata=metadata.create_summary_metadata(data), tensor=metadata.NULL_TENSOR)
 
 
 def event(step: int, *values: Summary.Value | None) -> Event:
-    """What is known of one step."""
+    """An event with all values of one step."""
     return Event(wall_time=time.time(), step=step, summary=Summary(value=[v for v in values if v is not None]))
 
 
 def encoded(events: Iterable[Event], begin: bool = True) -> bytes:
-    """An event file; with `begin` false, what is added to one."""
+    """The bytes of an event file; with `begin` false, without its first record, for appending."""
     file = io.BytesIO()
     writer = RecordWriter(file)
     for one in (*([Event(wall_time=time.time(), file_version="brain.Event:2")] if begin else []), *events):

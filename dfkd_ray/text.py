@@ -1,17 +1,17 @@
-"""Text of others on its way to a person: names, reasons and paths hold whatever somebody wrote into them."""
+"""Makes foreign text (names, error messages, paths) safe to print on a terminal."""
 
 import unicodedata
 from typing import Any
 
 MOST_SIGNS = 280  # of an error's line
-# Joiners, of which scripts and emoji are made, are the only invisible signs that stay as they are.
+# Joiners, which some scripts and emoji need, are the only invisible characters that are kept.
 JOINERS = "\u200c\u200d"
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format (bidirectional marks are such), lone surrogates, line ends
 
 
 def shown(text: object, keep: str = "") -> str:
-    """A text in which nothing acts on a terminal or hides: control, bidirectional and other invisible signs become
-    visible escapes (`\\x1b`, `\\n`, `\\u202e`), but for those in `keep`. One line, unless `keep` has the newline.
+    """A text with control, bidirectional and other invisible characters replaced by visible escapes (`\\x1b`, `\\n`,
+    `\\u202e`), except those in `keep`. It is one line unless `keep` has the newline.
     """
     plain = str(text)
     if plain.isprintable():
@@ -20,17 +20,17 @@ def shown(text: object, keep: str = "") -> str:
 
 
 def is_hidden(sign: str) -> bool:
-    """Whether a character is none that is seen as itself."""
+    """Whether a character is invisible or a control character."""
     return unicodedata.category(sign) in HIDDEN and sign not in JOINERS
 
 
 def escaped(sign: str) -> str:
-    """A character as Python writes it in a string."""
+    """A character as a Python escape."""
     return sign.encode("unicode_escape").decode("ascii")
 
 
 def shortened(text: str, most: int) -> str:
-    """A text of any length in at most so many characters, its middle left out."""
+    """A text cut to at most `most` characters by leaving out its middle."""
     if len(text) <= most:
         return text
     head = (most - 1) // 2
@@ -38,19 +38,19 @@ def shortened(text: str, most: int) -> str:
 
 
 def one_line(text: object, most: int = MOST_SIGNS) -> str:
-    """A text for an error: one line of at most `most` characters, in which nothing acts on a terminal."""
+    """Foreign text for an error: one line of at most `most` characters, without terminal control characters."""
     return shortened(shown(" ".join(str(text)[: 8 * most].split())), most)
 
 
 def is_null(value: Any) -> bool:
-    """Whether a cell of a table holds nothing: None, NaN, or pandas' NA and NaT."""
+    """Whether a cell of a table is empty: None, NaN, or pandas' NA and NaT."""
     if value is None:
         return True
     if isinstance(value, str):
         return False
     try:
         return bool(value != value)
-    except TypeError:  # pandas' NA is neither equal to itself nor not
+    except TypeError:  # comparing pandas' NA gives NA, which has no truth value
         return True
     except ValueError:  # an array
         return False

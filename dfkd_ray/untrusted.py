@@ -1,7 +1,7 @@
-"""Files from outside are checked before they cost memory or time: what kind of file, how large, JSON, tensor headers.
+"""Checks of files from outside before they cost memory or time: file type, size, JSON, headers of safetensors files.
 
-Everything here refuses with `ValueError` in one line that names the file. Sizes are compared with what the file system
-and headers say before anything is read or allocated.
+All functions refuse with a one-line `ValueError` that names the file. Sizes in the file system and in headers are
+checked before anything is read or allocated.
 """
 
 import errno
@@ -30,7 +30,7 @@ MAX_TENSORS = 100_000
 MAX_DIMENSIONS = 32
 MAX_MESSAGE = 280
 SPARE_BYTES = 64 << 20
-# Kinds of numbers that are read from safetensors, and bytes of each. Eight bits and fewer have scales besides.
+# The safetensors dtypes that are read, and their bytes. Float types of 8 bits or fewer need scales and are refused.
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 NO_FILES = (
     (stat.S_ISDIR, "a folder"),
@@ -43,21 +43,20 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def reason(error: BaseException, most: int = 120) -> str:
-    """What an exception of others says: its type, and the first line of its text."""
+    """The type and the first line of a foreign exception."""
     lines = str(error).strip().splitlines()
     return one_line(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__, most)
 
 
 def size(num_bytes: int) -> str:
-    """Bytes for people."""
+    """A number of bytes as readable text."""
     return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
 
 
 def plain_file(path: Path, where: str | None = None) -> os.stat_result | None:
-    """The status of a plain file, None where there is none.
+    """The `stat` result of a plain file; None if it does not exist.
 
-    `ValueError` for a folder, a pipe, a device, and links that lead nowhere but to themselves. `OSError` where the
-    disk refuses to answer.
+    `ValueError` for a folder, a pipe, a device, or links that form a cycle. `OSError` for disk errors.
     """
     where = one_line(where or path, 120)
     try:
@@ -77,13 +76,13 @@ def plain_file(path: Path, where: str | None = None) -> os.stat_result | None:
 
 
 def check_size(num_bytes: int, most: int, where: str) -> None:
-    """`ValueError` for more bytes than are read of such a file."""
+    """`ValueError` if a file has more than `most` bytes."""
     if num_bytes > most:
         raise ValueError(f"{one_line(where, 120)}: {size(num_bytes)} or more, expected at most {size(most)}")
 
 
 def free_bytes() -> int:
-    """Memory that this process can still take: of the machine, its control group and its own limit."""
+    """Memory that this process can still allocate, by the machine, its cgroup and its resource limit."""
     free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
@@ -93,7 +92,7 @@ def free_bytes() -> int:
         largest = (group / "memory.max").read_text(encoding="ascii").strip()
         if largest.isdigit():
             free.append(int(largest) - int((group / "memory.current").read_text(encoding="ascii")))
-    except (OSError, ValueError):  # another system: what it has altogether is what is known
+    except (OSError, ValueError):  # not Linux: only the total memory is known
         pass
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY:
@@ -102,7 +101,7 @@ def free_bytes() -> int:
 
 
 def parse_json(data: bytes, where: str) -> Any:
-    """The value of JSON text, strictly: no name twice, no NaN or infinity, no integer beyond 64 bits, bounded depth."""
+    """Parse JSON strictly: no duplicate key, NaN or infinity, no integer beyond 64 bits, bounded depth."""
     where, found = one_line(where, 120), None
     try:
         found = json.loads(data.decode("utf-8"), object_pairs_hook=distinct, parse_constant=float, parse_int=whole)
@@ -117,7 +116,7 @@ def parse_json(data: bytes, where: str) -> Any:
 
 
 def fault_of(found: Any) -> str | None:
-    """What no table, hash or file of ours can hold, level by level: 10 times as fast as `plain.fault`, for headers."""
+    """Why data cannot be stored in our tables and files, or None. For headers: 10 times as fast as `plain.fault`."""
     level, depth = [found], 0
     while level:
         if depth > MOST_DEPTH:
@@ -136,7 +135,7 @@ def fault_of(found: Any) -> str | None:
 
 
 def validated(model: type[Model], data: Mapping[str, Any], where: str) -> Model:
-    """As `config.validate`, the first error alone and in one line of bounded length."""
+    """As `config.validate`, but with only the first error, in one line of bounded length."""
     try:
         return validate(model, data, where)
     except ValueError as error:
@@ -148,7 +147,7 @@ def validated(model: type[Model], data: Mapping[str, Any], where: str) -> Model:
 def safetensors_header(file: Path | bytes, where: str, what: str = "safetensors file") -> dict[str, Any]:
     """The header of a safetensors file or of its content: tensor name → dtype, shape, data_offsets; `__metadata__`.
 
-    `ValueError` for one that is not whole, or whose shapes, kinds of numbers and places in the file do not fit.
+    `ValueError` if it is truncated, or if shapes, dtypes and offsets do not fit the file.
     """
     broken = f"{one_line(where, 120)}: not a whole {what}"
     if isinstance(file, bytes):
@@ -176,7 +175,7 @@ def safetensors_header(file: Path | bytes, where: str, what: str = "safetensors 
 
 
 def _entry_problem(entry: Any, num_bytes: int) -> str | None:
-    """What is wrong with a tensor's line in a header, if anything."""
+    """Why a tensor's entry in a header is invalid, or None."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         return "is not described by dtype, shape and data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -192,12 +191,12 @@ def _entry_problem(entry: Any, num_bytes: int) -> str | None:
 
 
 def _counts(values: Any) -> bool:
-    """Whether it is a list of integers from 0 on."""
+    """Whether the value is a list of non-negative integers."""
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
 def read_safetensors(file: Path | bytes, where: str | None = None, what: str = "safetensors file") -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of its content; `ValueError`, naming `where`, for a damaged one."""
+    """The tensors of a safetensors file, or of its content; `ValueError`, with `where`, if it is damaged."""
     where = where or str(file)[:MAX_MESSAGE]
     if not isinstance(file, bytes) and plain_file(file, where) is None:
         raise ValueError(f"{one_line(where, 120)}: no such file")
@@ -206,5 +205,5 @@ def read_safetensors(file: Path | bytes, where: str | None = None, what: str = "
         return safetensors.torch.load(file) if isinstance(file, bytes) else safetensors.torch.load_file(file)
     except OSError:
         raise
-    except Exception as error:  # noqa: BLE001 - of a foreign file, any failure of the library is the same one
+    except Exception as error:  # noqa: BLE001 - any failure means that the foreign file is damaged
         raise ValueError(f"{one_line(where, 120)}: not a whole {what}: {reason(error)}") from None

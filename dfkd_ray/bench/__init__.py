@@ -1,1 +1,1 @@
-"""Benches: ratios, each measured in one run."""
+"""Benchmarks: ratios whose two sides are measured in the same run."""

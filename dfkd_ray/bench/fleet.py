@@ -1,10 +1,10 @@
-"""What the fleet costs and saves, each figure beside its plain counterpart, measured in one run.
+"""Benchmark of the fleet: its cost and its savings, each compared with a plain counterpart in the same run.
 
-control    256 simulated slots and one coordinator: how busy it keeps them, and how many batches it can hand out
-streaming  large batches through the fleet, beside the bare object store
-memory     more batches than memory holds, through a small object store
-trial      one trial through the fleet, beside the same trial without it
-grid       24 trials with 2 distinct syntheses, beside the same work measured alone, and beside a grid without sharing
+control    256 simulated slots and one coordinator: utilisation of the slots, and batches handed out per second
+streaming  large batches through the fleet, against the bare object store
+memory     more batches than fit in memory, through a small object store
+trial      one trial with the fleet, against the same trial without it
+grid       24 trials with 2 distinct syntheses, against the same work measured alone, and a grid without sharing
 """
 
 import os
@@ -25,7 +25,7 @@ from dfkd_ray.fleet.simulated import Simulated, simulated_batch, simulated_spec
 from dfkd_ray.sweep import SweepConfig
 
 MB = 1e6
-# The defaults with fewer steps; one thread each, so that two processes fill two cores.
+# The defaults with fewer steps, and one thread each, so that two processes use two cores.
 SCALED: dict[str, Any] = {
     "synthesis": {"num_threads": 1},
     "distillation": {"num_threads": 1},
@@ -135,7 +135,7 @@ def streaming(num_batches: int = 200, repeats: int = 3) -> dict[str, float]:
 
 
 def resident() -> float:
-    """Private resident bytes of this process and its children, of all generations: shared memory is not in it."""
+    """Private resident bytes of this process and all its descendants, without shared memory."""
     parents: dict[int, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -156,7 +156,7 @@ def resident() -> float:
 
 
 def memory(num_batches: int = 5000, store_bytes: int = 300_000_000) -> dict[str, float]:
-    """Batches of 256x3x32x32 through a small object store, read once in order and now and then again."""
+    """Batches of 256x3x32x32 through a small object store, read in order and occasionally a second time."""
     spec = simulated_spec("memory", (256, 3, 32, 32))
     with fleet.connected(num_cpus=4, object_store_memory=store_bytes), tempfile.TemporaryDirectory() as root:
         settings = fleet.Settings(
@@ -175,7 +175,7 @@ def memory(num_batches: int = 5000, store_bytes: int = 300_000_000) -> dict[str,
             for batch, _ in first.batches(spec, range(num_batches)):
                 assert batch.images.flat[0] == batch.index % 256
                 if batch.index % 10 == 9 and batch.index > num_batches // 20:
-                    next(late)  # a reader far behind: what it wants has left memory long ago
+                    next(late)  # a reader far behind: its batches are not in memory any more
                 if batch.index % (num_batches // 10) == num_batches // 10 - 1:
                     seen.append(resident())
                     status = running.status() or {}
@@ -220,7 +220,7 @@ def one_trial(teacher: Teacher, teacher_name: str, scale: float, pairs: int) -> 
                     warm = config.synthesis.model_copy(update={"seed": 10**6, "num_steps": 1})
                     stream.source(trial.Round(teacher, warm, torch.device("cpu")))(
                         0
-                    )  # loads torch and the teacher: start-up, stated apart
+                    )  # loads torch and the teacher: start-up, reported separately
                     rows[name] = trial.run(config, teacher, trial.Inputs(images=stream)).row
                     share = stream.call_s / rows[name]["wall_s"]
             if pair:
@@ -241,7 +241,7 @@ def one_trial(teacher: Teacher, teacher_name: str, scale: float, pairs: int) -> 
 
 
 def grid(teacher: Teacher, teacher_name: str, scale: float, without: bool = True) -> dict[str, float]:
-    """24 trials with 2 distinct syntheses: what they cost alone, through the fleet, and without sharing."""
+    """24 trials with 2 distinct syntheses: their cost as single pieces of work, with the fleet, and without sharing."""
     about = {"source": "bench", "command": "dfkd-ray bench fleet", "cost": "minutes", "expected": "ratios"}
     file = SweepConfig.model_validate({"about": about, "base": scaled(teacher_name, scale), "grid": GRID})
     jobs = sweep.plan(sweep.expand(file, {}), lambda _name: teacher)
@@ -277,7 +277,7 @@ def grid(teacher: Teacher, teacher_name: str, scale: float, without: bool = True
 
 
 def alone(jobs: list[sweep.Job], teacher: Teacher, root: Path) -> tuple[float, float, int]:
-    """Seconds of the distinct syntheses, of all trials without them, and how many keys; one thread, nothing else."""
+    """Seconds of the distinct syntheses, of all trials without them, number of keys; one thread, idle machine."""
     torch.set_num_threads(1)
     inputs, rows = trial.Inputs(images=trial.Local(root)), []
     for job in jobs:
@@ -295,7 +295,7 @@ def alone(jobs: list[sweep.Job], teacher: Teacher, root: Path) -> tuple[float, f
 def timed_sweep(
     jobs: list[sweep.Job], folder: Path, cache_root: str | None, synthesizers: int | None
 ) -> dict[str, float]:
-    """Wall time of a sweep, and of it the part after the fleet was up."""
+    """Wall time of a sweep, in total and from the moment when the fleet is up."""
     begun, up = time.perf_counter(), []
     failed = sweep.run(
         jobs,
@@ -310,7 +310,7 @@ def timed_sweep(
 
 
 def run(parts: list[str], teacher: Teacher, teacher_name: str, scale: float, pairs: int) -> None:
-    """Run the named parts."""
+    """Run the given parts of the benchmark."""
     print(f"bench fleet: {teacher.name}, {devices.numerics_class(torch.device('cpu'))}, {os.cpu_count()} cores")
     actions: dict[str, Callable[[], Any]] = {
         "control": control,

@@ -1,8 +1,8 @@
-"""Speed as ratios against a plain reference, both measured in one run on the same teacher.
+"""Benchmarks of synthesis and recovery against a plain reference, measured in one run on the same teacher.
 
-The reference is kept here: eager float32, one forward hook per BatchNorm layer, no channels_last, and the public
-recipe that accompanies Tripurwar et al. 2025 (arXiv 2511.20702), written from its published settings. Its teacher's
-parameters are frozen and its teacher is in eval mode, which the recipe leaves open: that only makes it faster.
+The reference implementation is in this module: eager float32, one forward hook per BatchNorm layer, no channels_last,
+with the public recipe of Tripurwar et al. 2025 (arXiv 2511.20702), written from its published settings. The recipe does
+not say whether the teacher is frozen and in eval mode; here it is, which only makes the reference faster.
 """
 
 import statistics
@@ -25,7 +25,7 @@ from dfkd_ray.config import DeepInversionConfig, PruningConfig, TrialConfig
 from dfkd_ray.distillation import Progress
 from dfkd_ray.synthesis import deepinversion
 
-# The fast configuration: what recovers within about a point in a small share of the recipe's time.
+# The fast configuration: it recovers the accuracy within about a point, in a small fraction of the recipe's time.
 FAST: dict[str, Any] = {
     "bn_num_images": 256,
     "synthesis": {"num_steps": 50},
@@ -54,7 +54,7 @@ def default_teacher() -> Teacher:
 
 @contextmanager
 def hooked(network: nn.Module) -> Iterator[list[Tensor]]:
-    """The plain way: a forward hook per BatchNorm layer, each adding its layer's distance to a list."""
+    """Yields a list; a forward hook per BatchNorm layer adds its layer's distance (the reference implementation)."""
     distances: list[Tensor] = []
 
     def hook(layer: Any, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
@@ -117,7 +117,7 @@ def reference_distillation(
 
 
 def bare_steps(network: nn.Module, images: Tensor, labels: Tensor, precision: str, num_steps: int) -> None:
-    """Forward and backward of the network alone: no statistics, no optimiser. The limit to aim at."""
+    """Forward and backward of the network only, without statistics and optimiser: the upper limit of the speed."""
     images = images.clone(memory_format=torch.channels_last).requires_grad_(True)
     for _ in range(num_steps):
         with devices.autocast(precision, images.device):
@@ -128,7 +128,7 @@ def bare_steps(network: nn.Module, images: Tensor, labels: Tensor, precision: st
 def inversion(
     teacher: Teacher, config: DeepInversionConfig, *, steps: int, repeats: int, device_name: str
 ) -> dict[str, float]:
-    """Print and return images·steps per second of the three sides, and the ratios; medians of alternating runs."""
+    """Print and return images·steps per second of reference, bare network and ours, and ratios; medians of runs."""
     device = devices.resolve(device_name)
     plain = freeze(deepcopy(teacher.network)).to(device)
     ours = trial.on_device(teacher.network, device)
@@ -183,7 +183,7 @@ def inversion(
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for the device, so that a clock read means something."""
+    """Wait for the device's pending work before reading a clock."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -200,8 +200,8 @@ def recovery(
 ) -> list[dict[str, float]]:
     """Print and return points lost and seconds of the recipe and of ours, per sparsity.
 
-    Each side's seconds are those of one whole recovery: synthesis, pruning and distillation, without test evaluation;
-    the recipe's images are made once and their time counted for every sparsity, ours are made anew each time.
+    The seconds are those of one whole recovery: synthesis, pruning and distillation, without test evaluation. The
+    recipe's images are made once, and their time is counted for every sparsity; ours are made again each time.
     """
     device = devices.resolve(config.device)
     kd = config.distillation

@@ -1,6 +1,6 @@
-"""What activation records cost: making them, and reconstructing from them beside DeepInversion and the bare network.
+"""Benchmark of activation records: recording, and reconstruction against DeepInversion and the bare network.
 
-The images are noise: neither cost depends on what is on them. A teacher in use keeps its own records.
+The images are noise, because the costs do not depend on their content.
 """
 
 import resource
@@ -45,7 +45,7 @@ def noise(indices: Tensor, image_shape: Sequence[int]) -> Tensor:
 
 
 def fit(teacher: Teacher, kinds: Sequence[str], num_images: int, num_threads: int) -> None:
-    """Print seconds, size and peak memory of each kind; the records are left in the teacher."""
+    """Record each kind into `teacher.records`, and print seconds, size and peak memory."""
     labels = torch.arange(num_images) % teacher.info.num_classes
     rows = np.arange(num_images)
     print(f"recording {num_images:,} images of {'x'.join(map(str, teacher.info.image_shape))}, {num_threads} threads:")
@@ -73,7 +73,7 @@ def fit(teacher: Teacher, kinds: Sequence[str], num_images: int, num_threads: in
 def reconstruction(
     teacher: Teacher, kinds: Sequence[str], batch_size: int, num_steps: int, repeats: int, num_threads: int
 ) -> dict[str, float]:
-    """Print and return images·steps per second of each kind, of the bare network and of DeepInversion where it can."""
+    """Print and return images·steps per second of each kind, the bare network, and DeepInversion if it is possible."""
     device = torch.device("cpu")
     network, shape = deepcopy(teacher.network), teacher.info.image_shape
     found = taps.find(network, shape)

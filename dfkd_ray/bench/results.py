@@ -1,7 +1,7 @@
-"""What the result tables and the report cost at size: rows as many writers leave them, before and after compaction.
+"""Benchmark of result tables and report with many rows from many writers, before and after compaction.
 
-The rows are made up (their numbers from a seeded generator), the code that writes, compacts, reads and draws is the
-one that sweeps use. Plain pandas reading the same files stands beside it.
+The rows are generated with a seeded generator. The code that writes, compacts, reads and draws is that of real sweeps.
+It is compared with plain pandas on the same files.
 """
 
 import hashlib
@@ -91,7 +91,7 @@ def made_up_batches(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def read_filter_group(read: Callable[[], pd.DataFrame]) -> int:
-    """What one does with a table; returns its number of rows."""
+    """A typical use of a table: read, filter, group; returns its number of rows."""
     frame = read()
     kept = frame[frame["pruning.sparsity"] >= 0.75]
     kept.groupby(["teacher_architecture", "synthesis.bn_weight"])["recovered_accuracy"].mean()
@@ -148,7 +148,7 @@ def run(num_rows: int, num_writers: int) -> dict[str, float]:
 
 
 def pictures(place: Path, rows: list[dict[str, Any]]) -> None:
-    """A picture of noise for every key: what the report shows of a synthesis."""
+    """Write a picture of noise for every synthesis key, for the report."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (100, 3, 32, 32), dtype=np.uint8)
     batch = Batch(0, images, np.arange(100) % 10, "made up")

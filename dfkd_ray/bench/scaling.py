@@ -1,12 +1,12 @@
-"""How large a fleet one coordinator carries: measured with simulated synthesizers, and a model of real ones.
+"""Benchmark: the largest fleet for one coordinator, measured with simulated synthesizers and extrapolated by a model.
 
-The coordinator, the streams and the object store are the real ones; a synthesizer is a slot that sleeps for the time
-that a batch takes, shortened: the rates are those of a fleet that is larger by the same factor. What is measured is
-what the coordinator's process spends on a batch; the model says which of three parts is full first.
+Coordinator, streams and object store are real. A simulated synthesizer sleeps for a fraction of a batch's real time, so
+the rates are those of a fleet that is larger by the same factor. Measured is the coordinator's CPU time per batch. The
+model tells which of three parts reaches its limit first:
 
-coordinator   one process, one event loop: CPU seconds per batch made, and per batch handed to a trial
-network       of a node whose trials read every batch: each crosses once per node, whoever reads it there
-object store  up to two batches a slot are made ahead of their readers; beyond the budget of references (`fleet.
+coordinator   one process, one event loop: CPU seconds per batch made, and per batch given to a trial
+network       of a node whose trials read every batch: each batch is transferred once per node
+object store  up to two batches per slot are made ahead of their readers; beyond the budget of references (`fleet.
               budget_bytes`) they are dropped, and read again from the cache
 """
 
@@ -22,10 +22,10 @@ from dfkd_ray.fleet.simulated import Simulated, simulated_spec
 from dfkd_ray.fleet.synthesizer import Spec
 
 MB = 1e6
-NUM_ACTORS = 4  # processes that stand for all synthesizers
-NUM_READERS = 3  # that read every batch, and then one of them alone: two loads, to tell making from handing out
+NUM_ACTORS = 4  # processes that simulate all synthesizers
+NUM_READERS = 3  # first all of them, then only one: two loads, to separate the costs of making and of handing out
 PROBE_S = 0.02
-MIN_MADE = 10  # batches, for a load to say anything
+MIN_MADE = 10  # batches that a valid measurement needs
 PATIENCE_S = 120.0
 SHAPE = (256, 1, 32, 32)
 MODELLED = {"256x1x32x32": 256 * 1 * 32 * 32, "256x3x32x32": 256 * 3 * 32 * 32, "256x3x224x224": 256 * 3 * 224 * 224}
@@ -33,7 +33,7 @@ MODELLED = {"256x1x32x32": 256 * 1 * 32 * 32, "256x3x32x32": 256 * 3 * 32 * 32, 
 
 @dataclass(frozen=True)
 class Assumed:
-    """What the model takes for granted."""
+    """The assumptions of the model."""
 
     batch_s: float  # of one synthesizer
     num_readers: int  # trials that read each batch
@@ -49,13 +49,13 @@ class Cost:
     hand_s: float  # per batch handed to one trial
 
     def of(self, num_readers: int | float) -> float:
-        """Per batch that so many trials read."""
+        """CPU seconds per batch that is read by `num_readers` trials."""
         return self.make_s + num_readers * self.hand_s
 
 
 @dataclass(frozen=True)
 class Load:
-    """What was seen of one fleet under one load."""
+    """The measurements of one fleet under one load."""
 
     begin: float
     end: float
@@ -67,7 +67,7 @@ class Load:
 
     @property
     def seconds(self) -> float:
-        """How long it was watched."""
+        """The duration of the measurement."""
         return self.end - self.begin
 
     @property
@@ -76,12 +76,12 @@ class Load:
         return self.made / self.seconds
 
     def with_readers(self, came: Sequence[Sequence[float]]) -> "Load":
-        """With what came to the readers meanwhile, from the times of each reader's batches."""
+        """A copy with the number of batches that readers received meanwhile, from the arrival times of each reader."""
         return replace(self, handed=self.handed + sum(self.begin < at <= self.end for own in came for at in own))
 
 
 def cost_of(light: Load, heavy: Load) -> Cost:
-    """The two unknowns of two loads, each CPU seconds = made x make_s + handed x hand_s; neither below zero."""
+    """Solve CPU seconds = made x make_s + handed x hand_s for the two loads; negative results become zero."""
     determinant = light.made * heavy.handed - heavy.made * light.handed
     if determinant <= 0:
         raise ValueError(
@@ -93,7 +93,7 @@ def cost_of(light: Load, heavy: Load) -> Cost:
 
 
 def carried(assumed: Assumed, cost: Cost, batch_bytes: int | float) -> dict[str, float]:
-    """Synthesizers that each part carries before it is full."""
+    """Part → number of synthesizers at its limit."""
     return {
         "coordinator": assumed.batch_s / cost.of(assumed.num_readers),
         "network": assumed.batch_s * assumed.network_bytes_per_s / batch_bytes,
@@ -102,7 +102,7 @@ def carried(assumed: Assumed, cost: Cost, batch_bytes: int | float) -> dict[str,
 
 
 def first_limit(limits: Mapping[str, float]) -> str:
-    """The part that is full first."""
+    """The part that reaches its limit first."""
     return min(limits, key=lambda part: limits[part])
 
 
@@ -112,17 +112,17 @@ def quantile(values: Sequence[int | float], share: float) -> float:
 
 
 class Reader:
-    """A trial that only reads, in a process of its own."""
+    """A simulated trial that only reads batches, in its own process."""
 
     def __init__(self) -> None:
         self.ended: set[str] = set()
 
     def ready(self) -> None:
-        """Answers when it can begin."""
+        """Return when the process is ready."""
         import dfkd_ray.fleet.stream  # noqa: F401  # takes seconds, which the first load would measure
 
     def read(self, running: fleet.Fleet, spec: Spec) -> list[float]:
-        """Read in order until told to stop; when each batch came (`time.monotonic`: one clock for all processes)."""
+        """Read in order until stopped; returns arrival times (`time.monotonic`, one clock for all processes)."""
         came = []
         for _ in running.stream().batches(spec, range(10**6)):
             came.append(time.monotonic())
@@ -131,19 +131,19 @@ class Reader:
         return came
 
     def stop(self, key: str) -> None:
-        """End with the next batch of that key."""
+        """Stop reading this key after the next batch."""
         self.ended.add(key)
 
 
 def status(running: fleet.Fleet) -> dict[str, Any]:
-    """The coordinator's status, which it gives even when it is late."""
+    """The coordinator's status, with a long timeout."""
     status = running.status(timeout_s=60.0)
     assert status is not None, "the coordinator does not answer"
     return status | {"now": time.monotonic()}
 
 
 def wait_until(running: fleet.Fleet, count: str, number: int) -> None:
-    """Until a count of the coordinator's status has come so far; `OSError` where it does not."""
+    """Wait until a count in the coordinator's status reaches `number`; `OSError` if it does not."""
     end = time.monotonic() + PATIENCE_S
     while (have := status(running)[count]) < number:
         if time.monotonic() > end:
@@ -152,10 +152,10 @@ def wait_until(running: fleet.Fleet, count: str, number: int) -> None:
 
 
 def watch(running: fleet.Fleet, spec: Spec, seconds: float, *, probe: bool) -> Load:
-    """What the coordinator does for `seconds`, or longer where next to nothing is made in that time.
+    """Measure the coordinator for `seconds`, or longer if too few batches are made in that time.
 
-    Where `probe`, it is asked all the while for a batch that is in memory, and the answers are timed. `OSError` where
-    the machine is too busy for all this.
+    With `probe`, a batch that is in memory is requested repeatedly, and the responses are timed. `OSError` if the
+    machine is too busy.
     """
     after = before = status(running)
     begin, takes = time.monotonic(), []
@@ -179,7 +179,7 @@ def watch(running: fleet.Fleet, spec: Spec, seconds: float, *, probe: bool) -> L
 
 
 def simulate(readers: Sequence[Any], size: int, simulated_s: float, seconds: float) -> tuple[Load, Load]:
-    """A fleet of `size` slots read by one of the readers (the light load), and before that by all of them."""
+    """Measure a fleet of `size` slots: with all readers, then with only one; returns (light load, heavy load)."""
     actors = next(number for number in range(NUM_ACTORS, 0, -1) if size % number == 0)
     settings = fleet.Settings(
         num_synthesizers=actors,
@@ -191,9 +191,9 @@ def simulate(readers: Sequence[Any], size: int, simulated_s: float, seconds: flo
     )
     spec = simulated_spec(f"{size} synthesizers", SHAPE, (0.5 * simulated_s, 1.5 * simulated_s))
     with fleet.started(settings) as running:
-        wait_until(running, "synthesizers_up", actors)  # a fleet is up with its first
+        wait_until(running, "synthesizers_up", actors)  # a fleet counts as up with its first synthesizer
         reading = [reader.read.remote(running, spec) for reader in readers]
-        wait_until(running, "made", 2 * size)  # by then slots do not end their batches together any more
+        wait_until(running, "made", 2 * size)  # until then the slots finish their batches at the same time
         heavy = watch(running, spec, seconds, probe=True)
         ray.get([reader.stop.remote(spec.key) for reader in readers[1:]])
         came: list[list[float]] = ray.get(reading[1:])
@@ -204,7 +204,7 @@ def simulate(readers: Sequence[Any], size: int, simulated_s: float, seconds: flo
 
 
 def run(sizes: Sequence[int], assumed: Assumed, simulated_s: float, seconds: float) -> list[tuple[Load, Load]]:
-    """Measure fleets of these sizes, and print what limits them."""
+    """Measure fleets of these sizes, and print their limits."""
     print(
         f"bench scaling: a batch in {simulated_s:g} s instead of {assumed.batch_s:g} s: the rates are those of "
         f"{assumed.batch_s / simulated_s:g} times as many synthesizers; {seconds:g} s per load\n"
@@ -243,7 +243,7 @@ def run(sizes: Sequence[int], assumed: Assumed, simulated_s: float, seconds: flo
 
 
 def row_of(size: int, simulated_s: float, light: Load, heavy: Load) -> str:
-    """One size, in Markdown."""
+    """The table row of one size, in Markdown."""
     image_bytes = SHAPE[0] * SHAPE[1] * SHAPE[2] * SHAPE[3]
     cells = [
         f"{size}",

@@ -1,8 +1,8 @@
-"""The `dfkd-ray` command: opens real data sets and hands them down, shows progress, prints.
+"""The `dfkd-ray` command line: only this package opens real data sets for trials, shows progress and prints.
 
-torch and ray are imported inside the commands: `--help` stays fast. Errors are short lines on stderr, and the exit code
-says whose they are: 1 some trials failed, 2 wrong input, 3 the environment (disk, permission) or an error that nobody
-expected, 130 interrupted.
+torch and ray are imported inside the commands, so that `--help` is fast. Errors are short lines on stderr. Exit codes:
+1 some trials failed, 2 wrong input, 3 an error of the environment (disk, permission) or an unexpected one, 130
+interrupted.
 """
 
 import logging
@@ -44,12 +44,12 @@ def options(
         bool, typer.Option("--debug", help="before the command: show the traceback of an error on standard error")
     ] = False,
 ) -> None:
-    """What goes before the command; `outcome` reads it."""
+    """Options before the command; `outcome` reads them."""
 
 
 def main() -> None:
-    """Run the command line; every error becomes short lines and an exit code, and no trouble of the output raises."""
-    # Read when Ray is imported: its reports of processes that died would cut through what is shown. Rows tell of them.
+    """Run the command line. Every error becomes short lines and an exit code; errors of the output never raise."""
+    # Read when Ray is imported. Its messages about dead processes would disturb the display; rows have the reason.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     with streams.forgiving() as out, last_resorts():
         code = outcome()
@@ -61,10 +61,10 @@ def main() -> None:
 
 
 def outcome() -> int:
-    """Run the command that the words of the command line name; returns the exit code."""
+    """Run the command of the command line; returns the exit code."""
     context = None
     try:
-        # Not by `app()`: typer has endings of its own for a broken pipe, the end of a file and Ctrl-C.
+        # Not `app()`: typer handles broken pipes, end of file and Ctrl-C in its own way.
         with typer.main.get_command(app).make_context("dfkd-ray", sys.argv[1:]) as context:
             context.command.invoke(context)
         return 0
@@ -82,8 +82,8 @@ def options_of(command: Any, words: Sequence[str]) -> list[str]:
 
 @contextmanager
 def last_resorts() -> Iterator[None]:
-    """While open: SIGHUP is as Ctrl-C, but where it is ignored (nohup); threads that end in an error and messages of
-    loggers leave plain lines."""
+    """While open, SIGHUP acts as Ctrl-C unless it is ignored (nohup), and exceptions of threads and log messages are
+    printed as plain lines."""
     hook, threading.excepthook = threading.excepthook, errors.in_thread
     resort = logging.lastResort
     formatter = resort.formatter if resort else None
@@ -103,7 +103,7 @@ def last_resorts() -> Iterator[None]:
 
 
 class Plain(logging.Formatter):
-    """Messages without what acts on a terminal."""
+    """A log formatter that makes foreign text safe for a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The message, in one line."""

@@ -75,7 +75,7 @@ def bench_fleet(
     pairs: Annotated[int, typer.Option(help="alternating pairs of trials; the median counts")] = 5,
     trust_code: Trust = None,
 ) -> None:
-    """The shared synthesis fleet: what it costs beside local work, what sharing saves, and its limits."""
+    """The shared synthesis fleet: its cost against local synthesis, the savings of sharing, and its limits."""
     from dfkd_ray.bench import fleet as bench_fleet
 
     bench_fleet.run(part or [], load_teacher(teacher, trust_code), teacher, scale, pairs)
@@ -93,7 +93,7 @@ def bench_scaling(
     network_gbit: Annotated[float, typer.Option(min=0.01, help="model: Gbit/s of a node, each way")] = 10.0,
     store_gb: Annotated[float, typer.Option(min=0.01, help="model: GB of the smallest node's object store")] = 60.0,
 ) -> None:
-    """How large a fleet one coordinator carries: simulated synthesizers, and what limits real ones first."""
+    """The largest fleet for one coordinator: measured with simulated synthesizers, and a model of real ones."""
     from dfkd_ray.bench import scaling as bench_scaling
 
     assumed = bench_scaling.Assumed(batch_s, readers, network_gbit * 1e9 / 8, store_gb * 1e9)
@@ -105,7 +105,7 @@ def bench_results(
     rows: Annotated[int, typer.Option(min=1)] = 10_000,
     writers: Annotated[int, typer.Option(min=1, help="that many part files, before compaction")] = 400,
 ) -> None:
-    """The tables and the report at size: read, filter and group before and after compaction, beside plain pandas."""
+    """Tables and report with many rows: read, filter and group before and after compaction, against plain pandas."""
     from dfkd_ray.bench import results as bench_results
 
     bench_results.run(rows, min(rows, writers))
@@ -127,7 +127,7 @@ def bench_records(
     threads: Annotated[int, typer.Option(min=1)] = 2,
     trust_code: Trust = None,
 ) -> None:
-    """Activation records: seconds, bytes and memory of making them; reconstruction beside DeepInversion."""
+    """Activation records: seconds, bytes and memory of recording; speed of reconstruction against DeepInversion."""
     from dfkd_ray.bench import records as bench_records
     from dfkd_ray.cli.inputs import parse_shape
 

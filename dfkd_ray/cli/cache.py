@@ -1,4 +1,4 @@
-"""`dfkd-ray cache`: what lies in a batch cache, whether it is whole, and making it smaller."""
+"""`dfkd-ray cache`: list, verify and prune a batch cache."""
 
 import contextlib
 import math
@@ -27,7 +27,7 @@ NUM_SHOWN = 12  # hex digits of a key: enough for --key
 
 @app.command("ls")
 def list_entries(cache: Cache = None) -> None:
-    """List keys: of which teacher and method, how many batches, how large, when last used."""
+    """List the keys with teacher, method, number of batches, size and last use."""
     from dfkd_ray import cache as caches
 
     root = open_root(cache)
@@ -46,7 +46,7 @@ def verify(
     cache: Cache = None,
     remove: Annotated[bool, typer.Option("--remove", help="remove what is damaged: it is made again on use")] = False,
 ) -> None:
-    """Read every batch and compare its checksum; exit code 1 if something is damaged and stays."""
+    """Read every batch and compare its checksum; exit code 1 if a damaged file stays."""
     from dfkd_ray import cache as caches
 
     root = open_root(cache)
@@ -70,9 +70,9 @@ def prune(
     max_size: Annotated[str | None, typer.Option(help="longest unused first, until the rest is so large: 2GB")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be removed, remove nothing")] = False,
 ) -> None:
-    """Remove whole keys: those named, those not used for long, or the longest unused until the rest is small enough.
+    """Remove whole keys: the named ones, those unused for long, or the longest unused until the rest is small enough.
 
-    Not while a run uses them: it would make its batches again. --key limits what the other options may remove.
+    Do not use it while a run uses the cache: the run would make its batches again. --key restricts the other options.
     """
     if not key and older_than is None and max_size is None:
         raise ValueError("cache prune: say what to remove, with --key, --older-than or --max-size")
@@ -115,13 +115,13 @@ def print_table(found: "list[Entry]") -> None:
     for entry in found:
         table.add_row(*(Text(shown(cell)) for cell in cells_of(entry)))
     console = Console()
-    # A table cut to a narrow pipe hides what it is for.
+    # In a pipe the table keeps its full width: cut columns would be useless.
     console.width = max(console.width, console.measure(table).maximum if console.is_terminal else 160)
     console.print(table)
 
 
 def cells_of(entry: "Entry") -> list[str]:
-    """One line of the table; without a manifest, `-` for what only that says, and the hash of the numerics class."""
+    """One line of the table; without a manifest, `-` in its columns, and the hash of the numerics class."""
     manifest: dict[str, Any] = entry.manifest or {}
     config = manifest.get("config")
     method = config.get("method", "-") if isinstance(config, dict) else "-"
@@ -129,7 +129,7 @@ def cells_of(entry: "Entry") -> list[str]:
     numerics = manifest.get("numerics") or entry.folder.name.rpartition("-")[2]
     used = "-"
     if entry.last_used is not None:
-        with contextlib.suppress(ValueError, OverflowError, OSError):  # a time that no calendar has
+        with contextlib.suppress(ValueError, OverflowError, OSError):  # a time outside the calendar
             used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used))
     size = size_text(entry.size_bytes)
     return [entry.key[:NUM_SHOWN], manifest.get("teacher", "-"), what, str(entry.num_batches), size, numerics, used]

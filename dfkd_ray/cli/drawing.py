@@ -1,4 +1,4 @@
-"""The table of a running sweep, drawn from its figures at one moment."""
+"""Draws the live table of a running sweep from a snapshot of its figures."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ FRAME_LINES = 12  # of the table besides its running trials
 
 @dataclass(frozen=True)
 class Figures:
-    """What there is to show of a sweep at one moment."""
+    """A snapshot of all values that the live table shows."""
 
     total: int
     done: int
@@ -29,11 +29,11 @@ class Figures:
     running: tuple[tuple[str, str, float], ...]  # name, stage, seconds
     fleet: Mapping[str, Any] | None
     parts: tuple[Parts, ...] = ()  # of the running ones
-    once: str = ""  # what all trials have in common
+    once: str = ""  # the parts of names that all trials share
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds in words; `-` where they are not known."""
+    """Seconds as text; `-` if unknown."""
     if seconds is None:
         return "-"
     minutes, seconds = divmod(round(max(0.0, seconds)), 60)
@@ -61,18 +61,18 @@ def table(figures: Figures, title: str, height: int, stopping: bool = False) -> 
     for name, what in cells.items():
         top.add_row(name, what)
 
-    # The terminal's echo of Ctrl-C behind a full line would start another, which the next drawing would not clear.
+    # After a full line, the terminal's echo of Ctrl-C would start a new line, which the next drawing would not clear.
     return Group(top, Running(figures, title, height, "stopping" if stopping else "stage"), Text())
 
 
 class Running:
-    """The running trials, with a column for each part of their names where that fits, else as named."""
+    """The running trials, with a column for each part of their names if that fits, else with whole names."""
 
     def __init__(self, figures: Figures, title: str, height: int, stage: str):
         self.figures, self.title, self.height, self.stage = figures, title, height, stage
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator["RenderableType"]:
-        """As rich asks for it."""
+        """The rendering, called by rich."""
         from rich.text import Text
 
         running = self.figures.running
@@ -87,7 +87,7 @@ class Running:
             yield Text(f"and {len(running) - len(fitted.columns[0].cells)} more")
 
     def fitted(self, width: int) -> tables.Fitted | None:
-        """The columns, a line per trial; None where there is no room for that."""
+        """The columns with one line per trial; None if they do not fit."""
         room = max(1, self.height - FRAME_LINES - 1)
         running, parts = self.figures.running[:room], self.figures.parts[:room]
         columns = []
@@ -101,7 +101,7 @@ class Running:
         return tables.fits(columns, width, styles) or tables.shortened_to_fit(columns, width, 12)
 
     def by_name(self) -> "RenderableType":
-        """A table with their names, cut where they are too long."""
+        """A table with whole names, shortened to fit."""
         from rich import box
         from rich.table import Table
         from rich.text import Text

@@ -1,4 +1,4 @@
-"""`dfkd-ray schema`, and what `dfkd-ray sweep --dry-run` says."""
+"""`dfkd-ray schema`, and the output of `dfkd-ray sweep --dry-run`."""
 
 import json
 import time
@@ -38,10 +38,10 @@ def dry_run(
     path: Path | None = None,
     stored: "Timings | None" = None,
 ) -> None:
-    """Print how many trials and syntheses a sweep has, and what they will cost. Nothing is started.
+    """Print the number of trials and syntheses of a sweep, and their estimated cost. Nothing is started.
 
-    `stored` are the timings in the file at `path`; what they lack is timed, where this machine is of their kind, and
-    written there.
+    `stored` holds the measured costs in the file at `path`. Missing ones are measured, if this machine is of the same
+    kind, and added to the file.
     """
     import torch
 
@@ -96,7 +96,7 @@ def dry_run(
 
 
 def machine_of(gpus: int | None, may_use_gpu: bool, stored: "Timings | None" = None) -> "Machine":
-    """What the sweep would run on: `gpus` GPUs, those of this machine, or its cores; of the kind of stored timings."""
+    """The machine to estimate for: `gpus` GPUs, or this machine's GPUs or cores; of the kind of `stored`."""
     import os
 
     import torch
@@ -127,7 +127,7 @@ def machine_of(gpus: int | None, may_use_gpu: bool, stored: "Timings | None" = N
 
 
 def print_syntheses(made: "Sequence[Synthesis]") -> None:
-    """The distinct syntheses, one a line."""
+    """Print the distinct syntheses, one per line."""
     total, cached = sum(one.num_batches for one in made), sum(one.num_cached for one in made)
     say(f"{len(made)} distinct syntheses, {total} batches ({cached} of them in the cache):")
     for one in made:
@@ -144,7 +144,7 @@ def print_syntheses(made: "Sequence[Synthesis]") -> None:
 
 
 def print_estimate(estimate: "Estimate", how: "Sequence[str]", machine: "Machine") -> None:
-    """Time, hours, what bounds them, and how they were got."""
+    """Print wall time, machine-hours, the bound of the wall time, and the basis of the estimate."""
     from dfkd_ray.sweep.estimate import START_S
 
     spread = f"{machine.num} {machine.kind}{'s' if machine.num != 1 else ''}"

@@ -1,7 +1,7 @@
-"""How a command ends that does not end well: short lines on standard error, and an exit code.
+"""Turns exceptions into short lines on standard error and an exit code.
 
-What nobody expected ends in a line too; its traceback is kept in a file of the state folder. That is a net below the
-errors that are shown where they arise: its lines say `unexpected error`, and its exit code is the environment's.
+An unexpected exception also becomes one line, with the words `unexpected error`, and has exit code 3. Its traceback
+is written to a file in the state folder.
 """
 
 import errno
@@ -26,7 +26,7 @@ MOST_SIGNS = 300  # of a line
 MOST_FILES = 20  # of tracebacks; the oldest go
 PARAMETER = re.compile(r"`([a-z][a-z_]*)(?:=([^`]*))?`")
 INTERRUPTED = "interrupted; the same command goes on from what is on disk"
-# What the disk or the system says, and what to do about it.
+# Error number of the system → advice.
 ADVICE = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space",
@@ -37,9 +37,9 @@ ADVICE = {
 
 
 def end(error: BaseException, debug: bool = False, options: Sequence[str] = ()) -> int:
-    """Say in lines what has ended a command; returns its exit code. `debug` shows the traceback before them.
+    """Print the error that ended a command; returns the exit code. `debug` prints the traceback first.
 
-    `options` of the command, as in "--data-root": parameters that the message names are written like them.
+    `options` are those of the command, such as "--data-root": parameters in the message are written as options.
     """
     if debug and not isinstance(error, TyperException | typer.Exit):
         for line in "".join(traceback.format_exception(error)).splitlines():
@@ -48,11 +48,11 @@ def end(error: BaseException, debug: bool = False, options: Sequence[str] = ()) 
         return error.exit_code
     if isinstance(error, SystemExit):
         return left(error)
-    if isinstance(error, KeyboardInterrupt | typer.Abort) or type(error).__name__ == "BdbQuit":  # out of a debugger
+    if isinstance(error, KeyboardInterrupt | typer.Abort) or type(error).__name__ == "BdbQuit":  # from a debugger
         return fail(INTERRUPTED, 130)
     if isinstance(error, TyperException):
         message = error.format_message()
-        return fail(message, 2) if message else 2  # without words: the help has been printed
+        return fail(message, 2) if message else 2  # without a message: the help has been printed
     if isinstance(error, ValueError):
         return fail(with_options(str(error), options) or type(error).__name__, 2)
     if isinstance(error, OSError):
@@ -75,15 +75,15 @@ def with_options(message: str, options: Sequence[str]) -> str:
 
 
 def left(error: SystemExit) -> int:
-    """The exit code of who left by `sys.exit`; a text is a message, as Python has it."""
+    """The exit code of a `SystemExit`; a text is printed as the message, as Python does."""
     if error.code is None or isinstance(error.code, int):
         return error.code or 0
     return fail(str(error.code), 1)
 
 
 def fail(message: str, code: int) -> int:
-    """Print the lines of an error, shortened, without secrets and signs that act on a terminal; returns `code`."""
-    for word in sys.argv[1:]:  # a name that was given may have line ends of its own
+    """Print an error's lines, shortened, without secrets and terminal control characters; returns `code`."""
+    for word in sys.argv[1:]:  # an argument may contain line ends
         message = message if word.isprintable() else message.replace(word, shown(word))
     lines = [without_secrets(line) for line in message.split("\n") if line.strip()] or ["no message"]
     for line in lines[:MOST_LINES]:
@@ -94,12 +94,12 @@ def fail(message: str, code: int) -> int:
 
 
 def without_secrets(line: str) -> str:
-    """As `storage.without_secrets`; where that cannot be loaded any more, as it is."""
+    """As `storage.without_secrets`; the line unchanged if that cannot be imported any more."""
     try:
         from dfkd_ray import storage
 
         return storage.without_secrets(line)
-    except Exception:  # noqa: BLE001 - an error is being shown, out of memory perhaps: another must not hide it
+    except Exception:  # noqa: BLE001 - while reporting an error, perhaps out of memory, another one must not hide it
         return line
 
 
@@ -112,10 +112,10 @@ def environment_error(error: OSError) -> str:
 
 
 def unexpected(error: BaseException, where: str = "") -> str:
-    """One line for an error that nobody expected; its traceback is written to a file, which the line names."""
+    """One line for an unexpected error; it names the file with the traceback."""
     try:
         what = " ".join(f"{type(error).__name__}: {error}".split())
-    except Exception:  # noqa: BLE001 - an error whose text raises is shown by its name
+    except Exception:  # noqa: BLE001 - if the error's text raises, its type is shown
         what = type(error).__name__
     kept = keep_traceback(error)
     room = MOST_SIGNS - len(f"error: unexpected error{where}: ; {kept}")
@@ -123,7 +123,7 @@ def unexpected(error: BaseException, where: str = "") -> str:
 
 
 def keep_traceback(error: BaseException) -> str:
-    """Write a traceback to a new file of the state folder; says where it is, or why it is nowhere."""
+    """Write a traceback to a new file in the state folder; returns a text with its path, or why there is none."""
     try:
         folder = state_folder() / "errors"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -136,20 +136,20 @@ def keep_traceback(error: BaseException) -> str:
         for old in sorted(folder.glob("*-*-*-*.txt"))[:-MOST_FILES]:
             old.unlink(missing_ok=True)
         return f"traceback: {shown(file)}"
-    except Exception as problem:  # noqa: BLE001 - the error itself is what has to be shown
+    except Exception as problem:  # noqa: BLE001 - the original error must be reported
         why = getattr(problem, "strerror", None) or problem
         return f"its traceback could not be written ({shown(why)}): add --debug before the command to see it"
 
 
 def state_folder() -> Path:
-    """Where programs keep such things for their user: `$XDG_STATE_HOME/dfkd_ray`, or below `~/.local/state`."""
+    """The user's state folder: `$XDG_STATE_HOME/dfkd_ray`, or `~/.local/state/dfkd_ray`."""
     given = os.environ.get("XDG_STATE_HOME", "")
     root = Path(given) if os.path.isabs(given) else Path("~/.local/state").expanduser()
     return root / "dfkd_ray"
 
 
 def in_thread(args: Any) -> None:
-    """As `threading.excepthook`: the command goes on, the traceback is kept."""
+    """A `threading.excepthook`: the command continues, and the traceback is written to a file."""
     if args.exc_value is not None and not issubclass(args.exc_type, SystemExit):
         error: BaseException = args.exc_value
         say(shortened(f"note: {unexpected(error, ' beside the command')}", MOST_SIGNS), error=True)

@@ -1,4 +1,4 @@
-"""From words on the command line to teachers and data: real data sets are opened here, and handed down."""
+"""Parses values of the command line, and opens the teachers and real data sets that commands pass on."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -57,12 +57,12 @@ def as_batches(data: "LabelledImages") -> "list[Batch]":
 
 
 def data_options(teacher: "Teacher", name: str) -> dict[str, Any]:
-    """What else says which images and labels of a data set are meant: what the teacher was trained with."""
+    """Further options of a data set (such as CelebA's attribute), as the teacher was trained with them."""
     return teacher.info.notes.get("data", {}) if name == teacher.info.dataset else {}
 
 
 def training_split(teacher: "Teacher", name: str, root: Path, download: bool) -> "tuple[LabelledImages, Any, Any]":
-    """A training set with the rows the teacher was trained on and the rows held out of it."""
+    """A training set, the rows that the teacher was trained on, and the rows that were held out."""
     from dfkd_ray import data, teachers
 
     notes = teacher.info.notes.get("training", {})
@@ -106,7 +106,7 @@ def open_test(teacher: "Teacher", name: str, root: Path, download: bool = False)
 
 
 def images_wanted(trials: Iterable[configs.TrialConfig]) -> tuple[int, str]:
-    """The most images that one of these trials takes, and the field that says so."""
+    """The largest number of images that one of these trials needs, and the field that sets it."""
     most: dict[str, int] = {}
     for trial in trials:
         for name, num in (
@@ -126,9 +126,9 @@ def open_real(
     download: bool,
     wanted: tuple[int, str] = (0, ""),
 ) -> "BatchSource":
-    """Real training images as a source: a seeded order, each image once. The upper bound.
+    """A source of real training images for the upper bound: in a seeded order, each image once.
 
-    `ValueError` where there are fewer than are `wanted`, by the field named beside.
+    `wanted`: the number of images needed, and the field that sets it; `ValueError` if there are fewer.
     """
     import torch
 
@@ -159,7 +159,7 @@ def open_real(
 
 
 def load_teacher(name: str, trust_code: Sequence[str] | None, below: str | None = None) -> "Teacher":
-    """A bundle by folder, URI or name; where a folder or URI `below` is given, one of that name in it comes first."""
+    """Load a bundle by folder, URI or name; a bundle of that name in the folder or URI `below` takes precedence."""
     from dfkd_ray import bundles, storage
 
     trusted = tuple(trust_code or ())

@@ -1,4 +1,4 @@
-"""Leaving at once, where Ray is gone: whatever waits for it in this process waits for ever."""
+"""Ends the process immediately when Ray is gone: threads that wait for Ray would wait forever."""
 
 import os
 import signal
@@ -12,9 +12,9 @@ SHOW_CURSOR = b"\x1b[?25h"  # hidden while a table is drawn
 
 
 def at_once(reason: str) -> None:
-    """Say in one line what happened, and end the process with exit code 3; nothing is waited for, nothing raises.
+    """Print one line and end the process with exit code 3, without waiting and without exceptions.
 
-    What it has started ends with it: some of Ray's processes would look for the others for minutes.
+    Its child processes are killed too: some of Ray's processes would search for the others for minutes.
     """
     with suppress(OSError, ValueError):
         sys.stdout.flush()

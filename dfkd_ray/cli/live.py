@@ -1,6 +1,6 @@
-"""How a running sweep is shown: a table that updates in place on a terminal, plain lines elsewhere.
+"""The display of a running sweep: a table that is updated in place on a terminal, plain lines elsewhere; interrupts.
 
-`View` takes events and gives figures; it knows of no terminal and no clock. Drawing is beside it.
+`View` collects events and computes the figures, without a terminal or a clock. `drawing` draws them.
 """
 
 import logging
@@ -30,7 +30,7 @@ DRAW_S = 1.0
 
 
 class View:
-    """The state of a sweep as told by events: rows, stages of running trials, how the fleet is."""
+    """The state of a sweep, from events: rows, stages of running trials, status of the fleet."""
 
     def __init__(
         self,
@@ -40,10 +40,10 @@ class View:
         total: int | None = None,
         parts: Mapping[str, Parts] | None = None,
     ):
-        """`names`: what to call each trial, by id; `finished`: rows of an earlier run; `now` in seconds.
+        """`names`: trial id → name; `finished`: rows of an earlier run; `now` in seconds.
 
-        `total` is given where a search comes up with more trials on the way, whose names are added then; `parts` are
-        those of the names, for a column of each.
+        `total`: the number of trials of a search, which adds trials and their names later. `parts`: trial id → parts of
+        its name, one column each.
         """
         self.names, self.start = dict(names), now
         self.parts, self.once = differing_parts(parts or {})
@@ -55,12 +55,12 @@ class View:
         self.walls: list[float] = []
         self.num_parallel = 0
         self.status: Mapping[str, Any] | None = None
-        self.lock = threading.Lock()  # rows come from one thread, stages from another, a third one draws
+        self.lock = threading.Lock()  # separate threads add rows, add stages, and draw
         for row in finished:
             self._finished(row)
 
     def add(self, trial_id: str, config: TrialConfig, fields: Sequence[str]) -> None:
-        """A search, over these fields, has come up with a trial."""
+        """A search over these fields has added a trial."""
         with self.lock:
             values = flat(config.model_dump(mode="json"))
             self.names[trial_id], self.parts[trial_id] = name_of(values, fields), parts_of_one(values, fields)
@@ -81,11 +81,11 @@ class View:
                 self.failed.add(row["trial_id"])
                 return
             self._finished(row)
-            if not is_null(row.get("wall_s")):  # one that was stopped early does not say how long others take
+            if not is_null(row.get("wall_s")):  # an early-stopped trial is no basis for the remaining time
                 self.walls.append(row["wall_s"])
 
     def stages(self, stages: Mapping[str, tuple[str, int, int]], now: float) -> None:
-        """What runs now, and where it stands."""
+        """Set the running trials and their stages."""
         with self.lock:
             before, self.running = self.running, {}
             for name, (stage, done, total) in stages.items():
@@ -100,12 +100,12 @@ class View:
             self.status = status
 
     def figures(self, now: float) -> Figures:
-        """All figures at a time."""
+        """All figures at time `now`."""
         with self.lock:
             to_do = self.total - len(self.done) - len(self.failed) - len(self.running)
             left_s = None
             if self.walls and self.num_parallel:
-                # Finished trials say how long one takes; the running ones have some of that behind them.
+                # Finished trials give the time of a trial; running ones have done part of it.
                 mean = sum(self.walls) / len(self.walls)
                 behind = sum(min(now - since, mean) for _, since in self.running.values())
                 left_s = (mean * (to_do + len(self.running)) - behind) / self.num_parallel
@@ -118,7 +118,7 @@ class View:
 
 
 def has_ended_well(row: Mapping[str, Any]) -> bool:
-    """Whether a row is that of a trial which finished, or was stopped early."""
+    """Whether a row is that of a finished or early-stopped trial."""
     status = row.get("status")
     return not is_null(status) and status != "failed"
 
@@ -138,7 +138,7 @@ def row_line(row: Mapping[str, Any], name: str, figures: Figures, done: int, tot
 
 
 class Screen:
-    """Shows a view; on a terminal as a table drawn every second, elsewhere as lines. `seconds` counts what it took."""
+    """Shows a view: on a terminal as a table drawn every second, elsewhere as lines. `seconds`: time spent drawing."""
 
     def __init__(self, view: View, title: str, console: "Console | None" = None, clock: Any = time.monotonic):
         from rich.console import Console
@@ -163,12 +163,12 @@ class Screen:
             say(fleet_line(status))
 
     def stages(self, stages: Mapping[str, tuple[str, int, int]]) -> None:
-        """What runs now."""
+        """Set the running trials and their stages."""
         self.view.stages(stages, self.clock())
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """While open, the table is on the terminal; elsewhere nothing."""
+        """While open, show the table on a terminal; does nothing elsewhere."""
         if not self.is_live:
             yield
             return
@@ -218,7 +218,7 @@ def interruptible(screen: Screen) -> Iterator["Interrupts"]:
 
 
 class Interrupts:
-    """What signals have asked for. Before the first trial there is nothing to stop: then it is `KeyboardInterrupt`."""
+    """The stop requests of signals. Before the first trial there is nothing to stop: they raise `KeyboardInterrupt`."""
 
     def __init__(self, screen: Screen):
         self.screen = screen
@@ -226,9 +226,9 @@ class Interrupts:
         self.trials_run = False
 
     def __call__(self, _number: int, _frame: Any) -> None:
-        """As a signal handler. Printing is not safe here, writing is."""
+        """The signal handler. `print` is not safe here; `os.write` is."""
         if self.asked:
-            # Rows and checkpoints are whole at any moment. Some of Ray's processes would outlive this one by a minute.
+            # Rows and checkpoints are complete at any moment. Some of Ray's processes would live a minute longer.
             for pid in descendants(os.getpid()):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -243,12 +243,12 @@ class Interrupts:
             raise KeyboardInterrupt
 
     def up(self) -> None:
-        """From here on trials run: they are stopped first."""
+        """Trials run from now on: a stop request stops them cleanly."""
         self.trials_run = True
 
 
 def descendants(pid: int) -> list[int]:
-    """All processes that a process has started, and theirs."""
+    """The ids of all child processes of a process, recursively."""
     children: dict[int, list[int]] = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has ended meanwhile
@@ -263,13 +263,13 @@ def descendants(pid: int) -> list[int]:
 
 
 def command_line(arguments: Sequence[str], original: Sequence[str]) -> str:
-    """The command as it was given, to be given again: `sys.argv` and `sys.orig_argv`."""
+    """The command line to repeat this command, from `sys.argv` and `sys.orig_argv`."""
     as_module = Path(arguments[0]).name == "__main__.py"
     return shlex.join(original if as_module else arguments)
 
 
 def print_interrupted(num_finished: int, num_trials: int, place: Any) -> None:
-    """What is there, and the command that goes on, but for passwords in it; on standard error."""
+    """Print the progress and the command that resumes, without passwords, on standard error."""
     from dfkd_ray.storage import without_secrets
 
     given = command_line(*([without_secrets(word) for word in words] for words in (sys.argv, sys.orig_argv)))

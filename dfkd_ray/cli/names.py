@@ -1,4 +1,4 @@
-"""What to call a trial: its teacher, its method, and every field in which the trials of a sweep differ."""
+"""Short names of trials: teacher, method, and the fields in which the trials of a sweep differ."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,25 +8,25 @@ from dfkd_ray.cli import tables
 from dfkd_ray.config import TrialConfig, flat, follows
 from dfkd_ray.text import shown
 
-Parts = Mapping[str, str]  # heading: text; the parts of a name in their order
+Parts = Mapping[str, str]  # heading → text, in the order of the name
 NAMED = ("teacher", "synthesis.method", "pruning.sparsity")
 
 
 def names_of(trials: Mapping[str, TrialConfig]) -> dict[str, str]:
-    """What to call each trial."""
+    """Trial id → name."""
     return {name: name_from(parts) for name, parts in parts_of(trials).items()}
 
 
 def name_of(values: Mapping[str, Any], differing: Sequence[str]) -> str:
-    """What to call a trial with these fields (dotted), of which some differ between the trials."""
+    """The name of a trial with these (dotted) fields; `differing` are those that differ between trials."""
     return name_from(parts_of_one(values, differing))
 
 
 def name_from(parts: Parts) -> str:
-    """The parts as one line."""
+    """The parts of a name joined into one line."""
     bare = ("network", "method")
     words = (value if name in bare else f"{name.rpartition('.')[2]} {value}" for name, value in parts.items())
-    # Two fields of one name and value, as the seeds of synthesis and distillation, are said once.
+    # Two fields with equal last part and value, such as the seeds of synthesis and distillation, appear once.
     return shown(" ".join(dict.fromkeys(words)))
 
 
@@ -51,7 +51,7 @@ def parts_of_one(values: Mapping[str, Any], differing: Sequence[str]) -> Parts:
 
 
 def differing_parts(parts: Mapping[str, Parts]) -> tuple[dict[str, Parts], str]:
-    """The parts in which trials differ, without what the networks' names share; and what all of them share."""
+    """The parts in which trials differ, without the common text of the networks' names; and the common text."""
     networks = sorted({each["network"] for each in parts.values()})
     start, end = tables.shared(networks)
     once = [f"{start}…{end}"] if start or end else []
@@ -71,5 +71,5 @@ def differing_parts(parts: Mapping[str, Parts]) -> tuple[dict[str, Parts], str]:
 
 
 def short(value: Any) -> str:
-    """A value in few characters."""
+    """A value as short text."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

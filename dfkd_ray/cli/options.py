@@ -63,10 +63,10 @@ def settled(
     assignments: Sequence[str] | None,
     file: object = "",
 ) -> dict[str, Any]:
-    """A file's nested data with what the command line says over it.
+    """A file's nested data, overridden by the command line.
 
-    `options`: for each option the dotted fields that it sets, None where it is not given. `ValueError` where an option
-    and `--set` say two things of one field, or the command line and the file name two teachers.
+    `options`: option → dotted field → value, None for an option that is not given. `ValueError` if an option and
+    `--set` give one field two values, or if the command line and the file name two teachers.
     """
     overrides = configs.parse_overrides(assignments or [])
     chosen: dict[str, Any] = {}
@@ -87,13 +87,13 @@ def settled(
             f"two teachers: {given(named_here)} on the command line, {given(named_there)} in {named(file)}; "
             "leave one out"
         )
-    # What lies within a section is put in after the section.
+    # Fields within a section are applied after the section.
     together = sorted((overrides | chosen).items(), key=lambda item: item[0].count("."))
     return configs.with_overrides(data, dict(together))
 
 
 def said_of(name: str, value: Any, overrides: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """What overrides say of a field, or of parts of it, with the name of that."""
+    """(name, value) of the overrides for a field or for parts of it."""
     found = [(other, what) for other, what in overrides.items() if other == name]
     found += [
         (other, what)

@@ -11,7 +11,7 @@ def report(
     place: Annotated[str, typer.Argument(help="folder or URI (s3://, gs://, …) with the results of a sweep")],
     out: Annotated[str | None, typer.Option(help="HTML file to write; default: PLACE/report.html")] = None,
 ) -> None:
-    """Write what a sweep has found as one HTML page that works offline, its figures as PNG and SVG beside it."""
+    """Write the report of a sweep: one HTML page that works offline, and its figures as PNG and SVG beside it."""
     from dfkd_ray import report as reports
 
     written = reports.write(place, out)

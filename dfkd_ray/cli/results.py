@@ -16,17 +16,17 @@ from dfkd_ray.text import is_null, shown
 
 Format = Literal["table", "csv", "markdown", "latex", "json"]
 SUFFIXES: dict[str, Format] = {".csv": "csv", ".md": "markdown", ".tex": "latex", ".json": "json"}
-# What is shown where nobody says which columns, beside the config fields that differ between the rows.
+# The default columns, in addition to the config fields that differ between the rows.
 METRICS = [
     *(rung.accuracy for rung in RUNGS),
     *("agreement", "stored_bytes", "wall_s"),
 ]
-HASH_LENGTH = 64  # hex digits; their first twelve tell them apart
+HASH_LENGTH = 64  # hex digits; the first twelve are shown
 LATEX = {**{char: f"\\{char}" for char in "&%$#_{}"}, "\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
 LATEX |= {"^": r"\textasciicircum{}", "±": r"$\pm$"}
-LATEX |= {"[": "{[}", "*": "{*}"}  # behind the end of a row they would be taken for its options
+LATEX |= {"[": "{[}", "*": "{*}"}  # after the end of a row they would be read as its options
 MARKUP = re.compile(r"[\\|<]")  # of Markdown, in a cell
-FORMULA = tuple("=+-@\t\r")  # what a text begins with that spreadsheets would compute
+FORMULA = tuple("=+-@\t\r")  # first characters of a text that spreadsheets would evaluate
 
 
 def results(
@@ -44,11 +44,11 @@ def results(
         bool, typer.Option("--mean-std", help="fold finished trials that differ in seeds only: mean ± std")
     ] = False,
 ) -> None:
-    """Print a table of a sweep's results, or export it; live while the sweep runs.
+    """Print a table of a sweep's results, or export it; also while the sweep runs.
 
-    `sparsity` is short for `pruning.sparsity` where no other column ends so. Without --columns a printed table has the
-    fields that differ and the main metrics; csv and json have everything. In csv an apostrophe stands before texts
-    that begin with = + - @, a tab or a carriage return: spreadsheets would compute them. Numbers are as they are.
+    `sparsity` is short for `pruning.sparsity` if no other column ends with it. Without --columns, a printed table has
+    the fields that differ and the main metrics; csv and json have all columns. In csv, texts that begin with = + - @, a
+    tab or a carriage return get an apostrophe, because spreadsheets would evaluate them. Numbers are unchanged.
 
     dfkd-ray results runs/quickstart --where 'sparsity>=0.75' --where status=finished --sort -agreement --limit 10
     """
@@ -86,7 +86,7 @@ def results(
         if mixed:
             say(mixed)
         return
-    # A file or a program gets every sign as it is; on a terminal none may act.
+    # Files and pipes get the text unchanged; on a terminal control characters are escaped.
     print(shown(text, keep="\n") if sys.stdout.isatty() else text, end="")
     if kind == "table":
         folded = f", {int(rows['num_seeds'].sum())} finished trials folded" if mean_std else ""
@@ -115,7 +115,7 @@ def chosen_columns(rows: Any, table: str, kind: Format, columns: str | None) -> 
 
 
 def heading(text: str, kind: Format) -> str:
-    """What says which columns an exported table has: an export replaces another one of the same columns only."""
+    """The header by which an export is recognised: an export replaces only one with the same columns."""
     if kind == "json":
         try:
             rows = json.loads(text)
@@ -126,7 +126,7 @@ def heading(text: str, kind: Format) -> str:
 
 
 def main_columns(rows: Any, table: str) -> list[str]:
-    """The columns that a reader wants first: what differs, and what came of it; none that is empty."""
+    """The main columns that are not empty: differing fields and main metrics."""
     from dfkd_ray.results import SEEDS, varied_fields
 
     if table != "trials":
@@ -178,7 +178,7 @@ def as_table(rows: Any, names: Sequence[str]) -> str:
         table.add_column(heading, justify="right" if is_number(rows, name) else "left", no_wrap=True)
     for row in cells(rows, names):
         table.add_row(*row)
-    # A table cut to a narrow pipe hides what it is for.
+    # In a pipe the table keeps its full width: cut columns would be useless.
     console = Console(file=StringIO(), width=10_000, markup=False, highlight=False, emoji=False)
     console.width = console.measure(table).maximum
     console.print(table)
@@ -188,7 +188,7 @@ def as_table(rows: Any, names: Sequence[str]) -> str:
 
 
 def as_markdown(rows: Any, names: Sequence[str]) -> str:
-    """A table as GitHub shows it; what would be markup in a cell is escaped."""
+    """A GitHub Markdown table; markup in cells is escaped."""
     marks = ["---:" if is_number(rows, name) else "---" for name in names]
     lines = [short_names(names), marks, *([MARKUP.sub(r"\\\g<0>", cell) for cell in row] for row in cells(rows, names))]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
@@ -206,18 +206,18 @@ def as_latex(rows: Any, names: Sequence[str]) -> str:
 
 
 def as_csv(rows: Any, names: Sequence[str]) -> str:
-    """Full names and all digits; texts that a spreadsheet would compute begin with an apostrophe."""
+    """CSV with full names and all digits; texts that a spreadsheet would evaluate begin with an apostrophe."""
     plain = rows[list(names)].copy()
     for name in plain.columns:
         if not is_number(plain, name):
             plain[name] = plain[name].map(lambda cell: f"'{cell}" if is_formula(cell) else cell)
             plain[name] = plain[name].map(lambda cell: cell.replace("\0", "\\x00") if isinstance(cell, str) else cell)
-    # Cells with a sign of the terminator are quoted: those with a lone carriage return must be, or readers end a row.
+    # Cells with a character of the line terminator are quoted: a lone carriage return would otherwise end the row.
     return plain.to_csv(index=False, lineterminator="\0\r\n").replace("\0\r\n", "\n")
 
 
 def is_formula(cell: Any) -> bool:
-    """Whether a cell is a text that spreadsheets would compute."""
+    """Whether a cell is a text that spreadsheets would evaluate as a formula."""
     return isinstance(cell, str) and cell.startswith(FORMULA)
 
 
@@ -230,7 +230,7 @@ def as_json(rows: Any, names: Sequence[str]) -> str:
 
 
 def is_number(rows: Any, name: str) -> bool:
-    """Whether a column is set flush right."""
+    """Whether a column is numeric and thus right-aligned."""
     return rows[name].dtype.kind in "iuf"
 
 

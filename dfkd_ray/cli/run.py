@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from dfkd_ray.bundles import Teacher
 
 SCHEMA = "dfkd_ray.recovery/1"
-ROW, UNFINISHED = "row.json", ".recovery.json"  # the latter says whose a folder is until the former is there
+ROW, UNFINISHED = "row.json", ".recovery.json"  # the second claims the folder until the first exists
 
 
 def is_row(data: bytes) -> bool:
-    """Whether these bytes are the row that a recovery leaves."""
+    """Whether these bytes are the `row.json` of a recovery."""
     try:
         row = json.loads(data)
     except (ValueError, RecursionError):
@@ -66,10 +66,10 @@ def recover(
     cache: Cache = None,
     trust_code: Trust = None,
 ) -> None:
-    """Prune a network and win its accuracy back without data: one trial, no Ray.
+    """Prune a network and recover its accuracy without data: one trial, without Ray.
 
-    Writes OUT/student (a bundle), OUT/row.json, OUT/images.png; prints the ladder teacher, pruned,
-    BatchNorm re-estimated, recovered. Interrupted, the same command goes on from its checkpoint.
+    Writes OUT/student (a bundle), OUT/row.json, OUT/images.png. Prints the accuracy of the stages teacher, pruned,
+    BatchNorm re-estimated, recovered. After an interruption, the same command resumes from its checkpoint.
     """
     data = configs.read_yaml(config) if config else {}
     options = {
@@ -107,7 +107,7 @@ def recover(
         picture = class_grid(outcome.batches, loaded.info.num_classes, loaded.info.space)
         place.write("images.png", picture)
     results.write_json(place.path / ROW, row)
-    trial.remove_checkpoints(place)  # the row is on disk: of no more use
+    trial.remove_checkpoints(place)  # not needed any more: the row is on disk
     place.remove(UNFINISHED)
     if row["status"] == "failed":
         say(f"error: trial {row['trial_id']} failed: {row['reason']}", error=True)
@@ -153,8 +153,8 @@ def sweep(
 ) -> None:
     """Run a grid or a search of trials with Ray Tune, here or on a cluster; finished trials are not run again.
 
-    Every distinct synthesis is made once, by a fleet that all trials share (--synthesizers 0: each trial its own).
-    Ctrl-C stops cleanly; the same command goes on.
+    Every distinct synthesis is made once, by a fleet that all trials share (--synthesizers 0: no sharing).
+    Ctrl-C stops the sweep cleanly; the same command resumes it.
     """
     if gpus is not None and not dry_run:
         raise ValueError("--gpus goes with --dry-run; a sweep uses the GPUs that there are")
@@ -170,7 +170,7 @@ def sweep(
     from dfkd_ray.sweep import timings as timing_files
 
     stored = None if timings is None else timing_files.read(timings)
-    # What the machines of a cluster have is not known before it is joined, and says nothing of the driver's.
+    # The GPUs of a cluster's machines are not known before it is joined, and differ from the driver's.
     elsewhere = not dry_run and (address or os.environ.get("RAY_ADDRESS") or "local") != "local"
     settings = sweeps.parse(data, str(file))
     plan = sweeps.prepare(
@@ -215,7 +215,7 @@ def sweep(
     start = time.monotonic()
     parts = names.parts_of({job.id: job.config for job in known})
     called = {name: names.name_from(each) for name, each in parts.items()}
-    # A search's trials come one by one: what all of their names share is not known.
+    # A search adds trials one by one, so the common part of their names is not known.
     view = live.View(called, finished, start, plan.num_trials, None if settings.search else parts)
     screen, seconds = live.Screen(view, str(file)), sweeps.Seconds()
     searched = tuple(settings.search.space) if settings.search else ()

@@ -1,4 +1,4 @@
-"""What the commands show: progress, the ladder of one trial, the table of a sweep."""
+"""Output of the commands: progress, the ladder of one trial, the final table of a sweep."""
 
 import shlex
 import sys
@@ -17,7 +17,7 @@ LEGEND = (
     "agreement: on the reference set; BN: BatchNorm re-estimated on synthetic images, no training; kB: stored weights; "
     "s: wall time of the trial"
 )
-# heading of the final table: (column, scale, digits, rank); of the highest rank is what first has to go
+# heading of the final table: (column, scale, digits, rank); columns of the highest rank are left out first
 MEASURED: dict[str, tuple[str, float, int, int]] = {
     **{
         rung.heading: (rung.accuracy, 100.0, 2, rank)
@@ -30,7 +30,7 @@ MEASURED: dict[str, tuple[str, float, int, int]] = {
 
 
 class Progress:
-    """Shows (stage, done, total, numbers): a line that updates on a terminal, now and then a plain line elsewhere."""
+    """Shows (stage, done, total, numbers): an updating line on a terminal, occasional plain lines elsewhere."""
 
     def __init__(self, every_s: float = 15.0):
         self.live = sys.stderr is not None and sys.stderr.isatty()
@@ -38,7 +38,7 @@ class Progress:
         self.stage, self.start, self.shown = "", 0.0, 0.0
 
     def __call__(self, stage: str, done: int, total: int, numbers: Mapping[str, float | int]) -> None:
-        """Show where a stage stands."""
+        """Show the progress of a stage."""
         now = time.monotonic()
         if stage != self.stage:
             self.stage, self.start, self.shown = stage, now, 0.0
@@ -59,7 +59,7 @@ class Progress:
 
 
 def print_ladder(row: Mapping[str, Any], out: Path) -> None:
-    """The rungs of one trial."""
+    """Print the rungs of one trial."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -87,14 +87,14 @@ def print_ladder(row: Mapping[str, Any], out: Path) -> None:
 
 
 def print_trials(rows: Any, place: object = "PLACE") -> None:
-    """The final table, best agreement first; of the config only the fields that differ between trials are shown."""
+    """Print the final table, best agreement first, with only those config fields that differ between trials."""
     from rich.console import Console
     from rich.text import Text
 
     from dfkd_ray.results import varied_fields
 
     console = Console()
-    # A table cut to a narrow pipe hides what it is for.
+    # In a pipe the table keeps its full width: cut columns would be useless.
     table, notes = trials_table(rows, varied_fields(rows), console.width if console.is_terminal else None, place)
     if not console.is_terminal:
         console.width = max(
@@ -106,9 +106,9 @@ def print_trials(rows: Any, place: object = "PLACE") -> None:
 
 
 def trials_table(rows: Any, fields: Sequence[str], width: int | None, place: object = "PLACE") -> tuple[Any, list[str]]:
-    """A row per trial and a column per field, for a terminal of so many columns; and what is to be said below it.
+    """A table with a row per trial and a column per field, fitted to a terminal's width; and the notes below it.
 
-    Without a width everything is there as it is.
+    Without a width nothing is shortened or left out.
     """
     columns, notes = trial_columns(rows, fields), [LEGEND]
     fitted = tables.fits(columns, 10**9 if width is None else width, tables.AS_THEY_ARE)
@@ -130,7 +130,7 @@ def trials_table(rows: Any, fields: Sequence[str], width: int | None, place: obj
 
 
 def trial_columns(rows: Any, fields: Sequence[str]) -> list[tables.Column]:
-    """What the final table tells of each trial, all of it."""
+    """All columns of the final table."""
     named = [("network", [Path(text_of(name)).name for name in rows["teacher"]])]
     for name, field in zip(short_names(fields), fields, strict=True):
         named.append((name, [text_of(value) for value in rows[field]]))
@@ -142,7 +142,7 @@ def trial_columns(rows: Any, fields: Sequence[str]) -> list[tables.Column]:
     for heading, (name, scale, digits, rank) in MEASURED.items():
         cells = [number(value, scale, digits) for value in rows[name]]
         for index, status in enumerate(statuses):
-            if status not in ("finished", "stopped"):  # why is told below the table
+            if status not in ("finished", "stopped"):  # the reason is printed below the table
                 cells[index] = "FAILED" if heading == "recovered" else ""
             elif status == "stopped" and heading == "recovered":
                 cells[index] = "stopped"
@@ -151,7 +151,7 @@ def trial_columns(rows: Any, fields: Sequence[str]) -> list[tables.Column]:
 
 
 def teachers_said_once(columns: Sequence[tables.Column]) -> tuple[list[tables.Column], list[str]]:
-    """The columns without the accuracies of the teachers, where there are few of them, and a line that says these."""
+    """The columns without the teachers' accuracies, and a line with these instead, if there are only few."""
     teacher = next(column for column in columns if column.heading == "teacher" and not column.is_field)
     network = columns[0].cells if columns[0].heading == "network" else ("",) * len(teacher.cells)
     pairs = sorted({pair for pair in zip(network, teacher.cells, strict=True) if pair[1] not in ("", "-")})
@@ -162,7 +162,7 @@ def teachers_said_once(columns: Sequence[tables.Column]) -> tuple[list[tables.Co
 
 
 def short_names(columns: Sequence[str]) -> list[str]:
-    """The last parts of dotted names, where that says which."""
+    """The last parts of dotted names, if they are unique."""
     leaves = [name.rpartition(".")[2] for name in columns]
     return [leaf if leaves.count(leaf) == 1 else name for name, leaf in zip(columns, leaves, strict=True)]
 
@@ -187,7 +187,7 @@ def print_fleet(status: Mapping[str, Any]) -> None:
 
 
 def print_failures(rows: Any) -> None:
-    """Why trials failed: a line per reason."""
+    """Print the reasons why trials failed, one line each."""
     failed = rows[rows["status"] == "failed"]
     for reason, group in failed.groupby(failed["reason"].fillna("no reason given"), sort=True):
         names = sorted(text_of(name) for name in group["trial_id"])
@@ -201,7 +201,7 @@ def number(value: Any, scale: float = 1.0, digits: int = 2, group: str = "") -> 
 
 
 def text_of(value: Any) -> str:
-    """A config value in few characters."""
+    """A config value as short text."""
     if is_null(value):
         return "-"
     return f"{value:g}" if isinstance(value, float) else str(value)

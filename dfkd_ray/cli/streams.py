@@ -1,8 +1,8 @@
-"""Standard output and error that take every write: what is shown must never decide what becomes of a command.
+"""Standard output and error whose writes never raise, so that output problems cannot fail a command.
 
-A reader that goes away (`| head -1`), a terminal that was closed, characters that the encoding lacks and a full disk
-all raise in `print`, wherever it stands. Here the reader's leaving ends the printing in silence, characters are
-replaced, and any other trouble is kept, to be told at the end.
+A reader that ends (`| head -1`), a closed terminal, characters missing in the encoding and a full disk all make `print`
+raise. Here, output after the reader's end is discarded silently, missing characters are replaced, and any other error
+is stored and reported at the end.
 """
 
 import errno
@@ -16,15 +16,15 @@ from typing import Any, TextIO
 
 from dfkd_ray.text import shown
 
-# Nobody is there any more: the pipe's reader has ended, the terminal is closed, the descriptor is none.
+# The reader is gone: the pipe's reader has ended, the terminal is closed, or the descriptor is invalid.
 GONE = {errno.EPIPE, errno.ECONNRESET, errno.EIO, errno.ENXIO, errno.EBADF}
 
 
 class Outlet(io.RawIOBase):
-    """The raw end of a stream, whose `write` never raises; `trouble` is the first error but for a reader that left."""
+    """A raw stream whose `write` never raises; `trouble` is the first error, except for a reader that ended."""
 
     def __init__(self, target: Any, name: str):
-        """`target` takes bytes; None takes nothing, as where a stream was closed before the start."""
+        """`target` receives the bytes; None discards them, if the stream was closed before the start."""
         self.target, self.name = target, name
         self.gone = target is None
         self.trouble: OSError | None = None
@@ -34,23 +34,23 @@ class Outlet(io.RawIOBase):
         return True
 
     def isatty(self) -> bool:
-        """Whether it is a terminal; a stream that was closed is none."""
+        """Whether it is a terminal; False for a closed stream."""
         return self.target is not None and not self.target.closed and self.target.isatty()
 
     def fileno(self) -> int:
-        """That of the stream below; `OSError` where it has none."""
+        """The descriptor of the underlying stream; `OSError` if it has none."""
         if self.target is None:
             raise io.UnsupportedOperation("fileno")
         return self.target.fileno()
 
     def write(self, data: Any) -> int:
-        """Write all of it, or as much as goes; says that all of it went."""
+        """Write as much as possible; always returns the full length."""
         left = memoryview(data).cast("B")
         size = left.nbytes
         while left.nbytes and not self.gone:
             try:
                 num = self.target.write(left)
-                if num is None:  # a pipe that does not wait, and is full
+                if num is None:  # a non-blocking pipe that is full
                     select.select([], [self.target], [])
                 left = left[num or 0 :]
             except OSError as error:
@@ -66,9 +66,9 @@ class Outlet(io.RawIOBase):
 
 @contextmanager
 def forgiving() -> Iterator[Outlet]:
-    """While open, `sys.stdout` and `sys.stderr` take every write; yields the raw end of the former.
+    """While open, writes to `sys.stdout` and `sys.stderr` never raise; yields the raw stream of `sys.stdout`.
 
-    Streams that are the process's own stay so: what is printed while it ends must not raise either.
+    If they were the process's own streams they stay replaced, so that printing at exit does not raise either.
     """
     hold_descriptors()
     before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
@@ -87,8 +87,8 @@ def forgiving() -> Iterator[Outlet]:
 
 
 def hold_descriptors() -> None:
-    """Open the null device on standard descriptors that are closed: another file would be given their numbers, and
-    whatever a library prints would be written into it."""
+    """Open the null device on closed standard descriptors. Otherwise another file would get their numbers, and output
+    of libraries would be written into it."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
@@ -101,18 +101,18 @@ def hold_descriptors() -> None:
 
 
 def outlet_of(stream: Any) -> Outlet | None:
-    """The raw end of a stream made here."""
+    """The raw stream of a stream made by this module, or None."""
     return getattr(stream, "outlet", None)
 
 
 def target_of(stream: Any) -> Any:
-    """What takes the bytes of a text stream, below its buffer."""
+    """The raw byte stream below a text stream's buffer."""
     buffer = getattr(stream, "buffer", None)
     return getattr(buffer, "raw", buffer)
 
 
 def stream_over(outlet: Outlet, like: Any) -> TextIO:
-    """A text stream over a raw end, buffered as another is; where that was closed, a stream all the same."""
+    """A text stream over a raw stream, buffered like another one, which may be closed."""
     with suppress(OSError, ValueError):
         if like is not None:
             like.flush()
@@ -130,12 +130,12 @@ def stream_over(outlet: Outlet, like: Any) -> TextIO:
 
 
 def flush() -> None:
-    """Let out what both streams hold."""
+    """Flush both streams."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):
             stream.flush()
 
 
 def say(line: object, *, error: bool = False) -> None:
-    """Print one line, on standard error if asked: whatever names in it hold, it stays one line of plain text."""
+    """Print one line, optionally on standard error; control characters and line ends in it are escaped."""
     print(shown(line), file=sys.stderr if error else sys.stdout, flush=True)

@@ -1,4 +1,4 @@
-"""`dfkd-ray synthesize`: the synthesis fleet alone, its images as files."""
+"""`dfkd-ray synthesize`: makes images with the synthesis fleet and exports them as files."""
 
 import math
 import time
@@ -51,8 +51,8 @@ def synthesize(
 ) -> None:
     """Make images from a teacher with the synthesis fleet, and write them for other programs to read.
 
-    Writes OUT/train/CLASS/BATCH-ROW.png or OUT/part-BATCH.parquet, and last OUT/synthesis.json. Every batch is in the
-    cache first: interrupted, the same command goes on from there.
+    Writes OUT/train/CLASS/BATCH-ROW.png or OUT/part-BATCH.parquet, and last OUT/synthesis.json. Every batch is first
+    written to the cache: after an interruption, the same command resumes from there.
     """
     settings = settings_of(config, method, seed, set_)
     if device not in DEVICES:
@@ -94,7 +94,7 @@ def synthesize(
 
 
 def settings_of(file: Path | None, method: str | None, seed: int | None, assignments: list[str] | None) -> Any:
-    """The synthesis config of a command line; fields may be called as in a trial config, `synthesis.num_steps`."""
+    """The synthesis config of a command line; fields may have their trial config names, as `synthesis.num_steps`."""
     data = configs.read_yaml(file) if file else {}
     assignments = [assignment.strip().removeprefix("synthesis.") for assignment in assignments or []]
     data = settled(data, {"--method": {"method": method}, "--seed": {"seed": seed}}, assignments)
@@ -105,7 +105,7 @@ def settings_of(file: Path | None, method: str | None, seed: int | None, assignm
 
 
 def check(teacher: "Teacher", settings: Any, device: str) -> None:
-    """What can be known to go wrong before Ray starts: `ValueError` with the reason."""
+    """Check the settings before Ray starts: `ValueError` with the reason."""
     from dfkd_ray import devices, synthesis
 
     precision, fast = getattr(settings, "precision", "float32"), getattr(settings, "fast", False)
@@ -114,7 +114,7 @@ def check(teacher: "Teacher", settings: Any, device: str) -> None:
 
 
 def export_of(teacher: "Teacher", settings: Any, out: Path, format_: str, num_images: int) -> "Export":
-    """What is to be written."""
+    """The description of the export."""
     from dfkd_ray.image_sets import Export
 
     info = teacher.info
@@ -146,7 +146,7 @@ def through_fleet(
     cache_root: str,
     batch_timeout_s: float,
 ) -> None:
-    """Have a fleet of its own make some batches: `on_batch(batch, found)` for each, then say how it fared."""
+    """Make batches with a new fleet: calls `on_batch(batch, found)` for each, then prints the fleet's status."""
     from dfkd_ray import devices, fleet
     from dfkd_ray.trial import Round
 
@@ -164,7 +164,7 @@ def through_fleet(
 def fleet_settings(
     settings: Any, device: str, num_synthesizers: int | None, gpus_per_synthesizer: float | None, cache_root: str
 ) -> "Settings":
-    """A fleet that has the machines to itself. `ValueError` where it does not fit."""
+    """The settings of a fleet that uses the machines alone. `ValueError` if it does not fit."""
     from dfkd_ray import fleet
 
     machines = fleet.nodes()

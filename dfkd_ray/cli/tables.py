@@ -1,8 +1,9 @@
-"""How a table of many columns is brought into the width of a terminal, a line per row.
+"""Fits a table with many columns into a terminal's width, with one line per row.
 
-Before a row takes a second line, in this order: names that repeat are said once, below the table; headings are folded
-at signs, then within words; gaps narrow; the columns of least interest are left out; long texts lose their middle.
-What was left out or shortened is told, so that it can be said below the table. Columns hold text that was cleaned.
+Measures, in this order: common parts of names are printed once below the table; headings are wrapped at punctuation,
+then within words; gaps become narrower; the least important columns are left out; long texts are shortened in the
+middle. Only then does a row take a second line. The result tells what was left out or shortened, to print it below the
+table. The columns' text must be safe for a terminal.
 """
 
 import math
@@ -16,13 +17,13 @@ from typing import Any
 from dfkd_ray.text import shortened
 
 HEADING_LINES = 3
-# (gap, form of the headings: 0 one line, 1 folded at signs, 2 within words too, 3 the same and as narrow as can be)
+# (gap, form of headings: 0 one line, 1 wrapped at punctuation, 2 also within words, 3 the same, as narrow as possible)
 AS_THEY_ARE = ((3, 0),)
 ROOMY = ((3, 0), (3, 1), (2, 0), (2, 1), (2, 2))
 TIGHT = (*ROOMY, (1, 1), (1, 2), (1, 3))
-# (columns of which ranks stay, width to which texts may be shortened)
+# (highest rank of columns that stay, width to which texts may be shortened)
 SACRIFICES = ((4, None), (3, None), (2, None), (2, 8), (1, 8), (0, 7))
-# Where words of headings may be broken; others are before a consonant with a vowel behind it.
+# Break points within words of headings; other words are broken before a consonant that a vowel follows.
 WORDS = "agree-ment bright-ness con-trast cri-te-rion de-cay im-ages learn-ing meth-od mo-men-tum net-work prun-ed "
 WORDS += "re-cov-ered se-lec-tion spar-sity stu-dent syn-thesis teach-er tem-per-ature"
 BROKEN = {word.replace("-", ""): word.split("-") for word in WORDS.split()}
@@ -32,13 +33,13 @@ SYLLABLE = re.compile(r"(?<=[a-z])(?=[bcdfghjklmnpqrstvwxz][aeiouy])")
 
 @dataclass(frozen=True)
 class Column:
-    """A column; its cells, and its heading too, may have several lines where several columns were made one."""
+    """A column. Cells and heading may have several lines if several columns were merged into one."""
 
     heading: str
     cells: tuple[str, ...]
-    is_text: bool = False  # set flush left, may be shortened
-    is_field: bool = False  # of the config: what rows differ in
-    rank: int = 0  # 0: never left out; of others the highest first
+    is_text: bool = False  # left-aligned, may be shortened
+    is_field: bool = False  # a config field in which rows differ
+    rank: int = 0  # 0: never left out; otherwise the highest rank is left out first
 
     @cached_property
     def body(self) -> int:
@@ -47,13 +48,13 @@ class Column:
 
     @cached_property
     def forms(self) -> tuple[str, str, str, str]:
-        """Its heading in all forms."""
+        """The heading in all forms."""
         return heading_forms(self)
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """Columns as they are drawn, and what of them is not there."""
+    """The columns to draw, and what was left out or shortened."""
 
     columns: tuple[Column, ...]
     gap: int
@@ -62,7 +63,7 @@ class Fitted:
 
 
 def fits(columns: Sequence[Column], width: int, styles: Sequence[tuple[int, int]]) -> Fitted | None:
-    """The columns in the first style in which they are no wider than `width`; None where there is none."""
+    """The columns in the first style that fits into `width`; None if there is none."""
     forms, bodies = [column.forms for column in columns], [column.body for column in columns]
     for gap, form in styles:
         widths = [max(body, widest((own[form],))) for body, own in zip(bodies, forms, strict=True)]
@@ -70,7 +71,7 @@ def fits(columns: Sequence[Column], width: int, styles: Sequence[tuple[int, int]
         if room < 0:
             continue
         chosen = [form] * len(columns)
-        for better in reversed(range(form)):  # what is left goes to headings that it makes more readable
+        for better in reversed(range(form)):  # use the remaining width for more readable headings
             for index, own in enumerate(forms):
                 more = max(bodies[index], widest((own[better],))) - widths[index]
                 if more <= room:
@@ -81,7 +82,7 @@ def fits(columns: Sequence[Column], width: int, styles: Sequence[tuple[int, int]
 
 
 def squeezed(columns: Sequence[Column], width: int) -> Fitted:
-    """The columns in a width into which they do not go as they are; as few lines per row as can be."""
+    """The columns for a width that is too small for them, with as few lines per row as possible."""
     num_fields = sum(column.is_field for column in columns)
     for num_lines in range(1, num_fields + 1):
         all_of_them = stacked(columns, num_lines)
@@ -91,7 +92,7 @@ def squeezed(columns: Sequence[Column], width: int) -> Fitted:
             fitted = fits(kept, width, TIGHT) if shortest is None else shortened_to_fit(kept, width, shortest)
             if fitted:
                 return replace(fitted, left_out=left_out)
-    # Not even that: whoever draws it folds the cells.
+    # It still does not fit: the cells are wrapped when drawn.
     kept = [column for column in stacked(columns, max(1, num_fields)) if not column.rank]
     fitted = fits(kept, 10**9, TIGHT[-1:])
     assert fitted
@@ -99,7 +100,7 @@ def squeezed(columns: Sequence[Column], width: int) -> Fitted:
 
 
 def shortened_to_fit(columns: Sequence[Column], width: int, shortest: int) -> Fitted | None:
-    """The columns with texts shortened as little as it takes, and to no less than `shortest`."""
+    """The columns with texts shortened as little as needed, but not below `shortest`; None if that is not enough."""
     longest = max((column.body for column in columns if column.is_text), default=0)
     lengths = range(shortest, min(longest, width) + 1)
 
@@ -132,7 +133,7 @@ def cut(column: Column, most: int) -> Column:
 
 
 def line_of(text: str, most: int) -> str:
-    """A line of at most so many places on the terminal, on which some characters take two."""
+    """A line of at most `most` terminal cells; some characters take two cells."""
     if widest((text,)) <= most:
         return text
     lengths = range(1, most + 1)
@@ -140,7 +141,7 @@ def line_of(text: str, most: int) -> str:
 
 
 def stacked(columns: Sequence[Column], num_lines: int) -> list[Column]:
-    """The fields `num_lines` to a column, one below the other; other columns as they are."""
+    """The field columns stacked, `num_lines` per column; other columns unchanged."""
     if num_lines == 1:
         return list(columns)
     fields = [column for column in columns if column.is_field]
@@ -158,7 +159,7 @@ def stacked(columns: Sequence[Column], num_lines: int) -> list[Column]:
 
 
 def heading_forms(column: Column) -> tuple[str, str, str, str]:
-    """A heading as it is, folded at signs, folded within words, and that as narrow as can be."""
+    """A heading in four forms: one line, wrapped at punctuation, also within words, and that as narrow as possible."""
     heading = column.heading
     if "\n" in heading:
         return heading, heading, heading, heading
@@ -178,7 +179,7 @@ def heading_forms(column: Column) -> tuple[str, str, str, str]:
 
 
 def folded(heading: str, width: int, within_words: bool) -> Iterator[str]:
-    """The lines of a heading, filled piece by piece; a piece ends at a sign and may be wider than a line."""
+    """The lines of a wrapped heading; a piece ends at punctuation and may be wider than a line."""
     line = ""
     for piece in re.findall(r"[^_. ]*[_. ]|[^_. ]+", heading):
         if line and widest((line + piece.rstrip(),)) > width:
@@ -196,7 +197,7 @@ def folded(heading: str, width: int, within_words: bool) -> Iterator[str]:
 
 
 def breaks(line: str) -> list[int]:
-    """Where a line may be broken within its words."""
+    """The positions at which a line may be broken within words."""
     places = []
     for match in re.finditer(r"[a-z]+", line):
         word = match[0]
@@ -210,7 +211,7 @@ def breaks(line: str) -> list[int]:
 
 
 def said_once(columns: Sequence[Column]) -> tuple[list[Column], list[str]]:
-    """The columns without what the texts of a field share, and lines that say it."""
+    """The columns without the common parts of their texts, and lines that give these parts."""
     kept, notes = [], []
     for column in columns:
         values = sorted({cell for cell in column.cells if cell != "-"})
@@ -228,7 +229,7 @@ def said_once(columns: Sequence[Column]) -> tuple[list[Column], list[str]]:
 
 
 def shared(texts: Sequence[str]) -> tuple[str, str]:
-    """What different texts begin and end with, in whole words; where it is short, nothing."""
+    """The common beginning and end of different texts, in whole words; empty if short."""
     if len(texts) < 2:
         return "", ""
     start = re.sub(r"[^_.\-/ ]*$", "", beginning(texts))
@@ -247,26 +248,26 @@ def is_text(cells: Iterable[str]) -> bool:
 
 
 def beginning(texts: Sequence[str]) -> str:
-    """The characters that all begin with."""
+    """The common prefix of texts."""
     first, last = min(texts), max(texts)
     num = next((i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
     return first[:num]
 
 
 def widest(texts: Iterable[str]) -> int:
-    """The places that the longest line of some texts takes on a terminal."""
+    """The width in terminal cells of the longest line of texts."""
     from rich.cells import cell_len
 
     return max((cell_len(line) for text in texts for line in text.split("\n")), default=0)
 
 
 def around(gap: int, num_columns: int) -> int:
-    """What a table is wider than its columns: gaps, and an edge where they are wide."""
+    """The width of a table beyond its columns: gaps, and an edge if the gaps are wide."""
     return gap * (num_columns - 1) + (2 if gap == 3 else 0)
 
 
 def drawn(fitted: Fitted, title: str = "", width: int | None = None) -> Any:
-    """The table, for rich; with `width` in no more than that, whatever it takes."""
+    """The table for rich, at most `width` wide if that is given."""
     from rich import box
     from rich.table import Table
     from rich.text import Text

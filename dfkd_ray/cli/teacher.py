@@ -1,4 +1,4 @@
-"""`dfkd-ray teacher`: make and look at bundles."""
+"""`dfkd-ray teacher`: train, import, initialise, record and inspect teacher bundles."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from dfkd_ray.cli.options import Address, BundleOut, DataRoot, Download, Out, Se
 from dfkd_ray.cli.show import Progress
 from dfkd_ray.cli.streams import say
 
-# Of the folder beside a teacher in which its training is kept until it has ended.
+# Suffix of the folder beside a teacher that holds its checkpoint during training.
 TRAINING, TRAINING_SCHEMA = "training.json", "dfkd_ray.training/1"
 
 app = typer.Typer(no_args_is_help=True, help="Teacher bundles: train, import, init (untrained), record, info.")
@@ -36,8 +36,8 @@ def teacher_train(
     ] = False,
     set_: Set = None,
 ) -> None:
-    """Train a teacher on real images; interrupted, the same command goes on from the last epoch."""
-    # An option at its default is not given: the config has the same defaults.
+    """Train a teacher on real images; after an interruption, the same command resumes from the last epoch."""
+    # An option with its default value counts as not given: the config has the same defaults.
     options = {
         "ARCHITECTURE": {"architecture": architecture},
         "--arguments": {"arguments": parse_json(arguments, "--arguments") or None},
@@ -90,7 +90,7 @@ def teacher_import(
     dataset: Annotated[str | None, typer.Option(help="what it was trained on, if known")] = None,
     class_names: Annotated[str | None, typer.Option(help="with commas")] = None,
 ) -> None:
-    """Make a bundle from a network of your own. Naming package.module:factory here runs that factory."""
+    """Make a bundle from your own network. If you give package.module:factory, that factory is run."""
     given = {
         "architecture": architecture,
         "arguments": parse_json(arguments, "--arguments"),
@@ -124,7 +124,7 @@ def teacher_init(
     arguments: Annotated[str, typer.Option(help="JSON for the architecture")] = "{}",
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
-    """Make an untrained bundle, marked so: for tests and dry runs."""
+    """Make an untrained bundle, marked as untrained, for tests and dry runs."""
     shape = parse_shape(image_shape)
     given = {
         "architecture": architecture,
@@ -176,7 +176,7 @@ def teacher_record(
     download: Download = False,
     trust_code: Trust = None,
 ) -> None:
-    """Record a teacher's activations on its training data, for those who will not have it: one pass over the images.
+    """Record a teacher's activations in one pass over its training data, for later use without the data.
 
     Networks without BatchNorm need such a record to be recovered or distilled without data. Images held out of the
     teacher's training are left out here too.
@@ -229,7 +229,7 @@ def teacher_record(
         totals = fitting.fit(plan, teacher.network, shards[0], num_threads=threads, progress=on_images)
     notes = {"dataset": data.name, "limit": limit, "workers": workers}
     records = fitting.finish(plan, totals, teacher, notes)
-    del totals  # of large layers it takes more memory than the records, which are copied when they are written
+    del totals  # for large layers it takes more memory than the records, which are copied on writing
     dense = fitting.dense_bytes(plan.taps, teacher.info.num_classes)
     for record in records:
         size = bundles.save_record(bundle, record)
@@ -245,7 +245,7 @@ def teacher_info(
     bundle: TeacherName,
     trust_code: Trust = None,
 ) -> None:
-    """Load a bundle, check it, and print what it is."""
+    """Load and check a bundle, and print its properties."""
     from dfkd_ray import batchnorm
     from dfkd_ray.compression import pruning
 

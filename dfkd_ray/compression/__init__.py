@@ -1,1 +1,1 @@
-"""What makes a network small."""
+"""Methods that make a network smaller; so far pruning."""

@@ -1,7 +1,7 @@
-"""Unstructured pruning: which weights become zero, exactly how many, and that they stay so.
+"""Unstructured pruning: criteria, masks with an exact number of zeros, and the cubic schedule.
 
-A criterion gives every prunable weight a score; the lowest go first, ties by position, so that the count of zeros is
-the count asked for. Sparsity is the share of zeros over all Conv and Linear weights, spared layers included.
+A criterion scores every prunable weight. The lowest scores are pruned first, ties by position, so the number of zeros
+is exact. Sparsity is the fraction of zeros over all Conv and Linear weights, including the layers that are spared.
 Adding a criterion is one function and one line in `CRITERIA`.
 """
 
@@ -19,7 +19,7 @@ Masks = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Pruned:
-    """How a network is pruned: by which config, and its masks so far (1 where a weight is kept)."""
+    """The pruning state of a network: the config and the current masks (1: the weight is kept)."""
 
     config: PruningConfig
     masks: Masks = field(default_factory=dict)
@@ -88,7 +88,7 @@ def lamp(weights: Mapping[str, Tensor], num_zeros: int) -> Masks:
 
 
 def uniform(weights: Mapping[str, Tensor], num_zeros: int) -> Masks:
-    """The same share of smallest magnitudes in each layer; rounding goes to the largest remainders."""
+    """Smallest magnitudes, the same fraction in each layer; the largest remainders are rounded up."""
     sizes = {name: weight.numel() for name, weight in weights.items()}
     total = sum(sizes.values())
     exact = {name: num_zeros * size / total for name, size in sizes.items()}
@@ -108,9 +108,9 @@ CRITERIA: dict[str, Callable[[Mapping[str, Tensor], int], Masks]] = {
 
 
 def masks(network: nn.Module, config: PruningConfig, sparsity: float | None = None) -> Masks:
-    """The masks for `sparsity` (default: the config's) on the network's present weights; nothing is changed.
+    """The masks for `sparsity` (default: the config's) on the network's current weights; the network is not changed.
 
-    `ValueError` where sparing layers leaves fewer weights than must go, or nothing is prunable.
+    `ValueError` if the layers that are not spared have too few weights, or if nothing is prunable.
     """
     sparsity = config.sparsity if sparsity is None else sparsity
     weights = prunable(network)
@@ -136,14 +136,14 @@ def masks(network: nn.Module, config: PruningConfig, sparsity: float | None = No
 
 @torch.no_grad()
 def apply(network: nn.Module, masks: Masks) -> None:
-    """Set the dropped weights to exactly zero."""
+    """Set the pruned weights to exactly zero."""
     for name, weight in prunable(network).items():
         if name in masks:
             weight.masked_fill_(~masks[name], 0.0)
 
 
 def cubic_sparsity(step: int, num_steps: int, end: float, final: float) -> float:
-    """final (1 - (1 - t)³), t the share of the `end` · `num_steps` ramp behind us.
+    """The sparsity final (1 - (1 - t)³) at `step`, where t is the elapsed fraction of the `end` · `num_steps` ramp.
 
     Source: Zhu and Gupta 2017, arXiv 1710.01878, equation 1, from zero sparsity.
     """
@@ -153,7 +153,7 @@ def cubic_sparsity(step: int, num_steps: int, end: float, final: float) -> float
 
 
 def achieved_sparsity(network: nn.Module) -> float:
-    """Zeros over all Conv and Linear weights, counted in the tensors as they are."""
+    """The fraction of zeros over all Conv and Linear weights, counted in the tensors."""
     weights = prunable(network).values()
     return sum(int((weight == 0).sum()) for weight in weights) / max(1, sum(weight.numel() for weight in weights))
 

@@ -1,7 +1,7 @@
-"""Types of config fields, with their bounds, and the validation of plain data against configs.
+"""Field types of configs with their bounds, and the validation of plain data with readable errors.
 
-What a field takes can be hashed, written to a table, and held by float32 or a seed. true is no number, and text is
-none; all errors come at once, one line each with the path.
+Every accepted value can be hashed, written to a table, and held by float32 or a seed. Booleans and text are not taken
+for numbers. All errors are reported together, one line each with the field's path.
 """
 
 import difflib
@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from dfkd_ray.plain import LARGEST, MOST_SIGNS, fault, given, named, text_fault
 
 STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-MOST_ERRORS = 20  # lines of one refusal
+MOST_ERRORS = 20  # error lines in one message
 
 
 def _a_number(value: Any) -> Any:
@@ -31,7 +31,7 @@ def _a_text(value: str) -> str:
 
 
 def plain(most: int, most_signs: int = MOST_SIGNS) -> BeforeValidator:
-    """A field takes plain data of at most so many values, and nothing that cannot be hashed and written to a table."""
+    """A validator: plain data with at most `most` values, which can be hashed and written to a table."""
 
     def check(value: Any) -> Any:
         if wrong := fault(value, most, most_signs):
@@ -62,7 +62,7 @@ Arguments = Annotated[dict[str, Any], plain(1000)]
 
 
 def method_of(value: Any) -> str:
-    """The synthesis method of a config or its plain data; what is no text is the name of none."""
+    """The synthesis method of a config or of its plain data; an unknown name if it is not text."""
     if isinstance(value, Mapping):
         method = value.get("method", "deepinversion")
         return method if isinstance(method, str) else given(method)
@@ -73,9 +73,9 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def validate(model: type[Model], data: Mapping[str, Any], where: str = "config") -> Model:
-    """Build a config from plain data. `ValueError` carries every error at once, one line each with its path.
+    """Build a config from plain data. `ValueError` with all errors, one line each with the field's path.
 
-    Of more than `MOST_ERRORS` the rest are counted.
+    After `MOST_ERRORS` lines the rest are only counted.
     """
     try:
         return model.model_validate(dict(data) if isinstance(data, Mapping) else data)
@@ -85,7 +85,7 @@ def validate(model: type[Model], data: Mapping[str, Any], where: str = "config")
 
 
 def first_of(lines: Iterable[str], num: int) -> list[str]:
-    """The first `MOST_ERRORS` of so many lines of errors, and how many there are beside them."""
+    """The first `MOST_ERRORS` of `num` error lines, and a line with the number of the others."""
     shown = list(itertools.islice(lines, MOST_ERRORS))
     return shown if num <= MOST_ERRORS else [*shown, f"and {num - MOST_ERRORS:,} errors more"]
 
@@ -113,7 +113,7 @@ def describe(model: type[BaseModel], error: Mapping[str, Any], where: str) -> st
 
 
 def path_of(model: type[BaseModel], places: Iterable[int | str]) -> str:
-    """The dotted field that pydantic means by `places`: the tag by which it chose one of several models is no field."""
+    """The dotted field of a pydantic error location, without the tags by which pydantic chooses a union's member."""
     path, models = [], [model]
     for place in places:
         tags = {one.model_fields["method"].default for one in models if "method" in one.model_fields}
@@ -127,7 +127,7 @@ def path_of(model: type[BaseModel], places: Iterable[int | str]) -> str:
 
 @lru_cache(maxsize=1000)
 def hint(model: type[BaseModel], path: str) -> str:
-    """The field of `model` that was meant by an unknown one, as the end of an error; empty where none is like it."""
+    """A "did you mean" hint for an unknown field of `model`; empty if no field is similar."""
     names = [name for name in known_fields(model) if name != path] if len(path) < 100 else []
     close = difflib.get_close_matches(path, names, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
@@ -148,7 +148,7 @@ def known_fields(model: type[BaseModel]) -> dict[str, None]:
 
 
 def value_fault(model: type[BaseModel], name: str, value: Any) -> str | None:
-    """Why a value is none for a dotted field of `model`, whatever the other fields are; None where it may be one."""
+    """Why a value is invalid for a dotted field of `model`, whatever the other fields are; None if it may be valid."""
     errors: Sequence[Mapping[str, Any]] = []
     for adapter in adapters(model, name):
         try:
@@ -161,7 +161,7 @@ def value_fault(model: type[BaseModel], name: str, value: Any) -> str | None:
 
 @lru_cache(maxsize=1000)
 def adapters(model: type[BaseModel], name: str) -> list[Any]:
-    """What validates a dotted field alone: one for each member of a union that has it; none where it has no type."""
+    """The pydantic adapters that validate a dotted field alone: one per union member that has the field."""
     models: list[type[BaseModel]] = [model]
     fields: list[Any] = []
     for part in name.split("."):

@@ -1,6 +1,6 @@
-"""The synthesis methods: a config each, and the table of what the rest of the package needs to know of them.
+"""The configs of the synthesis methods, and the table `METHODS` with their properties.
 
-Adding a method touches three places: its config here, its row in `METHODS`, and the module that the row names. Config
+A new method needs three things: its config here, its row in `METHODS`, and the module that the row names. Config
 unions, the schema of sweep files, the columns of the table `synthesis`, the estimate of a dry run, checks and help are
 derived from the table.
 """
@@ -157,11 +157,10 @@ class RealConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Method:
-    """A synthesis method, as far as others than its own module need to know it.
+    """The properties of a synthesis method that other modules use.
 
-    `module` is imported where images are made. It has `source(teacher, config, key, device)`, which returns `batch(i)`,
-    and where they are needed `check(teacher, config)` and `pin(teacher, config)`: see `dfkd_ray.synthesis`. Real images
-    have none: they are injected.
+    `module` is imported only by processes that make images. Its interface is described in `dfkd_ray.synthesis`. Real
+    images have no module: they are injected.
     """
 
     config: type[BaseModel]
@@ -203,7 +202,7 @@ METHODS: dict[str, Method] = {
 
 
 def union_of(methods: Mapping[str, Method], wanted: Callable[[Method], bool] = lambda _method: True) -> Any:
-    """The type of a field that holds the config of one of these methods, told by its `method`."""
+    """The type of a field with the config of one of these methods; the field `method` discriminates."""
     members = [Annotated[row.config, Tag(name)] for name, row in methods.items() if wanted(row)]
     return Annotated[reduce(or_, members), Discriminator(method_of)]
 
@@ -213,12 +212,12 @@ if TYPE_CHECKING:
     ReferenceSynthesisConfig: TypeAlias = Any
 else:
     SynthesisConfig = union_of(METHODS)
-    # The held-out set is data-free whatever the trial's own images are, and the same for every student.
+    # The held-out set is always data-free, and the same for every student.
     ReferenceSynthesisConfig = union_of(METHODS, lambda row: row.is_data_free and row.is_stationary)
 
 
 def parse_synthesis(data: Mapping[str, Any]) -> BaseModel:
-    """A synthesis config out of its plain data, by its method. `ValueError` for a method that there is not."""
+    """A synthesis config from its plain data, by its `method`. `ValueError` for an unknown method."""
     method = method_of(data)
     if method not in METHODS:
         raise ValueError(f"synthesis.method: unknown method {given(method)}; expected {', '.join(METHODS)}")
@@ -226,5 +225,5 @@ def parse_synthesis(data: Mapping[str, Any]) -> BaseModel:
 
 
 def term_columns() -> dict[str, str]:
-    """Every term that some method measures → its meaning, as columns of the table `synthesis`."""
+    """The terms that any method measures → their meaning; they are columns of the table `synthesis`."""
     return {name: f"unweighted {meaning}" for row in METHODS.values() for name, meaning in row.terms.items()}

@@ -1,7 +1,7 @@
-"""Text of the user's → plain data: YAML, JSON and `FIELD=VALUE`, bounded before memory is taken for it.
+"""Parses the user's YAML, JSON and `FIELD=VALUE` texts into plain data, with bounds on size and depth.
 
-`ValueError` has one line that says where and what. YAML is 1.1 but for what surprises: `1e-3` is a number; `1:30` and a
-date are text; `010`, a name given twice, names that are no text, and tags are refused.
+`ValueError` has one line with place and problem. YAML is version 1.1 with these differences: `1e-3` is a number; `1:30`
+and dates are text; `010`, duplicate keys, keys that are not text, and tags are refused.
 """
 
 import errno
@@ -20,7 +20,7 @@ from dfkd_ray.text import shortened
 from dfkd_ray.text import shown as printable
 
 MOST_BYTES = 1_000_000  # of a file or a value
-MOST_VALUES = 1_000_000  # of a file, its aliases written out
+MOST_VALUES = 1_000_000  # of a file, with aliases expanded
 MOST_DIGITS = 1000
 
 # Written in C where PyYAML has it, fifty times as fast; their events are the same.
@@ -37,12 +37,12 @@ MERGE = "<<"
 
 
 def read_text(path: Path, most: int = MOST_BYTES) -> str:
-    """A text file. `ValueError` where it is missing, no regular file, larger than `most` bytes, or not UTF-8."""
+    """Read a text file. `ValueError` if it is missing, not a regular file, larger than `most` bytes, or not UTF-8."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             kind = "a folder" if path.is_dir() else "no regular file"
             raise ValueError(f"{named(path)}: {kind}; expected a file")
-        # The size is not asked for: files of the system's have none, and read on for ever.
+        # The size is not checked beforehand: system files report none and may be endless.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             data = file.read(most + 1)
     except OSError as error:
@@ -50,7 +50,7 @@ def read_text(path: Path, most: int = MOST_BYTES) -> str:
             raise ValueError(f"{named(path)}: no such file") from None
         raise
     except ValueError as error:
-        if "null" in str(error) or isinstance(error, UnicodeError):  # what no path can hold
+        if "null" in str(error) or isinstance(error, UnicodeError):  # characters that no path can contain
             raise ValueError(f"{named(path)}: no such file") from None
         raise
     if len(data) > most:
@@ -63,7 +63,7 @@ def read_text(path: Path, most: int = MOST_BYTES) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping. `ValueError` where the file is missing, broken or something else, with the line."""
+    """Read a YAML mapping. `ValueError`, with the line, if the file is missing, broken or not a mapping."""
     data = parse_yaml(read_text(path), named(path))
     if not isinstance(data, dict):
         raise ValueError(f"{named(path)}: expected a mapping of fields, got {type(data).__name__}")
@@ -71,7 +71,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Plain data out of YAML. `ValueError`, after `where`, for what is broken, too large, or means two things."""
+    """Parse YAML. `ValueError`, prefixed by `where`, for invalid, too large or ambiguous text."""
     if len(text) > MOST_BYTES:
         raise ValueError(f"{where}: {len(text):,} characters, more than the {MOST_BYTES:,} that are read")
     try:
@@ -87,7 +87,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def document(text: str) -> Any:
-    """The data of the one document of a text; None where there is none."""
+    """The data of the only document of a text; None if there is none."""
     events = iter(yaml.parse(text, Loader=LOADER))
     data, num = None, 0
     for event in events:
@@ -100,14 +100,14 @@ def document(text: str) -> Any:
 
 
 def broken(event: Any, problem: str) -> yaml.MarkedYAMLError:
-    """An error at the place of an event."""
+    """An error with the position of an event."""
     return yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
 
 
 def node(events: Iterator[Any], event: Any, anchors: dict[str, tuple[Any, int] | None], depth: int) -> tuple[Any, int]:
-    """The value that begins with `event`, and how many values it stands for: those of its aliases are counted each.
+    """The value that begins with `event`, and the number of values in it, with aliases expanded.
 
-    `anchors` has what aliases stand for, None while it is being read. Long texts count as several values.
+    `anchors` has the values of anchors, None while a value is being read. Long texts count as several values.
     """
     if isinstance(event, yaml.AliasEvent):
         if event.anchor not in anchors:
@@ -136,7 +136,7 @@ def node(events: Iterator[Any], event: Any, anchors: dict[str, tuple[Any, int] |
 
 
 def sequence(events: Iterator[Any], anchors: dict[str, tuple[Any, int] | None], depth: int) -> tuple[list[Any], int]:
-    """The rest of a list."""
+    """Read a list after its start event."""
     values, num = [], 1
     for event in events:
         if isinstance(event, yaml.SequenceEndEvent):
@@ -150,7 +150,7 @@ def sequence(events: Iterator[Any], anchors: dict[str, tuple[Any, int] | None], 
 def mapping(
     events: Iterator[Any], anchors: dict[str, tuple[Any, int] | None], depth: int
 ) -> tuple[dict[str, Any], int]:
-    """The rest of a mapping. Its names are text and distinct; `<<` puts other mappings below it."""
+    """Read a mapping after its start event. Keys are text and distinct; `<<` merges other mappings below it."""
     own: dict[str, Any] = {}
     lines: dict[str, int] = {}
     below: dict[str, Any] = {}
@@ -181,7 +181,7 @@ def mapping(
 
 
 def scalar(event: Any) -> Any:
-    """The value of a plain or quoted text. What is neither null, a boolean nor a number is text."""
+    """The value of a scalar: null, boolean or number if it has that form and is not quoted, else text."""
     text = event.value
     if event.tag is not None or not event.implicit[0]:  # quoted
         return text
@@ -202,14 +202,14 @@ def scalar(event: Any) -> Any:
 
 
 def whole(text: str, base: int = 10) -> int:
-    """A whole number. `ValueError` for one of so many digits that reading it takes long."""
+    """An integer. `ValueError` for more digits than can be read fast."""
     if len(text) > MOST_DIGITS:
         raise ValueError(f"a number of {len(text):,} digits; at most {MOST_DIGITS:,} are read")
     return int(text, base)
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Plain data out of JSON. `ValueError`, after `where`, for what is broken, too large, or means two things."""
+    """Parse JSON. `ValueError`, prefixed by `where`, for invalid, too large or ambiguous text."""
     if len(text) > MOST_BYTES:
         raise ValueError(f"{where}: {len(text):,} characters, more than the {MOST_BYTES:,} that are read")
     data = wrong = None
@@ -228,7 +228,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. `ValueError` where a name stands twice in it."""
+    """A JSON object. `ValueError` for a duplicate key."""
     data: dict[str, Any] = {}
     for name, value in pairs:
         if name in data:
@@ -238,9 +238,9 @@ def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
-    """`["a.b=1", "c=x"]` as `{"a.b": 1, "c": "x"}`; values are YAML. `ValueError` for what is no assignment.
+    """`["a.b=1", "c=x"]` as `{"a.b": 1, "c": "x"}`; values are YAML. `ValueError` for an invalid assignment.
 
-    A field may be set twice to the same value only, and beside one of its parts not at all: which would win?
+    Ambiguous assignments are refused: a field with two values, or a field together with one of its parts.
     """
     overrides: dict[str, Any] = {}
     for assignment in assignments:
@@ -266,7 +266,7 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
 
 
 def name_fault(name: str) -> str | None:
-    """Why a text is no dotted name of a field; None where it may be one."""
+    """Why a text is not a dotted field name; None if it may be one."""
     parts = name.split(".")
     if len(name) > 1000 or len(parts) > MOST_DEPTH:
         return "the name of the field is too long"

@@ -1,4 +1,4 @@
-"""A trial's config, and that of a teacher's training."""
+"""The config of a trial (pruning, student, distillation, reference set), and the config of a teacher's training."""
 
 from typing import Any, Literal
 

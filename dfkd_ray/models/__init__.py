@@ -1,7 +1,7 @@
 """Networks by name, or by a user's own import path.
 
-`build` is the one entry: every family takes `num_classes` and `image_shape` and, where it has them, `stem`
-("imagenet": 7x7 or strided, or "cifar": 3x3, stride 1, no max-pool) and `width_multiplier`.
+`build` is the only entry point. Every family takes `num_classes` and `image_shape`; some also take `stem` ("imagenet":
+7x7 or strided, or "cifar": 3x3, stride 1, no max-pool) and `width_multiplier`.
 Adding a family is one function and one line in `FAMILIES`.
 """
 
@@ -30,7 +30,7 @@ FAMILIES: dict[str, Callable[..., nn.Module]] = {
     **without_batchnorm.FAMILIES,
 }
 WRN_NAME = re.compile(r"wrn_([0-9]+)_([0-9]+)")
-# Where modules of import paths are looked for after the standard path; None: in the working folder.
+# The folder searched for modules of import paths after the standard path; None: the working folder.
 CODE: ContextVar[str | None] = ContextVar("CODE", default=None)
 
 
@@ -38,9 +38,9 @@ def build(architecture: str, arguments: dict[str, Any], *, num_classes: int, ima
     """Build an untrained network in eval mode.
 
     `architecture` is a name of `FAMILIES`, `wrn_<depth>_<width>`, or an import path `package.module:factory`,
-    whose factory is called with `arguments` alone. Raises `ValueError` for an unknown name, arguments that the
-    architecture does not take, a named network that is too large (found before memory is taken), a factory that fails
-    or leaves the process, or a network whose output for one image is not `(1, num_classes)`.
+    whose factory is called with `arguments` only. `ValueError` for an unknown name, for arguments that the architecture
+    does not take, for a named network that is too large (checked before allocation), for a factory that fails or exits,
+    or for a network whose output for one image is not `(1, num_classes)`.
     """
     checks.check_shapes(architecture, num_classes, image_shape)
     own_code = ":" in architecture
@@ -59,7 +59,7 @@ def build(architecture: str, arguments: dict[str, Any], *, num_classes: int, ima
             )
         with guarded(f"{shown(architecture)} has no eval mode"):
             network.eval()
-        if own_code:  # of a family it has been found without memory
+        if own_code:  # named families have been checked on the meta device
             checks.check_state(network, architecture)
             check_output(network, architecture, num_classes, image_shape)
     return network
@@ -68,7 +68,7 @@ def build(architecture: str, arguments: dict[str, Any], *, num_classes: int, ima
 def named_arguments(
     architecture: str, arguments: dict[str, Any], num_classes: int, image_shape: Sequence[int]
 ) -> dict[str, Any]:
-    """What the builder of a family is called with; `ValueError` for what is given by the bundle, and widths."""
+    """The keyword arguments of a family's builder. `ValueError` for names that the bundle sets, or an invalid width."""
     taken = sorted({"num_classes", "image_shape"} & set(arguments))
     if taken:
         raise ValueError(f"{shown(architecture)}: {taken[0]} is given by the bundle, not in its arguments")
@@ -89,12 +89,12 @@ def check_arguments(
     except TypeError as error:
         names = one_line(sorted(arguments), 100)
         raise ValueError(f"{shown(architecture)}: {one_line(error, 100)}; arguments given: {names}") from None
-    except ValueError:  # a builder without a signature that can be asked for: its call will tell
+    except ValueError:  # the builder has no inspectable signature: the call will raise
         pass
 
 
 def state_bytes(architecture: str, arguments: dict[str, Any], num_classes: int, image_shape: Sequence[int]) -> int:
-    """Bytes of all tensors of a named network, without taking them; `ValueError` where `build` would raise one."""
+    """Bytes of all tensors of a named network, without allocating them; `ValueError` as from `build`."""
     checks.check_shapes(architecture, num_classes, image_shape)
     return _state_bytes(architecture, checks.key_of(arguments), num_classes, tuple(image_shape))
 
@@ -108,7 +108,7 @@ def _state_bytes(architecture: str, arguments: str, num_classes: int, image_shap
 
 
 def family(architecture: str) -> Callable[..., nn.Module]:
-    """The builder of a named architecture; `ValueError` lists the names there are."""
+    """The builder of a named architecture; `ValueError` lists the known names."""
     match = WRN_NAME.fullmatch(architecture)
     if match and max(len(match[1]), len(match[2])) > 6:
         raise ValueError(f"{shown(architecture)}: expected a depth and a width that a network can have")
@@ -124,7 +124,7 @@ def family(architecture: str) -> Callable[..., nn.Module]:
 
 
 def code_folder() -> str | None:
-    """Where modules of import paths are looked for after the standard path; None where there is no such folder."""
+    """The folder searched for modules of import paths after the standard path; None if it does not exist."""
     folder = CODE.get()
     if folder is None:
         with suppress(OSError):
@@ -134,7 +134,7 @@ def code_folder() -> str | None:
 
 @contextmanager
 def code_from(folder: str | None) -> Iterator[None]:
-    """While open, modules of import paths are looked for in `folder`: that of the process where they were named."""
+    """While open, search modules of import paths in `folder`, the code folder of the process that sent it."""
     token = CODE.set(folder)
     try:
         yield
@@ -144,9 +144,9 @@ def code_from(folder: str | None) -> Iterator[None]:
 
 @contextmanager
 def importable() -> Iterator[None]:
-    """While open, modules in `code_folder` can be imported; none takes the place of one that is installed.
+    """While open, modules in `code_folder` can be imported; they never replace an installed module.
 
-    Opened around code that the user has named, and never else: what lies in the working folder does not run unasked.
+    It is used only around code that the user has named, so that files in the working folder never run unasked.
     """
     folder = code_folder()
     if folder is None:
@@ -163,7 +163,7 @@ def importable() -> Iterator[None]:
 
 
 def import_factory(path: str) -> Callable[..., nn.Module]:
-    """Import `package.module:factory`. The caller has made sure that the user trusts that module."""
+    """Import `package.module:factory`. The caller must have checked that the user trusts this module."""
     module_name, _, name = path.partition(":")
     module = one_line(module_name, 60)
     try:

@@ -1,7 +1,7 @@
-"""What is checked of a network before it is used: its size before memory is taken, and what it answers.
+"""Checks of a network before use: its size, before memory is allocated, and the form of its output.
 
-Named families are first built on PyTorch's meta device, where tensors have shapes and no memory; a forward pass there
-gives the sizes of all layers' outputs too. Code of the user's cannot be asked that way: it runs once, as it is.
+Named families are first built on PyTorch's meta device, where tensors have shapes but no memory. A forward pass there
+gives the sizes of all layer outputs too. The user's own code cannot be checked that way: it is run once.
 """
 
 import json
@@ -18,18 +18,18 @@ from dfkd_ray.description import MAX_CLASSES, MAX_IMAGE_VALUES
 from dfkd_ray.text import one_line
 from dfkd_ray.untrusted import reason, size
 
-MAX_PARAMETERS = 1_000_000_000  # seven times the largest family's
+MAX_PARAMETERS = 1_000_000_000  # seven times the largest family
 MAX_VALUES = 2**27  # of one layer's output for one image: 0.5 GB in float32
 
 
 def shown(architecture: str) -> str:
-    """An architecture's name in an error."""
+    """An architecture's name for an error message."""
     return f"architecture {one_line(architecture, 80)!r}"
 
 
 @contextmanager
 def guarded(says: str) -> Iterator[None]:
-    """Whatever code of others raises inside, leaving the process included, is a `ValueError` of one line."""
+    """Turn every exception of foreign code in the body, `SystemExit` included, into a one-line `ValueError`."""
     try:
         yield
     except (Exception, SystemExit) as error:  # noqa: BLE001 - code of the user's may raise anything, or leave
@@ -37,7 +37,7 @@ def guarded(says: str) -> Iterator[None]:
 
 
 def check_shapes(architecture: str, num_classes: int, image_shape: Sequence[int]) -> None:
-    """`ValueError` for class counts and image shapes that no network here is made for."""
+    """`ValueError` for class counts or image shapes outside the supported range."""
     if not 2 <= num_classes <= MAX_CLASSES:
         raise ValueError(f"{shown(architecture)}: {num_classes:,} classes, expected 2 to {MAX_CLASSES:,}")
     if len(image_shape) != 3 or min(image_shape) < 1 or math.prod(image_shape) > MAX_IMAGE_VALUES:
@@ -54,13 +54,13 @@ def measured(
     num_classes: int,
     shape: Sequence[int],
 ) -> int:
-    """Bytes of a named network's tensors, found without memory; `ValueError` beyond bounds, or for wrong answers."""
+    """Bytes of a named network's tensors, without allocation; `ValueError` if it is too large or its output wrong."""
     try:
         with torch.device("meta"):
             network = make(**arguments).eval()
     except ValueError:
         raise
-    except Exception as error:  # noqa: BLE001 - sizes of any kind overflow in ways of their own
+    except Exception as error:  # noqa: BLE001 - excessive sizes overflow with various exceptions
         raise ValueError(f"{shown(architecture)} cannot be built: {reason(error)}") from None
     num = sum(parameter.numel() for parameter in network.parameters())
     if num > MAX_PARAMETERS:
@@ -86,7 +86,7 @@ def measured(
 
 
 def key_of(arguments: Mapping[str, Any]) -> str:
-    """Arguments as text; `ValueError` for what no bundle can hold."""
+    """Arguments as JSON text; `ValueError` if a bundle cannot store them."""
     try:
         return json.dumps(dict(arguments), sort_keys=True)
     except (TypeError, ValueError, RecursionError) as error:
@@ -94,7 +94,7 @@ def key_of(arguments: Mapping[str, Any]) -> str:
 
 
 def check_state(network: nn.Module, architecture: str) -> None:
-    """`ValueError` for a network whose tensors have no memory, or that keeps more than tensors in its state dict."""
+    """`ValueError` for a network with tensors on the meta device, or with more than tensors in its state dict."""
     with guarded(f"{shown(architecture)} has no state dict"):
         state = network.state_dict()
     for name, tensor in state.items():
@@ -114,7 +114,7 @@ def check_output(
     image_shape: Sequence[int],
     device: torch.device | str = "cpu",
 ) -> None:
-    """Run one blank image through: a wrong class count or image shape is found here, not an hour later."""
+    """Run one blank image through the network, to find a wrong class count or image shape early."""
     channels, height, width = image_shape
     image = torch.zeros(1, channels, height, width, device=device)
     try:
@@ -137,7 +137,7 @@ def check_output(
 
 
 def parts(answer: Any, most: int = 4) -> str:
-    """What an answer that is no tensor holds."""
+    """A short description of an output that is not a tensor."""
     if isinstance(answer, Mapping):
         found = [f"{one_line(name, 30)}: {kind(value)}" for name, value in list(answer.items())[:most]]
     elif isinstance(answer, tuple | list):
@@ -148,7 +148,7 @@ def parts(answer: Any, most: int = 4) -> str:
 
 
 def kind(value: Any) -> str:
-    """A value as its type, a tensor with its shape."""
+    """A value's type; for a tensor also its shape."""
     if isinstance(value, Tensor):
         return f"tensor of {'x'.join(map(str, value.shape)) or 'no dimension'}"
     return one_line(type(value).__name__, 30)

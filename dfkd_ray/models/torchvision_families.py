@@ -1,8 +1,8 @@
 """The eight torchvision families of the 2025 pruning paper, with a choice of stem and width.
 
-`stem="cifar"` makes each fit for small images: a 3x3 first convolution of stride 1, no max-pool, and for MobileNetV2
-one strided stage less (32x32 ends at 4x4 or 2x2 as is usual for these sets); VGG ends in one linear layer instead of
-three of 4,096 units. With the defaults parameter names and shapes equal torchvision's, so that its state dicts load.
+`stem="cifar"` adapts each to small images: a 3x3 first convolution of stride 1, no max-pool, and for MobileNetV2 one
+strided stage less (32x32 ends at 4x4 or 2x2, as usual for these data sets). VGG then ends in one linear layer instead
+of three with 4,096 units. With the defaults, parameter names and shapes equal torchvision's, so its state dicts load.
 Source: Tripurwar et al. 2025, arXiv 2511.20702 (the list of families).
 """
 
@@ -99,7 +99,7 @@ def resnet(
 
 
 def first_conv(old: nn.Conv2d, in_channels: int, *, kernel: int | None = None, stride: int | None = None) -> nn.Conv2d:
-    """A first convolution like `old` but for the image channels and, for small images, kernel and stride."""
+    """A first convolution like `old`, with other input channels and, for small images, another kernel and stride."""
     kernel, stride = kernel or old.kernel_size[0], stride or old.stride[0]
     conv = nn.Conv2d(in_channels, old.out_channels, kernel, stride, kernel // 2, bias=old.bias is not None)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
@@ -138,7 +138,7 @@ def vgg(
         for module in features:
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        # torchvision's own class would first make, and throw away, its three wide linear layers.
+        # torchvision's own class would first allocate and then discard its three wide linear layers.
         head = [("features", features), ("avgpool", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten(1))]
         return nn.Sequential(OrderedDict([*head, ("classifier", nn.Sequential(nn.Linear(last, num_classes)))]))
     net = VGG(features, num_classes=num_classes)

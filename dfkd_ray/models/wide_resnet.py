@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-MAX_DEPTH = 1_000  # modules cost memory of their own, whatever is in them
+MAX_DEPTH = 1_000  # even small modules cost memory
 
 
 class Block(nn.Module):

@@ -1,10 +1,9 @@
 """HintonNet, LeNet-5 and AlexNet, the networks of the 2017 paper on activation records: none has BatchNorm.
 
-Every linear and convolution layer is a module of its own that runs once per forward pass, and ReLU makes a new tensor
-after each but the last: records tap layers by module path and compare ReLU(output), which an in-place ReLU would
-overwrite. Weights start as He et al. 2015 (arXiv 1502.01852) have it, with zero biases: eight layers of AlexNet
-without BatchNorm lose their signal with PyTorch's own start.
-Source: Lopes et al. 2017, arXiv 1710.07535 (which networks, and that the small ones have half of the filters).
+Every linear and convolution layer is a module of its own that runs once per forward pass, because records tap layers by
+module path. No ReLU is in-place: it would overwrite the recorded output. Weights are initialised as in He et al. 2015
+(arXiv 1502.01852), with zero biases: with PyTorch's default, the signal vanishes in AlexNet's eight layers without
+BatchNorm. Source: Lopes et al. 2017, arXiv 1710.07535 (the networks, and half of the filters for the small ones).
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 
 def dropout(p: Any, name: str) -> nn.Dropout:
-    """A dropout layer; `ValueError` for what a user gave that is no probability in [0, 1)."""
+    """A dropout layer; `ValueError` unless `p` is a probability in [0, 1)."""
     if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p < 1:
         raise ValueError(f"{name} is {p!r}, expected a probability in [0, 1)")
     return nn.Dropout(p)
@@ -56,8 +55,8 @@ class HintonNet(nn.Module):
 class LeNet5(nn.Module):
     """Two convolutions with pooling, then 120, 84 and `num_classes` units. Source: LeCun et al. 1998, figure 2.
 
-    Pooling is the average of 2x2 pixels, after ReLU: LeCun's subsampling without its coefficient, bias and sigmoid.
-    C5, a 5x5 convolution over a 5x5 map there, is the linear layer it equals for 32x32 images.
+    Pooling averages 2x2 pixels after ReLU: LeCun's subsampling without its coefficient, bias and sigmoid. C5, there a
+    5x5 convolution over a 5x5 map, is the equivalent linear layer for 32x32 images.
     """
 
     def __init__(self, filters: tuple[int, int], image_shape: Sequence[int], num_classes: int):
@@ -142,7 +141,7 @@ def alexnet(filters: Sequence[int], *, num_classes: int, image_shape: Sequence[i
 
 FAMILIES: dict[str, Callable[..., nn.Module]] = {
     "hinton_1200": partial(hinton, 1200, input_dropout=0.2, hidden_dropout=0.5),
-    # The small net of Hinton et al. has no regularisation; the arguments give it the large one's.
+    # Hinton et al.'s small network has no dropout; the arguments can give it the large one's.
     "hinton_800": partial(hinton, 800, input_dropout=0.0, hidden_dropout=0.0),
     "lenet5": partial(lenet5, (6, 16)),
     "lenet5_half": partial(lenet5, (3, 8)),

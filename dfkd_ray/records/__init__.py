@@ -1,1 +1,1 @@
-"""Activation records: what a teacher's activations on its training data were, released in place of the data."""
+"""Activation records: statistics of a teacher's activations on its training data, released instead of the data."""

@@ -1,7 +1,7 @@
-"""Whether the parts of a record belong together: counts, parts, bases, layers and exemplars, each against the others.
+"""Consistency checks of an activation record: counts, parts, bases, layers and exemplars must fit together.
 
-A record from elsewhere may have any numbers in it. What is wrong is found when it is read, not as an index error or a
-nonsensical image an hour later.
+A record of unknown origin may contain anything. Errors are found when it is read, not later as an index error or as
+meaningless images. Each function returns the first problem, or None.
 """
 
 import math
@@ -27,7 +27,7 @@ DTYPES = {
 
 
 def problem_of_header(info: RecordInfo) -> str | None:
-    """What in a header contradicts the rest of it, if anything does."""
+    """Contradictions within a header."""
     if len(info.num_examples) != info.num_classes:
         return f"num_examples has {len(info.num_examples)} counts for {info.num_classes} classes"
     if not all(1 <= count <= LARGEST_COUNT for count in info.num_examples):
@@ -48,7 +48,7 @@ def problem_of_header(info: RecordInfo) -> str | None:
 
 
 def problem_of_layers(info: RecordInfo) -> str | None:
-    """What is wrong with the parts of a record of layers: `top` has the last one's, `all` one of each, in order."""
+    """Wrong parts of a `top` or `all` record: `top` has the last layer's part, `all` one per layer, in order."""
     if info.storage != "gaussian" or info.bases or info.share is not None:
         return f"a {info.kind} record has no exemplars, bases or share"
     wanted = info.layers if info.kind == "all" else info.layers[-1:]
@@ -60,7 +60,7 @@ def problem_of_layers(info: RecordInfo) -> str | None:
 
 
 def problem_of_bases(info: RecordInfo) -> str | None:
-    """What is wrong with the bases of a spectral record: those of its signals, whose columns the one part adds up."""
+    """Wrong bases of a spectral record: it needs one per signal, and a part with as many units as bases' columns."""
     if info.share is None:
         return "a spectral record must say its share"
     units = [(math.prod(layer.in_shape), math.prod(layer.out_shape)) for layer in info.layers]
@@ -87,7 +87,7 @@ def problem_of_bases(info: RecordInfo) -> str | None:
 
 
 def problem_of_tensors(info: RecordInfo, tensors: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with tensors whose shapes fit, if anything is."""
+    """Wrong dtypes or values of tensors; their shapes have been checked before."""
     for name, tensor in tensors.items():
         first, last = name.partition(".")[0], name.rpartition(".")[2]
         wanted = DTYPES["basis" if first == "basis" and last.isdigit() else last]
@@ -99,7 +99,7 @@ def problem_of_tensors(info: RecordInfo, tensors: Mapping[str, Tensor]) -> str |
 
 
 def problem_of_exemplars(info: RecordInfo, tensors: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with exemplars: labels are classes, indices different columns of the bases."""
+    """Wrong exemplars: labels must be classes, and the indices of a row distinct columns of the bases."""
     labels, indices = tensors["labels"], tensors["indices"]
     columns = sum(basis.columns for basis in info.bases)
     if len(labels) == 0 or not 0 <= int(labels.min()) <= int(labels.max()) < info.num_classes:

@@ -1,10 +1,10 @@
-"""Making activation records: one pass over labelled images, in any number of shards, merged at the end.
+"""Makes activation records in one pass over labelled images, in any number of shards whose totals are merged.
 
-`plan` fixes all that does not depend on data (layers, bases, which examples are exemplars); `fit` adds up one shard;
-totals of shards add up to the total of the whole; `finish` makes the records. The images are handed in.
+`plan` fixes everything that needs no image (layers, bases, which examples are exemplars). `fit` computes the totals of
+one shard, `Totals.merge` adds shards exactly, and `finish` makes the records. The caller provides the images.
 
-Memory: a dense covariance where a layer has at most `MAX_DENSE` units, a sketch of at most `rank` columns where it has
-more; spectral kinds hold one covariance per class of at most `rank` coefficients per basis.
+Memory: a layer with at most `MAX_DENSE` units has a dense covariance per class, a larger one a sketch of at most `rank`
+columns. A spectral kind has one covariance per class over the columns of all its bases.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,9 +26,9 @@ from dfkd_ray.records.operators import layer_operator
 from dfkd_ray.records.taps import Tap
 
 MAX_DENSE = 1200  # units: the hidden layers of the paper's HintonNet; a covariance of 11.5 MB per class in float64
-SKETCH_BYTES = 2**29  # of one layer's sketch: AlexNet's first convolution has 193,600 units, and rank 105 there
+SKETCH_BYTES = 2**29  # largest sketch of one layer: AlexNet's first convolution (193,600 units) gets rank 105
 CHUNK = 256  # examples in one forward pass, at most
-CHUNK_BYTES = 2**27  # of all its activations: AlexNet's at 224 take 2 MB an example
+CHUNK_BYTES = 2**27  # largest size of its activations: AlexNet at 224x224 has 2 MB per example
 LEAKS = {
     "gaussian": "means and covariances over the training examples of each class; no single example",
     "exemplars": "compressed activations of single training examples, from which each can be partly reconstructed",
@@ -38,7 +38,7 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Shard:
-    """Some of the examples: `read(rows)` gives their images, uint8 (n, channels, height, width)."""
+    """A subset of the examples; `read(rows)` returns images, uint8 (n, channels, height, width)."""
 
     read: Callable[[Tensor], Tensor]
     labels: Tensor
@@ -59,12 +59,12 @@ def shards(read: Callable[[Tensor], Tensor], labels: Tensor, rows: np.ndarray, n
 
 @dataclass(frozen=True)
 class Plan:
-    """What is recorded, and how; the same for every shard."""
+    """The settings, layers and bases of a recording; the same for every shard."""
 
     kinds: tuple[str, ...]
     storage: str
     taps: tuple[Tap, ...]
-    bases: Mapping[str, tuple[Tensor, ...]]  # by spectral kind; float32 numbers that float16 can hold
+    bases: Mapping[str, tuple[Tensor, ...]]  # by spectral kind; float32, rounded to float16 values
     num_classes: int
     space: PixelSpace
     temperature: float
@@ -74,7 +74,7 @@ class Plan:
     seed: int
 
     def taps_of(self, kind: str) -> tuple[Tap, ...]:
-        """The layers that `top` or `all` records."""
+        """The layers of kind `top` or `all`."""
         return self.taps if kind == "all" else self.taps[-1:]
 
     @property
@@ -85,13 +85,13 @@ class Plan:
 
 @dataclass
 class Totals:
-    """What a shard adds up to: statistics by kind and part, and exemplars' coefficients by kind."""
+    """The totals of a shard: statistics by kind and layer, and the coefficients of exemplars by kind."""
 
     statistics: dict[str, Moments | Sketch] = field(default_factory=dict)
     exemplars: dict[str, list[tuple[int, int, Tensor]]] = field(default_factory=dict)  # row, label, coefficients
 
     def merge(self, other: "Totals") -> None:
-        """Add another shard's."""
+        """Add the totals of another shard."""
         for name, statistics in other.statistics.items():
             self.statistics[name].merge(statistics)  # type: ignore[arg-type]
         for name, kept in other.exemplars.items():
@@ -100,9 +100,9 @@ class Totals:
 
 @dataclass(frozen=True)
 class Options:
-    """How records are made: `gaussian` or `exemplars`; the rank of a sketch; the share of units that are coefficients.
+    """Options of a recording. `storage`: `gaussian` or `exemplars`. `rank`: of sketches and bases.
 
-    `temperature` divides the logits; `num_exemplars` is per class.
+    `share`: number of kept coefficients per unit. `temperature` divides the logits. `num_exemplars` is per class.
     """
 
     storage: str = "gaussian"
@@ -119,7 +119,7 @@ DEFAULT = Options()
 def plan(
     teacher: Teacher, labels: np.ndarray, rows: np.ndarray, kinds: Sequence[str], options: Options = DEFAULT
 ) -> Plan:
-    """All that can be said before an image is read. `labels` (n,) are those of all examples, `rows` those to record."""
+    """Make the plan, before any image is read. `labels` (n,): of all examples; `rows`: the examples to record."""
     rank, seed = options.rank, options.seed
     if options.storage == "exemplars" and not set(kinds) <= set(SPECTRAL):
         raise ValueError("exemplars are stored as spectral coefficients; choose kinds spectral and spectral_pairs")
@@ -167,7 +167,7 @@ def make_bases(kind: str, network: nn.Module, found: Sequence[Tap], rank: int, s
 
 
 def empty(plan: Plan) -> Totals:
-    """Nothing recorded yet."""
+    """Totals without any example."""
     totals = Totals()
 
     def statistics(units: int, seed: int) -> Moments | Sketch:
@@ -194,7 +194,7 @@ def fit(
     num_threads: int = 1,
     progress: Progress | None = None,
 ) -> Totals:
-    """Add up a shard's images. `ValueError` where an activation is not finite."""
+    """The totals of a shard. `ValueError` if an activation is not finite."""
     totals, device = empty(plan), next(network.parameters()).device
     bases = {kind: [basis.to(device) for basis in own] for kind, own in plan.bases.items()}
     with devices.numerics("float32", device, num_threads), taps.recorded(network, plan.taps) as values:
@@ -239,7 +239,7 @@ def add(
 
 
 def coefficients(signals: Sequence[Tensor], bases: Sequence[Tensor]) -> Tensor:
-    """The graph Fourier transforms of signals, side by side: (examples, columns of all bases)."""
+    """The graph Fourier transforms of the signals, concatenated: (examples, columns of all bases)."""
     return torch.cat([spectral.coefficients(s, basis) for s, basis in zip(signals, bases, strict=True)], dim=1)
 
 
@@ -281,7 +281,7 @@ def finish_layers(plan: Plan, totals: Totals, kind: str, teacher_hash: str, note
 
 
 def gaussian_part(name: str, statistics: Moments | Sketch) -> tuple[PartInfo, dict[str, Tensor]]:
-    """Means and factors of one part; a singular covariance is shrunk, and the header says by how much."""
+    """Means and factors of one part. A singular covariance is shrunk; the part's header has the amount."""
     shrinkage: list[float] = []
     if isinstance(statistics, Moments):
         factors = []
@@ -298,7 +298,7 @@ def gaussian_part(name: str, statistics: Moments | Sketch) -> tuple[PartInfo, di
 
 
 def finish_spectral(plan: Plan, totals: Totals, kind: str, teacher_hash: str, notes: Mapping[str, Any]) -> Record:
-    """A record of the strongest coefficients: their joint Gaussian per class, or those of exemplars."""
+    """A spectral record: a joint Gaussian per class of the strongest coefficients, or the exemplars' coefficients."""
     statistics, bases = totals.statistics[kind], plan.bases[kind]
     assert isinstance(statistics, Moments)
     num_units = sum(basis.shape[0] for basis in bases)
@@ -333,7 +333,7 @@ def finish_spectral(plan: Plan, totals: Totals, kind: str, teacher_hash: str, no
 
 
 def split_columns(bases: Sequence[Tensor], indices: Tensor) -> tuple[Tensor, ...]:
-    """Of bases side by side, the columns with these (sorted) numbers."""
+    """The columns with these (sorted) indices, counted through all bases, split again by basis."""
     kept, start = [], 0
     for basis in bases:
         own = indices[(indices >= start) & (indices < start + basis.shape[1])] - start
@@ -348,5 +348,5 @@ def size_bytes(record: Record) -> int:
 
 
 def dense_bytes(found: Sequence[Tap], num_classes: int) -> int:
-    """What float32 means and full covariances of all layers, per class, would take: beside which records are small."""
+    """Bytes of float32 means and full covariances of all layers and classes, for comparison with a record's size."""
     return sum(4 * num_classes * (tap.num_units + tap.num_units**2) for tap in found)

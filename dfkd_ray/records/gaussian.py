@@ -14,9 +14,9 @@ SHRINKAGES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 def cholesky(covariance: Float[Tensor, "d d"]) -> tuple[Float64[Tensor, "d d"], float]:
     """Lower-triangular L with L L^T = (1 - a) C + a (tr C / d) I, and a: the first of `SHRINKAGES` that succeeds.
 
-    a is a fraction; 0 means that the covariance was used as it is. A matrix counts as singular where some unit's
-    variance given the units before it is lost in the rounding errors of its own variance (d epsilon of the precision
-    that `covariance` has). An all-zero covariance gives zeros and 0.
+    a is in [0, 1]; 0 means that the covariance was used unchanged. A matrix counts as singular if some unit's variance,
+    given the units before it, is below the rounding error of its own variance (d times the epsilon of `covariance`'s
+    dtype). An all-zero covariance gives zeros and a = 0.
     Source: Ledoit, Wolf 2004, "A well-conditioned estimator for large-dimensional covariance matrices" (the target).
     """
     matrix = _checked(covariance)

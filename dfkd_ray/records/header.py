@@ -1,4 +1,4 @@
-"""The header of a record's file as it is read and written; `format` says what is in the file and which tensors."""
+"""Pydantic models of a record's header. `format` describes the whole file, with its tensors."""
 
 from typing import Any, Literal, get_args
 
@@ -13,7 +13,7 @@ STORAGES = ("gaussian", "exemplars")
 
 
 class LayerInfo(BaseModel):
-    """A layer whose values the record is of."""
+    """A layer whose outputs are recorded."""
 
     model_config = STRICT
 

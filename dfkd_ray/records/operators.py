@@ -1,7 +1,7 @@
-"""Layers as the linear operators they are, and the graph of a whole network, matrix-free: products in place of weights.
+"""Layers as matrix-free linear operators, and the graph of a whole network built from them.
 
-A convolution lifted to a matrix is enormous (AlexNet conv1: 193,600 x 150,528), its products are one convolution and
-one transposed convolution of a batch.
+A convolution as an explicit matrix is huge (AlexNet conv1: 193,600 x 150,528). Products with it and its transpose are
+one convolution and one transposed convolution of a batch.
 """
 
 import math
@@ -105,7 +105,7 @@ def _convolution(layer: nn.Conv2d, in_shape: tuple[int, ...], dtype: torch.dtype
 
 
 def _paddings(layer: nn.Conv2d) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Zeros on all four sides (rows, columns), and the zeros more that 'same' needs below and to the right."""
+    """Zero padding on all sides (rows, columns), and the additional zeros of 'same' below and to the right."""
     if layer.padding == "same":
         totals = [step * (size - 1) for step, size in zip(layer.dilation, layer.kernel_size, strict=True)]
         return tuple(total // 2 for total in totals), tuple(total % 2 for total in totals)
@@ -117,8 +117,8 @@ def _paddings(layer: nn.Conv2d) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def resampler(in_shape: tuple[int, ...], out_shape: tuple[int, ...], dtype: torch.dtype) -> Operator:
     """From one layer's output to the next layer's input: adaptive average pooling, then flattening.
 
-    The identity where shapes are equal. A flat input of f features after c channels is pooled to c x h x w with
-    h w = f / c and the aspect of the output. Max-pooling is no linear map; its average takes its place.
+    It is the identity if the shapes are equal. A flat input of f features after c channels is pooled to c x h x w with
+    h w = f / c and the output's aspect ratio. Max-pooling is not linear; average pooling replaces it.
     """
     grid = _pooled_grid(in_shape, out_shape)
 
@@ -136,7 +136,7 @@ def resampler(in_shape: tuple[int, ...], out_shape: tuple[int, ...], dtype: torc
 
 
 def _pooled_grid(in_shape: tuple[int, ...], out_shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """Height and width to pool to; None where flattening alone does."""
+    """Height and width to pool to; None if flattening is enough."""
     if math.prod(in_shape) == math.prod(out_shape) and (in_shape == out_shape or 1 in (len(in_shape), len(out_shape))):
         return None
     if len(in_shape) == 3:
@@ -170,8 +170,8 @@ def _composed(resample: Operator, operator: Operator) -> Operator:
 class Graph:
     """The weighted graph of a chain of layers, over the units of their outputs in order.
 
-    Units of neighbouring layers alone are connected, so layers 1, 3, 5, ... and 2, 4, 6, ... are the two sides of a
-    bipartite graph, and its adjacency is [[0, A^T], [A, 0]] with A (`halves`) from the first side to the second.
+    Only units of neighbouring layers are connected. So the graph is bipartite, with layers 1, 3, 5, ... on one side and
+    2, 4, 6, ... on the other. Its adjacency is [[0, A^T], [A, 0]] with A (`halves`) from the first side to the second.
     """
 
     num_units: int

@@ -6,8 +6,8 @@ singular triplets u, s, v of W. A chain of layers is bipartite too (layers 1, 3,
 bases are one truncated SVD.
 
 Large operators are never built: a randomised block Krylov method with full reorthogonalisation multiplies blocks of
-vectors. Convolutions have singular values in dense clusters: rank 256 of AlexNet's first two stays at a residual of
-3e-2 s_1 in 1,024 dimensions (random weights), where single vectors hardly matter but the subspace they span does.
+vectors. The singular values of convolutions form dense clusters. At rank 256, AlexNet's first two convolutions keep a
+residual of 3e-2 s_1 in 1,024 dimensions (random weights). The span of the vectors matters, not the single vectors.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,10 @@ from dfkd_ray.records.operators import Operator, chain_graph
 
 Product = Callable[[Tensor], Tensor]
 
-DENSE_SIDE = 512  # operators with a side of at most this and at most DENSE_ENTRIES entries are built and decomposed
+DENSE_SIDE = 512  # an operator with a side of at most this, and at most DENSE_ENTRIES entries, is built and decomposed
 DENSE_ENTRIES = 2**22
 DENSE_UNITS = 1024  # graphs of at most this many units likewise
-CHECKED = 128  # dimensions between two looks at the convergence
+CHECKED = 128  # dimensions between two checks of the convergence
 BLOCK = 16  # vectors multiplied at a time: more run faster, fewer converge further in as many dimensions
 DIMENSIONS = 1024  # it takes up to this many, or DEPTH x rank where that is more
 DEPTH = 4
@@ -187,8 +187,8 @@ def _krylov_vectors(
 def _new_directions(block: Tensor, space: Tensor) -> Tensor:
     """Orthonormal rows from `block`, orthogonal to the rows of `space`.
 
-    Taken away until next to nothing is left to take: where the operator maps the last block into the space itself,
-    the block holds directions of mere rounding, and a fixed number of repetitions is not enough.
+    Projections are subtracted until nothing is left to subtract. If the operator maps the last block into the space
+    itself, the block is mostly rounding error, and a fixed number of repetitions is not enough.
     """
     for _ in range(10):
         rows, triangle = torch.linalg.qr((block - (block @ space.T) @ space).T)

@@ -1,4 +1,4 @@
-"""Where activations are recorded: the linear and convolution layers of a network, in the order in which they run.
+"""Finds the layers whose activations are recorded (linear and convolution, in execution order), and records them.
 
 A layer's *values* are its outputs, before any nonlinearity; its *activation* is ReLU(values), for the last layer the
 values themselves (logits). Logits are divided by the temperature, as in the paper (L / T, T = 8).
@@ -46,7 +46,7 @@ class Values:
 def find(network: nn.Module, image_shape: Sequence[int]) -> list[Tap]:
     """The linear and convolution layers in the order of a forward pass.
 
-    `ValueError` for a network without one, one that runs a layer twice, or whose last layer does not give the logits.
+    `ValueError` if there is none, if a layer runs twice, or if the last layer's output is not the logits.
     """
     order: list[Tap] = []
 
@@ -79,7 +79,7 @@ def find(network: nn.Module, image_shape: Sequence[int]) -> list[Tap]:
 
 @contextmanager
 def recorded(network: nn.Module, taps: Sequence[Tap]) -> Iterator[Values]:
-    """While open, each forward pass replaces the contents of the values; they are differentiable."""
+    """Yields values that each forward pass replaces while open; they are differentiable."""
     values = Values([], [])
     first = taps[0].name
 
@@ -114,7 +114,7 @@ def signals(values: Values, temperature: float) -> list[Tensor]:
 
 
 def basis_signals(kind: str, values: Values, temperature: float) -> list[Tensor]:
-    """The signals that the bases of a kind belong to, each (examples, units): see `format`."""
+    """The signals of a spectral kind, one per basis, each (examples, units): see `format`."""
     activations = signals(values, temperature)
     if kind == "spectral":
         return [torch.cat(activations, dim=1)]
@@ -125,7 +125,7 @@ def basis_signals(kind: str, values: Values, temperature: float) -> list[Tensor]
 
 
 def signal_names(kind: str, found: Sequence[Tap]) -> list[str]:
-    """Names of those signals."""
+    """The names of the signals of a spectral kind, as in `basis_signals`."""
     if kind == "spectral":
         return ["network"]
     names = [f"{found[0].name}.activation"]

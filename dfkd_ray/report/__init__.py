@@ -1,7 +1,7 @@
-"""A results place → one HTML page that needs nothing else, and its figures as PNG and SVG. Reads Parquet alone.
+"""Writes the report of a results place: one self-contained HTML page, and its figures as PNG and SVG.
 
-`aggregates` computes tables, `figures` draws them, `sections` words them, `page` makes HTML of it. The same rows give
-the same bytes.
+It reads only the Parquet tables. `aggregates` computes the report's tables, `figures` draws them, `sections` writes
+text around them, `page` makes the HTML. Equal rows give equal bytes.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ NAME = "report.html"
 
 @dataclass(frozen=True)
 class Written:
-    """Where a report lies, its size, and the names of its figures in the folder beside it."""
+    """A written report: its place, its size, and the names of its figures in the folder beside it."""
 
     folder: Folder
     name: str
@@ -31,31 +31,31 @@ class Written:
 
     @property
     def figure_folder(self) -> Folder:
-        """Where the figures lie: `report/` beside `report.html`."""
+        """The folder of the figures: `report/` beside `report.html`."""
         return self.folder / stem_of(self.name)
 
 
 def write(place: str | Path | Folder, out: str | Path | None = None) -> Written:
     """Write the report of a results place (folder or URI) to `out` (a .html file or URI; default PLACE/report.html).
 
-    `ValueError` where there is no trials table, or for an `out` that is not an HTML file; `OSError` from the disk.
+    `ValueError` if there is no trials table, or if `out` is not an HTML file; `OSError` from the disk.
     """
     source = storage.folder(place)
     folder, name = target(source, out)
     figures = folder / stem_of(name)
     targets.check_file(folder, name, is_page, "a report")
-    if name not in folder.names():  # then what lies in the folder of its figures is not ours either
+    if name not in folder.names():  # without our page, the figures' folder is not ours either
         targets.check(figures, targets.Product("a report's figures", {}))
     html, drawn = build(source)
     data = html.encode("utf-8", errors="replace")
-    folder.write(name, data)  # first: it says whose the figures are
+    folder.write(name, data)  # first: it marks the figures' folder as ours
     for figure, drawing in drawn.items():
         figures.write(figure, drawing)
     return Written(folder, name, len(data), tuple(drawn))
 
 
 def target(source: Folder, out: str | Path | None) -> tuple[Folder, str]:
-    """The folder and file name that `out` means."""
+    """The folder and file name of the report for `out`."""
     if out is None:
         return source, NAME
     head, mark, query = storage.split_query(str(out))
@@ -66,7 +66,7 @@ def target(source: Folder, out: str | Path | None) -> tuple[Folder, str]:
 
 
 def is_page(data: bytes) -> bool:
-    """Whether these bytes are a page of ours."""
+    """Whether these bytes are a page written by this module."""
     return page.GENERATOR.encode() in data[:1000]
 
 
@@ -102,7 +102,7 @@ def build(source: Folder) -> tuple[str, dict[str, bytes]]:
 
 
 def picture_names(rows: Frame, folder: Folder) -> list[str]:
-    """Pictures of these trials: first the best of each network and method, then the others, best agreement first."""
+    """The picture files of these trials: first the best of each network and method, then the rest by agreement."""
     used = rows.dropna(subset=["synthesis_key"])
     first = used.drop_duplicates(["network", "synthesis.method"])
     keys = pd.concat([first, used]).sort_values("real_data", kind="stable")["synthesis_key"].str[:12]
@@ -111,7 +111,7 @@ def picture_names(rows: Frame, folder: Folder) -> list[str]:
 
 
 def about_of(source: Folder) -> Mapping[str, Any]:
-    """What the sweep file says about itself, where it lies beside the tables."""
+    """The `about` section of the sweep file, if that is stored beside the tables."""
     if not 0 < (source.size("sweep.yaml") or 0) <= parsing.MOST_BYTES:
         return {}
     data = source.read("sweep.yaml") or b""

@@ -1,8 +1,8 @@
-"""What the report says, as tables: pure functions of the frames `trials` and `synthesis`. No figures, no HTML.
+"""The report's tables, as pure functions of the frames `trials` and `synthesis`. No figures, no HTML.
 
-A *configuration* is what trials share that differ in a seed only. *Best* is always by agreement with the teacher on
-the synthetic reference set; test accuracy is shown, never used to choose. Standard deviations are those of a sample
-(n - 1), null for one trial.
+A *configuration* is a group of trials that differ only in seeds. *Best* always means the highest agreement with the
+teacher on the synthetic reference set; test accuracy is shown, never used to select. Standard deviations are sample
+standard deviations (n - 1), null for one trial.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from dfkd_ray.ladder import BEFORE, RUNGS, STUDENTS
 from dfkd_ray.report.wording import Frame, Series
 from dfkd_ray.results.schemas import SEEDS, config_columns
 
-# The first three are told by the network's label, the last is a wish, not what was used.
+# The network's label covers the first three; the last is what was requested, not what was used.
 NOT_CONFIGURATION = ("teacher", "student.architecture", "student.arguments", "device", *SEEDS)
 AVERAGED = (
     *("agreement", "reference_kl", "lost", "achieved_sparsity", "stored_bytes", "dense_bytes", "wall_s"),
@@ -28,11 +28,11 @@ NUM_CELLS = 12  # values along one side of a heat map
 
 
 def prepared(trials: Frame) -> Frame:
-    """All trials with the columns by which the report groups and what it shows.
+    """All trials with additional columns for grouping and display.
 
-    `network`: label of teacher and student. `measure`: accuracy, or agreement for a network none of whose trials met
-    test data. `at_<rung>`, `at_teacher`: that measure on each rung, in [0, 1]. `lost`, `lost_<rung>`: the teacher's
-    less the rung's. `level`: the sparsity asked for, to the nearest 0.05 where there are more than 12 of them.
+    `network`: label of teacher and student. `measure`: accuracy, or agreement if no trial of the network has test data.
+    `at_<rung>`, `at_teacher`: the measure on each rung, in [0, 1]. `lost`, `lost_<rung>`: the teacher's value minus the
+    rung's. `level`: the requested sparsity, rounded to 0.05 if there are more than 12 levels.
     """
     rows = trials.copy()
     rows["network"] = network_labels(rows)
@@ -55,7 +55,7 @@ def prepared(trials: Frame) -> Frame:
 def network_labels(trials: Frame) -> Series:
     """A label per row, equal for equal teacher (by hash) and student: `resnet20`, `resnet34 → resnet18`.
 
-    Where that is the same for several networks, the teacher's name, the student's arguments, the teacher's hash follow.
+    To tell equal labels apart, the teacher's name, the student's arguments and the teacher's hash are appended.
     """
     name = trials["teacher"].fillna("unknown").map(lambda text: str(text).rstrip("/").rpartition("/")[2])
     identity = trials["teacher_hash"].fillna(trials["teacher"]).fillna("unknown")
@@ -77,11 +77,11 @@ def finished(rows: Frame) -> Frame:
 
 
 def varying(rows: Frame) -> list[str]:
-    """The config columns that tell trials apart, without seeds; what follows from the synthesis method is left out."""
+    """The config columns that differ between trials, without seeds and fields that follow from the synthesis method."""
     fields = [name for name in config_columns(TrialConfig) if name in rows and name not in NOT_CONFIGURATION]
     if rows.empty:
         return []
-    # Other methods have no such field: null beside a value says no more than the method does.
+    # Other methods do not have the field: null against a value tells no more than the method does.
     differs = rows[fields].groupby(rows["synthesis.method"].fillna("")).nunique(dropna=False).max() > 1
     differs["synthesis.method"] = rows["synthesis.method"].nunique() > 1
     return [name for name in fields if differs[name]]
@@ -101,16 +101,16 @@ def configurations(rows: Frame) -> Frame:
 
 
 def best(configs: Frame) -> Frame:
-    """Of each network and sparsity the configuration of highest mean agreement: data-free ones and real ones apart."""
+    """The configuration of highest mean agreement for each network and sparsity, data-free and real separately."""
     order = configs.sort_values(["agreement", "reference_kl"], ascending=[False, True], kind="stable")
     chosen = order.drop_duplicates(["network", "real_data", "level"])
     return chosen.sort_values(["network", "real_data", "level"], kind="stable").reset_index(drop=True)
 
 
 def answers(chosen: Frame) -> Frame:
-    """The best data-free configurations with the bound on real images beside them (`bound_…`), by network and level.
+    """The best data-free configurations by network and level, with the upper bound on real images (`bound_…`).
 
-    A network that was recovered with real images only has its real rows here, `real_data` true.
+    A network with only real-image trials has its real rows here, with `real_data` true.
     """
     own, real = chosen[~chosen["real_data"]], chosen[chosen["real_data"]]
     bound = real.rename(columns={name: f"bound_{name}" for name in ("at_recovered", "lost", "lost_std", "num_seeds")})
@@ -122,9 +122,9 @@ def answers(chosen: Frame) -> Frame:
 
 
 def heat_maps(rows: Frame, network: str) -> dict[float, Frame]:
-    """Per sparsity the mean of `at_recovered` over data-free trials, BN weights down, temperatures across.
+    """Sparsity → mean of `at_recovered` over data-free trials, with BN weights as rows and temperatures as columns.
 
-    Only sparsities with at least two cells; none at all where a side has more than 12 values (a search, not a grid).
+    Only sparsities with at least two cells; empty if a side has more than 12 values (a search, not a grid).
     """
     own = finished(rows)
     own = own[(own["network"] == network) & ~own["real_data"] & own["at_recovered"].notna()]
@@ -141,7 +141,7 @@ def heat_maps(rows: Frame, network: str) -> dict[float, Frame]:
 
 
 def front(configs: Frame) -> Frame:
-    """The data-free configurations that no other beats in both stored bytes and `at_recovered`, smallest first."""
+    """The Pareto front of the data-free configurations in stored bytes and `at_recovered`, smallest first."""
     own = configs[~configs["real_data"]].dropna(subset=["stored_bytes", "at_recovered"])
     own = own.sort_values(["stored_bytes", "at_recovered"], ascending=[True, False], kind="stable")
     better = own["at_recovered"] > own["at_recovered"].cummax().shift(fill_value=-1.0)
@@ -149,11 +149,11 @@ def front(configs: Frame) -> Frame:
 
 
 def sharing(rows: Frame, batches: Frame) -> Frame:
-    """One row per distinct synthesis: what was made once, and what its trials would have made each for itself.
+    """One row per distinct synthesis: its cost with and without sharing.
 
-    `made_s`: seconds of its batches, each once. `apart_s`: the sum, over the trials that used it, of the seconds that
-    their images cost. `saved_s`: the difference. Reference sets (`domain` reference) are one row per teacher, used by
-    all its trials. Real images are not made.
+    `made_s`: seconds of its batches, each counted once. `apart_s`: the sum over its trials of the seconds that their
+    images cost. `saved_s`: the difference. A reference set (`domain` reference) is one row per teacher, used by all its
+    trials. Real images are left out.
     """
     made = batches[batches["method"] != "real"].dropna(subset=["synthesis_key"])
     rows = rows.dropna(subset=["synthesis_key"])
@@ -167,7 +167,7 @@ def sharing(rows: Frame, batches: Frame) -> Frame:
 
 
 def used(batches: Frame, rows: Frame, by: str, seconds: str) -> Frame:
-    """Batches and the trials that used them, by a column that both tables have."""
+    """Batches joined with the trials that used them, by a column of both tables."""
     made = batches.groupby(by, sort=False).agg(
         num_keys=("synthesis_key", "nunique"),
         synthesis_key=("synthesis_key", "first"),
@@ -194,9 +194,9 @@ def failures(rows: Frame) -> Frame:
 
 
 def provenance(rows: Frame, columns: Iterable[str]) -> dict[str, dict[str, int]]:
-    """How many trials say what of each column, the most frequent first; null is left out."""
+    """Column → value → number of trials, most frequent first, without nulls."""
     counts = {name: rows[name].value_counts().items() for name in columns}
-    # A whole number beside nulls is a float.
+    # pandas stores integers with nulls as floats.
     return {
         name: {f"{value:g}" if isinstance(value, float) else str(value): int(num) for value, num in counts[name]}
         for name in counts

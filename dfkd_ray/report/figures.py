@@ -1,7 +1,7 @@
-"""The figures, each from a table of `aggregates`: matplotlib's object interface, no display, no global state.
+"""The report's figures, each drawn from a table of `aggregates` with matplotlib, without display or global state.
 
-All are as wide as a phone shows them, with text that stays legible there. SVG keeps text as text, so that the page's
-own font shows it. Same table, same bytes.
+All figures have the width of a phone, with legible text. SVG keeps text as text, so that it is shown in the page's
+font. Equal tables give equal bytes.
 """
 
 import io
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 WIDTH = 4.0  # inches; a phone of 360 pixels shows it 13 % larger
 INK, SOFT, GRID = "#1c2430", "#5b6673", "#dfe3e8"
-# Colours that differ in lightness too, with a marker of their own each: for print and colour-blind eyes.
+# Colours also differ in lightness, and each has its own marker: for print and colour-blind readers.
 LOOKS: dict[str, dict[str, Any]] = {
     **{rung.name: dict(rung.look) for rung in STUDENTS},
     "bound": {"color": "#2e8b57", "marker": "D", "linestyle": "--", "markerfacecolor": "white"},
@@ -58,14 +58,14 @@ STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "dfkd_ray",
 }
-NUM_VECTOR_POINTS = 400  # more are drawn as pixels: an SVG of thousands of dots is slow and large
+NUM_VECTOR_POINTS = 400  # more points are rasterised: an SVG with thousands of dots is slow and large
 NUM_PANELS = 4  # heat maps of one network
 NUM_BARS = 10
 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """matplotlib's settings for these figures, and silence about signs that its font lacks (the page's has them)."""
+    """matplotlib's settings for these figures, without warnings about missing glyphs (the page's font has them)."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
@@ -81,15 +81,15 @@ def new_figure(height: float) -> "Figure":
 
 
 def position(level: Any) -> Any:
-    """Where a sparsity lies on the axis: -log2 of the share of weights kept, so that 0.9, 0.95, 0.98 keep apart."""
+    """A sparsity's position on the axis: -log2 of the fraction of weights kept, which separates 0.9, 0.95, 0.98."""
     return -np.log2(1.0 - np.asarray(level, dtype=float))
 
 
 def ladder(chosen: Frame, title: str) -> "Figure":
     """Accuracy against sparsity of one network: the rungs of its best configurations, mean ± std over seeds.
 
-    `chosen`: the rows of `aggregates.best` for that network. Above, where the rungs near the teacher would lie on each
-    other, a close view.
+    `chosen`: the rows of `aggregates.best` for that network. If the rungs near the teacher would overlap, an enlarged
+    view is added above.
     """
     own, real = chosen[~chosen["real_data"]], chosen[chosen["real_data"]]
     lines = [(rung, own, f"at_{rung}", f"at_{rung}_std") for rung in RUNG_NAMES]
@@ -135,7 +135,7 @@ def limits(lines: list[tuple[str, Frame, str, str]], teacher: float) -> tuple[fl
 
 
 def draw_rung(axes: "Axes", name: str, rows: Frame, value: str, spread: str, shift: float) -> None:
-    """One line with error bars; lines stand a little beside each other."""
+    """One line with error bars, shifted sideways a little so that lines do not overlap."""
     rows = rows[rows[value].notna()].sort_values("level")
     label = "real images (bound)" if name == "bound" else RUNG_NAMES[name]
     std = 100 * rows[spread].fillna(0.0)
@@ -144,7 +144,7 @@ def draw_rung(axes: "Axes", name: str, rows: Frame, value: str, spread: str, shi
 
 
 def sparsity_ticks(axes: "Axes", levels: list[float]) -> None:
-    """A tick at each sparsity, from the highest down, but none on another's label."""
+    """Ticks at the sparsities, from the highest down, without overlapping labels."""
     places = position(levels)
     span = max(float(places[-1] - places[0]), 0.5)
     shown: list[int] = []
@@ -156,7 +156,7 @@ def sparsity_ticks(axes: "Axes", levels: list[float]) -> None:
 
 
 def heat_map(maps: Mapping[float, Frame], title: str, measure: str) -> "Figure":
-    """BN weight down, temperature across, a panel per sparsity (the four highest), one colour scale each."""
+    """BN weight × temperature, with a panel and its own colour scale for each of the four highest sparsities."""
     panels = sorted(maps.items())[-NUM_PANELS:]
     from matplotlib.colors import LinearSegmentedColormap
 
@@ -168,7 +168,7 @@ def heat_map(maps: Mapping[float, Frame], title: str, measure: str) -> "Figure":
         for one, (level, cells) in zip(axes, panels, strict=True):
             values = 100 * cells.to_numpy()
             low, high = float(np.nanmin(values)), float(np.nanmax(values))
-            # A scale narrower than half a point would paint noise as a difference.
+            # A scale narrower than half a point would show noise as a difference.
             middle, half = (low + high) / 2, max((high - low) / 2, 0.25)
             one.imshow(values, cmap=colors, aspect="auto", vmin=middle - half, vmax=middle + half)
             for (down, across), value in np.ndenumerate(values):
@@ -203,7 +203,7 @@ def pareto(configs: Frame, best: Frame) -> "Figure":
                 rasterized=len(configs) > NUM_VECTOR_POINTS,
             )  # fmt: skip
             teacher = rows[rows["at_teacher"].notna() & rows["dense_bytes"].notna()]
-            if len(teacher) and "→" not in network:  # another student's dense size is not the teacher's
+            if len(teacher) and "→" not in network:  # a student of another architecture has another dense size
                 star = teacher.iloc[0]
                 axes.scatter(star["dense_bytes"], 100 * star["at_teacher"], s=70, marker="*", color=color, zorder=3)
             if index <= len(PALETTE):
@@ -226,7 +226,7 @@ def pareto(configs: Frame, best: Frame) -> "Figure":
 
 
 def front_limits(configs: Frame, best: Frame) -> tuple[float, float]:
-    """The range, in percent, of all configurations, but no more than four times that of front and teachers below."""
+    """The range, in percent, of all configurations, limited below to four times the range of front and teachers."""
     near = 100 * pd.concat([best["at_recovered"], configs["at_teacher"].dropna()])
     span = max(near.max() - near.min(), 0.5)
     low = max(100 * configs["at_recovered"].min(), near.min() - 4 * span)
@@ -235,7 +235,7 @@ def front_limits(configs: Frame, best: Frame) -> tuple[float, float]:
 
 
 def few_ticks(axes: "Axes", configs: Frame) -> None:
-    """Ticks on 1, 2, 5 of each decade, on 1 and 3, or on 1 only: as many as there is room for."""
+    """Ticks at 1, 2, 5 of each decade, or at 1 and 3, or only at 1: as many as fit."""
     from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
     sizes = pd.concat([configs["stored_bytes"], configs["dense_bytes"]]).dropna()
@@ -248,7 +248,7 @@ def few_ticks(axes: "Axes", configs: Frame) -> None:
 
 
 def synthesis_bars(table: Frame, labels: list[str]) -> "Figure":
-    """Seconds of each distinct synthesis: made once, and what its trials would have spent apart."""
+    """Seconds of each distinct synthesis: made once, and without sharing."""
     rows = dicts(table)[:NUM_BARS]
     with style():
         figure = new_figure(0.5 * len(rows) + 1.1)
@@ -275,7 +275,7 @@ def as_svg(figure: "Figure") -> str:
     with style():
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-        figure.set_layout_engine("none")  # where things lie is settled; the PNG need not work it out again
+        figure.set_layout_engine("none")  # the layout is computed; the PNG reuses it
     return buffer.getvalue()
 
 
@@ -288,7 +288,7 @@ def as_png(figure: "Figure") -> bytes:
 
 
 def inline(svg: str, prefix: str) -> str:
-    """An SVG document as an element of the page: its names made its own, its size left to the page."""
+    """An SVG document as an inline element of the page, with unique ids and without a fixed size."""
     element = re.sub(r"<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     head, rest = element.split(">", 1)
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)

@@ -1,7 +1,7 @@
-"""The page: one HTML file with everything in it. Whatever comes from data passes `escape`, or is JSON for page.js.
+"""The HTML document of the report, self-contained. All data passes `escape`, or is JSON for page.js.
 
-Its content security policy allows the one script (by its hash), inline styles and data URIs: no request leaves it, and
-text that slipped through as markup could not run.
+Its content security policy allows only one script (by hash), inline styles and data URIs. So the page sends no request,
+and injected markup could not run code.
 """
 
 import base64
@@ -19,12 +19,12 @@ from dfkd_ray.ladder import RUNGS
 from dfkd_ray.report.wording import Frame, Series, count, short_names
 from dfkd_ray.text import shown
 
-GENERATOR = '<meta name="generator" content="dfkd_ray report">'  # by which a page of ours is known
+GENERATOR = '<meta name="generator" content="dfkd_ray report">'  # identifies our pages
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page, or, where `body` is empty, the sentence that says why it is not there."""
+    """A section of the page; if `body` is empty, `why_not` says why it is missing."""
 
     name: str
     title: str
@@ -33,7 +33,7 @@ class Section:
 
 
 def escape(text: str) -> str:
-    """A text as HTML: no markup, and no sign that hides, or turns round what stands beside it."""
+    """A text as HTML, without markup and without invisible or bidirectional control characters."""
     return html.escape(shown(text, keep="\n\t"))
 
 
@@ -59,7 +59,7 @@ def page(title: str, place: str, opening: str, sections: Sequence[Section]) -> s
 
 
 def left_out(sections: Sequence[Section]) -> str:
-    """What is not there, and why."""
+    """The list of missing sections with the reasons."""
     items = [f"<li>{escape(s.title)}: {escape(s.why_not)}</li>" for s in sections if not s.body]
     return f'<footer class="note"><h2>Not in this report</h2><ul>{"".join(items)}</ul></footer>' if items else ""
 
@@ -78,7 +78,7 @@ def table(
     long: Collection[str] = (),
     key: str = "",
 ) -> str:
-    """A table of texts in a box of its own that scrolls; headings in `numbers` are set right, those in `long` wrap."""
+    """A table in a scrolling box; columns in `numbers` are right-aligned, columns in `long` wrap."""
     kinds = ["num" if name in numbers else "long" if name in long else "" for name in headings]
     kinds = [f"{kind} key".strip() if name == key else kind for kind, name in zip(kinds, headings, strict=True)]
     marks = [f' class="{kind}"' if kind else "" for kind in kinds]
@@ -91,18 +91,18 @@ def table(
 
 
 def box(content: str, name: str) -> str:
-    """A box that scrolls sideways, with the keyboard too."""
+    """A box that scrolls horizontally, also with the keyboard."""
     return f'<div class="scroll" tabindex="0" role="region" aria-label="table by {escape(name)}">{content}</div>'
 
 
 def figure(content: str, caption: str) -> str:
-    """A figure on its own light card; the caption says what it shows."""
+    """A figure on a light card, with its caption."""
     return f'<figure><div class="card">{content}</div><figcaption>{escape(caption)}</figcaption></figure>'
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the trials' table: which of the frame, its heading, what it means, `value * scale` to `digits`."""
+    """A column of the trials' table: frame column, heading, meaning; shown as `value * scale` with `digits`."""
 
     name: str
     label: str
@@ -113,7 +113,7 @@ class Column:
 
 
 def trial_columns(rows: Frame, fields: Sequence[str]) -> list[Column]:
-    """What the trials' table shows: of the config only `fields`, of the rest only what some trial has."""
+    """The columns of the trials' table: the config columns in `fields`, and all other columns that are not empty."""
     names = short_names(fields)
     seeds = [name for name in ("synthesis.seed", "distillation.seed") if rows[name].nunique() > 1]
     if len(seeds) == 2 and rows[seeds[0]].equals(rows[seeds[1]]):
@@ -142,10 +142,10 @@ def trial_columns(rows: Frame, fields: Sequence[str]) -> list[Column]:
 
 
 def trials_table(rows: Frame, fields: Sequence[str]) -> str:
-    """All trials as JSON, a list per column, texts that come again as numbers; page.js shows 50 at a time."""
+    """All trials as JSON, a list per column, with repeated texts as indices; page.js shows 50 at a time."""
     columns = trial_columns(rows, fields)
     data = {"rows": len(rows), "columns": [encoded(rows[column.name], column) for column in columns]}
-    # `<` is what a script element could be left by.
+    # `<` could end the script element.
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     head = "".join(
         f'<th scope="col"{" class=num" if part["number"] else ""} title="{escape(column.meaning)}">'
@@ -174,7 +174,7 @@ def encoded(values: Series, column: Column) -> dict[str, Any]:
     if is_number:
         scaled = values * column.scale if column.scale != 1 else values
         digits = 12 if column.digits is None else column.digits
-        # Adding zero makes -0.0 plain.
+        # Adding zero turns -0.0 into 0.0.
         cells = [None if pd.isna(x) else (int(x) if float(x).is_integer() else round(x, digits) + 0) for x in scaled]
         return head | {"values": cells}
     texts = [None if pd.isna(x) else shown(x) for x in values]

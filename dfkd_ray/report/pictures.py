@@ -1,4 +1,4 @@
-"""Pictures of synthetic images in the page: data URIs, few and small enough to carry."""
+"""Pictures of synthetic images as data URIs for the page, limited in number and size."""
 
 import base64
 import io
@@ -16,7 +16,7 @@ NUM_PIXELS = 50_000_000  # more is not opened
 
 
 def data_uris(folder: Folder, names: Iterable[str]) -> dict[str, str]:
-    """The PNG files of these names as data URIs, in order, as many as there is room for; one that is no picture is not.
+    """The PNG files of these names as data URIs, in order, as many as fit; invalid pictures are left out.
 
     A file of more than 160 kB is scaled down to 900 pixels across and stored as JPEG.
     """
@@ -34,7 +34,7 @@ def data_uris(folder: Folder, names: Iterable[str]) -> dict[str, str]:
 
 
 def smaller(data: bytes) -> tuple[str, bytes]:
-    """Kind and bytes of a picture, scaled down where its file is large; nothing where it cannot be read."""
+    """Format and bytes of a picture, scaled down if its file is large; empty if it cannot be read."""
     try:
         with Image.open(io.BytesIO(data)) as picture:
             if picture.format != "PNG" or picture.width * picture.height > NUM_PIXELS:

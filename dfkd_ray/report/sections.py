@@ -41,7 +41,7 @@ VERSIONS = (
 
 @dataclass
 class Material:
-    """What was read, and the figures drawn from it so far: file name → content."""
+    """The data of the report, and the figures drawn so far: file name → content."""
 
     rows: Frame
     batches: Frame | None
@@ -54,7 +54,7 @@ class Material:
     def __post_init__(self) -> None:
         self.done = aggregates.finished(self.rows)
         self.fields = aggregates.varying(self.done)
-        # Beside real images the method says no more than that the others are synthetic.
+        # Without real-image trials: against those, the method would only tell that the others are synthetic.
         self.own_fields = aggregates.varying(self.done[~self.done["real_data"]]) or self.fields
         self.configs = aggregates.configurations(self.rows)
         self.best = aggregates.best(self.configs)
@@ -62,7 +62,7 @@ class Material:
         self.networks = list(dict.fromkeys(self.best["network"]))
 
     def draw(self, name: str, figure: "Figure", caption: str) -> str:
-        """Keep a figure as SVG and PNG files, and give it as HTML."""
+        """Add a figure as SVG and PNG files; returns it as HTML."""
         stem = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in name.lower())[:60]
         while f"{stem}.svg" in self.drawn:
             stem += "-b"
@@ -72,7 +72,7 @@ class Material:
 
 
 def opening(material: Material) -> str:
-    """The answer in words."""
+    """The opening paragraphs: the main result as text."""
     state, answers = state_of(material.rows["status"]), material.answers
     if answers.empty:
         return page.paragraph(f"{state} There is no result to report yet.", "lead")
@@ -86,7 +86,7 @@ def opening(material: Material) -> str:
 
 
 def answer(material: Material) -> Section:
-    """Points lost on each rung, the best configuration of each network and sparsity."""
+    """Points lost on each rung, for the best configuration of each network and sparsity."""
     name, title = "answer", "The best at each sparsity"
     if material.answers.empty:
         return Section(name, title, why_not="no trial has finished.")
@@ -135,7 +135,7 @@ def answer(material: Material) -> Section:
 
 
 def more(total: int, shown: int, noun: str) -> str:
-    """What was left away, if anything."""
+    """A sentence with the number of items that are not shown, or nothing."""
     return f" {count(total - shown, noun)} more not shown." if total > shown else ""
 
 
@@ -164,7 +164,7 @@ def recovery(material: Material) -> Section:
 
 
 def weights(material: Material) -> Section:
-    """Heat map BN weight × temperature, where the sweep varies them."""
+    """Heat maps of BN weight × temperature, if the sweep varies them."""
     name, title = "heatmap", "BN weight and temperature"
     axes = (aggregates.BN_WEIGHT, aggregates.TEMPERATURE)
     if not set(axes) & set(material.fields):
@@ -221,7 +221,7 @@ def sizes(material: Material) -> Section:
 
 
 def synthesis(material: Material) -> Section:
-    """Time and images per distinct synthesis, and what sharing saved."""
+    """Time and images per distinct synthesis, and the time saved by sharing."""
     name, title = "synthesis", "Synthesis, and what sharing saved"
     if material.batches is None:
         return Section(name, title, why_not=material.no_batches)
@@ -262,7 +262,7 @@ def synthesis(material: Material) -> Section:
 
 
 def synthesis_labels(material: Material, table: Frame) -> list[str]:
-    """What each synthesis is, as a trial that used it says."""
+    """A label for each synthesis, from the config of a trial that used it."""
     rows = material.rows
     varied = synthesis_fields(material)
     networks = rows.drop_duplicates("teacher_hash").set_index("teacher_hash")["network"].to_dict()
@@ -280,7 +280,7 @@ def synthesis_labels(material: Material, table: Frame) -> list[str]:
 
 
 def synthesis_fields(material: Material) -> list[str]:
-    """What tells the syntheses apart."""
+    """The config fields that differ between syntheses."""
     varied = [name for name in material.own_fields if name.startswith("synthesis.")]
     return varied + ["synthesis.seed"] * (material.rows["synthesis.seed"].nunique() > 1)
 
@@ -313,7 +313,7 @@ def pictures(material: Material) -> Section:
 
 
 def class_numbers(histogram: Any) -> str:
-    """The numbers of the classes that a grid of images has rows for, or nothing where that is not known."""
+    """The numbers of the classes shown in a grid of images; empty if unknown."""
     try:
         num_classes = len(json.loads(histogram))
     except (TypeError, ValueError):

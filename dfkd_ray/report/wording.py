@@ -1,4 +1,4 @@
-"""Numbers and findings in words."""
+"""Turns numbers and findings into text for the report."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 from dfkd_ray.ladder import STUDENTS
 from dfkd_ray.text import is_null, shown
 
-# pandas annotates every selection as frame, series or array alike: a checker of types gets nothing out of it.
+# pandas types every selection as frame, series or array, which is useless for a type checker.
 Frame = Any
 Series = Any
 MEASURES = {"accuracy": "test accuracy", "agreement": "agreement with the teacher"}
@@ -30,7 +30,7 @@ def percent(value: Any) -> str:
 
 
 def plus_minus(mean: Any, std: Any, scale: float = 100.0) -> str:
-    """`0.26 ± 0.03`, kept on one line; the mean alone where there is no spread to see."""
+    """`0.26 ± 0.03`, kept on one line; only the mean if there is no spread."""
     spread = number(std, 2, scale)
     return number(mean, 2, scale) + ("" if is_null(mean) or spread in ("–", "0.00") else f"\u00a0±\u00a0{spread}")
 
@@ -64,7 +64,7 @@ def count(value: Any, noun: str) -> str:
 
 
 def short(value: Any) -> str:
-    """A config value in few characters."""
+    """A config value as short text."""
     if is_null(value):
         return "–"
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -82,7 +82,7 @@ def short_names(fields: Sequence[str]) -> dict[str, str]:
 
 
 def settings(row: Mapping[str, Any], fields: Sequence[str]) -> str:
-    """What of `fields` a trial or configuration has: `bn_weight 0.2, temperature 4`; sparsity has its own column."""
+    """The values of `fields` as text: `bn_weight 0.2, temperature 4`; without sparsity, which has its own column."""
     names = short_names(fields)
     shown = [name for name in fields if name != "pruning.sparsity" and not is_null(row[name])]
     return ", ".join(f"{names[name]} {short(row[name])}" for name in shown)
@@ -94,7 +94,7 @@ def base_name(path: Any) -> str:
 
 
 def cut(text: str, length: int) -> str:
-    """A text for a figure: one line without control characters, `…` for what is too long."""
+    """A text for a figure: one line without control characters, shortened with `…`."""
     text = shown(" ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", " ", text).split()))
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
@@ -105,7 +105,7 @@ def listed(parts: Sequence[str]) -> str:
 
 
 def state_of(statuses: Series) -> str:
-    """How many trials ended how: `21 trials: 20 finished, 1 failed.`"""
+    """The number of trials by status: `21 trials: 20 finished, 1 failed.`"""
     counts = statuses.fillna("unknown").value_counts()
     if set(counts.index) == {"finished"}:
         return f"All {count(len(statuses), 'trial')} finished." if len(statuses) > 1 else "One trial, finished."
@@ -119,7 +119,7 @@ def seeds_of(nums: Series) -> str:
 
 
 def lead(answers: Frame, fields: Sequence[str]) -> list[tuple[str, str]]:
-    """The answer, network by network: its label, and a sentence or two on what its best configurations lose."""
+    """The main result: for each network its label, and a sentence or two on the losses of its best configurations."""
     networks = list(dict.fromkeys(answers["network"]))
     lines = [(name, sentence(answers[answers["network"] == name], fields)) for name in networks[:NUM_NAMED]]
     rest = len(networks) - len(lines)
@@ -129,7 +129,7 @@ def lead(answers: Frame, fields: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def sentence(rows: Frame, fields: Sequence[str]) -> str:
-    """What one network loses at each sparsity; to be read after its label."""
+    """A sentence on one network's loss at each sparsity; it follows the network's label."""
     first = dicts(rows)[0]
     accurate = first["measure"] == "accuracy"
     teacher = f"(teacher {percent(first['at_teacher'])}), " if accurate else ""

@@ -1,7 +1,7 @@
 """Result tables as Parquet in a place: a folder, or any URI that pyarrow opens.
 
-A place holds `trials/`, `epochs/` and `synthesis/`, each a folder of small part files, one writer each, written whole.
-A crash leaves old rows or new ones, never half a row. `compact` makes one file out of many parts.
+A place has the folders `trials/`, `epochs/` and `synthesis/`. Each holds small part files; a part has one writer and is
+written atomically. A crash leaves the old or the new rows, never half a row. `compact` merges many parts into one file.
 """
 
 from dfkd_ray.results.rows import kept, unfit, writable

@@ -1,4 +1,4 @@
-"""The final row of one trial: once there, it is never replaced by that of an attempt which failed."""
+"""Looks up the final row of one trial. A failed later attempt never replaces a final row."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from dfkd_ray.storage import Where
 
 
 def final_row(place: Where, trial_id: str, merged: bool = True) -> dict[str, Any] | None:
-    """The row of a trial that has finished or was stopped early; None where there is none.
+    """The row of a trial that has finished or was stopped early; None if there is none.
 
-    It is looked for in the trial's own part, and where asked in the files that compaction has made. A part that is
-    damaged has no row in it; what the disk or the network refuses is an `OSError`.
+    It is searched in the trial's own part and, with `merged`, in compacted files. A damaged part counts as empty. An
+    error of disk or network is an `OSError`.
     """
     folder = storage.folder(place) / "trials"
     names = [f"{trial_id}{tables.SUFFIX}"]
@@ -31,7 +31,7 @@ def final_row(place: Where, trial_id: str, merged: bool = True) -> dict[str, Any
 
 
 def newest(rows: pa.Table, trial_id: str) -> dict[str, Any] | None:
-    """The row of a trial that was written last."""
+    """The most recently written row of a trial."""
     own = [name == trial_id for name in rows.column("trial_id").to_pylist()]
     found = rows.filter(pa.array(own, pa.bool_())).to_pylist()
     return max(found, key=lambda row: row[schemas.WRITTEN_AT] or 0.0, default=None)

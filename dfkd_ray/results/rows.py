@@ -1,7 +1,7 @@
-"""Whether a row fits its table, and what is kept of one that does not.
+"""Checks rows before they are written: values that the table's columns cannot hold are replaced or left out.
 
-A trial computes for minutes or hours; what it measured is looked at here, column by column, before it is written. A
-row that its table cannot hold becomes a failed row that says which column, so that no writer meets an exception.
+A row of `trials` that does not fit becomes a failed row that names the column, so that writing it never raises and the
+reason is visible.
 """
 
 import logging
@@ -19,9 +19,9 @@ log = logging.getLogger(__name__)
 
 
 def kept(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of `trials` as the table can hold it: itself, or a failed row with the reason.
+    """A row of `trials` that fits the table: the row itself, or a failed row with the reason.
 
-    Numbers that are not finite become null in a failed or stopped row; a finished one is no result with them.
+    Numbers that are not finite become null in a failed or stopped row. A finished row with such numbers becomes failed.
     """
     if row.get("status") != "finished":
         row = {name: None if is_not_finite(value) else value for name, value in row.items()}
@@ -38,20 +38,20 @@ def kept(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unfit(row: Mapping[str, Any]) -> str | None:
-    """Why a row of `trials` cannot be written, as the reason of a failed one; None where it can."""
+    """Why a row of `trials` cannot be written, as the reason of a failed row; None if it can."""
     problems = fitting("trials", row)[1]
     return reason_of(problems) if problems else None
 
 
 def reason_of(problems: Mapping[str, str]) -> str:
-    """The reason of a row that does not fit: its first column that does not, and how many more."""
+    """The reason for a row that does not fit: its first bad column, and the number of others."""
     (name, why), *others = problems.items()
     more = f" (and {len(others)} more)" if others else ""
     return f"the row cannot be written: column {shortened(name, 80)}: {why}{more}"
 
 
 def writable(table: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of `epochs` or `synthesis` without what the table cannot hold, which goes to the log."""
+    """A row of `epochs` or `synthesis` without the values that the table cannot hold; they are logged."""
     fits, problems = fitting(table, row)
     if problems:
         log.warning("%s: left out: %s", table, "; ".join(f"column {name}: {why}" for name, why in problems.items()))
@@ -59,7 +59,7 @@ def writable(table: str, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fitting(table: str, row: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """What of a row its table can hold, in plain Python values; and column → why it cannot hold the rest."""
+    """The values of a row that fit its table, as plain Python values; and column → problem for the others."""
     schema = schemas.schema(table)
     fits, problems = {}, {}
     for name, value in row.items():
@@ -75,7 +75,7 @@ def fitting(table: str, row: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
 
 
 def problem_of(value: Any, kind: pa.DataType) -> str | None:
-    """Why a column of that type cannot hold a value, or None."""
+    """Why a column of this type cannot hold a value, or None."""
     if value is None:
         return None
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -115,7 +115,7 @@ def is_not_finite(value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value for a message, of any size."""
+    """A value of any size, shortened for a message."""
     if isinstance(value, int) and value.bit_length() > 128:
         return f"a number of {value.bit_length()} bits"
     text = shortened(repr(value), 60)

@@ -1,7 +1,7 @@
-"""What the tables `trials`, `epochs` and `synthesis` hold: columns, versions, and how rows of older versions are read.
+"""Schemas of the tables `trials`, `epochs` and `synthesis`: columns, versions, migration of older rows.
 
-Columns are dotted config fields, derived from the config models, and the metrics below. Each column says in its
-metadata whether it is deterministic (equal for equal config, seed and machine class) or not (seconds, hosts).
+Columns are the dotted config fields, derived from the config models, and the metrics below. The metadata of a column
+says whether it is deterministic (equal for equal config, seed and machine class) or not (seconds, hosts).
 """
 
 import difflib
@@ -21,17 +21,17 @@ from dfkd_ray.ladder import RUNGS, STUDENTS
 Columns = dict[str, tuple[pa.DataType, bool, str]]
 SCHEMA = b"dfkd_ray.schema"
 
-# One entry per step from a version to the next: the columns that got another name in it. Columns that came with a
-# version, or with a config field, are null in older rows; so the version rises for metrics only.
+# One entry per step from a version to the next: the columns renamed in it. Columns added with a version or a config
+# field are null in older rows. A new config field does not raise the version, a new metric does.
 RENAMED: dict[str, list[Mapping[str, str]]] = {
     "trials": [{}, {}],  # 2: written_at_s; 3: trial_version, synthesis_version
     "epochs": [],
     "synthesis": [{}, {}, {}, {}],  # 2: written_at_s; 3: record; 4: synthesis_version; 5: round
 }
-# What makes two rows one: of such rows readers keep the one written last.
+# The primary key of each table: of rows with equal keys, readers keep the one written last.
 KEYS = {"trials": ["trial_id"], "epochs": ["trial_id", "step"], "synthesis": ["synthesis_key", "batch_index"]}
 WRITTEN_AT = "written_at_s"
-# The seeds that a sweep repeats a trial with.
+# The seeds that differ between repetitions of a trial.
 SEEDS = ("synthesis.seed", "distillation.seed")
 
 SYNTHESIS_VERSION_MEANING = "of the algorithms that make images; null in rows from before it was counted"
@@ -79,7 +79,7 @@ METRICS: Columns = {
     **WRITING,
 }
 
-# One row per look at the reference set, the first before the first step.
+# One row per evaluation on the reference set, the first before the first step.
 EPOCHS: Columns = {
     "trial_id": (pa.string(), True, "as in trials"),
     "step": (pa.int64(), True, "distillation steps taken"),
@@ -134,7 +134,7 @@ def arrow_type(annotation: Any) -> pa.DataType:
 
 
 def config_columns(model: type[BaseModel], prefix: str = "") -> dict[str, pa.DataType]:
-    """Dotted field names of a config model and their types; fields of a union's members share one column by name."""
+    """Dotted field name → column type of a config model; equal names in a union's members share one column."""
     columns: dict[str, pa.DataType] = {}
     for name, field in model.model_fields.items():
         nested = nested_models(field.annotation)
@@ -147,7 +147,7 @@ def config_columns(model: type[BaseModel], prefix: str = "") -> dict[str, pa.Dat
 
 
 def field(name: str, kind: pa.DataType, deterministic: bool, meaning: str) -> pa.Field:
-    """An Arrow field with what it means and whether it is deterministic."""
+    """An Arrow field with its meaning and whether it is deterministic, as metadata."""
     return pa.field(name, kind, metadata={"deterministic": str(deterministic).lower(), "meaning": meaning})
 
 
@@ -167,19 +167,19 @@ def schema(table: str) -> pa.Schema:
 def _schema(table: str, version: int) -> pa.Schema:
     fields = [field(name, *column) for name, column in TABLES[table].items()]
     if table == "trials":
-        # The device is a wish; what it came to is in `numerics`.
+        # `device` is what was requested; `numerics` has the device that was used.
         columns = config_columns(TrialConfig).items()
         fields += [field(name, kind, name != "device", "config") for name, kind in columns]
     return pa.schema(fields, metadata={SCHEMA: f"dfkd_ray.{table}/{version}"})
 
 
 def deterministic_columns(table: str = "trials") -> list[str]:
-    """Names of the columns by which two tables are called identical."""
+    """Names of the deterministic columns, by which two tables are compared."""
     return [f.name for f in schema(table) if (f.metadata or {}).get(b"deterministic") == b"true"]
 
 
 def known(table: str, columns: Iterable[str]) -> None:
-    """`ValueError` for a name that is no column of the table, with one that is close."""
+    """`ValueError`, with a suggestion, for a name that is not a column of the table."""
     names = schema(table).names
     for name in columns:
         if name not in names:
@@ -187,19 +187,19 @@ def known(table: str, columns: Iterable[str]) -> None:
 
 
 def close_to(name: str, names: Iterable[str]) -> str:
-    """For messages: a name that was probably meant."""
+    """A "did you mean" hint for a message, or nothing."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def version_of(table: str, found: pa.Schema) -> int | None:
-    """The version that a file's schema names; None where it is no part of that table."""
+    """The version in a file's schema; None if the file is not a part of this table."""
     name, _, number = (found.metadata or {}).get(SCHEMA, b"").decode(errors="replace").partition("/")
     return int(number) or None if name == f"dfkd_ray.{table}" and number.isdigit() else None
 
 
 def refusal(table: str, found: pa.Schema) -> str | None:
-    """Why a file with that schema cannot be read into today's; None where it can."""
+    """Why a file with this schema cannot be read as today's version; None if it can."""
     number, today = version_of(table, found), version(table)
     if number is None:
         return f"no part of a {table} table of dfkd_ray; it does not belong there"
@@ -214,14 +214,14 @@ def refusal(table: str, found: pa.Schema) -> str | None:
 
 
 def renamed(table: str, number: int, names: list[str]) -> list[str]:
-    """The names of a version's columns as they are today."""
+    """Today's names of the columns of an older version."""
     for step in RENAMED[table][number - 1 :]:
         names = [step.get(name, name) for name in names]
     return names
 
 
 def migrated(table: str, rows: pa.Table, columns: list[str]) -> pa.Table:
-    """Rows of an older version in today's schema, of it `columns`; what they do not have is null."""
+    """Rows of an older version in today's schema, restricted to `columns`; missing values are null."""
     rows = rows.rename_columns(renamed(table, version_of(table, rows.schema) or 1, rows.column_names))
     today = schema(table)
     fields = [today.field(name) for name in columns]

@@ -26,7 +26,7 @@ CONDITION = re.compile(r"\s*([\w.]+)\s*(==|!=|<=|>=|=|<|>)\s*(.*?)\s*")
 TRUTHS = {"true": True, "false": False}
 NUM_SEEDS = "num_seeds"
 ALGORITHMS = ("trial_version", "synthesis_version")
-# What makes the numbers of equal trials differ, and is no field of their configs.
+# Columns that may explain different numbers of equal trials, other than config fields.
 MADE_BY = {
     "trial_version": "versions of the trial's algorithms",
     "synthesis_version": "versions of the synthesis algorithms",
@@ -39,10 +39,9 @@ STD = "_std"
 
 
 def column_of(name: str, columns: Sequence[str]) -> str:
-    """The column called `name`, or the one whose last part is: `sparsity` is `pruning.sparsity`.
+    """The column with this name or with this last part: `sparsity` gives `pruning.sparsity`.
 
-    The settings of the reference set, the same in most sweeps, go by their full names only. `ValueError` where there
-    is no such column, or more than one.
+    Settings of the reference set need their full names. `ValueError` if there is no such column, or more than one.
     """
     if name in columns:
         return name
@@ -56,7 +55,7 @@ def column_of(name: str, columns: Sequence[str]) -> str:
 
 
 def matching(frame: pd.DataFrame, condition: str) -> pd.Series:
-    """Which rows meet `NAME OP VALUE`; `null` is a value for = and !=. A null is in no order with anything."""
+    """A mask of the rows that meet `NAME OP VALUE`. = and != accept `null`; nulls meet no order comparison."""
     match = CONDITION.fullmatch(condition)
     if not match or not match[3]:
         raise ValueError(f"{condition!r}: expected NAME, one of {' '.join(COMPARISONS)}, VALUE, as in 'sparsity>=0.75'")
@@ -104,14 +103,14 @@ def config_fields() -> list[str]:
 
 
 def num_values(frame: Any, name: str) -> int:
-    """How many values a column has, null among them."""
+    """The number of distinct values of a column; null counts as a value."""
     return frame[name].nunique(dropna=False)
 
 
 def varied_fields(trials: pd.DataFrame) -> list[str]:
-    """The config fields that differ between trials of one synthesis method, and the method; what others lack is none.
+    """The config fields that differ between trials of the same synthesis method, and the method itself.
 
-    What follows from other fields is left out.
+    Fields derived from others are left out.
     """
     groups = [group for _, group in trials.groupby("synthesis.method", dropna=False)]
     fields = [name for name in trials.columns if "." in name and not name.startswith("reference.")]
@@ -122,9 +121,9 @@ def varied_fields(trials: pd.DataFrame) -> list[str]:
 
 
 def fold_seeds(trials: pd.DataFrame) -> pd.DataFrame:
-    """Finished trials that differ in their seeds only as one row: the mean of each number, and its std as `<name>_std`.
+    """Finished trials, grouped over seeds: one row per group with the mean of each number and its std as `<name>_std`.
 
-    The standard deviation is that of a sample (n - 1), null for one seed. Best agreement first.
+    The standard deviation is the sample's (n - 1), null for one seed. Best agreement first.
     """
     trials = trials.loc[trials["status"] == "finished"]
     numeric = (pa.float64(), pa.int64())
@@ -134,7 +133,7 @@ def fold_seeds(trials: pd.DataFrame) -> pd.DataFrame:
     first = ["teacher_architecture", "teacher_hash", "real_data", *ALGORITHMS]
     fixed = [*first, *fields]
     varied = [name for name in fixed if num_values(trials, name) > 1]
-    # Which group each row is in, by the few fields that differ: null is a value like any other.
+    # Group by the few fields that differ; null is a value like any other.
     group = trials.groupby(varied, dropna=False, sort=False).ngroup() if varied else pd.Series(0, trials.index)
     groups: Any = trials.groupby(group.to_numpy(), sort=False)
     spread = groups[numbers].std().add_suffix(STD)
@@ -148,9 +147,9 @@ def fold_seeds(trials: pd.DataFrame) -> pd.DataFrame:
 
 
 def mixtures(frame: pd.DataFrame) -> list[str]:
-    """Of which algorithms, packages and machines' arithmetics a table holds rows of several; none in the usual case.
+    """The provenance columns with several values in a table: versions of algorithms and packages, numerics classes.
 
-    One phrase each, with the values and their rows: `2 versions of torch (2.6.0: 3 rows, 2.7.1: 5 rows)`.
+    One phrase each, with values and counts: `2 versions of torch (2.6.0: 3 rows, 2.7.1: 5 rows)`; usually empty.
     """
     found = []
     for name, what in MADE_BY.items():
@@ -166,7 +165,7 @@ def mixtures(frame: pd.DataFrame) -> list[str]:
 
 
 def mixed(frame: pd.DataFrame) -> str | None:
-    """The same as one line for a reader; None where nothing is mixed."""
+    """`mixtures` as one line of text; None if nothing is mixed."""
     found = mixtures(frame)
     return f"rows that were made differently: {'; '.join(found)}; their numbers may differ for it" if found else None
 

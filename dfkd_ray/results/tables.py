@@ -1,8 +1,8 @@
-"""Reading, writing and compacting of the tables in a place.
+"""Reads, writes and compacts the tables in a results place.
 
-A part is small, has one writer and is written whole. Compaction writes many parts into one file and then deletes
-them: a crash between the two leaves rows twice, and readers drop what they find twice. It never touches a part that
-may be written again (the own part of a trial that has not finished), so no row can be lost to a race.
+A part is a small file with one writer, written atomically. Compaction writes many parts into one file and then deletes
+them. A crash between the two leaves duplicate rows, which readers drop. Compaction never touches a part that may be
+written again (the part of an unfinished trial), so no row can be lost in a race.
 """
 
 import json
@@ -29,11 +29,11 @@ log = logging.getLogger(__name__)
 SUFFIX = ".parquet"
 MERGED = "merged-"
 PART_NAME = re.compile(r"(t-[0-9a-f]{12}|merged-[0-9a-f]{16}|k-[0-9a-f]{16}-\d+)\.parquet")  # of sweeps
-LEFTOVER_S = 600.0  # a part is written in seconds: an older temporary file has no writer any more
-NUM_THREADS = 16  # of reading: parts are small, and on an object store each is a wait for the network
+LEFTOVER_S = 600.0  # a part is written in seconds: an older temporary file belongs to no running writer
+NUM_THREADS = 16  # for reading: parts are small, and on an object store each costs a network round trip
 ATTEMPTS = 20
 FINAL = ("finished", "stopped")  # statuses of trials that are not run again
-# Best first is by agreement on the reference set, never by test accuracy.
+# "Best" means agreement on the reference set, never test accuracy.
 ORDERS: dict[str, dict[str, bool]] = {
     "trials": {"agreement": False, "reference_kl": True, "trial_id": True},
     "epochs": {"trial_id": True, "step": True},
@@ -42,10 +42,10 @@ ORDERS: dict[str, dict[str, bool]] = {
 
 
 def read(place: Where, table: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
-    """A table of a place, or some of its columns; each row once, in the table's order.
+    """Read a table of a place, all columns or some, without duplicates, in the table's order.
 
     `trials`: best agreement first, failed last. `epochs`: by trial and step. `synthesis`: by key and batch index.
-    `ValueError` where there is no such table or column, and for a part that is damaged or of a newer version.
+    `ValueError` if the table or a column does not exist, or if a part is damaged or of a newer version.
     """
     schemas.known(table, columns or ())
     needed = None if columns is None else list(dict.fromkeys([*columns, *_bookkeeping(table)]))
@@ -58,7 +58,7 @@ def read(place: Where, table: str, columns: Sequence[str] | None = None) -> pd.D
 
 
 def is_place(place: Where) -> bool:
-    """Whether some table of ours lies in a place: a part of one of our names, or the first part can be read."""
+    """Whether a place has one of our tables: a part with one of our names, or a readable first part."""
     for table in schemas.TABLES:
         folder = storage.folder(place) / table
         names = part_names(folder)
@@ -74,17 +74,16 @@ def is_place(place: Where) -> bool:
 
 
 def read_part(place: Where, table: str, part: str) -> pd.DataFrame | None:
-    """The rows of one part, as its writer left them; None where it is not there (any more)."""
+    """The rows of one part; None if it does not exist (any more)."""
     rows = parsed(storage.folder(place) / table, part + SUFFIX, table, schemas.schema(table).names)
     return None if rows is None else rows.to_pandas()
 
 
 def write(place: Where, table: str, rows: Sequence[Mapping[str, Any]], part: str) -> None:
-    """Write rows as `<table>/<part>.parquet`, whole, over what was there.
+    """Write rows as `<table>/<part>.parquet`, atomically, replacing an existing part.
 
-    What a row leaves out is null, and so is a number that is not finite. `KeyError` for a column not in the schema, an
-    error of Arrow for a value that does not fit (`kept` and `writable` make rows fit); whatever the disk or the network
-    refuses is an `OSError`.
+    Missing columns and numbers that are not finite become null. `KeyError` for a column not in the schema; an Arrow
+    error for a value that does not fit (`kept` and `writable` make rows fit); `OSError` from disk or network.
     """
     wanted = schemas.schema(table)
     unknown = {name for row in rows for name in row} - set(wanted.names)
@@ -97,9 +96,9 @@ def write(place: Where, table: str, rows: Sequence[Mapping[str, Any]], part: str
 
 
 def write_batches(place: Where, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows of `synthesis`, a part per key and number of batches, where not there already.
+    """Write rows of `synthesis`, one part per key and number of batches, unless the part exists.
 
-    Trials that share a key would write the same part: whoever comes first does.
+    Trials that share a key would write the same part; only the first one does.
     """
     by_key: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -112,7 +111,7 @@ def write_batches(place: Where, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def finished_ids(place: Where) -> set[str]:
-    """Trials with a row that is final: finished, or stopped early."""
+    """The ids of trials with a final row: finished or stopped early."""
     root = storage.folder(place)
     if not part_names(root / "trials"):
         return set()
@@ -121,10 +120,10 @@ def finished_ids(place: Where) -> set[str]:
 
 
 def compact(place: Where) -> int:
-    """Make one file of the parts of each table; returns how many parts that took the place of.
+    """Merge the parts of each table into one file; returns the number of merged parts.
 
-    May run while trials do, and twice at once. The parts of trials that have not finished stay: they may be written
-    again. Rows of older versions become today's.
+    It may run during trials, and twice at the same time. Parts of unfinished trials stay, because they may be written
+    again. Rows of older versions are migrated.
     """
     root = storage.folder(place)
     finished = finished_ids(root)  # before any part is read: a trial's own row is the last that it writes
@@ -147,7 +146,7 @@ def compact(place: Where) -> int:
 
 
 def is_settled(name: str, rows: pa.Table, table: str, finished: set[str]) -> bool:
-    """Whether nobody will write that part again: it is not the own part of a trial that has not finished."""
+    """Whether a part will not be written again, as it is not the part of an unfinished trial."""
     own = name.removesuffix(SUFFIX)
     if table == "synthesis" or own in finished:
         return True
@@ -155,7 +154,7 @@ def is_settled(name: str, rows: pa.Table, table: str, finished: set[str]) -> boo
 
 
 def remove_leftovers(folder: Folder) -> None:
-    """Remove what writers that were killed left on a disk."""
+    """Remove temporary files of killed writers."""
     for name, (_, changed) in folder.sizes().items():
         if storage.is_part(name) and changed is not None and time.time() - changed > LEFTOVER_S:
             folder.remove(name)
@@ -167,10 +166,10 @@ def part_names(folder: Folder) -> list[str]:
 
 
 def read_parts(folder: Folder, table: str, columns: list[str] | None = None) -> dict[str, pa.Table]:
-    """The parts of a table by name, all in today's schema (of it `columns`).
+    """Name → part of a table, in today's schema, restricted to `columns`.
 
-    A listing takes time, in which a compaction may delete what it was about to name. So it counts only when every
-    part named was there to be read, and no merged part has come meanwhile.
+    A compaction may delete parts while they are listed. So a listing is used only if all listed parts could be read and
+    no merged part has appeared meanwhile; otherwise it is repeated.
     """
     columns = columns or schemas.schema(table).names
     with ThreadPoolExecutor(NUM_THREADS) as pool:
@@ -185,9 +184,9 @@ def read_parts(folder: Folder, table: str, columns: list[str] | None = None) -> 
 
 
 def parsed(folder: Folder, name: str, table: str, columns: list[str]) -> pa.Table | None:
-    """One part in today's schema (of it `columns`), None when it is not there; `ValueError` names a damaged one."""
+    """One part in today's schema, restricted to `columns`; None if it does not exist. `ValueError` if it is damaged."""
     problem = ""
-    # An object store is asked for the size and then for the bytes: a part replaced between the two looks cut short.
+    # An object store returns size and bytes in two requests: a part replaced in between looks truncated.
     for _ in range(1 if folder.is_local else 3):
         data = folder.read(name)
         if data is None:
@@ -210,7 +209,7 @@ def parsed(folder: Folder, name: str, table: str, columns: list[str]) -> pa.Tabl
 
 
 def distinct(rows: pa.Table, table: str) -> pa.Table:
-    """Each row once, the one written last, in the table's order; needs the columns of `_bookkeeping`."""
+    """The rows without duplicates (the last written stays), in the table's order; needs the `_bookkeeping` columns."""
     order = ORDERS[table]
     rows = rows.combine_chunks()
     known = rows.select(_bookkeeping(table)).to_pandas()
@@ -221,7 +220,7 @@ def distinct(rows: pa.Table, table: str) -> pa.Table:
 
 
 def _bookkeeping(table: str) -> list[str]:
-    """The columns by which duplicates are found and rows are ordered."""
+    """The columns for finding duplicates and for sorting."""
     return list(dict.fromkeys([*schemas.KEYS[table], *ORDERS[table], schemas.WRITTEN_AT]))
 
 
@@ -233,6 +232,6 @@ def encoded(rows: pa.Table) -> memoryview:
 
 
 def write_json(path: Path, row: Mapping[str, Any]) -> None:
-    """One row as JSON, written whole."""
+    """Write one row as JSON, atomically."""
     text = json.dumps(dict(row), indent=2, allow_nan=False) + "\n"
     storage.write_local(path.parent, path.name, [text.encode()])

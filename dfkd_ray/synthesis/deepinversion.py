@@ -2,15 +2,15 @@
 
 minimise  label_weight · label + bn_weight · bn + tv_weight · tv + l2_weight · l2  over the images of one batch, where
 `bn` sums `losses.batchnorm_distance` over the BatchNorm layers. Source: Yin et al. 2020, arXiv 1912.08795, section 3.
-Labels are balanced: they cycle over the classes, on through the batches.
+Labels are balanced: they cycle over the classes and continue from batch to batch.
 
-The images are a sum of parts at halved resolutions, each upsampled bilinearly (a preconditioner: Adam on pixels is slow
-to build anything larger than a pixel). On a Fashion-MNIST ResNet-18 of width 32, batch 256 and 60 steps, the BN term
-fell to 23 (lr 0.1, bn_weight 0.3) where pixels reached 89 (bn_weight 1); squashing with a sigmoid instead of clamping
-reached 30 to 63. `parametrisation=pixel` is the paper's. Source of the idea: Olah, Mordvintsev and Schubert 2017,
-"Feature Visualization", doi 10.23915/distill.00007 (preconditioning).
+By default an image is the sum of a pyramid: parts at halved resolutions, each upsampled bilinearly. This preconditions
+Adam, which is slow to form large structures from single pixels. On a Fashion-MNIST ResNet-18 of width 32, batch 256, 60
+steps, the BN term fell to 23 (lr 0.1, bn_weight 0.3), and with plain pixels to 89 (bn_weight 1). A sigmoid instead of
+clamping gave 30 to 63. `parametrisation=pixel` is the paper's. Source of the pyramid: Olah, Mordvintsev and Schubert
+2017, "Feature Visualization", doi 10.23915/distill.00007 (preconditioning).
 
-The best image is not tracked: the last iterate of a cosine schedule is what is stored, and is measured as stored.
+The last iterate of the cosine schedule is stored, not the best one. Its terms are measured on the images as stored.
 """
 
 import logging
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 def source(teacher: Teacher, config: DeepInversionConfig, key: str, device: torch.device) -> BatchSource:
     """Batches of inverted images. `ValueError` for a teacher without BatchNorm statistics.
 
-    The teacher's own network is not touched: the source works on a copy, on `device`.
+    The source uses a copy of the teacher's network on `device`; the network itself is not modified.
     """
     devices.check_precision(config.precision, device, config.fast)
     network = devices.place(freeze(deepcopy(teacher.network)), device, channels_last=config.channels_last)
@@ -74,7 +74,7 @@ def check(teacher: Teacher, config: DeepInversionConfig, where: str) -> None:
 
 
 def compiled(network: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The compiled network where that can work, else the network itself, with a line in the log that says so."""
+    """The compiled network; without a C++ compiler the network itself, with a log message."""
     if next(network.parameters()).device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         log.warning("compile=true: no C++ compiler found (g++ or clang++); running without torch.compile")
         return network
@@ -84,9 +84,9 @@ def compiled(network: nn.Module) -> Callable[[Tensor], Tensor]:
 def initial_parts(
     config: DeepInversionConfig, image_shape: Sequence[int], generator: torch.Generator, device: torch.device
 ) -> list[Tensor]:
-    """Gaussian noise to start from: N(0, 1) pixels, or one part per resolution, the finest first.
+    """The initial Gaussian noise: N(0, 1) pixels, or one part per resolution, finest first.
 
-    Finer parts start smaller, as in images.
+    Finer parts start with smaller amplitudes, as in natural images.
     """
     c, h, w = image_shape
     if config.parametrisation == "pixel":
@@ -141,7 +141,7 @@ def invert(
 
 
 def augmented(images: Tensor, config: DeepInversionConfig, generator: torch.Generator) -> Tensor:
-    """The whole batch shifted cyclically and, in half of the steps, mirrored: one draw a step, no synchronisation."""
+    """The batch, shifted cyclically and mirrored with probability 1/2: one draw per step, no GPU synchronisation."""
     if config.jitter:
         dy, dx = torch.randint(-config.jitter, config.jitter + 1, (2,), generator=generator).tolist()
         images = torch.roll(images, (dy, dx), dims=(2, 3))
@@ -153,7 +153,7 @@ def augmented(images: Tensor, config: DeepInversionConfig, generator: torch.Gene
 def terms(
     config: DeepInversionConfig, images: Tensor, logits: Tensor, labels: Tensor, statistics: batchnorm.Statistics
 ) -> dict[str, Tensor]:
-    """Every unweighted term by its name."""
+    """All unweighted loss terms by name."""
     bn = bn_term(statistics, images.device, config.bn_first_multiplier)
     label = F.cross_entropy(logits, labels) if config.label_loss == "cross_entropy" else losses.output_entropy(logits)
     return {"label": label, "bn": bn, "tv": losses.total_variation(images), "l2": losses.mean_square(images)}
@@ -163,7 +163,7 @@ def terms(
 def measure(
     network: nn.Module, config: DeepInversionConfig, images: Tensor, labels: Tensor, num_classes: int
 ) -> dict[str, Any]:
-    """The terms of the images as stored, without jitter: plus teacher confidence, accuracy and class histogram."""
+    """The terms of the stored images, without jitter; also teacher confidence, label agreement, class histogram."""
     if config.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
     with batchnorm.recorded(network) as statistics, devices.autocast(config.precision, images.device):

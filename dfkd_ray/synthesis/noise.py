@@ -10,7 +10,7 @@ from dfkd_ray.images import encode
 
 
 def source(teacher: Teacher, config: NoiseConfig, key: str, device: torch.device) -> BatchSource:
-    """Batches of noise; `device` does not matter, the numbers are drawn on the CPU."""
+    """Batches of noise, drawn on the CPU whatever `device` is."""
 
     def batch(index: int) -> Batch:
         generator = torch.Generator().manual_seed(batch_seed(key, index))

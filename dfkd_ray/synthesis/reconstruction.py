@@ -1,15 +1,17 @@
 """Images from activation records: noise is optimised until the teacher's activations match samples of the record.
 
-Each image has a class, in turn; a target is drawn from the record (`gaussian`: a sample of that class, `exemplars`:
-one example's coefficients), then `record` is minimised over the pixels, plus extras that the paper does not have.
+Labels cycle over the classes. For each image a target is drawn from the record (`gaussian`: a sample of its class;
+`exemplars`: one example's coefficients). Then the term `record` is minimised over the pixels, plus optional terms that
+the paper does not have:
 
-* `top`, `all`: sum over layers of mean_units (ReLU(target) - ReLU(values))², values being outputs, logits / T.
-* `spectral`, `spectral_pairs`: (1 / units) sum over signals of ||s_bar - s(x)||², s_bar being the signal that has the
-  target's coefficients and no others: it does not change, so no step goes through the bases. With `residual=false`
+* `top`, `all`: sum over layers of mean_units (ReLU(target) - ReLU(values))². Values are a layer's outputs; for the last
+  layer, logits / T.
+* `spectral`, `spectral_pairs`: (1 / units) sum over signals of ||s_bar - s(x)||². s_bar is the signal with the target's
+  coefficients and zeros elsewhere. It is constant, so a step needs no product with the bases. With `residual=false`
   only the kept coefficients are compared.
 
 Source: Lopes, Fenu and Starner 2017, arXiv 1710.07535, sections 3 and 4. Defaults are the paper's (Adam, lr 0.07, 1,000
-steps, start N(0.15, 0.1), nothing else), but for the batch: images do not touch each other, so its size is for speed.
+steps, start N(0.15, 0.1), no other term), except the batch size: images are independent, so it affects only speed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -43,9 +45,9 @@ from dfkd_ray.synthesis.optimiser import (
 
 
 def source(teacher: Teacher, config: RecordsConfig, key: str, device: torch.device) -> BatchSource:
-    """Batches of reconstructed images. `ValueError` without that record, or without BatchNorm for `bn_weight`.
+    """Batches of reconstructed images. `ValueError` if the record, or BatchNorm for `bn_weight`, is missing.
 
-    The teacher's own network is not touched: the source works on a copy, on `device`.
+    The source uses a copy of the teacher's network on `device`; the network itself is not modified.
     """
     devices.check_precision(config.precision, device)
     record = teacher.record(config.record)
@@ -82,7 +84,7 @@ def check(teacher: Teacher, config: RecordsConfig, where: str) -> None:
 
 
 def pin(teacher: Teacher, config: RecordsConfig) -> RecordsConfig:
-    """The config with the hash of the record that it uses; `ValueError` where a hash is there already, of another."""
+    """The config with the SHA-256 of its record's file. `ValueError` if the config already has another hash."""
     sha256 = teacher.record(config.record).sha256
     if config.record_sha256 not in (None, sha256):
         raise ValueError(
@@ -109,7 +111,7 @@ def draw(record: Record, labels: Tensor, generator: torch.Generator) -> list[Ten
 
 
 def targets_of(record: Record, drawn: Sequence[Tensor], residual: bool) -> list[Tensor]:
-    """What is compared at every step: the draws, or of spectral ones the signals that they are the coefficients of."""
+    """The targets compared at every step: the draws or, for spectral records, the signals with these coefficients."""
     if record.info.kind not in SPECTRAL or not residual:
         return list(drawn)
     parts = drawn[0].split([basis.shape[1] for basis in record.bases], dim=1)
@@ -131,7 +133,7 @@ def exemplar_coefficients(record: Record, labels: Tensor, generator: torch.Gener
 def initial_parts(
     config: RecordsConfig, image_shape: Sequence[int], generator: torch.Generator, device: torch.device
 ) -> list[Tensor]:
-    """Where images start, in pixel units: N(init_mean, init_std), with the prior also zeros at halved resolutions."""
+    """The initial images, in pixel units: N(init_mean, init_std); with the pyramid, zeros at halved resolutions."""
     c, h, w = image_shape
     parts = [config.init_mean + config.init_std * torch.randn(config.batch_size, c, h, w, generator=generator)]
     if config.parametrisation == "pyramid":
@@ -153,7 +155,7 @@ def frozen_dropout(network: nn.Module, dropout: str, seed: int) -> Iterator[None
 
     def forward(layer: Any, x: Tensor) -> Tensor:
         if layer not in masks:
-            # One filter for all images of the batch: the mask of units, not of examples.
+            # One mask over units for all images of the batch.
             kept = torch.rand(1, *x.shape[1:], generator=generator) >= layer.p
             masks[layer] = (kept / (1 - layer.p)).to(x.device)
         return x * masks[layer].to(x.dtype)
@@ -168,7 +170,7 @@ def frozen_dropout(network: nn.Module, dropout: str, seed: int) -> Iterator[None
 
 
 def record_term(record: Record, values: taps.Values, targets: Sequence[Tensor], residual: bool) -> Tensor:
-    """The mean over images of the record's loss; see the head of this module."""
+    """The record's loss, averaged over images; see the module docstring."""
     kind, temperature = record.info.kind, record.info.temperature
     if kind not in SPECTRAL:
         outputs = taps.scaled_outputs(values, temperature)
@@ -220,7 +222,7 @@ def reconstruct(
             with devices.autocast(config.precision, images.device):
                 logits = network(images.contiguous(memory_format=layout)).float()
             own = terms(config, record, values, targets, images, logits, labels, statistics)
-            # Summed over images, not averaged: Adam's epsilon would show with gradients that shrink with the batch.
+            # Summed over images, not averaged: with smaller gradients Adam's epsilon would depend on the batch size.
             loss = len(labels) * total(config, own)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
@@ -239,7 +241,7 @@ def terms(
     labels: Tensor,
     statistics: batchnorm.Statistics | None,
 ) -> dict[str, Tensor]:
-    """Every unweighted term by its name; those without a weight are left out where they cost something."""
+    """All unweighted terms by name; costly terms with weight 0 are left out."""
     found = {"record": record_term(record, values, targets, config.residual)}
     found |= {"label": F.cross_entropy(logits, labels), "tv": losses.total_variation(images)}
     if statistics is not None:
@@ -258,7 +260,7 @@ def measure(
     labels: Tensor,
     num_classes: int,
 ) -> dict[str, Any]:
-    """The terms of the images as stored: plus teacher confidence, accuracy and class histogram."""
+    """The terms of the stored images; also teacher confidence, label agreement, class histogram."""
     if config.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
     bn = batchnorm.recorded(network) if config.bn_weight else nullcontext(None)
