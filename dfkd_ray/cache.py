@@ -197,7 +197,7 @@ def parse(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         dtype, shape = DTYPES[header[name]["dtype"]], header[name]["shape"]
         start, stop = header[name]["data_offsets"]
         if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
-            raise ValueError(f"{name}: sizes that are no sizes")
+            raise ValueError(f"{name}: invalid sizes")
         if math.prod(shape) * dtype.itemsize != stop - start or begin + stop > len(data):
             raise ValueError(f"{name}: sizes that do not fit")
         arrays[name] = np.frombuffer(data, dtype, math.prod(shape), begin + start).reshape(shape)

@@ -87,7 +87,7 @@ def momenta(tensors: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) -> 
         if name.startswith("momentum."):
             number = name.removeprefix("momentum.")
             if not number.isascii() or not number.isdigit() or len(number) > 9 or int(number) >= len(own):
-                raise ValueError(f"{one_line(name, 60)} is of no parameter")
+                raise ValueError(f"{one_line(name, 60)} belongs to no parameter")
             check_like(name, tensor, own[int(number)])
             found[int(number)] = tensor
     return found
@@ -96,7 +96,7 @@ def momenta(tensors: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) -> 
 def check_like(name: str, tensor: Tensor, like: Tensor) -> None:
     """`ValueError` unless a tensor has the shape and dtype of `like`, and finite values."""
     if tensor.shape != like.shape or tensor.dtype != like.dtype:
-        raise ValueError(f"{one_line(name, 60)} has another shape or kind of numbers than the network's")
+        raise ValueError(f"{one_line(name, 60)} has another shape or dtype than the network's")
     if tensor.is_floating_point() and not tensor.isfinite().all():
         raise ValueError(f"{one_line(name, 60)} has values that are not finite")
 

@@ -62,7 +62,7 @@ class BundleInfo(BaseModel):
         for name, value in data.items():
             kind = DATA_OPTIONS.get(name)
             if kind is None or not isinstance(value, kind):
-                raise ValueError(f"data.{one_line(name, 60)} is none of {', '.join(DATA_OPTIONS)}, or of a wrong kind")
+                raise ValueError(f"data.{one_line(name, 60)} is none of {', '.join(DATA_OPTIONS)}, or of a wrong type")
         return notes
 
     @model_validator(mode="after")

@@ -353,18 +353,18 @@ def checked_state(plain: Mapping[str, object], num_steps: int | None, has_best: 
     agreement, kl, epochs = plain["best_agreement"], plain["best_kl"], plain["epochs"]
     numbers = [agreement, kl if kl is not None else 0.0]
     if not all(type(number) in (int, float) for number in numbers):
-        raise ValueError("best_agreement and best_kl are no numbers")
+        raise ValueError("best_agreement or best_kl is not a number")
     if not isinstance(agreement, int | float) or not (agreement == -1 or 0 <= agreement <= 1):
-        raise ValueError("best_agreement is no fraction")
+        raise ValueError("best_agreement is not between 0 and 1")
     if (agreement != -1) != has_best or (kl is None and has_best):
-        raise ValueError("its best student and what is said of it do not belong together")
+        raise ValueError("its best student does not match its counters")
     if not has_best and step == num_steps:
-        raise ValueError("it is at the end without a best student")
+        raise ValueError("it is at the last step but has no best student")
     if not isinstance(epochs, list) or not 1 <= len(epochs) <= step + 1 or not all(map(is_look, epochs)):
-        raise ValueError("its looks are none")
+        raise ValueError("its evaluations have an invalid form")
     steps = [look["step"] for look in epochs]
     if steps != sorted(set(steps)) or steps[0] != 0 or steps[-1] > step:
-        raise ValueError("its looks are of other steps")
+        raise ValueError("its evaluations are at unexpected steps")
     return State(
         step=step,
         best_step=checkpoints.counter(plain, "best_step", step),

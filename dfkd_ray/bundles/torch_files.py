@@ -188,7 +188,7 @@ class Walker(pickle._Unpickler):
     def persistent_load(self, pid: Any) -> Any:
         """Record a storage from ("storage", type, key, device, number of elements, …)."""
         if not isinstance(pid, tuple) or len(pid) < 5 or type(pid[4]) is not int or pid[4] < 0:
-            raise ValueError("a storage that is none of PyTorch's")
+            raise ValueError("an entry that is not a PyTorch storage")
         found = Storage(getattr(pid[1], "item_bytes", 1), pid[4])
         self.num_bytes[str(pid[2])] = max(self.num_bytes.get(str(pid[2]), 0), found.item_bytes * found.num_items)
         return found

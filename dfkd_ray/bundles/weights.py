@@ -90,9 +90,9 @@ def stored_shape(stored: Mapping[str, Tensor], name: str, where: str) -> list[in
     if mask is None or shape is None or values is None:
         raise ValueError(f"{where}: {shown} has a mask but no shape or no values; the file is damaged")
     if mask.dtype != torch.uint8 or mask.ndim != 1 or values.ndim != 1:
-        raise ValueError(f"{where}: {shown} has a mask or values that are no plain row; the file is damaged")
+        raise ValueError(f"{where}: {shown} has a mask or values that are not one-dimensional; the file is damaged")
     if shape.dtype not in (torch.int32, torch.int64) or shape.ndim != 1 or len(shape) > untrusted.MAX_DIMENSIONS:
-        raise ValueError(f"{where}: the shape of {shown} is no row of integers; the file is damaged")
+        raise ValueError(f"{where}: the shape of {shown} is not a list of integers; the file is damaged")
     sides = shape.tolist()
     if any(side < 0 for side in sides) or (math.prod(sides) + 7) // 8 != len(mask):
         raise ValueError(

@@ -188,7 +188,7 @@ class Screen:
                     try:
                         live.update(draw(), refresh=True)
                     except Exception as error:  # noqa: BLE001 - a sweep goes on without its table
-                        log.warning("the table is not drawn any more: %s: %s", type(error).__name__, error)
+                        log.warning("the live table has stopped: %s: %s", type(error).__name__, error)
                         return
                     self.seconds += time.perf_counter() - start
 

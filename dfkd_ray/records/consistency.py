@@ -43,7 +43,7 @@ def problem_of_header(info: RecordInfo) -> str | None:
         if part.rank != part.units if part.statistics == "dense" else part.rank > part.units:
             return f"part {one_line(part.name, 60)} has rank {part.rank} for {part.units} units ({part.statistics})"
         if len(part.shrinkage) not in (0, info.num_classes) or not all(0 <= amount <= 1 for amount in part.shrinkage):
-            return f"part {one_line(part.name, 60)} has a shrinkage that is none: one per class, from 0 to 1"
+            return f"part {one_line(part.name, 60)} has an invalid shrinkage: expected one value per class, from 0 to 1"
     return problem_of_bases(info) if info.kind in ("spectral", "spectral_pairs") else problem_of_layers(info)
 
 

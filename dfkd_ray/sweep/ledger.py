@@ -44,7 +44,7 @@ def harmless(show: Callable[P, None]) -> Callable[P, None]:
             if not logged:
                 logged = True
                 why = one_trial.reason_of(error) if isinstance(error, Exception) else type(error).__name__
-                log.warning("what shows progress does not work, the sweep goes on: %s", why)
+                log.warning("a progress callback failed, the sweep continues: %s", why)
 
     return shows
 

@@ -325,7 +325,7 @@ class Rounds:
             gathered = [self.read_round(n) for n in range(number + 1)]
             gathered[-1].total = below(arrays, "contribution.")
         except (ValueError, KeyError, TypeError) as error:
-            log.warning("%s: the rounds there are not used, and made anew: %s", self.folder, error)
+            log.warning("%s: the stored rounds are not used and are made again: %s", self.folder, error)
             return
         self.gathered, self.state, self.next, self.saved = gathered, state, after, set(range(number + 1))
 
