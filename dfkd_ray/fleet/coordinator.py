@@ -26,6 +26,7 @@ from dfkd_ray.fleet import growth
 from dfkd_ray.fleet.placement import Node, automatic
 from dfkd_ray.fleet.schedule import Key, Schedule
 from dfkd_ray.fleet.synthesizer import NotOpened, Spec, Synthesizer, is_over, note, read_shard
+from dfkd_ray.storage import in_one_line
 
 MAX_READS = 8  # shards read from the cache at a time
 MAX_DEATHS = 20  # synthesizers that may die over one batch before it is called impossible
@@ -166,7 +167,7 @@ class Coordinator:
                 state.cached = await asyncio.to_thread(cache.indices, folder)
                 await asyncio.to_thread(note, folder, spec, self.numerics)
             except OSError as error:  # who makes its batches meets that too, and what comes of it reaches the readers
-                log.warning("key %s: %s", spec.key[:12], in_one_line(error))
+                log.warning("key %s: %s", spec.key[:12], kind_and_words(error))
         self.schedule.keys[spec.key] = state
         self.specs[spec.key] = spec
         del self.opening[spec.key]
@@ -374,7 +375,7 @@ class Coordinator:
                 hello = await worker.actor.hello.remote()
                 break
             except RayTaskError as error:
-                reason = in_one_line(error)
+                reason = kind_and_words(error)
             except RayError as error:
                 reason = str(error).strip().splitlines()[-1].strip()[:300]  # of a traceback, the error itself
             worker.trouble = reason
@@ -487,10 +488,10 @@ class Coordinator:
             self.schedule.not_there(key, index)
         elif isinstance(error.cause, OSError) and self.disk_errors.get((key, index), 0) + 1 < MAX_DISK_ERRORS:
             self.disk_errors[key, index] = self.disk_errors.get((key, index), 0) + 1
-            log.warning("batch %d of %s: %s; trying again", index, key[:12], in_one_line(error))
+            log.warning("batch %d of %s: %s; trying again", index, key[:12], kind_and_words(error))
             self.schedule.not_there(key, index)
         else:
-            self.schedule.fail(key, index, in_one_line(error))
+            self.schedule.fail(key, index, kind_and_words(error))
 
     def died(self, worker: Worker, key: str, index: int, reason: str) -> None:
         """A synthesizer is gone, and with it the batch it was making."""
@@ -515,7 +516,7 @@ class Coordinator:
             reference, told = reader.remote(self.settings.cache_root, key, self.numerics, index)
             info = await asyncio.wait_for(asyncio.wrap_future(told.future()), self.settings.batch_timeout_s)
         except (RayError, TimeoutError) as error:
-            log.warning("reading batch %d of %s from the cache: %s", index, key[:12], in_one_line(error))
+            log.warning("reading batch %d of %s from the cache: %s", index, key[:12], kind_and_words(error))
         if info is None:
             self.counts["damaged"] += 1
             self.schedule.not_there(key, index)
@@ -592,7 +593,8 @@ def fetch_first(given: list[Any]) -> Any:
     return ray.get(given[0])
 
 
-def in_one_line(error: BaseException) -> str:
-    """Type and message of an error, without the remote traceback."""
+def kind_and_words(error: BaseException) -> str:
+    """What an error says, its kind before that; of one in another process the cause, without the remote traceback."""
     cause = error.cause if isinstance(error, RayTaskError) and error.cause else error
-    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
+    file = f"{cause.filename}: " if isinstance(cause, OSError) and cause.filename else ""
+    return f"{type(cause).__name__}: {file}{in_one_line(cause)}"
