@@ -18,11 +18,11 @@ from typing import Any
 
 import ray
 from ray.exceptions import ObjectLostError, RayError, RayTaskError
-from ray.util import metrics
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from dfkd_ray import cache
 from dfkd_ray.fleet import growth
+from dfkd_ray.fleet.metrics import Metrics
 from dfkd_ray.fleet.placement import Node, automatic
 from dfkd_ray.fleet.schedule import Key, Schedule
 from dfkd_ray.fleet.synthesizer import NotOpened, Spec, Synthesizer, is_over, note, read_shard
@@ -116,14 +116,7 @@ class Coordinator:
         self.counts = dict.fromkeys(("made", "images", "read", "found", "deaths", "damaged"), 0)
         self.background: set[asyncio.Task] = set()
         self.shard_reader: Any = ray.remote(read_shard)
-        tags = ("synthesizer",)
-        self.gauges = {
-            "images": metrics.Counter("dfkd_ray_images", "synthetic images made"),
-            "found": metrics.Counter("dfkd_ray_cache_hits", "batches read from the cache"),
-            "queue": metrics.Gauge("dfkd_ray_queue_depth", "batches waited for and not being made"),
-            "idle": metrics.Gauge("dfkd_ray_idle_share", "idle share of a synthesizer since it is up", tag_keys=tags),
-            "rate": metrics.Gauge("dfkd_ray_images_per_s", "synthetic images made per second"),
-        }
+        self.metrics = Metrics()
         for _ in range(settings.num_synthesizers):
             self.add_worker(in_group=True)
         self.spawn(self.tick())
@@ -206,7 +199,7 @@ class Coordinator:
             return {"unknown": True, "held_s": 0.0}
         for index in lost or ():
             self.schedule.forget(key, index)
-        reply = self.collect(key, indices)
+        reply = self.schedule.collect(key, indices)
         asked = [] if reply["ready"] or reply["errors"] else indices
         if indices:
             self.schedule.look_ahead(key, min(indices) + len(indices), until, self.window)
@@ -239,22 +232,13 @@ class Coordinator:
                     if not waiting:
                         del self.arrived[key, index]
                         self.readers.pop((key, index), None)
-            reply = self.collect(key, indices)
+            reply = self.schedule.collect(key, indices)
         else:
             self.pump()
         if not reply["ready"] and not reply["errors"]:
             reply |= self.where(key, min(indices))
         reply["held_s"] = time.monotonic() - start
         return reply
-
-    def collect(self, key: str, indices: list[int]) -> dict[str, Any]:
-        """What can be handed out now."""
-        errors = self.schedule.keys[key].errors
-        found = {index: self.schedule.hand_out(key, index) for index in indices}
-        return {
-            "ready": {index: handed for index, handed in found.items() if handed is not None},
-            "errors": {index: errors[index] for index in indices if index in errors},
-        }
 
     def status(self) -> dict[str, Any]:
         """Counts since this coordinator started, and who is doing what."""
@@ -462,7 +446,7 @@ class Coordinator:
             self.counts["found" if info["found"] else "made"] += 1
             if not info["found"]:
                 self.counts["images"] += info["num_images"]
-                self.gauges["images"].inc(info["num_images"])
+                self.metrics.images.inc(info["num_images"])
             worker.num_batches += 1
             if not worker.in_group:
                 worker.made.add((key, index))
@@ -523,7 +507,7 @@ class Coordinator:
         else:
             self.schedule.hold(key, index, reference, info["size_bytes"], cached=True, fresh=False)
             self.counts["read"] += 1
-            self.gauges["found"].inc()
+            self.metrics.found.inc()
         self.num_reading -= 1
         self.tell(key, index)
 
@@ -540,12 +524,7 @@ class Coordinator:
         """Metrics, and growth with the cluster."""
         while True:
             await asyncio.sleep(TICK_S)
-            status = self.status()
-            self.gauges["queue"].set(status["queue_depth"])
-            self.gauges["rate"].set(status["images_per_s"])
-            for name, share in status["idle"].items():
-                if share is not None:
-                    self.gauges["idle"].set(share, tags={"synthesizer": name})
+            self.metrics.show(self.status())
             if self.settings.most is not None:
                 self.resize()
             elif self.settings.grow:
