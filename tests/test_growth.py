@@ -144,10 +144,10 @@ def test_only_what_was_added_is_removed_and_only_when_it_is_idle_or_not_up(monke
     fleet, _ = coordinator_of(
         workers, schedule=Schedule(1), num_up=4, last_wanted=now - 5, remove_worker=lambda one: gone.append(one.name)
     )
-    Coordinator.resize(fleet)
+    Coordinator.resize(fleet, 8)
     assert gone == ["idle"]
     fleet.last_wanted = now - 20
-    Coordinator.resize(fleet)
+    Coordinator.resize(fleet, 8)
     assert gone[1:] == ["idle", "pending", "left out"]
 
 

@@ -14,7 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.exceptions import ObjectLostError, RayError, RayTaskError
@@ -47,12 +47,13 @@ class Settings:
     gpus: float = 0.0
     cache_root: str | None = None
     device: str = "auto"
-    grow: bool = False  # add synthesizers when nodes join
-    threads: int = 1  # of one synthesizer: what `grow` divides cores by
-    trial_gpus: float = 0.0
-    most: int | None = None  # of a range: add synthesizers up to so many while batches are waited for
-    added_cpus: float = 0.0  # what each of those reserves, beside `gpus`
-    idle_s: float = 60.0  # after which they are removed again
+    most: int | Literal["auto"] | None = None
+    """While batches are waited for synthesizers are added, up to so many in all. "auto": up to as many as there is room
+    for on the machines that are alive at the time. None: never."""
+    added_cpus: float = 0.0  # that each added one reserves; none with "auto"
+    idle_s: float = 60.0  # after which the added ones of a range are removed again
+    threads: int = 1  # of one synthesizer: what "auto" divides cores by
+    trial_gpus: float = 0.0  # what a trial reserves of a GPU: "auto" leaves room for it
     window: int = 4  # batches ahead of a reader; at least two per slot
     budget_bytes: int = 256 << 20  # of references kept; what is beyond lives in the cache
     batch_timeout_s: float = 3600.0  # a batch that takes longer is taken from its synthesizer
@@ -328,17 +329,14 @@ class Coordinator:
         ray.kill(worker.actor)
 
     def start_actor(self, bundle: int | None) -> Any:
-        """A synthesizer actor, inside its own reservation where there is one: a restart never has to compete for it."""
+        """An actor in its own reservation, where it never has to compete for a restart; or (None) an added one."""
         settings = self.settings
-        strategy: Any = "SPREAD"
-        cpus = settings.cpus
-        if bundle is not None and settings.placement_group is not None:
-            strategy = PlacementGroupSchedulingStrategy(settings.placement_group, bundle)
-        elif bundle is None and settings.most is not None:
+        if bundle is not None:
+            cpus = settings.cpus
+            strategy: Any = PlacementGroupSchedulingStrategy(settings.placement_group, bundle)
+        else:  # the reasons are in placement.py
             cpus = settings.added_cpus
-            strategy = "SPREAD" if settings.gpus else "DEFAULT"  # the reasons are in placement.py
-        elif settings.placement_group is not None:
-            cpus = 0  # one that joins later must not take what a trial needs to start: it is beyond the plan
+            strategy = "DEFAULT" if cpus and not settings.gpus else "SPREAD"
         options = {
             "num_cpus": cpus,
             "num_gpus": settings.gpus,
@@ -526,45 +524,49 @@ class Coordinator:
             await asyncio.sleep(TICK_S)
             self.metrics.show(self.status())
             if self.settings.most is not None:
-                self.resize()
-            elif self.settings.grow:
-                await self.grow()
+                self.resize(await self.most())
 
-    async def grow(self) -> None:
-        """Add synthesizers for nodes that have joined."""
-        alive = [node["Resources"] for node in await asyncio.to_thread(ray.nodes) if node["Alive"]]
-        nodes = [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive]
-        nodes = [node for node in nodes if node.cpus]
+    async def most(self) -> int:
+        """How many synthesizers there may be now, those of the reservation too."""
         settings = self.settings
-        target = automatic(nodes, settings.threads, settings.gpus, settings.trial_gpus)
-        for _ in range(len(self.workers), target):
-            self.add_worker(in_group=False)
+        if settings.most != "auto":
+            return settings.most or settings.num_synthesizers
+        alive = [node for node in await asyncio.to_thread(nodes) if node.cpus]
+        return automatic(alive, settings.threads, settings.gpus, settings.trial_gpus)
 
-    def resize(self) -> None:
-        """Add synthesizers of a range where batches are waited for, remove those that have nothing to do."""
+    def resize(self, most: int) -> None:
+        """Add synthesizers where batches are waited for; of a range, remove those that have nothing to do.
+
+        Those that "auto" adds stay: they hold no CPUs, and one that is removed would have to be started again.
+        """
         settings, now, demand = self.settings, time.monotonic(), self.schedule.demand
-        assert settings.most is not None
         if demand:
             self.last_wanted = now
         added = [worker for worker in self.workers if not worker.in_group]
-        waiting = [worker for worker in added if not worker.up]
-        idle = [one for one in added if one.up and not one.busy and now - one.free_since >= settings.idle_s]
+        may_go = [] if settings.most == "auto" else added
+        idle = [one for one in may_go if one.up and not one.busy and now - one.free_since >= settings.idle_s]
         counts = growth.Counts(
             fewest=settings.num_synthesizers,
-            most=settings.most,
+            most=most,
             up=self.num_up,
             free=sum(worker.up and worker.busy < settings.slots for worker in self.workers),
             added=len(added),
-            pending=sum(not worker.left_out for worker in waiting),
+            pending=sum(not worker.up and not worker.left_out for worker in added),
             idle=len(idle),
             demand=demand,
             quiet=now - self.last_wanted >= min(QUIET_S, settings.idle_s),
         )
         step = growth.change(counts)
-        for worker in [*idle[: step.remove], *(waiting if step.withdraw else ())]:
+        for worker in idle[: step.remove] + [one for one in may_go if step.withdraw and not one.up]:
             self.remove_worker(worker)
         for _ in range(step.add):
             self.add_worker(in_group=False)
+
+
+def nodes() -> list[Node]:
+    """The machines that are alive now."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive]
 
 
 def fetch_first(given: list[Any]) -> Any:

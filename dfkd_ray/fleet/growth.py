@@ -1,8 +1,12 @@
-"""How many synthesizers a range (`--synthesizers MIN-MAX`) holds at a time: the decision, without Ray or clocks.
+"""How many synthesizers a fleet adds and removes while it runs: the decision, without Ray or clocks.
 
-The coordinator only adds and removes actors. An added one reserves what an autoscaler sees (`placement.added_cpus`):
-while it is pending it is demand, for which machines are launched, and when it is gone its machine is idle and may be
-taken back. So no machine is launched or ended here.
+Of a range (`--synthesizers MIN-MAX`) MAX is the most. An added one reserves what an autoscaler sees
+(`placement.added_cpus`): while it is pending it is demand, for which machines are launched, and when it is gone its
+machine is idle and may be taken back. So no machine is launched or ended here.
+
+With `--synthesizers auto` the most is what the machines that are alive have room for (`placement.automatic`), so a
+fleet grows after machines have joined. Those that it adds stay: they reserve no CPUs, and starting one again takes
+time. So none of them counts as idle here, and none is withdrawn.
 """
 
 from dataclasses import dataclass
@@ -18,7 +22,7 @@ class Counts:
     free: int  # of all: those that are up and could make another batch now
     added: int = 0
     pending: int = 0  # of the added: those that have not answered yet
-    idle: int = 0  # of the added: those that have had nothing to do for a while
+    idle: int = 0  # of the added: those that may go, and have had nothing to do for a while
     demand: int = 0  # batches that waiting readers will want, and that nobody has made or is making
     quiet: bool = False  # there has been no demand for a while
 

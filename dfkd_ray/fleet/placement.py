@@ -12,12 +12,15 @@ full of trials has no room for them: then they are pending, which is what makes 
 trials that are pending too may have it as well. No deadlock comes of it: the MIN keep their reservation, running trials
 theirs, and what is added goes when it is idle.
 
+With `auto` others are added for machines that join later. They are beyond the plan and must not take what a trial needs
+to start: they reserve no CPUs, and of the GPUs only what `automatic` leaves them. They are spread.
+
 Where Ray puts them. Only machines with GPUs have room for a share of one. The reservation of the fleet is spread: one
 synthesizer on each machine as far as they go, then each where most is free, so machines with free GPUs come first.
-Added ones with a GPU are spread over machines with room, in turn. Added ones without prefer machines without GPUs and
-fill one after the other up to a half, as Ray does by default: so the rest stays idle and can be taken back. A sweep
-on CPUs alone uses the cores of all machines, those with GPUs too; it reserves none of their GPUs. The coordinator and
-the driver's board reserve nothing, and are on the driver's machine.
+Added ones with a GPU are spread over machines with room, in turn. Those of a range without one prefer machines without
+GPUs and fill one after the other up to a half, as Ray does by default: so the rest stays idle and can be taken back. A
+sweep on CPUs alone uses the cores of all machines, those with GPUs too; it reserves none of their GPUs. The coordinator
+and the driver's board reserve nothing, and are on the driver's machine.
 """
 
 import math
