@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayError
 
 from dfkd_ray.fleet.coordinator import Coordinator
 from dfkd_ray.fleet.growth import Change, Counts, change
@@ -193,6 +194,31 @@ def test_a_removed_synthesizer_is_none_of_the_fleet(monkeypatch):
     workers.remove(worker)
     assert worker.removed and not worker.up and workers.members == [] and killed == ["its actor"]
     assert workers.first_free() is None
+
+
+def test_an_actor_that_another_takes_the_place_of_is_ended_first(monkeypatch):
+    class Actor:
+        def __init__(self, *answers):
+            self.answers, self.hello = list(answers), self
+
+        async def remote(self):
+            answer = self.answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    async def at_once(_seconds):
+        pass
+
+    done: list = []
+    first, second = Actor(*[RayError("it is gone")] * 3), Actor({"numerics": "cpu"})
+    worker = Worker("synthesizer 0", first)
+    workers = workers_of([worker])
+    monkeypatch.setattr(workers, "start_actor", lambda bundle: done.append(bundle) or second)
+    monkeypatch.setattr("ray.kill", done.append)
+    monkeypatch.setattr("dfkd_ray.fleet.workers.asyncio.sleep", at_once)
+    assert asyncio.run(workers.answer(worker)) == {"numerics": "cpu"}
+    assert done == [first, 0] and worker.actor is second, "both have one reservation"
 
 
 @pytest.mark.parametrize("cache_root", [None, "/cache"])

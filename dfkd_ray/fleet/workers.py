@@ -170,6 +170,7 @@ class Workers:
             if worker.removed:
                 return None
             if pause > 1.0:  # Ray restarts it within a second or two, or not at all
+                ray.kill(worker.actor)  # if it came up after all, it would keep the reservation from the other
                 worker.actor = self.start_actor(worker.number if worker.in_group else None)
 
     def settle(self, numerics: str) -> None:
