@@ -161,4 +161,4 @@ def test_the_synthesizers_have_the_machine_to_themselves(monkeypatch, num_gpus, 
     settings = synthesize.fleet_settings(DeepInversionConfig(), "auto", asked, share, "/cache")
     assert (settings.num_synthesizers, settings.gpus) == (count, gpus)
     assert 0 < settings.cpus * count <= 8
-    assert settings.device == ("auto" if num_gpus else "cpu") and settings.grow is (asked is None)
+    assert settings.device == ("auto" if num_gpus else "cpu") and settings.most == ("auto" if asked is None else None)

@@ -73,7 +73,7 @@ def test_a_first_machine_is_asked_for_waited_for_and_the_request_withdrawn(clust
     asked = cluster([HEAD], [HEAD], [HEAD, CPUS])
     settings, placement = preflight(jobs_of(sweep_of_four(tiny_teacher)), (1, 64))
     assert asked == [[{"CPU": 1.0}], []]
-    assert (settings.num_synthesizers, settings.most, settings.grow, settings.added_cpus) == (1, 64, False, 1.0)
+    assert (settings.num_synthesizers, settings.most, settings.added_cpus) == (1, 64, 1.0)
     assert placement.num_trials == 8
 
 
@@ -121,7 +121,9 @@ def test_nothing_is_asked_for_without_a_range_or_where_there_are_machines(cluste
     assert cluster([HEAD, CPUS]) is asked
     settings, _ = preflight(jobs, (2, 4))
     assert settings.num_synthesizers == 2 and asked == []
-    assert preflight(jobs, None)[0].grow and preflight(jobs, 3)[0].most is None
+    automatic, _ = preflight(jobs, None)
+    assert (automatic.most, automatic.added_cpus) == ("auto", 0.0), "what is added takes nothing that a trial needs"
+    assert preflight(jobs, 3)[0].most is None
 
 
 def test_trials_without_a_share_of_a_gpu_may_not_insist_on_one(cluster, tiny_teacher):

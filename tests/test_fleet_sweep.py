@@ -90,7 +90,7 @@ try:
         placement = fleet.plan(machines, synthesizers=None, synthesizer_threads=1, trial_threads=1, use_gpu=True)
         assert placement.num_synthesizers == 3 and placement.num_trials >= 2, placement
         settings = fleet.Settings(num_synthesizers=3, cpus=placement.synthesizer_cpus, gpus=placement.synthesizer_gpus,
-                                  cache_root=sys.argv[1], make=Simulated, grow=True, trial_gpus=0.5)
+                                  cache_root=sys.argv[1], make=Simulated, most="auto", trial_gpus=0.5)
         with fleet.started(settings) as running:
             while (running.status() or {}).get("synthesizers_up", 0) < 3:
                 time.sleep(0.2)
@@ -114,9 +114,11 @@ try:
             assert 0 <= lost <= 4 and status["synthesizers_up"] >= 2, status
             for _ in range(2):  # four machines now: one more than the fleet began with
                 cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=100_000_000)
+            more = simulated_spec("more", (4, 1, 8, 8), (0.5, 0.5))
             end = time.monotonic() + 600
-            while (running.status() or {}).get("synthesizers_up", 0) < 4 and time.monotonic() < end:
-                time.sleep(0.2)
+            for _ in running.stream(timeout_s=900.0).batches(more, range(10_000)):  # grows while images are waited for
+                if running.status()["synthesizers_up"] == 4 or time.monotonic() > end:
+                    break
             assert running.status()["synthesizers_up"] == 4, running.status()
             list(running.stream(timeout_s=900.0).batches(spec, range(60, 72)))
     print("well")

@@ -1,17 +1,20 @@
-"""When a range of synthesizers grows and shrinks: the decision, and the demand that it is made by."""
+"""When a fleet grows and shrinks: the decision, the demand that it is made by, and what is added and removed."""
 
+import asyncio
 import itertools
 import time
 from dataclasses import replace
-from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayError
 
-from dfkd_ray.fleet.coordinator import Coordinator, Settings, Worker
+from dfkd_ray.fleet.coordinator import Coordinator
 from dfkd_ray.fleet.growth import Change, Counts, change
+from dfkd_ray.fleet.placement import Node
 from dfkd_ray.fleet.schedule import Key, Schedule
+from dfkd_ray.fleet.settings import Settings
+from dfkd_ray.fleet.workers import Worker, Workers
 
 BUSY = Counts(fewest=1, most=64, up=1, free=0, demand=100)
 CASES = [
@@ -106,61 +109,126 @@ def test_of_several_readers_the_furthest_counts(others):
     assert schedule.demand == 30
 
 
-# ---- what the coordinator does of it --------------------------------------------------------------------------------
+# ---- what the fleet does of it --------------------------------------------------------------------------------------
 
 
-def coordinator_of(workers: list[Worker], **more) -> tuple[Any, list]:
-    """As much of a coordinator as its decisions need; what it has begun to make, by whom."""
-    begun: list = []
-    settings = Settings(num_synthesizers=1, cpus=0.1, most=8, idle_s=60.0)
-    values = {"settings": settings, "workers": workers, "readers": {}, "to_read": [], "num_reading": 0}
-    made = {"spawn": begun.append, "make_batch": lambda worker, _key, index: (worker.name, index)}
-    fleet: Any = SimpleNamespace(**values | made | more, free={})
-    fleet.offer, fleet.first_free = partial(Coordinator.offer, fleet), partial(Coordinator.first_free, fleet)
-    for number, worker in enumerate(workers):
+def workers_of(members: list[Worker], **settings) -> Any:
+    """As much of a fleet as its decisions need, without actors; `started` counts those that it adds."""
+    workers = object.__new__(Workers)
+    workers.settings = Settings(**{"num_synthesizers": 1, "cpus": 0.1, "most": 8, "idle_s": 60.0} | settings)
+    workers.members, workers.free, workers.num_started = members, {}, len(members)
+    workers.last_wanted = time.monotonic()
+    workers.start_actor = lambda bundle: f"actor beside bundle {bundle}"
+    workers.spawn = lambda job: job.close()
+    for number, worker in enumerate(members):
         worker.number = number
-        fleet.offer(worker)
-    return fleet, begun
+        workers.offer(worker)
+    return workers
 
 
-def test_a_batch_goes_to_a_free_synthesizer_on_the_node_of_who_waits_for_it():
-    workers = [Worker(f"s{node}", None, up=True, node=node) for node in ("a", "b", "c")]
-    waits = {("k", 0): "c", ("k", 1): "c", ("k", 2): "elsewhere"}
-    fleet, begun = coordinator_of(workers, schedule=waiting(4, 4), readers=waits)
-    Coordinator.pump(fleet)
+def test_a_batch_goes_to_a_free_synthesizer_on_the_node_of_who_waits_for_it(monkeypatch):
+    coordinator, begun = object.__new__(Coordinator), []
+    monkeypatch.setattr(coordinator, "spawn", lambda job: None)
+    monkeypatch.setattr(coordinator, "make_batch", lambda worker, _key, index: begun.append((worker.name, index)))
+    coordinator.workers = workers_of([Worker(f"s{node}", None, up=True, node=node) for node in ("a", "b", "c")])
+    coordinator.readers = {("k", 0): "c", ("k", 1): "c", ("k", 2): "elsewhere"}
+    coordinator.schedule, coordinator.to_read, coordinator.num_reading = waiting(4, 4), [], 0
+    coordinator.pump()
     assert begun == [("sc", 0), ("sa", 1), ("sb", 2)], "and to anybody where nobody is free there: none waits for that"
 
 
 def test_only_what_was_added_is_removed_and_only_when_it_is_idle_or_not_up(monkeypatch):
     now = time.monotonic()
-    monkeypatch.setattr("dfkd_ray.fleet.coordinator.time.monotonic", lambda: now)
-    first = Worker("first", None, up=True, free_since=now - 1000)
-    idle = Worker("idle", None, up=True, in_group=False, free_since=now - 61)
-    busy = Worker("busy", None, up=True, in_group=False, free_since=now - 1000, busy=1)
-    just = Worker("just idle", None, up=True, in_group=False, free_since=now - 5)
-    pending = Worker("pending", None, in_group=False)
-    left_out = Worker("left out", None, in_group=False, left_out=True)
-    workers, gone = [first, idle, busy, just, pending, left_out], []
-    fleet, _ = coordinator_of(
-        workers, schedule=Schedule(1), num_up=4, last_wanted=now - 5, remove_worker=lambda one: gone.append(one.name)
-    )
-    Coordinator.resize(fleet)
-    assert gone == ["idle"]
-    fleet.last_wanted = now - 20
-    Coordinator.resize(fleet)
-    assert gone[1:] == ["idle", "pending", "left out"]
+    monkeypatch.setattr("dfkd_ray.fleet.workers.time.monotonic", lambda: now)
+    members = members_at(now)
+    workers, gone = workers_of(members), []
+    monkeypatch.setattr(workers, "remove", lambda one: gone.append(one.name))
+    workers.last_wanted = now - 5
+    assert workers.resize(0, 8) == [("k", 7)] and gone == ["idle"]
+    workers.last_wanted = now - 20
+    workers.resize(0, 8)
+    assert gone[1:] == ["idle", "pending", "left out"] and workers.members == members
+
+
+def members_at(now: float) -> list[Worker]:
+    """One of the reservation, and one of each kind that was added."""
+    return [
+        Worker("first", None, up=True, free_since=now - 1000),
+        Worker("idle", None, up=True, in_group=False, free_since=now - 61, made={("k", 7)}),
+        Worker("busy", None, up=True, in_group=False, free_since=now - 1000, busy=1, made={("k", 8)}),
+        Worker("just idle", None, up=True, in_group=False, free_since=now - 5),
+        Worker("pending", None, in_group=False),
+        Worker("left out", None, in_group=False, left_out=True),
+    ]
+
+
+def test_what_the_automatic_number_has_added_stays(monkeypatch):
+    workers = workers_of(members_at(time.monotonic()), most="auto")
+    monkeypatch.setattr(workers, "remove", lambda one: pytest.fail(f"{one.name} was removed"))
+    workers.last_wanted -= 1000
+    for most in (8, 1):  # also where machines are gone
+        assert workers.resize(0, most) == [] and len(workers.members) == 6
+
+
+@pytest.mark.parametrize("most", [4, "auto"])
+def test_both_ranges_and_the_automatic_number_grow_in_doubling_steps_up_to_the_most(monkeypatch, most):
+    machines = [Node(2.0), Node(0.0), Node(1.0)]
+    monkeypatch.setattr("dfkd_ray.fleet.workers.nodes", lambda: machines)
+    workers, sizes = workers_of([Worker("first", None, up=True, busy=1)], most=most), [1]
+    while workers.resize(100, asyncio.run(workers.most())) == [] and len(workers.members) > sizes[-1]:
+        sizes.append(len(workers.members))
+        for worker in workers.members:
+            worker.up, worker.busy = True, 1
+    assert sizes == ([1, 2, 4] if most == 4 else [1, 2, 3])
+    assert {worker.actor for worker in workers.members[1:]} == {"actor beside bundle None"}
+    machines.append(Node(1.0))  # one joins
+    workers.resize(100, asyncio.run(workers.most()))
+    assert len(workers.members) == 4
+
+
+def test_a_removed_synthesizer_is_none_of_the_fleet(monkeypatch):
+    killed: list = []
+    monkeypatch.setattr("ray.kill", killed.append)
+    worker = Worker("added", "its actor", up=True, in_group=False)
+    workers = workers_of([worker])
+    workers.remove(worker)
+    assert worker.removed and not worker.up and workers.members == [] and killed == ["its actor"]
+    assert workers.first_free() is None
+
+
+def test_an_actor_that_another_takes_the_place_of_is_ended_first(monkeypatch):
+    class Actor:
+        def __init__(self, *answers):
+            self.answers, self.hello = list(answers), self
+
+        async def remote(self):
+            answer = self.answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    async def at_once(_seconds):
+        pass
+
+    done: list = []
+    first, second = Actor(*[RayError("it is gone")] * 3), Actor({"numerics": "cpu"})
+    worker = Worker("synthesizer 0", first)
+    workers = workers_of([worker])
+    monkeypatch.setattr(workers, "start_actor", lambda bundle: done.append(bundle) or second)
+    monkeypatch.setattr("ray.kill", done.append)
+    monkeypatch.setattr("dfkd_ray.fleet.workers.asyncio.sleep", at_once)
+    assert asyncio.run(workers.answer(worker)) == {"numerics": "cpu"}
+    assert done == [first, 0] and worker.actor is second, "both have one reservation"
 
 
 @pytest.mark.parametrize("cache_root", [None, "/cache"])
-def test_what_a_removed_synthesizer_made_is_let_go_where_the_cache_has_it(monkeypatch, cache_root):
-    monkeypatch.setattr("ray.kill", lambda actor: None)
+def test_what_a_removed_synthesizer_made_is_let_go_where_the_cache_has_it(cache_root):
     schedule = waiting(0, 0)
     for index in range(3):
         schedule.hold("k", index, f"reference {index}", 10, cached=cache_root is not None, fresh=False)
-    worker = Worker("added", None, up=True, in_group=False, made={("k", 0), ("k", 2)})
-    settings = Settings(num_synthesizers=1, cpus=0.1, most=8, cache_root=cache_root)
-    fleet, _ = coordinator_of([worker], schedule=schedule, settings=settings)
-    Coordinator.remove_worker(fleet, worker)
-    assert worker.removed and not worker.up and fleet.workers == []
+    coordinator = object.__new__(Coordinator)
+    coordinator.schedule = schedule
+    coordinator.settings = Settings(num_synthesizers=1, cpus=0.1, most=8, cache_root=cache_root)
+    coordinator.let_go([("k", 0), ("k", 2)])
     held = [index for index in range(3) if schedule.reference("k", index) is not None]
     assert held == ([1] if cache_root else [0, 1, 2]), "without a cache it would have to be made again"

@@ -192,7 +192,7 @@ def fleet_settings(
         gpus=placement.synthesizer_gpus,
         cache_root=cache_root,
         device=device if num_gpus else "cpu",
-        grow=num_synthesizers is None,
+        most="auto" if num_synthesizers is None else None,
         threads=threads,
         budget_bytes=fleet.budget_bytes(),
     )

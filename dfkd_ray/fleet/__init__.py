@@ -16,9 +16,11 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from dfkd_ray.fleet.coordinator import MAX_TIMEOUTS, Coordinator, Settings
+from dfkd_ray.fleet.coordinator import MAX_TIMEOUTS, Coordinator
 from dfkd_ray.fleet.placement import Node, Placement, added_cpus, first_machines, plan
 from dfkd_ray.fleet.session import QUIET, connected
+from dfkd_ray.fleet.settings import Settings
+from dfkd_ray.fleet.workers import nodes
 
 if TYPE_CHECKING:
     from dfkd_ray.bundles import Teacher
@@ -73,12 +75,6 @@ class Fleet:
             return ray.get(self.coordinator.status.remote(), timeout=timeout_s)
         except (RayError, GetTimeoutError):
             return None
-
-
-def nodes() -> list[Node]:
-    """The machines of the Ray session that are alive now."""
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive]
 
 
 @contextmanager

@@ -1,31 +1,29 @@
-"""The coordinator: one Ray actor per sweep that starts the synthesizers and assigns batches to them.
+"""The coordinator: one Ray actor per sweep that readers ask for batches, and that assigns batches to synthesizers.
 
-No images pass through it, only references. A synthesizer slot makes one batch at a time. The batch is in the cache
-before its reference is given to a reader. Its images stay in the object store of the node that made them until a reader
-fetches them, once per node. The coordinator's state can be lost: if it dies, Ray restarts it with the same arguments,
-it starts its synthesizers again, and it finds the finished batches in the cache.
+No images pass through it, only references. A batch is in the cache before its reference is given to a reader. Its
+images stay in the object store of the node that made them until a reader fetches them, once per node. The coordinator's
+state can be lost: if it dies, Ray restarts it with the same arguments, it starts its synthesizers again (`workers.py`),
+and it finds the finished batches in the cache.
 """
 
 import asyncio
-import heapq
 import logging
 import resource
 import time
-from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Coroutine
 from typing import Any
 
 import ray
 from ray.exceptions import ObjectLostError, RayError, RayTaskError
-from ray.util import metrics
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dfkd_ray import cache
-from dfkd_ray.fleet import growth
-from dfkd_ray.fleet.placement import Node, automatic
+from dfkd_ray.fleet.metrics import Metrics
 from dfkd_ray.fleet.schedule import Key, Schedule
-from dfkd_ray.fleet.synthesizer import NotOpened, Spec, Synthesizer, is_over, note, read_shard
+from dfkd_ray.fleet.settings import Settings
+from dfkd_ray.fleet.synthesizer import NotOpened, Spec, is_over, note, read_shard
+from dfkd_ray.fleet.workers import Lost, Worker, Workers, kind_and_words
 
 MAX_READS = 8  # shards read from the cache at a time
 MAX_DEATHS = 20  # synthesizers that may die over one batch before it is called impossible
@@ -33,54 +31,7 @@ MAX_TIMEOUTS = 3  # the same for synthesizers that hang over it
 MAX_DISK_ERRORS = 3  # the same for errors of the disk or the store, some of which pass
 HOLD_S = 10.0
 TICK_S = 2.0
-QUIET_S = 10.0  # without demand, before synthesizers that are still pending are withdrawn
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The arguments of a coordinator, also when Ray restarts it."""
-
-    num_synthesizers: int
-    cpus: float
-    gpus: float = 0.0
-    cache_root: str | None = None
-    device: str = "auto"
-    grow: bool = False  # add synthesizers when nodes join
-    threads: int = 1  # of one synthesizer: what `grow` divides cores by
-    trial_gpus: float = 0.0
-    most: int | None = None  # of a range: add synthesizers up to so many while batches are waited for
-    added_cpus: float = 0.0  # what each of those reserves, beside `gpus`
-    idle_s: float = 60.0  # after which they are removed again
-    window: int = 4  # batches ahead of a reader; at least two per slot
-    budget_bytes: int = 256 << 20  # of references kept; what is beyond lives in the cache
-    batch_timeout_s: float = 3600.0  # a batch that takes longer is taken from its synthesizer
-    placement_group: Any = None
-    slots: int = 1  # batches that one actor makes at a time
-    make: Callable[..., Any] = Synthesizer
-
-
-@dataclass
-class Worker:
-    """One synthesizer actor and its state."""
-
-    name: str
-    actor: Any
-    number: int = 0  # by the order of starting
-    up: bool = False
-    offered: set[str] = field(default_factory=set)  # the heaps of free slots that it is in
-    busy: int = 0
-    opened: set[str] = field(default_factory=set)
-    busy_s: float = 0.0
-    since: float = 0.0
-    num_batches: int = 0
-    trouble: str = "starting"
-    node: str = ""
-    free_since: float = 0.0
-    in_group: bool = True  # in the fleet's reservation; others were added later
-    left_out: bool = False  # it computes otherwise than the fleet
-    removed: bool = False
-    made: set[tuple[str, int]] = field(default_factory=set)  # by one that was added: what lies on its machine
 
 
 class Coordinator:
@@ -94,44 +45,25 @@ class Coordinator:
         self.stale: set[str] = set()  # keys whose state is lost: whoever wants them next brings it again
         self.closing: set[str] = set()  # keys that go as soon as nothing of them is being made
         self.arrived: dict[tuple[str, int], list[asyncio.Future]] = {}
-        self.deaths: dict[tuple[str, int], int] = {}
-        self.timeouts: dict[tuple[str, int], int] = {}
-        self.making: dict[tuple[str, int], tuple[str, float]] = {}
-        self.workers: list[Worker] = []
-        self.free: dict[
-            str, list[tuple[int, int, Worker]]
-        ] = {}  # heaps by node and "" for all: who may have a free slot
-        self.num_started = 0
+        self.deaths: Counter[tuple[str, int]] = Counter()
+        self.timeouts: Counter[tuple[str, int]] = Counter()
+        self.disk_errors: Counter[tuple[str, int]] = Counter()
         self.readers: dict[tuple[str, int], str] = {}  # batch → node of the last reader that waits for it
-        self.last_wanted = time.monotonic()
-        self.restarted = ray.get_runtime_context().was_current_actor_reconstructed
-        self.numerics: str | None = None
-        self.disk_errors: dict[tuple[str, int], int] = {}
-        self.numerics_known = asyncio.Event()
         self.num_reading = 0
         self.to_read: list[tuple[str, int, str]] = []
-        self.last_alive = time.monotonic()
         self.start = time.monotonic()
         self.counts = dict.fromkeys(("made", "images", "read", "found", "deaths", "damaged"), 0)
         self.background: set[asyncio.Task] = set()
         self.shard_reader: Any = ray.remote(read_shard)
-        tags = ("synthesizer",)
-        self.gauges = {
-            "images": metrics.Counter("dfkd_ray_images", "synthetic images made"),
-            "found": metrics.Counter("dfkd_ray_cache_hits", "batches read from the cache"),
-            "queue": metrics.Gauge("dfkd_ray_queue_depth", "batches waited for and not being made"),
-            "idle": metrics.Gauge("dfkd_ray_idle_share", "idle share of a synthesizer since it is up", tag_keys=tags),
-            "rate": metrics.Gauge("dfkd_ray_images_per_s", "synthetic images made per second"),
-        }
-        for _ in range(settings.num_synthesizers):
-            self.add_worker(in_group=True)
+        self.metrics = Metrics()
+        self.workers = Workers(settings, self.spawn, on_up=self.pump)
         self.spawn(self.tick())
 
     # ---- what readers call -------------------------------------------------------------------------------------
 
     async def ready(self) -> dict[str, Any]:
         """Wait until one synthesizer is up; returns the status."""
-        await self.numerics_known.wait()
+        await self.workers.settled()
         return self.status()
 
     async def open(self, spec: Spec, numerics: str) -> dict[str, Any]:
@@ -140,14 +72,11 @@ class Coordinator:
         The reply has `waiting_for`, `alone_s` and `held_s`, as that of `take`.
         """
         start = time.monotonic()
-        if self.restarted and self.numerics is None:
-            self.numerics = numerics
-            self.numerics_known.set()
+        self.workers.settle(numerics)
         if spec.state is not None and spec.key in self.specs:  # who opens it again brings a state that is not lost
             self.specs[spec.key] = spec
             self.stale.discard(spec.key)
-            for worker in self.workers:
-                worker.opened.discard(spec.key)
+            self.workers.reopen(spec.key)
         if spec.key not in self.specs:
             if spec.key not in self.opening:
                 self.opening[spec.key] = self.spawn(self._open(spec))
@@ -157,16 +86,14 @@ class Coordinator:
         return self.where(spec.key, 0) | {"held_s": time.monotonic() - start}
 
     async def _open(self, spec: Spec) -> None:
-        await self.numerics_known.wait()
-        state = Key()
-        assert self.numerics is not None
-        folder = spec.folder(self.settings.cache_root, self.numerics)
+        numerics, state = await self.workers.settled(), Key()
+        folder = spec.folder(self.settings.cache_root, numerics)
         if folder is not None:
             try:
                 state.cached = await asyncio.to_thread(cache.indices, folder)
-                await asyncio.to_thread(note, folder, spec, self.numerics)
+                await asyncio.to_thread(note, folder, spec, numerics)
             except OSError as error:  # who makes its batches meets that too, and what comes of it reaches the readers
-                log.warning("key %s: %s", spec.key[:12], in_one_line(error))
+                log.warning("key %s: %s", spec.key[:12], kind_and_words(error))
         self.schedule.keys[spec.key] = state
         self.specs[spec.key] = spec
         del self.opening[spec.key]
@@ -206,7 +133,7 @@ class Coordinator:
             return {"unknown": True, "held_s": 0.0}
         for index in lost or ():
             self.schedule.forget(key, index)
-        reply = self.collect(key, indices)
+        reply = self.schedule.collect(key, indices)
         asked = [] if reply["ready"] or reply["errors"] else indices
         if indices:
             self.schedule.look_ahead(key, min(indices) + len(indices), until, self.window)
@@ -239,7 +166,7 @@ class Coordinator:
                     if not waiting:
                         del self.arrived[key, index]
                         self.readers.pop((key, index), None)
-            reply = self.collect(key, indices)
+            reply = self.schedule.collect(key, indices)
         else:
             self.pump()
         if not reply["ready"] and not reply["errors"]:
@@ -247,38 +174,22 @@ class Coordinator:
         reply["held_s"] = time.monotonic() - start
         return reply
 
-    def collect(self, key: str, indices: list[int]) -> dict[str, Any]:
-        """The batches of `indices` that are ready or have failed."""
-        errors = self.schedule.keys[key].errors
-        found = {index: self.schedule.hand_out(key, index) for index in indices}
-        return {
-            "ready": {index: handed for index, handed in found.items() if handed is not None},
-            "errors": {index: errors[index] for index in indices if index in errors},
-        }
-
     def status(self) -> dict[str, Any]:
         """Counts since this coordinator started, and the state of queue and synthesizers."""
-        now = time.monotonic()
-        idle, running = {}, defaultdict(float)
-        for name, begun in self.making.values():
-            running[name] += now - begun
-        for worker in self.workers:
-            busy = worker.busy_s + running[worker.name]
-            span = (now - worker.since) * self.settings.slots
-            idle[worker.name] = 1.0 - min(1.0, busy / span) if worker.since and span else None
+        seconds = time.monotonic() - self.start
         return {
             **self.counts,
-            "synthesizers": len(self.workers),
-            "synthesizers_up": self.num_up,
+            "synthesizers": len(self.workers.members),
+            "synthesizers_up": self.workers.num_up,
             "queue_depth": self.schedule.queue_depth,
             "in_flight": sum(len(state.in_flight) for state in self.schedule.keys.values()),
             "held_bytes": self.schedule.held_bytes,
-            "images_per_s": self.counts["images"] / (now - self.start),
-            "idle": idle,
+            "images_per_s": self.counts["images"] / seconds,
+            "idle": self.workers.idle_shares(),
             "keys": len(self.specs),
-            "numerics": self.numerics,
-            "trouble": {worker.name: worker.trouble for worker in self.workers if not worker.up},
-            "seconds": now - self.start,
+            "numerics": self.workers.numerics,
+            "trouble": self.workers.trouble,
+            "seconds": seconds,
             # Of this process, all threads: one near a core is the fleet's limit.
             "cpu_s": time.process_time(),
             "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -286,227 +197,89 @@ class Coordinator:
 
     def actors(self) -> list[Any]:
         """The synthesizers' handles, for tests that kill them."""
-        return [worker.actor for worker in self.workers]
+        return [worker.actor for worker in self.workers.members]
 
     def where(self, key: str, index: int) -> dict[str, Any]:
         """The reply to a reader that must wait: what it waits for, and for how long no synthesizer has been up."""
-        alone_s = 0.0 if self.num_up else time.monotonic() - self.last_alive
-        return {"waiting_for": self.waiting_for(key, index), "alone_s": alone_s}
-
-    def waiting_for(self, key: str, index: int) -> str:
-        """The state of a batch as text."""
-        if (key, index) in self.making:
-            name, begun = self.making[key, index]
-            return f"{name} has been making it for {time.monotonic() - begun:.0f} s"
-        if not self.num_up:
-            troubles = "; ".join(f"{worker.name}: {worker.trouble}" for worker in self.workers[:3])
+        if (key, index) in self.workers.making:
+            name, begun = self.workers.making[key, index]
+            words = f"{name} has been making it for {time.monotonic() - begun:.0f} s"
+        elif not self.workers.num_up:
+            troubles = "; ".join(f"{name}: {trouble}" for name, trouble in list(self.workers.trouble.items())[:3])
             need = f"{self.settings.cpus:g} CPUs and {self.settings.gpus:g} GPUs"
-            return f"a synthesizer to start ({need} each; {troubles})"
-        return f"a free synthesizer: {self.num_up} up, {self.schedule.queue_depth} batches queued"
+            words = f"a synthesizer to start ({need} each; {troubles})"
+        else:
+            words = f"a free synthesizer: {self.workers.num_up} up, {self.schedule.queue_depth} batches queued"
+        return {"waiting_for": words, "alone_s": self.workers.alone_s}
 
-    # ---- the fleet ---------------------------------------------------------------------------------------------
+    # ---- what becomes of a batch -------------------------------------------------------------------------------
 
     @property
     def window(self) -> int:
         """The largest number of batches made ahead of a reader."""
-        return max(self.settings.window, 2 * self.settings.slots * len(self.workers))
+        return max(self.settings.window, 2 * self.settings.slots * len(self.workers.members))
 
-    @property
-    def num_up(self) -> int:
-        """The number of synthesizers that answer."""
-        return sum(worker.up for worker in self.workers)
-
-    def spawn(self, coroutine: Any) -> asyncio.Task:
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task:
         """Start a background task and keep a reference to it: the event loop holds only a weak one."""
         task = asyncio.get_running_loop().create_task(coroutine)
         self.background.add(task)
         task.add_done_callback(self.background.discard)
         return task
 
-    def add_worker(self, *, in_group: bool) -> None:
-        """Start one more synthesizer, inside the fleet's placement group or outside it."""
-        number = self.num_started
-        self.num_started += 1
-        actor = self.start_actor(number if in_group else None)
-        worker = Worker(f"synthesizer {number}", actor, number, in_group=in_group)
-        self.workers.append(worker)
-        self.spawn(self.bring_up(worker))
-
-    def remove_worker(self, worker: Worker) -> None:
-        """Kill an idle or pending synthesizer; its reservation or request ends with it.
-
-        Ray does not count a machine as idle while it stores referenced objects. So the references to the batches that
-        this synthesizer made are dropped, if there is a cache to read them from.
-        """
-        worker.removed, worker.up = True, False
-        self.workers.remove(worker)
-        for key, index in worker.made if self.settings.cache_root else ():
-            self.schedule.forget(key, index)
-        ray.kill(worker.actor)
-
-    def start_actor(self, bundle: int | None) -> Any:
-        """A new synthesizer actor, in its bundle of the placement group if it has one: restarts need not compete."""
-        settings = self.settings
-        strategy: Any = "SPREAD"
-        cpus = settings.cpus
-        if bundle is not None and settings.placement_group is not None:
-            strategy = PlacementGroupSchedulingStrategy(settings.placement_group, bundle)
-        elif bundle is None and settings.most is not None:
-            cpus = settings.added_cpus
-            strategy = "SPREAD" if settings.gpus else "DEFAULT"  # the reasons are in placement.py
-        elif settings.placement_group is not None:
-            cpus = 0  # one that joins later must not take what a trial needs to start: it is beyond the plan
-        options = {
-            "num_cpus": cpus,
-            "num_gpus": settings.gpus,
-            "max_restarts": -1,
-            "max_task_retries": 0,
-            "scheduling_strategy": strategy,
-        }
-        if settings.slots > 1:
-            options["max_concurrency"] = 2 * settings.slots
-        actor: Any = ray.remote(settings.make)
-        return actor.options(**options).remote(settings.cache_root, settings.device, fetch_first)
-
-    async def bring_up(self, worker: Worker) -> None:
-        """Wait until an actor answers; replace it by a new one if Ray does not restart it."""
-        pause = 0.2
-        while True:
-            try:
-                hello = await worker.actor.hello.remote()
-                break
-            except RayTaskError as error:
-                reason = in_one_line(error)
-            except RayError as error:
-                reason = str(error).strip().splitlines()[-1].strip()[:300]  # of a traceback, the error itself
-            worker.trouble = reason
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, 5.0)
-            if worker.removed:
-                return
-            if pause > 1.0:  # Ray restarts it within a second or two, or not at all
-                worker.actor = self.start_actor(worker.number if worker.in_group else None)
-        if worker.removed:
-            return
-        if self.numerics is None and not self.restarted:
-            self.numerics = hello["numerics"]
-            self.numerics_known.set()
-        await self.numerics_known.wait()  # after a restart: the class the sweep began with, as the readers know it
-        if hello["numerics"] != self.numerics:
-            # Its images would differ in the last bits: which slot makes a batch must not matter.
-            worker.trouble = f"left out: it computes as {hello['numerics']}, the fleet as {self.numerics}"
-            log.warning("%s on %s %s", worker.name, hello["host"], worker.trouble)
-            worker.left_out = True
-            ray.kill(worker.actor)
-            return
-        worker.opened.clear()
-        worker.up, worker.trouble, worker.node = True, "", hello["node"]
-        worker.since = worker.since or time.monotonic()
-        worker.free_since = self.last_alive = time.monotonic()
-        self.offer(worker)
-        self.pump()
-
     def pump(self) -> None:
         """Assign a batch to every free slot, and start reading shards from the cache, up to `MAX_READS` at a time.
 
         A batch is made on the node of its last waiting reader if a synthesizer there is free: this saves a transfer.
         """
-        while (first := self.first_free("")) and (job := self.schedule.next_to_make()):
-            worker = self.first_free(self.readers.get(job, "")) or first
-            worker.busy += 1
-            self.spawn(self.make_batch(worker, *job))
+        while self.workers.first_free() and (job := self.schedule.next_to_make()):
+            self.spawn(self.make_batch(self.workers.take_slot(near=self.readers.get(job, "")), *job))
         while self.to_read and self.num_reading < MAX_READS:
             self.num_reading += 1
             self.spawn(self.read_batch(*self.to_read.pop(0)))
 
-    def offer(self, worker: Worker) -> None:
-        """Note that a synthesizer may have a free slot."""
-        for where in ("", worker.node):
-            if where not in worker.offered:
-                worker.offered.add(where)
-                heapq.heappush(self.free.setdefault(where, []), (worker.number, id(worker), worker))
-
-    def first_free(self, where: str) -> Worker | None:
-        """The first synthesizer with a free slot on a node, or on any node if `where` is empty."""
-        heap = self.free.get(where, [])
-        while heap:
-            worker = heap[0][-1]
-            if worker.up and worker.busy < self.settings.slots and where in ("", worker.node):
-                return worker
-            heapq.heappop(heap)
-            worker.offered.discard(where)
-        return None
-
     async def make_batch(self, worker: Worker, key: str, index: int) -> None:
-        """Have one batch made. Afterwards the slot is free or down, and the batch is held, failed or queued again."""
-        begun = time.monotonic()
-        actor = worker.actor
-        self.making[key, index] = (worker.name, begun)
+        """Have one batch made, and record the result: the batch, a retry, or an error."""
         try:
-            if key not in worker.opened:
-                actor.open.remote(self.specs[key])
-                worker.opened.add(key)
-            reference, told = actor.batch.options(num_returns=2).remote(key, index)
-            info = await asyncio.wait_for(asyncio.wrap_future(told.future()), self.settings.batch_timeout_s)
+            reference, info = await self.workers.make(worker, self.specs[key], index)
         except RayTaskError as error:
-            self.failed(worker, key, index, error)
-        except TimeoutError:
-            self.timeouts[key, index] = self.timeouts.get((key, index), 0) + 1
-            self.died(worker, key, index, f"no batch within {self.settings.batch_timeout_s:g} s")
-            ray.kill(actor, no_restart=False)
-        except RayError as error:
-            self.died(worker, key, index, " ".join(str(error).split())[:300])
+            self.failed(key, index, error)
+        except Lost as error:
+            self.lost(key, index, error)
         else:
             found = info["found"]
-            in_cache = self.specs[key].folder(self.settings.cache_root, str(self.numerics)) is not None
+            in_cache = self.specs[key].folder(self.settings.cache_root, str(self.workers.numerics)) is not None
             self.schedule.hold(key, index, reference, info["size_bytes"], cached=in_cache, fresh=not found)
-            self.counts["found" if info["found"] else "made"] += 1
-            if not info["found"]:
+            self.counts["found" if found else "made"] += 1
+            if not found:
                 self.counts["images"] += info["num_images"]
-                self.gauges["images"].inc(info["num_images"])
-            worker.num_batches += 1
-            if not worker.in_group:
-                worker.made.add((key, index))
-        finally:
-            self.making.pop((key, index), None)
-            worker.busy_s += time.monotonic() - begun
-            worker.busy -= 1
-            worker.free_since = time.monotonic()
-            self.offer(worker)
-            if worker.up:
-                self.last_alive = time.monotonic()
+                self.metrics.images.inc(info["num_images"])
         self.tell(key, index)
         if key in self.closing:
             self.drop(key)
 
-    def failed(self, worker: Worker, key: str, index: int, error: RayTaskError) -> None:
+    def failed(self, key: str, index: int, error: RayTaskError) -> None:
         """Handle an exception of making a batch: retry if it may pass, else record it as the batch's error."""
-        if isinstance(error.cause, NotOpened):
-            worker.opened.discard(key)
-            self.schedule.not_there(key, index)
-        elif isinstance(error.cause, ObjectLostError) and self.specs[key].state is not None:
+        if isinstance(error.cause, ObjectLostError) and self.specs[key].state is not None:
             self.stale.add(key)  # the trial that had put the state there is gone
-            self.schedule.not_there(key, index)
-        elif isinstance(error.cause, OSError) and self.disk_errors.get((key, index), 0) + 1 < MAX_DISK_ERRORS:
-            self.disk_errors[key, index] = self.disk_errors.get((key, index), 0) + 1
-            log.warning("batch %d of %s: %s; trying again", index, key[:12], in_one_line(error))
-            self.schedule.not_there(key, index)
-        else:
-            self.schedule.fail(key, index, in_one_line(error))
+        elif isinstance(error.cause, OSError) and self.disk_errors[key, index] + 1 < MAX_DISK_ERRORS:
+            self.disk_errors[key, index] += 1
+            log.warning("batch %d of %s: %s; trying again", index, key[:12], kind_and_words(error))
+        elif not isinstance(error.cause, NotOpened):
+            self.schedule.fail(key, index, kind_and_words(error))
+            return
+        self.schedule.not_there(key, index)
 
-    def died(self, worker: Worker, key: str, index: int, reason: str) -> None:
-        """Handle the death of a synthesizer: retry its batch, up to a limit, and bring the synthesizer up again."""
+    def lost(self, key: str, index: int, error: Lost) -> None:
+        """Handle the loss of the synthesizer that was making a batch: retry, unless the batch has cost too many."""
         self.counts["deaths"] += 1
-        self.deaths[key, index] = self.deaths.get((key, index), 0) + 1
+        self.deaths[key, index] += 1
+        self.timeouts[key, index] += error.hung
         if self.deaths[key, index] >= MAX_DEATHS:
-            self.schedule.fail(key, index, f"RuntimeError: {MAX_DEATHS} synthesizers died making it; last: {reason}")
-        elif self.timeouts.get((key, index), 0) >= MAX_TIMEOUTS:
-            self.schedule.fail(key, index, f"TimeoutError: {reason}, {MAX_TIMEOUTS} times; raise `batch_timeout`")
+            self.schedule.fail(key, index, f"RuntimeError: {MAX_DEATHS} synthesizers died making it; last: {error}")
+        elif self.timeouts[key, index] >= MAX_TIMEOUTS:
+            self.schedule.fail(key, index, f"TimeoutError: {error}, {MAX_TIMEOUTS} times; raise `batch_timeout`")
         else:
             self.schedule.not_there(key, index)
-        if worker.up:
-            worker.up, worker.trouble = False, reason
-            self.spawn(self.bring_up(worker))
 
     async def read_batch(self, key: str, index: int, node: str) -> None:
         """Read a shard from the cache into the object store of the reader's node."""
@@ -514,17 +287,17 @@ class Coordinator:
         try:
             near = NodeAffinitySchedulingStrategy(node, soft=True) if node else "DEFAULT"
             reader = self.shard_reader.options(num_cpus=0, num_returns=2, scheduling_strategy=near)
-            reference, told = reader.remote(self.settings.cache_root, key, self.numerics, index)
-            info = await asyncio.wait_for(asyncio.wrap_future(told.future()), self.settings.batch_timeout_s)
+            reference, info_ref = reader.remote(self.settings.cache_root, key, self.workers.numerics, index)
+            info = await asyncio.wait_for(asyncio.wrap_future(info_ref.future()), self.settings.batch_timeout_s)
         except (RayError, TimeoutError) as error:
-            log.warning("reading batch %d of %s from the cache: %s", index, key[:12], in_one_line(error))
+            log.warning("reading batch %d of %s from the cache: %s", index, key[:12], kind_and_words(error))
         if info is None:
             self.counts["damaged"] += 1
             self.schedule.not_there(key, index)
         else:
             self.schedule.hold(key, index, reference, info["size_bytes"], cached=True, fresh=False)
             self.counts["read"] += 1
-            self.gauges["found"].inc()
+            self.metrics.found.inc()
         self.num_reading -= 1
         self.tell(key, index)
 
@@ -541,60 +314,15 @@ class Coordinator:
         """Every `TICK_S` seconds: update the metrics, and add or remove synthesizers."""
         while True:
             await asyncio.sleep(TICK_S)
-            status = self.status()
-            self.gauges["queue"].set(status["queue_depth"])
-            self.gauges["rate"].set(status["images_per_s"])
-            for name, share in status["idle"].items():
-                if share is not None:
-                    self.gauges["idle"].set(share, tags={"synthesizer": name})
+            self.metrics.show(self.status())
             if self.settings.most is not None:
-                self.resize()
-            elif self.settings.grow:
-                await self.grow()
+                most = await self.workers.most()
+                self.let_go(self.workers.resize(self.schedule.demand, most))
 
-    async def grow(self) -> None:
-        """Add synthesizers for nodes that have joined the cluster."""
-        alive = [node["Resources"] for node in await asyncio.to_thread(ray.nodes) if node["Alive"]]
-        nodes = [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive]
-        nodes = [node for node in nodes if node.cpus]
-        settings = self.settings
-        target = automatic(nodes, settings.threads, settings.gpus, settings.trial_gpus)
-        for _ in range(len(self.workers), target):
-            self.add_worker(in_group=False)
+    def let_go(self, made: list[tuple[str, int]]) -> None:
+        """Drop the references to batches that removed synthesizers made, if the cache has these batches.
 
-    def resize(self) -> None:
-        """For a range of synthesizers: add some while batches are waited for, remove idle ones (see `growth`)."""
-        settings, now, demand = self.settings, time.monotonic(), self.schedule.demand
-        assert settings.most is not None
-        if demand:
-            self.last_wanted = now
-        added = [worker for worker in self.workers if not worker.in_group]
-        waiting = [worker for worker in added if not worker.up]
-        idle = [one for one in added if one.up and not one.busy and now - one.free_since >= settings.idle_s]
-        counts = growth.Counts(
-            fewest=settings.num_synthesizers,
-            most=settings.most,
-            up=self.num_up,
-            free=sum(worker.up and worker.busy < settings.slots for worker in self.workers),
-            added=len(added),
-            pending=sum(not worker.left_out for worker in waiting),
-            idle=len(idle),
-            demand=demand,
-            quiet=now - self.last_wanted >= min(QUIET_S, settings.idle_s),
-        )
-        step = growth.change(counts)
-        for worker in [*idle[: step.remove], *(waiting if step.withdraw else ())]:
-            self.remove_worker(worker)
-        for _ in range(step.add):
-            self.add_worker(in_group=False)
-
-
-def fetch_first(given: list[Any]) -> Any:
-    """Fetch the object of a reference in a spec: a teacher, or the state of a round."""
-    return ray.get(given[0])
-
-
-def in_one_line(error: BaseException) -> str:
-    """Type and message of an error in one line, without the remote traceback."""
-    cause = error.cause if isinstance(error, RayTaskError) and error.cause else error
-    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
+        Ray does not count a machine as idle while objects on it are referenced.
+        """
+        for key, index in made if self.settings.cache_root else ():
+            self.schedule.forget(key, index)

@@ -1,8 +1,11 @@
-"""Decides when the fleet adds or removes synthesizers within `synthesizers` MIN-MAX. Pure: no Ray, no clock.
+"""Decides when a fleet adds or removes synthesizers. Pure: no Ray, no clock.
 
-The fleet adds and removes only actors; the autoscaler adds and removes machines. An added actor has a reservation that
-the autoscaler sees (`placement.added_cpus`). While it is pending, the autoscaler may launch a machine for it. When it
-is removed, its machine becomes idle and may be removed too.
+With a range `synthesizers` MIN-MAX at most MAX are up. An added one has a reservation that the autoscaler sees
+(`placement.added_cpus`). While it is pending, the autoscaler may launch a machine for it. When it is removed, its
+machine becomes idle and may be removed too. The fleet itself adds and removes only actors, never machines.
+
+With "auto" the most is what the machines that are alive have room for (`placement.automatic`), so a fleet grows after
+machines have joined. Its added synthesizers stay: they reserve no CPUs, and starting one again takes time.
 """
 
 from dataclasses import dataclass
@@ -17,10 +20,10 @@ class Counts:
     up: int  # all synthesizers that answer
     free: int  # all that are up and have a free slot
     added: int = 0
-    pending: int = 0  # added ones that have not answered yet
-    idle: int = 0  # added ones without work for `Settings.idle_s`
-    demand: int = 0  # batches that waiting readers will need and that are neither made nor being made
-    quiet: bool = False  # no demand for a while
+    pending: int = 0  # of the added: those that have not answered yet
+    idle: int = 0  # of the added: those that may go, and have had nothing to do for a while
+    demand: int = 0  # batches that waiting readers will want, and that nobody has made or is making
+    quiet: bool = False  # there has been no demand for a while
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,14 @@ so they reserve more: their share of a GPU or, without GPUs, one CPU per thread.
 pending, and the autoscaler launches a machine, which pending trials may use too. This cannot deadlock: the MIN and the
 running trials keep their reservations, and added synthesizers are removed when they are idle.
 
+With "auto", synthesizers are added for machines that join later. They must not take what a trial needs to start: they
+reserve no CPUs, and of the GPUs only what `automatic` leaves them. They are spread over the machines.
+
 Placement. Only machines with GPUs have room for a share of one. The fleet's placement group has the strategy SPREAD:
 one synthesizer per machine as far as they go, then each where most is free, so machines with free GPUs come first.
-Added synthesizers with a GPU are spread over the machines with room. Added ones without a GPU follow Ray's default:
-they prefer machines without GPUs and fill one after the other to one half, so the other machines stay idle and can be
-removed. A sweep without GPUs uses the cores of all machines, including those with GPUs, and reserves no GPU. The
+Added synthesizers with a GPU are spread over the machines with room. Added ones of a range without a GPU follow Ray's
+default: they prefer machines without GPUs and fill one after the other to one half, so the other machines stay idle and
+can be removed. A sweep without GPUs uses the cores of all machines, including those with GPUs, and reserves no GPU. The
 coordinator and the progress board reserve nothing and run on the driver's machine.
 """
 

@@ -199,6 +199,15 @@ class Schedule:
         fresh.discard(index)
         return reference, found
 
+    def collect(self, key: str, indices: list[int]) -> dict[str, Any]:
+        """What there is for a reader: `ready` (index → as of `hand_out`) and `errors` (index → reason)."""
+        errors = self.keys[key].errors
+        found = {index: self.hand_out(key, index) for index in indices}
+        return {
+            "ready": {index: handed for index, handed in found.items() if handed is not None},
+            "errors": {index: errors[index] for index in indices if index in errors},
+        }
+
     def forget(self, key: str, index: int) -> None:
         """Drop the reference of a batch, because its object is lost or replaced."""
         found = self.held.pop((key, index), None)

@@ -52,10 +52,9 @@ def preflight(
         gpus=placement.synthesizer_gpus,
         cache_root=cache_root,
         device="auto" if placement.synthesizer_gpus else "cpu",  # without a share, it must not use the trials' GPUs
-        grow=synthesizers is None,
         threads=threads,
         trial_gpus=placement.trial_gpus,
-        most=most,
+        most="auto" if synthesizers is None else most,
         added_cpus=0.0 if most is None else fleet.added_cpus(machines, threads, placement.synthesizer_gpus),
         budget_bytes=fleet.budget_bytes(),
     )
