@@ -1,4 +1,4 @@
-"""What a running sweep shows: figures from events, and their drawing."""
+"""What a running sweep shows: snapshots from events, and their drawing."""
 
 import io
 import os
@@ -39,9 +39,9 @@ def failed(name: str) -> dict:
     return row(name, status="failed", reason="FloatingPointError: the loss is inf", agreement=float("nan"))
 
 
-def shown(figures: live.Figures, width: int = 100, height: int = 30, **options) -> str:
+def shown(snapshot: live.Snapshot, width: int = 100, height: int = 30, **options) -> str:
     console = Console(file=io.StringIO(), width=width, height=height, force_terminal=True, color_system=None)
-    console.print(live.table(figures, "small.yaml", height, **options))
+    console.print(live.table(snapshot, "small.yaml", height, **options))
     return cast(io.StringIO, console.file).getvalue()
 
 
@@ -59,7 +59,7 @@ def test_every_trial_is_in_exactly_one_of_done_running_failed_and_to_do():
     seen = []
     for event in events:
         event()
-        now = view.figures(4.0)
+        now = view.snapshot(4.0)
         assert now.done + now.failed + len(now.running) + now.to_do == now.total == 4
         seen.append((now.done, len(now.running), now.failed, now.to_do))
     assert seen == [(0, 2, 0, 2), (1, 1, 0, 2), (1, 1, 0, 2), (1, 0, 1, 2), (1, 1, 1, 1), (2, 0, 1, 1), (3, 0, 1, 0)]
@@ -67,17 +67,17 @@ def test_every_trial_is_in_exactly_one_of_done_running_failed_and_to_do():
 
 def test_rows_of_an_earlier_run_count_as_done_those_of_other_sweeps_and_failed_ones_do_not():
     view = live.View(NAMES, [row("a", 0.8), failed("b"), row("of another file", 0.99)], now=0.0)
-    figures = view.figures(0.0)
-    assert (figures.done, figures.failed, figures.to_do) == (1, 0, 3)
-    assert figures.best == (0.8, NAMES["a"])
+    snapshot = view.snapshot(0.0)
+    assert (snapshot.done, snapshot.failed, snapshot.to_do) == (1, 0, 3)
+    assert snapshot.best == (0.8, NAMES["a"])
 
 
 def test_time_left_is_unknown_until_a_trial_of_this_run_has_finished():
     view = live.View(NAMES, [row("a")], now=0.0)
     view.stages({"b": ("starting", 0, 0)}, 0.0)
-    assert view.figures(5.0).left_s is None and live.duration(None) == "-"
+    assert view.snapshot(5.0).left_s is None and live.duration(None) == "-"
     view.row(failed("b"))
-    assert view.figures(5.0).left_s is None
+    assert view.snapshot(5.0).left_s is None
 
 
 def test_time_left_is_what_finished_trials_took_over_those_that_run_at_once():
@@ -87,22 +87,22 @@ def test_time_left_is_what_finished_trials_took_over_those_that_run_at_once():
     view.row(row("1", wall_s=20.0))
     view.stages({"2": ("starting", 0, 0), "3": ("starting", 0, 0)}, 20.0)
     # Six trials of 15 s are left, two at a time; the running two have 5 s and, being late, all of 15 s behind them.
-    assert view.figures(25.0).left_s == (6 * 15 - 2 * 5) / 2
-    assert view.figures(100.0).left_s == 4 * 15 / 2
+    assert view.snapshot(25.0).left_s == (6 * 15 - 2 * 5) / 2
+    assert view.snapshot(100.0).left_s == 4 * 15 / 2
 
 
 def test_best_is_by_agreement_alone():
     view = live.View(NAMES, [], now=0.0)
     view.row(row("a", 0.9, recovered_accuracy=0.1))
     view.row(row("b", 0.8, recovered_accuracy=0.99))
-    assert view.figures(1.0).best == (0.9, NAMES["a"])
+    assert view.snapshot(1.0).best == (0.9, NAMES["a"])
 
 
 def test_running_seconds_go_on_over_stages():
     view = live.View(NAMES, [], now=0.0)
     view.stages({"a": ("starting", 0, 0)}, 2.0)
     view.stages({"a": ("distilling", 30, 60)}, 5.0)
-    assert view.figures(9.0).running == ((NAMES["a"], "distilling 30/60", 7.0),)
+    assert view.snapshot(9.0).running == ((NAMES["a"], "distilling 30/60", 7.0),)
 
 
 def test_names_tell_all_trials_apart_by_what_differs():
@@ -130,10 +130,10 @@ def test_the_table_holds_counts_time_left_best_fleet_and_running_trials():
     view.stages({"a": ("starting", 0, 0), "b": ("synthesising", 3, 8)}, 0.0)
     view.row(row("a", 0.875, wall_s=30.0))
     view.fleet(STATUS)
-    text = shown(view.figures(31.0))
+    text = shown(view.snapshot(31.0))
     for part in ("small.yaml", "87.50 %, net sparsity 0.5", "synthesising 3/8", "12.3 images/s", "31 s", "2/2 synth"):
         assert part in text, (part, text)
-    assert "-" in shown(live.View(NAMES, [], 0.0).figures(0.0))
+    assert "-" in shown(live.View(NAMES, [], 0.0).snapshot(0.0))
 
 
 def running_view(num_trials: int = 16) -> live.View:
@@ -152,7 +152,7 @@ def running_view(num_trials: int = 16) -> live.View:
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (80, 40), (100, 40), (140, 60)])
 def test_running_trials_have_a_column_for_each_field_that_varies(width, height):
-    lines = shown(running_view().figures(100.0), width, height).splitlines()
+    lines = shown(running_view().snapshot(100.0), width, height).splitlines()
     assert len(lines) < height and max(map(len, lines)) <= width
     assert sum("fashion_mnist_…" in line for line in lines) == 1, "what names share is said once"
     rows = [line.split() for line in lines if line.startswith("resnet")]
@@ -170,7 +170,7 @@ def test_hostile_parts_of_names_stay_text_within_the_width(width, name):
     parts = {str(i): {"network": f"{name}{i}", "method": name, "sparsity": "0.5", "student.x": name} for i in range(3)}
     view = live.View({key: names.name_from(each) for key, each in parts.items()}, [], 0.0, parts=parts)
     view.stages({key: (name, 1, 2) for key in parts}, 0.0)
-    text = shown(view.figures(1.0), width, 24)
+    text = shown(view.snapshot(1.0), width, 24)
     assert max(cell_len(line) for line in text.splitlines()) <= width and "\x1b" not in text
     assert len(text.splitlines()) < 24
 
@@ -181,7 +181,7 @@ def test_the_table_fits_the_terminal_however_many_trials_run(width, height):
     view = live.View(called, [], now=0.0)
     view.stages({name: ("distilling", 12, 345) for name in called}, 0.0)
     view.fleet(STATUS)
-    lines = shown(view.figures(1.0), width, height).splitlines()
+    lines = shown(view.snapshot(1.0), width, height).splitlines()
     assert len(lines) < height and max(map(len, lines)) <= width
     assert "more" in "".join(lines)
 

@@ -112,7 +112,7 @@ def test_a_null_of_any_kind_in_any_column_is_shown_and_written_for_tensorboard(t
         screen = live.Screen(view, "s.yaml", Console(file=None), clock=lambda: 1.0)
         screen.row(row, 1, 1)
         screen.row(row | {"status": "stopped"}, 1, 1)
-        live.table(view.figures(2.0), "s", 30)
+        live.table(view.snapshot(2.0), "s", 30)
         show.print_ladder(row, tmp_path)
         frame = pd.DataFrame([full, row])
         show.print_trials(frame)

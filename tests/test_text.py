@@ -75,7 +75,7 @@ def test_the_live_view_and_the_plain_lines_show_names_as_text(capsys, name):
     status |= {"found": 0, "deaths": 0, "idle": {}, "trouble": {name: name}}
     view.fleet(status)
     console = Console(file=io.StringIO(), width=300, height=40, color_system=None)
-    console.print(live.table(view.figures(1.0), name, 40))
+    console.print(live.table(view.snapshot(1.0), name, 40))
     text = cast(io.StringIO, console.file).getvalue()
     assert not acts(text) and text.count(as_seen(name)) >= 4, text
     screen = live.Screen(view, name, console, clock=lambda: 1.0)

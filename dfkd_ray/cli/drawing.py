@@ -1,4 +1,4 @@
-"""Draws the live table of a running sweep from a snapshot of its figures."""
+"""Draws the live table of a running sweep from a snapshot of its state."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ FRAME_LINES = 12  # of the table besides its running trials
 
 
 @dataclass(frozen=True)
-class Figures:
+class Snapshot:
     """A snapshot of all values that the live table shows."""
 
     total: int
@@ -41,7 +41,7 @@ def duration(seconds: float | None) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
-def table(figures: Figures, title: str, height: int, stopping: bool = False) -> "RenderableType":
+def table(snapshot: Snapshot, title: str, height: int, stopping: bool = False) -> "RenderableType":
     """The table of a running sweep, for a terminal of `height` lines."""
     from rich.console import Group
     from rich.table import Table
@@ -49,11 +49,11 @@ def table(figures: Figures, title: str, height: int, stopping: bool = False) -> 
 
     counts = Table.grid(padding=(0, 1))
     counts.add_row(*(Text(name, "dim", no_wrap=True) for name in ("done", "running", "failed", "to do")))
-    numbers = (figures.done, len(figures.running), figures.failed, figures.to_do)
+    numbers = (snapshot.done, len(snapshot.running), snapshot.failed, snapshot.to_do)
     counts.add_row(*(str(count) for count in numbers))
-    clock = f"{duration(figures.elapsed_s)}, left {duration(figures.left_s)}"
-    best = "-" if figures.best is None else f"agreement {100 * figures.best[0]:.2f} %, {figures.best[1]}"
-    fleet = "-" if figures.fleet is None else fleet_line(figures.fleet).removeprefix("fleet: ")
+    clock = f"{duration(snapshot.elapsed_s)}, left {duration(snapshot.left_s)}"
+    best = "-" if snapshot.best is None else f"agreement {100 * snapshot.best[0]:.2f} %, {snapshot.best[1]}"
+    fleet = "-" if snapshot.fleet is None else fleet_line(snapshot.fleet).removeprefix("fleet: ")
     top = Table.grid(padding=(0, 1), expand=True)
     top.add_column(style="dim", no_wrap=True)
     top.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
@@ -62,25 +62,25 @@ def table(figures: Figures, title: str, height: int, stopping: bool = False) -> 
         top.add_row(name, what)
 
     # After a full line, the terminal's echo of Ctrl-C would start a new line, which the next drawing would not clear.
-    return Group(top, Running(figures, title, height, "stopping" if stopping else "stage"), Text())
+    return Group(top, Running(snapshot, title, height, "stopping" if stopping else "stage"), Text())
 
 
 class Running:
     """The running trials, with a column for each part of their names if that fits, else with whole names."""
 
-    def __init__(self, figures: Figures, title: str, height: int, stage: str):
-        self.figures, self.title, self.height, self.stage = figures, title, height, stage
+    def __init__(self, snapshot: Snapshot, title: str, height: int, stage: str):
+        self.snapshot, self.title, self.height, self.stage = snapshot, title, height, stage
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator["RenderableType"]:
         """The rendering, called by rich."""
         from rich.text import Text
 
-        running = self.figures.running
-        fitted = self.fitted(options.max_width) if running and len(self.figures.parts) == len(running) else None
+        running = self.snapshot.running
+        fitted = self.fitted(options.max_width) if running and len(self.snapshot.parts) == len(running) else None
         if fitted is None:
             yield self.by_name()
             return
-        title = f"{self.title}: {self.figures.once}" if self.figures.once else self.title
+        title = f"{self.title}: {self.snapshot.once}" if self.snapshot.once else self.title
         yield Text(shown(title), "bold", no_wrap=True, overflow="ellipsis")
         yield tables.drawn(fitted)
         if len(running) > len(fitted.columns[0].cells):
@@ -89,7 +89,7 @@ class Running:
     def fitted(self, width: int) -> tables.Fitted | None:
         """The columns with one line per trial; None if they do not fit."""
         room = max(1, self.height - FRAME_LINES - 1)
-        running, parts = self.figures.running[:room], self.figures.parts[:room]
+        running, parts = self.snapshot.running[:room], self.snapshot.parts[:room]
         columns = []
         fields = list(dict.fromkeys(field for each in parts for field in each))
         for heading, field in zip(short_names(fields), fields, strict=True):
@@ -110,7 +110,7 @@ class Running:
         trials.add_column(Text(shown(self.title)), no_wrap=True, overflow="ellipsis", ratio=1)
         trials.add_column(self.stage, no_wrap=True)
         trials.add_column("s", justify="right", no_wrap=True)
-        running, room = self.figures.running, max(1, self.height - FRAME_LINES)
+        running, room = self.snapshot.running, max(1, self.height - FRAME_LINES)
         for name, stage, seconds in running[:room]:
             trials.add_row(Text(shown(name)), Text(shown(stage)), f"{seconds:.0f}")
         if len(running) > room:

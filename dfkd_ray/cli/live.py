@@ -1,6 +1,6 @@
 """The display of a running sweep: a table that is updated in place on a terminal, plain lines elsewhere; interrupts.
 
-`View` collects events and computes the figures, without a terminal or a clock. `drawing` draws them.
+`View` collects events and gives snapshots of the state, without a terminal or a clock. `drawing` draws them.
 """
 
 import logging
@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dfkd_ray.cli.drawing import Figures, duration, table
+from dfkd_ray.cli.drawing import Snapshot, duration, table
 from dfkd_ray.cli.names import Parts, differing_parts, name_of, parts_of_one
 from dfkd_ray.cli.show import fleet_line, number, text_of
 from dfkd_ray.cli.streams import say
@@ -99,8 +99,8 @@ class View:
         with self.lock:
             self.status = status
 
-    def figures(self, now: float) -> Figures:
-        """All figures at time `now`."""
+    def snapshot(self, now: float) -> Snapshot:
+        """The state at time `now`."""
         with self.lock:
             to_do = self.total - len(self.done) - len(self.failed) - len(self.running)
             left_s = None
@@ -114,7 +114,7 @@ class View:
             )
             counts = (self.total, len(self.done), len(self.failed), to_do)
             parts = tuple(self.parts[name] for name in self.running if name in self.parts)
-            return Figures(*counts, now - self.start, left_s, self.best, running, self.status, parts, self.once)
+            return Snapshot(*counts, now - self.start, left_s, self.best, running, self.status, parts, self.once)
 
 
 def has_ended_well(row: Mapping[str, Any]) -> bool:
@@ -123,7 +123,7 @@ def has_ended_well(row: Mapping[str, Any]) -> bool:
     return not is_null(status) and status != "failed"
 
 
-def row_line(row: Mapping[str, Any], name: str, figures: Figures, done: int, total: int) -> str:
+def row_line(row: Mapping[str, Any], name: str, snapshot: Snapshot, done: int, total: int) -> str:
     """The plain line of a trial that has ended."""
     if not has_ended_well(row):
         reason = row.get("reason")
@@ -133,8 +133,8 @@ def row_line(row: Mapping[str, Any], name: str, figures: Figures, done: int, tot
         tested = "" if is_null(accuracy) else f", test accuracy {number(accuracy, 100.0)} %"
         stopped = ", stopped early" if row["status"] == "stopped" else ""
         what = f"agreement {number(row.get('agreement'), 100.0)} %{tested}{stopped}"
-    left = f", {duration(figures.left_s)} left" if done < total and figures.left_s is not None else ""
-    return shown(f"[{done}/{total}, {figures.elapsed_s:.0f} s{left}] {name}: {what}")
+    left = f", {duration(snapshot.left_s)} left" if done < total and snapshot.left_s is not None else ""
+    return shown(f"[{done}/{total}, {snapshot.elapsed_s:.0f} s{left}] {name}: {what}")
 
 
 class Screen:
@@ -153,8 +153,8 @@ class Screen:
         """A trial has ended."""
         self.view.row(row)
         if not self.is_live or not has_ended_well(row):
-            figures, trial_id = self.view.figures(self.clock()), row["trial_id"]
-            say(row_line(row, self.view.names.get(trial_id, text_of(trial_id)), figures, done, total))
+            snapshot, trial_id = self.view.snapshot(self.clock()), row["trial_id"]
+            say(row_line(row, self.view.names.get(trial_id, text_of(trial_id)), snapshot, done, total))
 
     def fleet(self, status: Mapping[str, Any]) -> None:
         """How the synthesizers are."""
@@ -177,8 +177,8 @@ class Screen:
         over = threading.Event()
 
         def draw() -> "RenderableType":
-            figures = self.view.figures(self.clock())
-            return table(figures, self.title, self.console.height, self.stopping)
+            snapshot = self.view.snapshot(self.clock())
+            return table(snapshot, self.title, self.console.height, self.stopping)
 
         with Live(console=self.console, auto_refresh=False, transient=True) as live:
 
