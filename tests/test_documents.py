@@ -195,6 +195,7 @@ SECTIONS = {"pruning", "student", "synthesis", "distillation", "reference"}
 FOREIGN = {
     "--help",
     "--block",
+    "--newest",
     "--soak-minutes",
     "--fuzz-seed",
     "--fuzz-only",

@@ -1,7 +1,7 @@
 """Divides a sweep's machines between fleet and trials; on an empty autoscaling cluster, requests the first machine.
 
 A cluster whose head offers no CPUs and that launches machines on demand (`min_workers: 0`) has no machine to plan for
-at first. If `--synthesizers` is a range, one machine is requested from the autoscaler and waited for, and the plan is
+at first. If `synthesizers` is a range, one machine is requested from the autoscaler and waited for, and the plan is
 made for it. The autoscaler launches further machines for pending trials and for synthesizers that the fleet adds.
 """
 

@@ -126,7 +126,7 @@ class Disk:
 
     def fill(self) -> None:
         """Leave no byte free."""
-        with self.ballast.open("wb") as file, suppress(OSError):
+        with suppress(OSError), self.ballast.open("wb") as file:  # opening too may find the disk full
             while True:
                 file.write(bytes(1 << 16))
                 file.flush()
