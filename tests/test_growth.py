@@ -230,5 +230,5 @@ def test_what_a_removed_synthesizer_made_is_let_go_where_the_cache_has_it(cache_
     coordinator.schedule = schedule
     coordinator.settings = Settings(num_synthesizers=1, cpus=0.1, most=8, cache_root=cache_root)
     coordinator.let_go([("k", 0), ("k", 2)])
-    held = [index for index in range(3) if schedule.reference("k", index) is not None]
+    held = [index for index in range(3) if schedule.ref("k", index) is not None]
     assert held == ([1] if cache_root else [0, 1, 2]), "without a cache it would have to be made again"

@@ -167,14 +167,14 @@ class Simulation:
         for index in window:
             handed = self.schedule.hand_out(key, index)
             if handed is not None:
-                reference, found = handed
-                assert reference == f"{key} {index}"
+                ref, found = handed
+                assert ref == f"{key} {index}"
                 self.fresh[key, index] += not found
                 got.add(index)
                 if self.random.random() < self.world.lost:
                     reader.lost.append(index)
                 else:
-                    reader.have[index] = reference
+                    reader.have[index] = ref
             elif index in self.schedule.keys[key].errors:
                 assert (key, index) in self.impossible
                 reader.have[index] = "told that it failed"
@@ -433,11 +433,11 @@ def test_references_dropped_are_those_read_longest_ago():
         schedule = schedule_of("a", "b", budget=budget * SIZE)
         for _ in range(40):
             job = rng.choice("ab"), rng.randrange(6)
-            action = rng.choice(("hold", "reference", "hand_out", "forget"))
+            action = rng.choice(("hold", "ref", "hand_out", "forget"))
             if action == "hold":
                 hold(schedule, *job)
             there = job in recent or action == "hold"
-            if action in ("reference", "hand_out"):
+            if action in ("ref", "hand_out"):
                 assert (getattr(schedule, action)(*job) is not None) == there
             if action == "forget":
                 schedule.forget(*job)
@@ -461,7 +461,7 @@ def test_a_batch_held_again_counts_once():
     schedule = schedule_of("a")
     hold(schedule, "a", 0)
     schedule.hold("a", 0, "larger", 3 * SIZE, cached=True, fresh=False)
-    assert schedule.held_bytes == 3 * SIZE and schedule.reference("a", 0) == "larger"
+    assert schedule.held_bytes == 3 * SIZE and schedule.ref("a", 0) == "larger"
 
 
 def test_a_batch_dropped_before_anyone_had_it_is_still_fresh_when_it_is_read():

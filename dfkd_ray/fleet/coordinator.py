@@ -124,7 +124,7 @@ class Coordinator:
         """Long poll for batches: returns when at least one of `indices` exists or has failed, or after `hold_s`.
 
         `until`: the index (exclusive) up to which the reader will read; batches up to it may be made ahead. `lost`:
-        indices whose objects the reader could not fetch. The reply has `ready` (index → (reference, whether it was
+        indices whose objects the reader could not fetch. The reply has `ready` (index → (ref, whether it was
         found rather than made)) and `errors` (index → reason). If both are empty it has `waiting_for` and `alone_s`
         too. For a key that is not open it has `unknown`.
         """
@@ -240,7 +240,7 @@ class Coordinator:
     async def make_batch(self, worker: Worker, key: str, index: int) -> None:
         """Have one batch made, and record the result: the batch, a retry, or an error."""
         try:
-            reference, info = await self.workers.make(worker, self.specs[key], index)
+            ref, info = await self.workers.make(worker, self.specs[key], index)
         except RayTaskError as error:
             self.failed(key, index, error)
         except Lost as error:
@@ -248,7 +248,7 @@ class Coordinator:
         else:
             found = info["found"]
             in_cache = self.specs[key].folder(self.settings.cache_root, str(self.workers.numerics)) is not None
-            self.schedule.hold(key, index, reference, info["size_bytes"], cached=in_cache, fresh=not found)
+            self.schedule.hold(key, index, ref, info["size_bytes"], cached=in_cache, fresh=not found)
             self.counts["found" if found else "made"] += 1
             if not found:
                 self.counts["images"] += info["num_images"]
@@ -283,11 +283,11 @@ class Coordinator:
 
     async def read_batch(self, key: str, index: int, node: str) -> None:
         """Read a shard from the cache into the object store of the reader's node."""
-        reference = info = None
+        ref = info = None
         try:
             near = NodeAffinitySchedulingStrategy(node, soft=True) if node else "DEFAULT"
             reader = self.shard_reader.options(num_cpus=0, num_returns=2, scheduling_strategy=near)
-            reference, info_ref = reader.remote(self.settings.cache_root, key, self.workers.numerics, index)
+            ref, info_ref = reader.remote(self.settings.cache_root, key, self.workers.numerics, index)
             info = await asyncio.wait_for(asyncio.wrap_future(info_ref.future()), self.settings.batch_timeout_s)
         except (RayError, TimeoutError) as error:
             log.warning("reading batch %d of %s from the cache: %s", index, key[:12], kind_and_words(error))
@@ -295,7 +295,7 @@ class Coordinator:
             self.counts["damaged"] += 1
             self.schedule.not_there(key, index)
         else:
-            self.schedule.hold(key, index, reference, info["size_bytes"], cached=True, fresh=False)
+            self.schedule.hold(key, index, ref, info["size_bytes"], cached=True, fresh=False)
             self.counts["read"] += 1
             self.metrics.found.inc()
         self.num_reading -= 1
@@ -303,7 +303,7 @@ class Coordinator:
 
     def tell(self, key: str, index: int) -> None:
         """Wake the readers that wait for this batch if it is ready or has failed; then assign further work."""
-        if self.schedule.reference(key, index) is not None or index in self.schedule.keys[key].errors:
+        if self.schedule.ref(key, index) is not None or index in self.schedule.keys[key].errors:
             self.readers.pop((key, index), None)
             for future in self.arrived.pop((key, index), ()):
                 if not future.done():

@@ -46,9 +46,9 @@ def fit(
             if progress:
                 progress(len(shard.rows))
         totals = fitting.empty(plan)
-        for reference in running:  # in the order of the shards: sums in another order differ in the last bits
+        for ref in running:  # in the order of the shards: sums in another order differ in the last bits
             try:
-                totals.merge(ray.get(reference))
+                totals.merge(ray.get(ref))
             except RayTaskError as error:
                 if isinstance(error.cause, ValueError):
                     raise ValueError(str(error.cause)) from None

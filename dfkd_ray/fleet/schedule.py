@@ -164,7 +164,7 @@ class Schedule:
         state.in_flight.add(index)
         return True
 
-    def hold(self, key: str, index: int, reference: Any, size_bytes: int, *, cached: bool, fresh: bool) -> None:
+    def hold(self, key: str, index: int, ref: Any, size_bytes: int, *, cached: bool, fresh: bool) -> None:
         """Keep the reference of a new batch, and drop the least recently read ones beyond the budget."""
         state = self.keys[key]
         if fresh:
@@ -173,7 +173,7 @@ class Schedule:
         if cached:
             state.cached.add(index)
         self.forget(key, index)
-        self.held[key, index] = (reference, size_bytes)
+        self.held[key, index] = (ref, size_bytes)
         self.held_bytes += size_bytes
         while self.held_bytes > self.budget_bytes and len(self.held) > 1:
             (other, dropped), (_, size) = self.held.popitem(last=False)
@@ -181,7 +181,7 @@ class Schedule:
             if dropped not in self.keys[other].cached:
                 self._lose(other, dropped)
 
-    def reference(self, key: str, index: int) -> Any | None:
+    def ref(self, key: str, index: int) -> Any | None:
         """The reference of a batch in memory, marked as most recently read; None if it is not in memory."""
         found = self.held.get((key, index))
         if found is None:
@@ -191,13 +191,13 @@ class Schedule:
 
     def hand_out(self, key: str, index: int) -> tuple[Any, bool] | None:
         """(reference, found) of a batch in memory; `found` is False for the first reader of a new batch."""
-        reference = self.reference(key, index)
-        if reference is None:
+        ref = self.ref(key, index)
+        if ref is None:
             return None
         fresh = self.keys[key].fresh
         found = index not in fresh
         fresh.discard(index)
-        return reference, found
+        return ref, found
 
     def collect(self, key: str, indices: list[int]) -> dict[str, Any]:
         """What there is for a reader: `ready` (index → as of `hand_out`) and `errors` (index → reason)."""

@@ -114,9 +114,9 @@ class Stream:
                         f"waiting for {waiting_for}"
                     )
                 if index in coming:
-                    reference, found = coming.pop(index)
+                    ref, found = coming.pop(index)
                     try:
-                        batch = self.timed(reference, FETCH_S)
+                        batch = self.timed(ref, FETCH_S)
                         break
                     except RayError:  # the object's node or owner is gone
                         lost.append(index)
@@ -155,11 +155,11 @@ class Stream:
         start = time.monotonic()
         reply: Any
         try:
-            reference, sent = pending if pending and not lost else self.send(spec, window, until, lost)
-            reply = ray.get(reference, timeout=ANSWER_S)
+            ref, sent = pending if pending and not lost else self.send(spec, window, until, lost)
+            reply = ray.get(ref, timeout=ANSWER_S)
             if reply.get("unknown"):
-                sent, reference = time.monotonic(), self.coordinator.open.remote(spec, self.numerics)
-                reply = ray.get(reference, timeout=ANSWER_S)
+                sent, ref = time.monotonic(), self.coordinator.open.remote(spec, self.numerics)
+                reply = ray.get(ref, timeout=ANSWER_S)
         except (RayActorError, GetTimeoutError) as error:
             time.sleep(PAUSE_S)
             reply, sent = {"waiting_for": f"the coordinator to come back ({type(error).__name__})"}, start
@@ -170,11 +170,11 @@ class Stream:
         self.wait_s += blocked - overhead
         return reply
 
-    def timed(self, reference: Any, timeout_s: float) -> Any:
+    def timed(self, ref: Any, timeout_s: float) -> Any:
         """`ray.get`; its seconds are added to `call_s`."""
         start = time.monotonic()
         try:
-            return ray.get(reference, timeout=timeout_s)
+            return ray.get(ref, timeout=timeout_s)
         finally:
             self.call_s += time.monotonic() - start
 

@@ -229,11 +229,11 @@ class Workers:
             if spec.key not in worker.opened:
                 actor.open.remote(spec)
                 worker.opened.add(spec.key)
-            reference, info_ref = actor.batch.options(num_returns=2).remote(*batch)
+            ref, info_ref = actor.batch.options(num_returns=2).remote(*batch)
             info = await asyncio.wait_for(asyncio.wrap_future(info_ref.future()), self.settings.batch_timeout_s)
             if not worker.in_group:
                 worker.made.add(batch)
-            return reference, info
+            return ref, info
         except RayTaskError as error:
             if isinstance(error.cause, NotOpened):
                 worker.opened.discard(spec.key)
