@@ -303,11 +303,6 @@ def look(
         state.looks_since_best += int(candidate)
 
 
-def remove_checkpoint(folder: Folder) -> None:
-    """Remove a trial's checkpoint, and its folder if that is empty."""
-    folder.clear(CHECKPOINT.__eq__)
-
-
 def write_checkpoint(folder: Folder, student: nn.Module, optimiser: torch.optim.SGD, state: State) -> None:
     """Write student, momentum, best student and counters atomically into one safetensors file."""
     tensors = {f"student.{name}": tensor for name, tensor in student.state_dict().items()}

@@ -112,7 +112,7 @@ def test_names_tell_all_trials_apart_by_what_differs():
     ]
     points.append({"synthesis": {"method": "noise"}, "distillation": {"temperature": 2}})
     trials = {str(i): config.validate(config.TrialConfig, {**base, **point}) for i, point in enumerate(points)}
-    called = names.names_of(trials)
+    called = {trial_id: names.name_from(parts) for trial_id, parts in names.parts_of(trials).items()}
     assert len(set(called.values())) == 5
     assert called["0"].startswith("tiny deepinversion sparsity 0.5") and "bn_weight 1 " in called["0"]
     assert "bn_weight" not in called["4"] and "seed" not in called["0"]

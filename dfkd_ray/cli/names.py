@@ -12,11 +12,6 @@ Parts = Mapping[str, str]  # heading → text, in the order of the name
 NAMED = ("teacher", "synthesis.method", "pruning.sparsity")
 
 
-def names_of(trials: Mapping[str, TrialConfig]) -> dict[str, str]:
-    """Trial id → name."""
-    return {name: name_from(parts) for name, parts in parts_of(trials).items()}
-
-
 def name_of(values: Mapping[str, Any], differing: Sequence[str]) -> str:
     """The name of a trial with these (dotted) fields; `differing` are those that differ between trials."""
     return name_from(parts_of_one(values, differing))
