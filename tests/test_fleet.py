@@ -14,10 +14,10 @@ from ray.exceptions import RayError
 
 from dfkd_ray import cache, fleet
 from dfkd_ray.fleet.coordinator import Coordinator
+from dfkd_ray.fleet.pool import Pool, Worker
 from dfkd_ray.fleet.schedule import Key, Schedule
 from dfkd_ray.fleet.simulated import NUMERICS, Simulated, simulated_batch, simulated_spec
 from dfkd_ray.fleet.stream import Stream, error_of
-from dfkd_ray.fleet.workers import Worker, Workers
 
 SHAPE = (4, 1, 8, 8)
 
@@ -126,15 +126,15 @@ def test_free_slots_are_given_out_without_a_look_at_the_whole_fleet(monkeypatch)
             return super().next_to_make()
 
     given, coordinator = [], object.__new__(Coordinator)  # its decisions alone: no actor
-    coordinator.workers, coordinator.schedule = object.__new__(Workers), Counting(10**6)
-    coordinator.workers.settings, coordinator.workers.free = settings_of(slots=2), {}
+    coordinator.pool, coordinator.schedule = object.__new__(Pool), Counting(10**6)
+    coordinator.pool.settings, coordinator.pool.free = settings_of(slots=2), {}
     coordinator.readers, coordinator.to_read, coordinator.num_reading = {}, [], 0
     monkeypatch.setattr(coordinator, "spawn", lambda job: None, raising=False)
     monkeypatch.setattr(coordinator, "make_batch", lambda worker, _key, index: given.append((worker.number, index)))
     workers = [Worker(f"synthesizer {number}", None, number, up=number != 1) for number in range(1000)]
     for worker in reversed(workers):
-        coordinator.workers.offer(worker)
-        coordinator.workers.offer(worker)
+        coordinator.pool.offer(worker)
+        coordinator.pool.offer(worker)
     coordinator.pump()
     assert (coordinator.schedule.asked, given) == (1, []), "nothing to make: one look, however many are idle"
     coordinator.schedule.keys["key"] = Key()
@@ -142,18 +142,18 @@ def test_free_slots_are_given_out_without_a_look_at_the_whole_fleet(monkeypatch)
     coordinator.pump()
     assert given == [(0, 0), (0, 1), (2, 2), (2, 3), (3, 4)], "the first of the fleet first, none that is down"
     workers[0].busy, workers[1].up = 1, True
-    coordinator.workers.offer(workers[0])
-    coordinator.workers.offer(workers[1])
+    coordinator.pool.offer(workers[0])
+    coordinator.pool.offer(workers[1])
     coordinator.schedule.look_ahead("key", 5, 9, 4)
     coordinator.pump()
     assert given[5:] == [(0, 5), (1, 6), (1, 7), (3, 8)]
     workers[900].node = "there"
-    coordinator.workers.offer(workers[900])
+    coordinator.pool.offer(workers[900])
     coordinator.readers["key", 9] = "there"
     coordinator.schedule.look_ahead("key", 9, 11, 2)
     coordinator.pump()
     assert given[9:] == [(900, 9), (4, 10)], "a batch is made where its reader waits, if somebody is free there"
-    assert len(coordinator.workers.free[""]) == 996 and all(worker.busy <= 2 for worker in workers)
+    assert len(coordinator.pool.free[""]) == 996 and all(worker.busy <= 2 for worker in workers)
 
 
 def test_two_keys_share_the_fleet_fairly(tmp_path):

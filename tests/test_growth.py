@@ -12,9 +12,9 @@ from ray.exceptions import RayError
 from dfkd_ray.fleet.coordinator import Coordinator
 from dfkd_ray.fleet.growth import Change, Counts, change
 from dfkd_ray.fleet.placement import Node
+from dfkd_ray.fleet.pool import Pool, Worker
 from dfkd_ray.fleet.schedule import Key, Schedule
 from dfkd_ray.fleet.settings import Settings
-from dfkd_ray.fleet.workers import Worker, Workers
 
 BUSY = Counts(fewest=1, most=64, up=1, free=0, demand=100)
 CASES = [
@@ -114,23 +114,23 @@ def test_of_several_readers_the_furthest_counts(others):
 
 def workers_of(members: list[Worker], **settings) -> Any:
     """As much of a fleet as its decisions need, without actors; `started` counts those that it adds."""
-    workers = object.__new__(Workers)
-    workers.settings = Settings(**{"num_synthesizers": 1, "cpus": 0.1, "most": 8, "idle_s": 60.0} | settings)
-    workers.members, workers.free, workers.num_started = members, {}, len(members)
-    workers.last_wanted = time.monotonic()
-    workers.start_actor = lambda bundle: f"actor beside bundle {bundle}"
-    workers.spawn = lambda job: job.close()
+    pool = object.__new__(Pool)
+    pool.settings = Settings(**{"num_synthesizers": 1, "cpus": 0.1, "most": 8, "idle_s": 60.0} | settings)
+    pool.members, pool.free, pool.num_started = members, {}, len(members)
+    pool.last_wanted = time.monotonic()
+    pool.start_actor = lambda bundle: f"actor beside bundle {bundle}"
+    pool.spawn = lambda job: job.close()
     for number, worker in enumerate(members):
         worker.number = number
-        workers.offer(worker)
-    return workers
+        pool.offer(worker)
+    return pool
 
 
 def test_a_batch_goes_to_a_free_synthesizer_on_the_node_of_who_waits_for_it(monkeypatch):
     coordinator, begun = object.__new__(Coordinator), []
     monkeypatch.setattr(coordinator, "spawn", lambda job: None)
     monkeypatch.setattr(coordinator, "make_batch", lambda worker, _key, index: begun.append((worker.name, index)))
-    coordinator.workers = workers_of([Worker(f"s{node}", None, up=True, node=node) for node in ("a", "b", "c")])
+    coordinator.pool = workers_of([Worker(f"s{node}", None, up=True, node=node) for node in ("a", "b", "c")])
     coordinator.readers = {("k", 0): "c", ("k", 1): "c", ("k", 2): "elsewhere"}
     coordinator.schedule, coordinator.to_read, coordinator.num_reading = waiting(4, 4), [], 0
     coordinator.pump()
@@ -139,15 +139,15 @@ def test_a_batch_goes_to_a_free_synthesizer_on_the_node_of_who_waits_for_it(monk
 
 def test_only_what_was_added_is_removed_and_only_when_it_is_idle_or_not_up(monkeypatch):
     now = time.monotonic()
-    monkeypatch.setattr("dfkd_ray.fleet.workers.time.monotonic", lambda: now)
+    monkeypatch.setattr("dfkd_ray.fleet.pool.time.monotonic", lambda: now)
     members = members_at(now)
-    workers, gone = workers_of(members), []
-    monkeypatch.setattr(workers, "remove", lambda one: gone.append(one.name))
-    workers.last_wanted = now - 5
-    assert workers.resize(0, 8) == [("k", 7)] and gone == ["idle"]
-    workers.last_wanted = now - 20
-    workers.resize(0, 8)
-    assert gone[1:] == ["idle", "pending", "left out"] and workers.members == members
+    pool, gone = workers_of(members), []
+    monkeypatch.setattr(pool, "remove", lambda one: gone.append(one.name))
+    pool.last_wanted = now - 5
+    assert pool.resize(0, 8) == [("k", 7)] and gone == ["idle"]
+    pool.last_wanted = now - 20
+    pool.resize(0, 8)
+    assert gone[1:] == ["idle", "pending", "left out"] and pool.members == members
 
 
 def members_at(now: float) -> list[Worker]:
@@ -163,37 +163,37 @@ def members_at(now: float) -> list[Worker]:
 
 
 def test_what_the_automatic_number_has_added_stays(monkeypatch):
-    workers = workers_of(members_at(time.monotonic()), most="auto")
-    monkeypatch.setattr(workers, "remove", lambda one: pytest.fail(f"{one.name} was removed"))
-    workers.last_wanted -= 1000
+    pool = workers_of(members_at(time.monotonic()), most="auto")
+    monkeypatch.setattr(pool, "remove", lambda one: pytest.fail(f"{one.name} was removed"))
+    pool.last_wanted -= 1000
     for most in (8, 1):  # also where machines are gone
-        assert workers.resize(0, most) == [] and len(workers.members) == 6
+        assert pool.resize(0, most) == [] and len(pool.members) == 6
 
 
 @pytest.mark.parametrize("most", [4, "auto"])
 def test_both_ranges_and_the_automatic_number_grow_in_doubling_steps_up_to_the_most(monkeypatch, most):
     machines = [Node(2.0), Node(0.0), Node(1.0)]
-    monkeypatch.setattr("dfkd_ray.fleet.workers.nodes", lambda: machines)
-    workers, sizes = workers_of([Worker("first", None, up=True, busy=1)], most=most), [1]
-    while workers.resize(100, asyncio.run(workers.most())) == [] and len(workers.members) > sizes[-1]:
-        sizes.append(len(workers.members))
-        for worker in workers.members:
+    monkeypatch.setattr("dfkd_ray.fleet.pool.nodes", lambda: machines)
+    pool, sizes = workers_of([Worker("first", None, up=True, busy=1)], most=most), [1]
+    while pool.resize(100, asyncio.run(pool.most())) == [] and len(pool.members) > sizes[-1]:
+        sizes.append(len(pool.members))
+        for worker in pool.members:
             worker.up, worker.busy = True, 1
     assert sizes == ([1, 2, 4] if most == 4 else [1, 2, 3])
-    assert {worker.actor for worker in workers.members[1:]} == {"actor beside bundle None"}
+    assert {worker.actor for worker in pool.members[1:]} == {"actor beside bundle None"}
     machines.append(Node(1.0))  # one joins
-    workers.resize(100, asyncio.run(workers.most()))
-    assert len(workers.members) == 4
+    pool.resize(100, asyncio.run(pool.most()))
+    assert len(pool.members) == 4
 
 
 def test_a_removed_synthesizer_is_none_of_the_fleet(monkeypatch):
     killed: list = []
     monkeypatch.setattr("ray.kill", killed.append)
     worker = Worker("added", "its actor", up=True, in_group=False)
-    workers = workers_of([worker])
-    workers.remove(worker)
-    assert worker.removed and not worker.up and workers.members == [] and killed == ["its actor"]
-    assert workers.first_free() is None
+    pool = workers_of([worker])
+    pool.remove(worker)
+    assert worker.removed and not worker.up and pool.members == [] and killed == ["its actor"]
+    assert pool.first_free() is None
 
 
 def test_an_actor_that_another_takes_the_place_of_is_ended_first(monkeypatch):
@@ -213,11 +213,11 @@ def test_an_actor_that_another_takes_the_place_of_is_ended_first(monkeypatch):
     done: list = []
     first, second = Actor(*[RayError("it is gone")] * 3), Actor({"numerics": "cpu"})
     worker = Worker("synthesizer 0", first)
-    workers = workers_of([worker])
-    monkeypatch.setattr(workers, "start_actor", lambda bundle: done.append(bundle) or second)
+    pool = workers_of([worker])
+    monkeypatch.setattr(pool, "start_actor", lambda bundle: done.append(bundle) or second)
     monkeypatch.setattr("ray.kill", done.append)
-    monkeypatch.setattr("dfkd_ray.fleet.workers.asyncio.sleep", at_once)
-    assert asyncio.run(workers.answer(worker)) == {"numerics": "cpu"}
+    monkeypatch.setattr("dfkd_ray.fleet.pool.asyncio.sleep", at_once)
+    assert asyncio.run(pool.answer(worker)) == {"numerics": "cpu"}
     assert done == [first, 0] and worker.actor is second, "both have one reservation"
 
 

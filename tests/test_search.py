@@ -14,7 +14,7 @@ import yaml
 
 from dfkd_ray import bundles, results, storage, sweep, trial
 from dfkd_ray.distillation import State
-from dfkd_ray.sweep import asha, estimate, optuna, reports, search
+from dfkd_ray.sweep import asha, estimate, optuna, search, tune_reports
 from helpers import TINY_NOISE, TINY_TRIAL, calibrated, costs_of, estimated, tiny_trial
 
 LOOKS = {"distillation.num_steps": 6, "distillation.eval_every": 1}
@@ -188,11 +188,15 @@ def test_nothing_measured_on_test_data_reaches_tune_or_optuna():
     columns = {name: 0.5 for name in results.schema("trials").names}
     row = Sealed(columns | {"status": "finished", "agreement": 0.75, "recovered_accuracy": 0.99})
     state = State(step=2, best_agreement=0.75, best_kl=0.1, best_step=1)
-    told = [reports.final(row, 6), reports.final(Sealed(row | {"status": "failed"}), 6), reports.evaluation(row, state)]
+    told = [
+        tune_reports.final(row, 6),
+        tune_reports.final(Sealed(row | {"status": "failed"}), 6),
+        tune_reports.evaluation(row, state),
+    ]
     assert {key for report in told for key in report} == {"step", "agreement", "failed", "so_far", "looks"}
     assert not any("accuracy" in name or "test" in name for name in json.loads(told[2]["so_far"]))
     assert told[0]["agreement"] == told[2]["agreement"] == 0.75 and told[1]["agreement"] == 0.0
-    assert reports.final(None, 6) == told[1] and reports.METRIC == "agreement"
+    assert tune_reports.final(None, 6) == told[1] and tune_reports.METRIC == "agreement"
 
 
 def test_searcher_and_scheduler_are_given_agreement_as_their_metric(tiny_teacher):
@@ -217,7 +221,7 @@ def test_a_trial_reports_each_look_and_its_numbers_do_not_depend_on_being_asked(
     seen = []
 
     def look(row, state):
-        seen.append((state.step, reports.evaluation(row, state)))
+        seen.append((state.step, tune_reports.evaluation(row, state)))
 
     told = trial.run(config, teacher, observer=trial.Observer(look=look))
     assert [step for step, _ in seen] == [0, 1, 2, 3, 4, 5, 6]
@@ -227,8 +231,8 @@ def test_a_trial_reports_each_look_and_its_numbers_do_not_depend_on_being_asked(
     silent = trial.run(config, teacher)
     same = [name for name in results.deterministic_columns() if name in told.row]
     assert [told.row[name] for name in same] == [silent.row[name] for name in same]
-    assert not reports.may_stop(State(step=3), 6), "while it is being pruned a student is no candidate"
-    assert not reports.may_stop(State(step=6, best_agreement=0.5), 6), "a trial at its end is not stopped"
+    assert not tune_reports.may_stop(State(step=3), 6), "while it is being pruned a student is no candidate"
+    assert not tune_reports.may_stop(State(step=6, best_agreement=0.5), 6), "a trial at its end is not stopped"
 
 
 # ---- early stopping ------------------------------------------------------------------------------------------------

@@ -18,9 +18,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dfkd_ray.fleet.coordinator import MAX_TIMEOUTS, Coordinator
 from dfkd_ray.fleet.placement import Node, Placement, added_cpus, first_machines, plan
-from dfkd_ray.fleet.session import QUIET, connected
+from dfkd_ray.fleet.session import QUIET, connected, nodes
 from dfkd_ray.fleet.settings import Settings
-from dfkd_ray.fleet.workers import nodes
 
 if TYPE_CHECKING:
     from dfkd_ray.bundles import Teacher

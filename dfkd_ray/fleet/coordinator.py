@@ -2,7 +2,7 @@
 
 No images pass through it, only references. A batch is in the cache before its reference is given to a reader. Its
 images stay in the object store of the node that made them until a reader fetches them, once per node. The coordinator's
-state can be lost: if it dies, Ray restarts it with the same arguments, it starts its synthesizers again (`workers.py`),
+state can be lost: if it dies, Ray restarts it with the same arguments, it starts its synthesizers again (`pool.py`),
 and it finds the finished batches in the cache.
 """
 
@@ -20,10 +20,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dfkd_ray import cache
 from dfkd_ray.fleet.metrics import Metrics
+from dfkd_ray.fleet.pool import Lost, Pool, Worker, kind_and_words
 from dfkd_ray.fleet.schedule import Key, Schedule
 from dfkd_ray.fleet.settings import Settings
 from dfkd_ray.fleet.synthesizer import NotOpened, Spec, is_over, note, read_shard
-from dfkd_ray.fleet.workers import Lost, Worker, Workers, kind_and_words
 
 MAX_READS = 8  # shards read from the cache at a time
 MAX_DEATHS = 20  # synthesizers that may die over one batch before it is called impossible
@@ -56,14 +56,14 @@ class Coordinator:
         self.background: set[asyncio.Task] = set()
         self.shard_reader: Any = ray.remote(read_shard)
         self.metrics = Metrics()
-        self.workers = Workers(settings, self.spawn, on_up=self.pump)
+        self.pool = Pool(settings, self.spawn, on_up=self.pump)
         self.spawn(self.tick())
 
     # ---- what readers call -------------------------------------------------------------------------------------
 
     async def ready(self) -> dict[str, Any]:
         """Wait until one synthesizer is up; returns the status."""
-        await self.workers.settled()
+        await self.pool.settled()
         return self.status()
 
     async def open(self, spec: Spec, numerics: str) -> dict[str, Any]:
@@ -72,11 +72,11 @@ class Coordinator:
         The reply has `waiting_for`, `alone_s` and `held_s`, as that of `take`.
         """
         start = time.monotonic()
-        self.workers.settle(numerics)
+        self.pool.settle(numerics)
         if spec.state is not None and spec.key in self.specs:  # who opens it again brings a state that is not lost
             self.specs[spec.key] = spec
             self.stale.discard(spec.key)
-            self.workers.reopen(spec.key)
+            self.pool.reopen(spec.key)
         if spec.key not in self.specs:
             if spec.key not in self.opening:
                 self.opening[spec.key] = self.spawn(self._open(spec))
@@ -86,7 +86,7 @@ class Coordinator:
         return self.where(spec.key, 0) | {"held_s": time.monotonic() - start}
 
     async def _open(self, spec: Spec) -> None:
-        numerics, state = await self.workers.settled(), Key()
+        numerics, state = await self.pool.settled(), Key()
         folder = spec.folder(self.settings.cache_root, numerics)
         if folder is not None:
             try:
@@ -179,16 +179,16 @@ class Coordinator:
         seconds = time.monotonic() - self.start
         return {
             **self.counts,
-            "synthesizers": len(self.workers.members),
-            "synthesizers_up": self.workers.num_up,
+            "synthesizers": len(self.pool.members),
+            "synthesizers_up": self.pool.num_up,
             "queue_depth": self.schedule.queue_depth,
             "in_flight": sum(len(state.in_flight) for state in self.schedule.keys.values()),
             "held_bytes": self.schedule.held_bytes,
             "images_per_s": self.counts["images"] / seconds,
-            "idle": self.workers.idle_shares(),
+            "idle": self.pool.idle_shares(),
             "keys": len(self.specs),
-            "numerics": self.workers.numerics,
-            "trouble": self.workers.trouble,
+            "numerics": self.pool.numerics,
+            "trouble": self.pool.trouble,
             "seconds": seconds,
             # Of this process, all threads: one near a core is the fleet's limit.
             "cpu_s": time.process_time(),
@@ -197,27 +197,27 @@ class Coordinator:
 
     def actors(self) -> list[Any]:
         """The synthesizers' handles, for tests that kill them."""
-        return [worker.actor for worker in self.workers.members]
+        return [worker.actor for worker in self.pool.members]
 
     def where(self, key: str, index: int) -> dict[str, Any]:
         """The reply to a reader that must wait: what it waits for, and for how long no synthesizer has been up."""
-        if (key, index) in self.workers.making:
-            name, begun = self.workers.making[key, index]
+        if (key, index) in self.pool.making:
+            name, begun = self.pool.making[key, index]
             words = f"{name} has been making it for {time.monotonic() - begun:.0f} s"
-        elif not self.workers.num_up:
-            troubles = "; ".join(f"{name}: {trouble}" for name, trouble in list(self.workers.trouble.items())[:3])
+        elif not self.pool.num_up:
+            troubles = "; ".join(f"{name}: {trouble}" for name, trouble in list(self.pool.trouble.items())[:3])
             need = f"{self.settings.cpus:g} CPUs and {self.settings.gpus:g} GPUs"
             words = f"a synthesizer to start ({need} each; {troubles})"
         else:
-            words = f"a free synthesizer: {self.workers.num_up} up, {self.schedule.queue_depth} batches queued"
-        return {"waiting_for": words, "alone_s": self.workers.alone_s}
+            words = f"a free synthesizer: {self.pool.num_up} up, {self.schedule.queue_depth} batches queued"
+        return {"waiting_for": words, "alone_s": self.pool.alone_s}
 
     # ---- what becomes of a batch -------------------------------------------------------------------------------
 
     @property
     def window(self) -> int:
         """The largest number of batches made ahead of a reader."""
-        return max(self.settings.window, 2 * self.settings.slots * len(self.workers.members))
+        return max(self.settings.window, 2 * self.settings.slots * len(self.pool.members))
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task:
         """Start a background task and keep a reference to it: the event loop holds only a weak one."""
@@ -231,8 +231,8 @@ class Coordinator:
 
         A batch is made on the node of its last waiting reader if a synthesizer there is free: this saves a transfer.
         """
-        while self.workers.first_free() and (job := self.schedule.next_to_make()):
-            self.spawn(self.make_batch(self.workers.take_slot(near=self.readers.get(job, "")), *job))
+        while self.pool.first_free() and (job := self.schedule.next_to_make()):
+            self.spawn(self.make_batch(self.pool.take_slot(near=self.readers.get(job, "")), *job))
         while self.to_read and self.num_reading < MAX_READS:
             self.num_reading += 1
             self.spawn(self.read_batch(*self.to_read.pop(0)))
@@ -240,14 +240,14 @@ class Coordinator:
     async def make_batch(self, worker: Worker, key: str, index: int) -> None:
         """Have one batch made, and record the result: the batch, a retry, or an error."""
         try:
-            ref, info = await self.workers.make(worker, self.specs[key], index)
+            ref, info = await self.pool.make(worker, self.specs[key], index)
         except RayTaskError as error:
             self.failed(key, index, error)
         except Lost as error:
             self.lost(key, index, error)
         else:
             found = info["found"]
-            in_cache = self.specs[key].folder(self.settings.cache_root, str(self.workers.numerics)) is not None
+            in_cache = self.specs[key].folder(self.settings.cache_root, str(self.pool.numerics)) is not None
             self.schedule.hold(key, index, ref, info["size_bytes"], cached=in_cache, fresh=not found)
             self.counts["found" if found else "made"] += 1
             if not found:
@@ -287,7 +287,7 @@ class Coordinator:
         try:
             near = NodeAffinitySchedulingStrategy(node, soft=True) if node else "DEFAULT"
             reader = self.shard_reader.options(num_cpus=0, num_returns=2, scheduling_strategy=near)
-            ref, info_ref = reader.remote(self.settings.cache_root, key, self.workers.numerics, index)
+            ref, info_ref = reader.remote(self.settings.cache_root, key, self.pool.numerics, index)
             info = await asyncio.wait_for(asyncio.wrap_future(info_ref.future()), self.settings.batch_timeout_s)
         except (RayError, TimeoutError) as error:
             log.warning("reading batch %d of %s from the cache: %s", index, key[:12], kind_and_words(error))
@@ -316,8 +316,8 @@ class Coordinator:
             await asyncio.sleep(TICK_S)
             self.metrics.show(self.status())
             if self.settings.most is not None:
-                most = await self.workers.most()
-                self.let_go(self.workers.resize(self.schedule.demand, most))
+                most = await self.pool.most()
+                self.let_go(self.pool.resize(self.schedule.demand, most))
 
     def let_go(self, made: list[tuple[str, int]]) -> None:
         """Drop the references to batches that removed synthesizers made, if the cache has these batches.

@@ -1,4 +1,4 @@
-"""Makes activation records with Ray: one task per shard of the data; the totals are merged in the order of the shards.
+"""Sums a teacher's activation statistics with Ray tasks, one per data shard, for activation records. No synthesizers.
 
 A task's arguments are labels, rows, and references. The plan, the teacher and the reader of the images are put into the
 object store once. Ray runs a task again if its process dies.

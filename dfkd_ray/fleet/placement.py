@@ -1,4 +1,4 @@
-"""Plans how many CPUs and GPUs each synthesizer and each trial reserves in Ray, so that both always fit.
+"""Plans the number of synthesizers, and the CPUs and GPUs that each one and each trial reserves. Pure: no Ray calls.
 
 CPUs. Ray's reservations are logical: they limit what may start, not which cores a process uses. All synthesizers
 together reserve 5 % of the CPUs of the smallest machine; trials reserve the rest. Both fit wherever Ray places them, so

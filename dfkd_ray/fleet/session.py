@@ -21,6 +21,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from dfkd_ray import scratch
 from dfkd_ray.fleet import authentication, watching
+from dfkd_ray.fleet.placement import Node
 from dfkd_ray.text import one_line
 
 # Turns off Ray's messages about things that this package decides. Ray reads these before it starts its processes.
@@ -211,6 +212,12 @@ def check_room(folder: str) -> None:
                 f"{shown(Path(folder).parent)} has {free / 1e6:.0f} MB free, too little for Ray's files; free some "
                 "space, or set RAY_TMPDIR to another folder, then run the same command again"
             )
+
+
+def nodes() -> list[Node]:
+    """The machines of the Ray session that are alive now."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive]
 
 
 def shown(said: object) -> str:

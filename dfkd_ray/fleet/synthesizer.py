@@ -1,4 +1,4 @@
-"""The synthesizer: a class that makes batches of synthetic images; the fleet runs it as Ray actors.
+"""The synthesizer: makes image batches from a `Spec`; the fleet runs it as Ray actors. Also the cache-reading task.
 
 torch is imported inside its methods, so that the coordinator, which only starts the actors, stays small.
 """

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from dfkd_ray.config import TrialConfig
-from dfkd_ray.sweep.reports import METRIC
 from dfkd_ray.sweep.search import StopConfig
+from dfkd_ray.sweep.tune_reports import METRIC
 
 
 def scheduler(stop: StopConfig, configs: Sequence[TrialConfig]) -> Any:

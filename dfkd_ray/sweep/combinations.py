@@ -1,4 +1,4 @@
-"""Expands a sweep file into the configs of its trials, and collects the errors of all of them.
+"""Expands a sweep file (grid or random search, without `exclude`) into trial configs; collects the errors of all.
 
 Each error of a field is reported once, with the number of trials that have it: a sweep may have 100,000 trials.
 """

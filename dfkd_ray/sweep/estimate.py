@@ -1,4 +1,4 @@
-"""Estimates a sweep's cost before it starts: the number of units of work times the seconds per unit on this machine.
+"""Estimates a sweep's cost and wall time from seconds per unit of work, and measures those seconds on this machine.
 
 `syntheses` and `estimate` are pure; `calibrate` times a few steps of each kind of work. Ray is not started.
 """

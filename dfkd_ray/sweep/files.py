@@ -1,4 +1,4 @@
-"""The pydantic model of a sweep file, with all checks that need no trial config.
+"""SweepConfig, the pydantic model of a sweep file (its sections `search` and `stop`: search.py). Reads no file.
 
 The number of trials is computed and bounded before any trial config is made.
 """

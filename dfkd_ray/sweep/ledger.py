@@ -1,4 +1,4 @@
-"""The driver's list of trials and their states; it writes the rows that a trial's own process cannot write.
+"""Tracks trials in the driver: running ones, number done, callbacks; writes rows a trial's process cannot write.
 
 Those are the rows of trials that could not start, whose process died, or that were stopped early. Progress callbacks
 are called after a row is written. An exception in a callback is logged and changes no row.
@@ -14,7 +14,7 @@ import pyarrow as pa
 from dfkd_ray import results
 from dfkd_ray import trial as one_trial
 from dfkd_ray.storage import Folder, in_one_line
-from dfkd_ray.sweep import places, reports
+from dfkd_ray.sweep import places, tune_reports
 from dfkd_ray.sweep.jobs import Job
 from dfkd_ray.sweep.search import StopConfig
 from dfkd_ray.sweep.worker import Seconds, failed_row, keep
@@ -101,7 +101,7 @@ class Ledger:
         """The trial was stopped early; `report` is its last report."""
         self.running.pop(job.id, None)
         self.seconds.add(report.get("seconds", {}))
-        row = reports.stopped_row(job, report, stop)
+        row = tune_reports.stopped_row(job, report, stop)
         self.keep(job, one_trial.Outcome(row, epochs=tuple(json.loads(report["looks"]))))
 
     def keep(self, job: Job, outcome: one_trial.Outcome) -> None:

@@ -1,4 +1,4 @@
-"""Divides a sweep's machines between fleet and trials; on an empty autoscaling cluster, requests the first machine.
+"""From jobs and options to fleet settings and reservations (fleet.placement); waits for a cluster's first machine.
 
 A cluster whose head offers no CPUs and that launches machines on demand (`min_workers: 0`) has no machine to plan for
 at first. If `synthesizers` is a range, one machine is requested from the autoscaler and waited for, and the plan is

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from dfkd_ray.batches import mix_seed
-from dfkd_ray.sweep.reports import METRIC
 from dfkd_ray.sweep.search import Domain, Point, SearchConfig
+from dfkd_ray.sweep.tune_reports import METRIC
 from dfkd_ray.text import is_null
 
 MOST_ASKED = 200  # points in a row that give no new trial, before a space counts as exhausted

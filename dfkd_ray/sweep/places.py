@@ -1,4 +1,4 @@
-"""Checks of results folder and cache before a sweep, retries of failed writes, and a lock: one sweep per folder."""
+"""Checks, locks and cleans results folder and cache before a sweep; retries failed writes; the exception `Stopped`."""
 
 import errno
 import logging

@@ -1,4 +1,4 @@
-"""Reads the rows of earlier runs of a sweep, and refuses to resume it with other test or real data."""
+"""Reads the tables of a sweep's earlier runs; refuses other test or real data. runner.py decides what runs again."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Runs or resumes a whole sweep: connects to Ray, starts the fleet, runs the trials with Ray Tune, fills the tables.
+"""`run`: runs or resumes a planned sweep. Connects to Ray, starts the fleet, runs unfinished trials, polls progress.
 
 The tables are `trials`, `epochs` and `synthesis`. Trials read their images from one fleet (`dfkd_ray.fleet`), so each
 distinct synthesis is computed once. A trial with a final row in the results place is not run again; the others resume

@@ -1,4 +1,4 @@
-"""Search spaces of a sweep: domains with Ray Tune's names, random points from them, and the config of early stopping.
+"""Sections `search` and `stop` of a sweep file: pydantic models, domains with Ray Tune's names, random points. Pure.
 
 Pure: no Ray, no Optuna. Point `i` of a random search is a function of (space, seed, i), so its trials are known before
 the sweep starts, as those of a grid. Optuna's points depend on earlier trials (`dfkd_ray.sweep.optuna`).

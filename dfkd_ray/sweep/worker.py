@@ -1,4 +1,4 @@
-"""Runs one trial inside its Ray Tune process: loads its inputs, writes its results, reports progress to the driver."""
+"""Runs one trial and writes its results: `in_worker` in Ray Tune, `run_job` anywhere. Also the progress board actor."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from dfkd_ray.images import class_grid
 from dfkd_ray.results import FINAL
 from dfkd_ray.results.finals import final_row
 from dfkd_ray.storage import Folder, Where
-from dfkd_ray.sweep import places, reports
+from dfkd_ray.sweep import places, tune_reports
 from dfkd_ray.sweep.jobs import Job
 
 log = logging.getLogger(__name__)
@@ -193,7 +193,7 @@ def in_worker(
     with suppress(OSError):  # an earlier attempt may have died after writing its row
         final = final_row(shared.place, trial_id, merged=False)
         if final is not None:
-            return reports.final(final, num_steps) | {"row": json.dumps(final), "seconds": dict(seconds)}
+            return tune_reports.final(final, num_steps) | {"row": json.dumps(final), "seconds": dict(seconds)}
     try:
         if teacher_hash not in OPENED:
             OPENED[teacher_hash] = bundles.from_arrays(ray.get(shared.teachers[teacher_hash][0]))
@@ -204,12 +204,12 @@ def in_worker(
         inputs = one_trial.Inputs(test, real, images, trust_code=shared.trust_code)
     except Exception as error:
         log.exception("trial %s", trial_id)
-        return reports.final(None, num_steps) | {"reason": one_trial.reason_of(error)}
+        return tune_reports.final(None, num_steps) | {"reason": one_trial.reason_of(error)}
     progress = Telling(shared.board, trial_id, seconds) if shared.board else None
 
     def on_look(row: Mapping[str, Any], state: State) -> None:
-        if report is not None and reports.may_stop(state, num_steps):
-            report(reports.evaluation(row, state) | {"seconds": dict(seconds)})
+        if report is not None and tune_reports.may_stop(state, num_steps):
+            report(tune_reports.evaluation(row, state) | {"seconds": dict(seconds)})
 
     try:
         with models.code_from(shared.code):
@@ -217,11 +217,11 @@ def in_worker(
             row = run_job(job, inputs, shared.place, observer=observer, seconds=seconds)
     except OSError as error:
         log.exception("trial %s", trial_id)
-        return reports.final(None, num_steps) | {"stopped": why_stopped(error, storage.folder(shared.place))}
+        return tune_reports.final(None, num_steps) | {"stopped": why_stopped(error, storage.folder(shared.place))}
     except Exception as error:
         log.exception("trial %s", trial_id)
-        return reports.final(None, num_steps) | {"reason": one_trial.reason_of(error)}
-    return reports.final(row, num_steps) | {"row": json.dumps(row), "seconds": dict(seconds)}
+        return tune_reports.final(None, num_steps) | {"reason": one_trial.reason_of(error)}
+    return tune_reports.final(row, num_steps) | {"row": json.dumps(row), "seconds": dict(seconds)}
 
 
 def why_stopped(error: OSError, place: Folder) -> str:

@@ -1,4 +1,4 @@
-"""The synthesizer actors of a fleet: starts, adds, replaces and removes them, and keeps track of their free slots.
+"""The pool of synthesizer actors: starts, adds, replaces and removes them, and keeps track of their free slots.
 
 A slot makes one batch at a time. The coordinator decides which batch comes next, and whether a lost one is made again.
 All methods run on its event loop; no state is shared between threads.
@@ -18,7 +18,8 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dfkd_ray.fleet import growth
-from dfkd_ray.fleet.placement import Node, automatic
+from dfkd_ray.fleet.placement import automatic
+from dfkd_ray.fleet.session import nodes
 from dfkd_ray.fleet.settings import Settings
 from dfkd_ray.fleet.synthesizer import NotOpened, Spec
 from dfkd_ray.storage import in_one_line
@@ -57,7 +58,7 @@ class Lost(Exception):
         self.hung = hung
 
 
-class Workers:
+class Pool:
     """All synthesizers of a fleet. `spawn` runs a coroutine in the background; `on_up` is called when one is up."""
 
     def __init__(
@@ -304,12 +305,6 @@ class Workers:
         worker.removed, worker.up = True, False
         self.members.remove(worker)
         ray.kill(worker.actor)
-
-
-def nodes() -> list[Node]:
-    """The machines of the Ray session that are alive now."""
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive]
 
 
 def fetch_first(given: list[Any]) -> Any:

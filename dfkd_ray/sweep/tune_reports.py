@@ -1,4 +1,4 @@
-"""The reports of a trial to Ray Tune: the metric that search and early stopping use, and a stopped trial's row.
+"""Builds the dicts a trial reports to Ray Tune (metric: agreement) and an early-stopped trial's row. Sends nothing.
 
 The metric is agreement with the teacher on the reference set; nothing in a report is measured on test data.
 """
