@@ -155,7 +155,7 @@ def write_files(laptop: Laptop, workers: list[str]) -> None:
     start = config["worker_start_ray_commands"]
     start[1] = start[1].replace("ray start ", "ray start --num-cpus=1 ")
     (laptop.folder / "cluster.yaml").write_text(yaml.safe_dump(config, sort_keys=False, width=1000))
-    (laptop.folder / "sweeps/grid.yaml").write_text(yaml.safe_dump(SWEEP))
+    (laptop.folder / "sweeps/quickstart.yaml").write_text(yaml.safe_dump(SWEEP))
 
 
 def test_the_guides_commands_run_a_sweep_through_the_loss_of_a_host_and_go_on_on_a_new_cluster(
@@ -163,16 +163,16 @@ def test_the_guides_commands_run_a_sweep_through_the_loss_of_a_host_and_go_on_on
 ):
     for name, value in store.items():
         monkeypatch.setenv(name, value)
-    hosts, place, port = laptop.bed.hosts, "s3://bucket/grid", free_ports(1)[0]  # 8265 may be another cluster's
+    hosts, place, port = laptop.bed.hosts, "s3://bucket/quickstart", free_ports(1)[0]  # 8265 may be another cluster's
     up, dashboard, submit, logs, read, down = (
         line.partition(" #")[0].strip(" &").replace("BUCKET", "bucket").replace("localhost:8265", f"localhost:{port}")
         for line in block("cluster commands").splitlines()
     )
-    submit, dashboard = submit.replace("grid.yaml", "grid.yaml --test-data none"), f"{dashboard} --port {port}"
+    submit, dashboard = submit.replace("quickstart.yaml", "quickstart.yaml --test-data none"), f"{dashboard} --port {port}"
     url = f"http://localhost:{port}"
     # The same sweep on this machine alone, at the same time.
     alone = laptop.start(
-        f"dfkd-ray sweep sweeps/grid.yaml --test-data none --results {tmp_path}/r --cache {tmp_path}/c"
+        f"dfkd-ray sweep sweeps/quickstart.yaml --test-data none --results {tmp_path}/r --cache {tmp_path}/c"
     )
     try:
         with watched(laptop, up, dashboard, url, num_workers=2):
@@ -198,7 +198,7 @@ def test_the_guides_commands_run_a_sweep_through_the_loss_of_a_host_and_go_on_on
         write_files(laptop, ["one", "three"])
         with watched(laptop, up, dashboard, url, num_workers=2):
             again = laptop.run(
-                submit.replace("--no-wait ", "").replace("--submission-id grid", "--submission-id again")
+                submit.replace("--no-wait ", "").replace("--submission-id quickstart", "--submission-id again")
             )
         assert "6 trials, 5 already finished" in again and "6 trials, 0 failed" in again
         told = [line for line in again.splitlines() if line.startswith("fleet:")]
