@@ -4,20 +4,21 @@
 strided stage less (32x32 ends at 4x4 or 2x2, as usual for these data sets). VGG then ends in one linear layer instead
 of three with 4,096 units. With the defaults, parameter names and shapes equal torchvision's, so its state dicts load.
 Source: Tripurwar et al. 2025, arXiv 2511.20702 (the list of families).
+
+torchvision is imported when one of them is built: with PyTorch's compiler, which it loads, that takes seconds.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torchvision.models import DenseNet, MobileNetV2, ShuffleNetV2
-from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.models.vgg import VGG, make_layers
-from torchvision.models.vgg import cfgs as VGG_LAYERS
+
+if TYPE_CHECKING:
+    from torchvision.models.resnet import BasicBlock, Bottleneck
 
 Stem = Literal["imagenet", "cifar"]
 
@@ -39,7 +40,7 @@ class ResNet(nn.Module):
 
     def __init__(
         self,
-        block: type[BasicBlock] | type[Bottleneck],
+        block: "type[BasicBlock] | type[Bottleneck]",
         depths: Sequence[int],
         num_classes: int,
         in_channels: int,
@@ -84,7 +85,7 @@ class ResNet(nn.Module):
 
 
 def resnet(
-    block: type[BasicBlock] | type[Bottleneck],
+    block: Literal["BasicBlock", "Bottleneck"],
     depths: Sequence[int],
     bottleneck_width: int,
     *,
@@ -94,8 +95,10 @@ def resnet(
     width_multiplier: float | int = 1.0,
 ) -> nn.Module:
     """ResNet-18/34/50 and Wide ResNet-50-2."""
-    cifar = check_stem(stem)
-    return ResNet(block, depths, num_classes, image_shape[0], cifar, width_multiplier, bottleneck_width)
+    from torchvision.models import resnet as blocks
+
+    cifar, kind = check_stem(stem), getattr(blocks, block)
+    return ResNet(kind, depths, num_classes, image_shape[0], cifar, width_multiplier, bottleneck_width)
 
 
 def first_conv(old: nn.Conv2d, in_channels: int, *, kernel: int | None = None, stride: int | None = None) -> nn.Conv2d:
@@ -112,6 +115,8 @@ def mobilenet_v2(
     *, num_classes: int, image_shape: Sequence[int], stem: Stem = "imagenet", width_multiplier: float | int = 1.0
 ) -> nn.Module:
     """MobileNetV2."""
+    from torchvision.models import MobileNetV2
+
     net = MobileNetV2(num_classes=num_classes, width_mult=width_multiplier)
     cifar = check_stem(stem)
     blocks: Any = net.features
@@ -130,7 +135,9 @@ def vgg(
     width_multiplier: float | int = 1.0,
 ) -> nn.Module:
     """VGG with BatchNorm."""
-    widths = [item if isinstance(item, str) else scaled(item, width_multiplier) for item in VGG_LAYERS[layers]]
+    from torchvision.models.vgg import VGG, cfgs, make_layers
+
+    widths = [item if isinstance(item, str) else scaled(item, width_multiplier) for item in cfgs[layers]]
     features = make_layers(widths, batch_norm=True)  # type: ignore[arg-type]
     features[0] = first_conv(features[0], image_shape[0])  # type: ignore[arg-type]
     last = next(item for item in reversed(widths) if isinstance(item, int))
@@ -151,6 +158,8 @@ def densenet121(
     *, num_classes: int, image_shape: Sequence[int], stem: Stem = "imagenet", width_multiplier: float | int = 1.0
 ) -> nn.Module:
     """DenseNet-121; the width multiplier scales the growth rate and the first layer."""
+    from torchvision.models import DenseNet
+
     net = DenseNet(
         growth_rate=scaled(32, width_multiplier),
         block_config=(6, 12, 24, 16),
@@ -169,6 +178,8 @@ def shufflenet_v2(
     *, num_classes: int, image_shape: Sequence[int], stem: Stem = "imagenet", width_multiplier: float | int = 1.0
 ) -> nn.Module:
     """ShuffleNetV2 x1.0."""
+    from torchvision.models import ShuffleNetV2
+
     widths = [scaled(width, width_multiplier, 2) for width in (24, 116, 232, 464, 1024)]
     net = ShuffleNetV2([4, 8, 4], widths, num_classes=num_classes)
     cifar = check_stem(stem)
@@ -179,10 +190,10 @@ def shufflenet_v2(
 
 
 FAMILIES: dict[str, Callable[..., nn.Module]] = {
-    "resnet18": partial(resnet, BasicBlock, (2, 2, 2, 2), 64),
-    "resnet34": partial(resnet, BasicBlock, (3, 4, 6, 3), 64),
-    "resnet50": partial(resnet, Bottleneck, (3, 4, 6, 3), 64),
-    "wide_resnet50_2": partial(resnet, Bottleneck, (3, 4, 6, 3), 128),
+    "resnet18": partial(resnet, "BasicBlock", (2, 2, 2, 2), 64),
+    "resnet34": partial(resnet, "BasicBlock", (3, 4, 6, 3), 64),
+    "resnet50": partial(resnet, "Bottleneck", (3, 4, 6, 3), 64),
+    "wide_resnet50_2": partial(resnet, "Bottleneck", (3, 4, 6, 3), 128),
     "mobilenet_v2": mobilenet_v2,
     "vgg11_bn": partial(vgg, "A"),
     "vgg19_bn": partial(vgg, "E"),

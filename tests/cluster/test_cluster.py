@@ -168,7 +168,10 @@ def test_the_guides_commands_run_a_sweep_through_the_loss_of_a_host_and_go_on_on
         line.partition(" #")[0].strip(" &").replace("BUCKET", "bucket").replace("localhost:8265", f"localhost:{port}")
         for line in block("cluster commands").splitlines()
     )
-    submit, dashboard = submit.replace("quickstart.yaml", "quickstart.yaml --test-data none"), f"{dashboard} --port {port}"
+    submit, dashboard = (
+        submit.replace("quickstart.yaml", "quickstart.yaml --test-data none"),
+        f"{dashboard} --port {port}",
+    )
     url = f"http://localhost:{port}"
     # The same sweep on this machine alone, at the same time.
     alone = laptop.start(
