@@ -283,7 +283,7 @@ def test_what_a_node_cannot_do_is_said_with_what_to_do(tmp_path, monkeypatch):
     assert (list(place.sizes()), list(cache.sizes())) == (["seen"], []), "a probe leaves nothing behind"
     assert "does not see" in (places.trouble_here(place, "other", cache) or "")
     real = storage.Folder.write
-    for denied, what, option in ((place, "results folder", "--results"), (cache, "cache", "--cache")):
+    for denied, what, option in ((place, "results folder", "`results`"), (cache, "cache", "`cache`")):
 
         def write(folder, name, *data, denied=denied):
             if folder == denied:
