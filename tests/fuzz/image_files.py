@@ -73,7 +73,7 @@ def odd_folder(rng: random.Random, folder: Path) -> None:
     elif kind == "more":
         (train / rng.choice(["dog", "[red]x", "a\x1b[31mb", "réseau", "a\u202eb", ".hidden"])).mkdir()
     elif kind == "test":
-        (folder / "test" / "bee").rename(folder / "test" / rng.choice(["wasp", "[/b]", "\x1b[31m"]))
+        (folder / "test" / "bee").rename(folder / "test" / rng.choice(["wasp", "[b]", "\x1b[31m"]))
     elif kind == "names":
         for split in ("train", "test"):
             for index, name in enumerate(("ant", "bee", "cat")):
