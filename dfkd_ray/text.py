@@ -3,7 +3,7 @@
 import unicodedata
 from typing import Any
 
-MOST_SIGNS = 280  # of an error's line
+MAX_MESSAGE = 280  # characters of an error's line
 # Joiners, which some scripts and emoji need, are the only invisible characters that are kept.
 JOINERS = "\u200c\u200d"
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format (bidirectional marks are such), lone surrogates, line ends
@@ -37,7 +37,7 @@ def shortened(text: str, most: int) -> str:
     return f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"
 
 
-def one_line(text: object, most: int = MOST_SIGNS) -> str:
+def one_line(text: object, most: int = MAX_MESSAGE) -> str:
     """Foreign text for an error: one line of at most `most` characters, without terminal control characters."""
     return shortened(shown(" ".join(str(text)[: 8 * most].split())), most)
 

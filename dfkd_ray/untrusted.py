@@ -22,13 +22,12 @@ from torch import Tensor
 from dfkd_ray.config import validate
 from dfkd_ray.config.parsing import distinct, whole
 from dfkd_ray.plain import LARGEST, MOST_DEPTH, text_fault
-from dfkd_ray.text import one_line
+from dfkd_ray.text import MAX_MESSAGE, one_line
 
 MAX_JSON_BYTES = 8 << 20  # a description with 100,000 class names of 80 characters each
 MAX_HEADER_BYTES = 16 << 20  # of a safetensors file: 100,000 tensors with names of 100 characters
 MAX_TENSORS = 100_000
 MAX_DIMENSIONS = 32
-MAX_MESSAGE = 280
 SPARE_BYTES = 64 << 20
 # The safetensors dtypes that are read, and their bytes. Float types of 8 bits or fewer need scales and are refused.
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}

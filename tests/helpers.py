@@ -273,3 +273,9 @@ def write_idx_set(root: Path, num_images: int = 40) -> None:
             header = struct.pack(f">I{array.ndim}I", 0x800 | array.ndim, *array.shape)
             with gzip.open(folder / f"{stem}-{name}-ubyte.gz", "wb") as file:
                 file.write(header + array.tobytes())
+
+
+def options_of(command: Any) -> set[str]:
+    """Every option of a command and of those below it."""
+    own = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    return own.union(*map(options_of, getattr(command, "commands", {}).values()))

@@ -105,7 +105,13 @@ def test_damaged_checkpoints_are_used_or_not_and_nothing_else(tmp_path, undistur
             for _ in range(rng.choice([1, 1, 3, 20])):
                 damaged[rng.randrange(header if rng.random() < 0.9 else len(data))] = rng.randrange(256)
         (tmp_path / distillation.CHECKPOINT).write_bytes(damaged)
-        distillation.read_checkpoint(folder, network, optimiser, short.num_steps)
+        before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        state = distillation.read_checkpoint(folder, network, optimiser, short.num_steps)
+        after = network.state_dict()
+        if state is None:
+            assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+        else:
+            assert 0 <= state.step <= short.num_steps and all(tensor.isfinite().all() for tensor in after.values())
 
 
 @pytest.fixture(scope="module")

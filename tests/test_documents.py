@@ -19,6 +19,7 @@ from hatchling.builders.wheel import WheelBuilder
 
 from dfkd_ray import cli, config
 from dfkd_ray.config import fields
+from helpers import options_of
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dfkd_ray"
@@ -215,12 +216,6 @@ def wrong_commands(text: str) -> list[str]:
         except ValueError as error:
             found.append(f"{line}: {error}")
     return found
-
-
-def options_of(command: Any) -> set[str]:
-    """Every option of a command and of those below it."""
-    own = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
-    return own.union(*map(options_of, getattr(command, "commands", {}).values()))
 
 
 def wrong_names(text: str) -> list[str]:

@@ -3,7 +3,6 @@
 import ast
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import typer
@@ -13,7 +12,7 @@ import dfkd_ray
 from dfkd_ray import cli
 from dfkd_ray.cli import errors
 from dfkd_ray.cli.options import number_of, range_of, settled
-from helpers import TINY_SETS, TINY_WORDS, assert_one_error, set_words, write_idx_set
+from helpers import TINY_SETS, TINY_WORDS, assert_one_error, options_of, set_words, write_idx_set
 
 OPTIONS = {
     "TEACHER": {"teacher": "a"},
@@ -170,14 +169,8 @@ def test_tiny_options_are_set_once():
     assert len({word.partition("=")[0] for word in TINY_WORDS[1::2]}) == len(TINY_SETS)
 
 
-def all_options(command: Any) -> set[str]:
-    """The long options of a command and of the commands below it."""
-    own = {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
-    return own.union(*map(all_options, getattr(command, "commands", {}).values()))
-
-
 def test_no_module_below_the_command_line_names_an_option_of_it():
-    known, root, named = all_options(typer.main.get_command(cli.app)), Path(dfkd_ray.__file__).parent, []
+    known, root, named = options_of(typer.main.get_command(cli.app)), Path(dfkd_ray.__file__).parent, []
     for path in sorted(root.rglob("*.py")):
         if path.is_relative_to(root / "cli"):
             continue

@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dfkd_ray import cache
 from dfkd_ray.fleet.metrics import Metrics
-from dfkd_ray.fleet.pool import Lost, Pool, Worker, kind_and_words
+from dfkd_ray.fleet.pool import Lost, Pool, Worker, error_text
 from dfkd_ray.fleet.schedule import Key, Schedule
 from dfkd_ray.fleet.settings import Settings
 from dfkd_ray.fleet.synthesizer import NotOpened, Spec, is_over, note, read_shard
@@ -93,7 +93,7 @@ class Coordinator:
                 state.cached = await asyncio.to_thread(cache.indices, folder)
                 await asyncio.to_thread(note, folder, spec, numerics)
             except OSError as error:  # who makes its batches meets that too, and what comes of it reaches the readers
-                log.warning("key %s: %s", spec.key[:12], kind_and_words(error))
+                log.warning("key %s: %s", spec.key[:12], error_text(error))
         self.schedule.keys[spec.key] = state
         self.specs[spec.key] = spec
         del self.opening[spec.key]
@@ -263,9 +263,9 @@ class Coordinator:
             self.stale.add(key)  # the trial that had put the state there is gone
         elif isinstance(error.cause, OSError) and self.disk_errors[key, index] + 1 < MAX_DISK_ERRORS:
             self.disk_errors[key, index] += 1
-            log.warning("batch %d of %s: %s; trying again", index, key[:12], kind_and_words(error))
+            log.warning("batch %d of %s: %s; trying again", index, key[:12], error_text(error))
         elif not isinstance(error.cause, NotOpened):
-            self.schedule.fail(key, index, kind_and_words(error))
+            self.schedule.fail(key, index, error_text(error))
             return
         self.schedule.not_there(key, index)
 
@@ -290,7 +290,7 @@ class Coordinator:
             ref, info_ref = reader.remote(self.settings.cache_root, key, self.pool.numerics, index)
             info = await asyncio.wait_for(asyncio.wrap_future(info_ref.future()), self.settings.batch_timeout_s)
         except (RayError, TimeoutError) as error:
-            log.warning("reading batch %d of %s from the cache: %s", index, key[:12], kind_and_words(error))
+            log.warning("reading batch %d of %s from the cache: %s", index, key[:12], error_text(error))
         if info is None:
             self.counts["damaged"] += 1
             self.schedule.not_there(key, index)
@@ -315,9 +315,8 @@ class Coordinator:
         while True:
             await asyncio.sleep(TICK_S)
             self.metrics.show(self.status())
-            if self.settings.most is not None:
-                most = await self.pool.most()
-                self.let_go(self.pool.resize(self.schedule.demand, most))
+            most = await self.pool.most()
+            self.let_go(self.pool.resize(self.schedule.demand, most))
 
     def let_go(self, made: list[tuple[str, int]]) -> None:
         """Drop the references to batches that removed synthesizers made, if the cache has these batches.

@@ -163,7 +163,7 @@ class Pool:
                 hello = await worker.actor.hello.remote()
                 return None if worker.removed else hello
             except RayTaskError as error:
-                worker.trouble = kind_and_words(error)
+                worker.trouble = error_text(error)
             except RayError as error:
                 worker.trouble = str(error).strip().splitlines()[-1].strip()[:300]  # of a traceback, the error itself
             await asyncio.sleep(pause)
@@ -312,7 +312,7 @@ def fetch_first(given: list[Any]) -> Any:
     return ray.get(given[0])
 
 
-def kind_and_words(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """Type and text of an error; of an error in another process its cause, without the remote traceback."""
     cause = error.cause if isinstance(error, RayTaskError) and error.cause else error
     file = f"{cause.filename}: " if isinstance(cause, OSError) and cause.filename else ""
