@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import dfkd_ray
-from dfkd_ray import cache, storage
+from dfkd_ray import cache, cache_entries, storage
 from dfkd_ray.batches import Batch
 from folders import content, put_back, remove_everything
 
@@ -441,7 +441,7 @@ def test_a_key_used_again_is_the_last_used(tmp_path):
         for path in folder.path.iterdir():
             put_back(path, age_s)
     cache.write_manifest(old, key=KEY, numerics="cpu A", **MANIFEST)
-    used = {entry.key: entry.last_used or math.nan for entry in cache.entries(tmp_path)}
+    used = {entry.key: entry.last_used or math.nan for entry in cache_entries.entries(tmp_path)}
     assert time.time() - used[KEY[:32]] < 900 and time.time() - used["f" * 32] > 9e4
 
 
@@ -455,10 +455,10 @@ def put_foreign_things(root):
 
 
 def test_entries_count_what_lies_there_and_leave_out_what_is_foreign(root):
-    assert cache.entries(root) == []
+    assert cache_entries.entries(root) == []
     put_foreign_things(root)
     folders = [fill(root), fill(root, numerics="cpu B", num=1, manifest=False)]
-    found = {entry.folder.name: entry for entry in cache.entries(root)}
+    found = {entry.folder.name: entry for entry in cache_entries.entries(root)}
     assert set(found) == {folder.name for folder in folders}
     first, second = (found[folder.name] for folder in folders)
     assert (first.key, first.num_batches, second.num_batches) == (KEY[:32], 3, 1)
@@ -469,10 +469,10 @@ def test_entries_count_what_lies_there_and_leave_out_what_is_foreign(root):
 def test_verify_finds_exactly_the_damaged_shard(root):
     fill(root, "f" * 64)
     folder = fill(root)
-    assert list(cache.verify(root)) == []
+    assert list(cache_entries.verify(root)) == []
     data = content(folder, cache.name_of(1))
     folder.write(cache.name_of(1), data[:-1] + bytes([data[-1] ^ 1]))
-    (finding,) = cache.verify(root)
+    (finding,) = cache_entries.verify(root)
     assert (str(finding.entry.folder), finding.name, finding.problem) == (str(folder), cache.name_of(1), "damaged")
     assert finding.damaged and not finding.removed and folder.read(cache.name_of(1)) is not None
 
@@ -481,20 +481,20 @@ def test_verify_removes_what_is_damaged_so_that_it_is_made_again(root):
     folder = fill(root)
     folder.write(cache.name_of(1), b"")
     folder.write(cache.name_of(2), shard_of(make(2, "f" * 64)))
-    findings = list(cache.verify(root, remove=True))
+    findings = list(cache_entries.verify(root, remove=True))
     assert [(finding.name, finding.problem, finding.removed) for finding in findings] == [
         (cache.name_of(1), "damaged", True),
         (cache.name_of(2), "of another key", True),
     ]
-    assert cache.indices(folder) == {0} and list(cache.verify(root)) == []
+    assert cache.indices(folder) == {0} and list(cache_entries.verify(root)) == []
     counted = Counted()
     cache.fetch(range(3), KEY, counted, folder)
-    assert counted.indices == [1, 2] and list(cache.verify(root)) == []
+    assert counted.indices == [1, 2] and list(cache_entries.verify(root)) == []
 
 
 def test_verify_tells_of_a_missing_manifest_without_calling_it_damage(root):
     folder = fill(root, manifest=False)
-    (finding,) = cache.verify(root, remove=True)
+    (finding,) = cache_entries.verify(root, remove=True)
     assert finding.name == "manifest.json" and not finding.damaged and not finding.removed
     assert cache.indices(folder) == {0, 1, 2}
 
@@ -506,7 +506,7 @@ def test_verify_finds_a_wrong_manifest_and_keeps_its_batches(root, manifest):
         folder.write("manifest.json", b"{")
     else:
         cache.write_manifest(folder, key=KEY, numerics="cpu B", **MANIFEST)
-    (finding,) = cache.verify(root, remove=True)
+    (finding,) = cache_entries.verify(root, remove=True)
     assert finding.name == "manifest.json" and finding.damaged and finding.removed
     assert cache.indices(folder) == {0, 1, 2}
 
@@ -517,7 +517,7 @@ def test_verify_tells_of_leftovers_of_a_killed_write_but_not_of_a_write_under_wa
     for name in (left, current, ".000007.lock"):
         folder.write(name, b"1")
     put_back(folder.path / left, 3600)
-    (finding,) = cache.verify(tmp_path, remove=True)
+    (finding,) = cache_entries.verify(tmp_path, remove=True)
     assert finding.name == left and not finding.damaged and finding.removed
     assert left not in folder.sizes() and {current, ".000007.lock"} <= set(folder.sizes())
 
@@ -527,11 +527,11 @@ def test_prune_by_key_takes_every_key_that_begins_so(root):
     before = still_there()
     kept = fill(root, "f" * 64)
     gone = [fill(root), fill(root, numerics="cpu B")]
-    removed = cache.prune(root, keys=[KEY[:6]])
+    removed = cache_entries.prune(root, keys=[KEY[:6]])
     assert {entry.folder.name for entry in removed} == {folder.name for folder in gone}
-    assert [entry.folder.name for entry in cache.entries(root)] == [kept.name]
-    assert cache.prune(root, keys=["f" * 64])[0].num_batches == 3
-    assert cache.entries(root) == [] and still_there() == before
+    assert [entry.folder.name for entry in cache_entries.entries(root)] == [kept.name]
+    assert cache_entries.prune(root, keys=["f" * 64])[0].num_batches == 3
+    assert cache_entries.entries(root) == [] and still_there() == before
 
 
 def aged(root, **days):
@@ -549,62 +549,62 @@ def keys_of(entries):
 
 def test_prune_by_age_takes_what_was_not_used_for_longer(tmp_path):
     aged(tmp_path, a=1, b=40, c=29, d=31)
-    assert keys_of(cache.prune(tmp_path, older_than_days=30)) == "bd"
-    assert keys_of(cache.entries(tmp_path)) == "ac"
-    assert cache.prune(tmp_path, older_than_days=30) == []
+    assert keys_of(cache_entries.prune(tmp_path, older_than_days=30)) == "bd"
+    assert keys_of(cache_entries.entries(tmp_path)) == "ac"
+    assert cache_entries.prune(tmp_path, older_than_days=30) == []
 
 
 def test_prune_by_size_takes_the_longest_unused_and_no_more_than_needed(tmp_path):
     aged(tmp_path, a=1, b=40, c=29, d=31)
-    size = cache.entries(tmp_path)[0].size_bytes
-    assert cache.prune(tmp_path, max_bytes=4 * size) == []
-    assert keys_of(cache.prune(tmp_path, max_bytes=4 * size - 1)) == "b"
-    assert keys_of(cache.prune(tmp_path, max_bytes=size)) == "dc"
-    assert keys_of(cache.prune(tmp_path, max_bytes=0)) == "a" and cache.entries(tmp_path) == []
+    size = cache_entries.entries(tmp_path)[0].size_bytes
+    assert cache_entries.prune(tmp_path, max_bytes=4 * size) == []
+    assert keys_of(cache_entries.prune(tmp_path, max_bytes=4 * size - 1)) == "b"
+    assert keys_of(cache_entries.prune(tmp_path, max_bytes=size)) == "dc"
+    assert keys_of(cache_entries.prune(tmp_path, max_bytes=0)) == "a" and cache_entries.entries(tmp_path) == []
 
 
 def test_prune_by_size_works_where_no_times_are_kept(root):
-    sizes = [cache.entry_of(fill(root, digit * 64)).size_bytes for digit in "abc"]
-    assert len(cache.prune(root, max_bytes=sum(sizes) - 1)) == 1
-    assert len(cache.entries(root)) == 2
+    sizes = [cache_entries.entry_of(fill(root, digit * 64)).size_bytes for digit in "abc"]
+    assert len(cache_entries.prune(root, max_bytes=sum(sizes) - 1)) == 1
+    assert len(cache_entries.entries(root)) == 2
 
 
 def test_a_key_limits_what_age_and_size_may_take(tmp_path):
     aged(tmp_path, a=50, b=40, c=1)
-    assert keys_of(cache.prune(tmp_path, keys=["b", "c"], older_than_days=30)) == "b"
-    assert keys_of(cache.prune(tmp_path, keys=["c"], max_bytes=0)) == "c"
-    assert keys_of(cache.entries(tmp_path)) == "a"
+    assert keys_of(cache_entries.prune(tmp_path, keys=["b", "c"], older_than_days=30)) == "b"
+    assert keys_of(cache_entries.prune(tmp_path, keys=["c"], max_bytes=0)) == "c"
+    assert keys_of(cache_entries.entries(tmp_path)) == "a"
 
 
 def test_age_and_size_together_take_the_old_and_then_as_much_as_needed(tmp_path):
     aged(tmp_path, a=50, b=20, c=10, d=1)
-    size = cache.entries(tmp_path)[0].size_bytes
-    assert keys_of(cache.prune(tmp_path, older_than_days=30, max_bytes=2 * size)) == "ab"
+    size = cache_entries.entries(tmp_path)[0].size_bytes
+    assert keys_of(cache_entries.prune(tmp_path, older_than_days=30, max_bytes=2 * size)) == "ab"
 
 
 def test_a_dry_run_says_the_same_and_removes_nothing(root):
     fill(root)
-    would = cache.prune(root, keys=["0"], dry_run=True)
-    assert cache.entries(root) == would
-    assert cache.prune(root, keys=["0"]) == would and cache.entries(root) == []
+    would = cache_entries.prune(root, keys=["0"], dry_run=True)
+    assert cache_entries.entries(root) == would
+    assert cache_entries.prune(root, keys=["0"]) == would and cache_entries.entries(root) == []
 
 
 @pytest.mark.parametrize("keys", [["e"], ["0", "e"], [""], ["../a"], ["0*"], ["0" * 65]])
 def test_prune_refuses_a_key_that_is_none_and_removes_nothing(root, keys):
     fill(root)
     with pytest.raises(ValueError, match="key"):
-        cache.prune(root, keys=keys)
-    assert len(cache.entries(root)) == 1
+        cache_entries.prune(root, keys=keys)
+    assert len(cache_entries.entries(root)) == 1
 
 
 def test_prune_refuses_to_remove_without_a_criterion_and_by_an_age_nobody_knows():
     root = storage.folder(f"fsspec+memory://{uuid.uuid4().hex}")
     fill(root)
     with pytest.raises(ValueError, match="nothing says what to remove"):
-        cache.prune(root)
+        cache_entries.prune(root)
     with pytest.raises(ValueError, match="keeps no times"):
-        cache.prune(root, older_than_days=1)
-    assert len(cache.entries(root)) == 1
+        cache_entries.prune(root, older_than_days=1)
+    assert len(cache_entries.entries(root)) == 1
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float32])
@@ -627,13 +627,13 @@ def test_two_shards_of_one_key_that_were_swapped_are_noticed_and_made_again(root
     data = {first: content(folder, second), second: content(folder, first)}
     for name, other in data.items():
         folder.write(name, other)
-    assert [(finding.name, finding.problem) for finding in cache.verify(root)] == [
+    assert [(finding.name, finding.problem) for finding in cache_entries.verify(root)] == [
         (first, "damaged"),
         (second, "damaged"),
     ]
     counted = Counted()
     batches = cache.fetch(range(3), KEY, counted, folder)
-    assert counted.indices == [0, 1] and list(cache.verify(root)) == []
+    assert counted.indices == [0, 1] and list(cache_entries.verify(root)) == []
     for index, batch in enumerate(batches):
         assert_equal(batch, make(index))
 
@@ -646,7 +646,7 @@ def test_a_shard_from_before_the_index_was_in_its_checksum_counts_as_damaged(roo
     old.update(batch.images.tobytes() + batch.labels.tobytes())
     meta = {"key": KEY, "terms": "{}", "sha256": old.hexdigest()}
     folder.write(cache.name_of(1), *cache.pack(meta, {"labels": batch.labels, "images": batch.images}))
-    assert [finding.name for finding in cache.verify(root)] == [cache.name_of(1)]
+    assert [finding.name for finding in cache_entries.verify(root)] == [cache.name_of(1)]
     assert cache.read(folder, 1, KEY) is None
 
 
@@ -670,13 +670,13 @@ def put_odd_things(root: Path) -> None:
 def test_link_loops_and_foreign_things_in_a_cache_stop_no_look_at_it(tmp_path):
     folder = fill(tmp_path)
     put_odd_things(tmp_path)
-    found = {entry.folder.name: entry for entry in cache.entries(tmp_path)}
+    found = {entry.folder.name: entry for entry in cache_entries.entries(tmp_path)}
     odd = f"{'e' * 32}-{'f' * 8}"
     assert set(found) == {folder.name, odd} and found[odd].num_batches == 1 and found[folder.name].num_batches == 3
-    damaged = [finding for finding in cache.verify(tmp_path) if finding.damaged]
+    damaged = [finding for finding in cache_entries.verify(tmp_path) if finding.damaged]
     assert [(finding.entry.folder.name, finding.name) for finding in damaged] == [(odd, cache.name_of(4))]
     os.utime(folder.path / "manifest.json", (10**11, 10**11))
-    removed = cache.prune(tmp_path, keys=["e"])
+    removed = cache_entries.prune(tmp_path, keys=["e"])
     assert [entry.folder.name for entry in removed] == [odd] and (tmp_path / odd / "inner").is_symlink()
 
 
@@ -692,12 +692,12 @@ def test_a_folder_of_a_cache_that_cannot_be_looked_into_is_one_line_and_the_othe
         return real(folder)
 
     monkeypatch.setattr(storage.Folder, "sizes", sizes)
-    problems = {entry.folder.name: entry.problem for entry in cache.entries(tmp_path)}
+    problems = {entry.folder.name: entry.problem for entry in cache_entries.entries(tmp_path)}
     assert problems == {denied.name: "Permission denied", other.name: None}
     listed = run_cli("cache", "ls", "--cache", str(tmp_path))
     assert listed.code == 0 and f"{denied}: cannot be looked into: Permission denied" in listed.out.splitlines()
     assert "f" * 12 in listed.out
-    (finding,) = cache.verify(tmp_path)
+    (finding,) = cache_entries.verify(tmp_path)
     assert finding.damaged and finding.problem == "cannot be looked into: Permission denied"
     assert run_cli("cache", "verify", "--cache", str(tmp_path)).code == 1
     pruned = run_cli("cache", "prune", "--cache", str(tmp_path), "--older-than", "0")
@@ -714,7 +714,7 @@ def test_what_cannot_be_removed_is_said_and_the_rest_goes(tmp_path, monkeypatch)
         return real(folder, is_own)
 
     monkeypatch.setattr(storage.Folder, "clear", clear)
-    removed = {entry.folder.name: entry.problem for entry in cache.prune(tmp_path, max_bytes=0)}
+    removed = {entry.folder.name: entry.problem for entry in cache_entries.prune(tmp_path, max_bytes=0)}
     assert removed == {stuck.name: "Read-only file system", other.name: None} and not other.path.exists()
 
 

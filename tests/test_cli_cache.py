@@ -6,7 +6,7 @@ import uuid
 import numpy as np
 import pytest
 
-from dfkd_ray import cache, storage
+from dfkd_ray import cache, cache_entries, storage
 from dfkd_ray.batches import Batch
 from dfkd_ray.cli import cache as commands
 from folders import content, put_back, remove_everything
@@ -38,7 +38,7 @@ def root(request, tmp_path):
 
 
 def keys_in(root):
-    return {entry.key[0] for entry in cache.entries(root)}
+    return {entry.key[0] for entry in cache_entries.entries(root)}
 
 
 def test_ls_shows_every_key_and_the_total(run_cli, root):
@@ -49,7 +49,7 @@ def test_ls_shows_every_key_and_the_total(run_cli, root):
     for cell in ("tiny_teacher", "noise/train", " 3 ", " kB ", "cpu [A], torch 2"):
         assert cell in known
     assert " 1 " in unknown and "foreign" not in done.out
-    size = sum(entry.size_bytes for entry in cache.entries(root))
+    size = sum(entry.size_bytes for entry in cache_entries.entries(root))
     assert done.out.splitlines()[-1] == f"{root}: 2 keys, 4 batches, {commands.size_text(size)}"
     assert (time.strftime("%Y-%m-%d") in known) == root.is_local
 

@@ -388,7 +388,7 @@ def test_a_synthesizer_that_cannot_start_says_why():
         def __init__(self, *arguments):
             raise ValueError("device cuda: this torch sees no CUDA device")
 
-    with pytest.raises(OSError, match="no CUDA device"), fleet.started(settings_of(make=Broken), start_s=10.0):
+    with pytest.raises(OSError, match="no CUDA device"), fleet.started(settings_of(make=Broken)):
         pass
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from commands import LIMIT_S
-from dfkd_ray import cache, results
+from dfkd_ray import cache_entries, results
 from dfkd_ray.batches import RoundState, summed
 
 TOYS = Path(__file__).parent / "toys"
@@ -103,7 +103,7 @@ def test_only_rounds_that_have_seen_no_student_are_kept_in_the_cache(alone, tiny
     run(config_of(tiny_teacher, student_weight=0.0), tmp_path / "does not look")
     kept = {}
     for name in ("looks", "does not look"):
-        entries = [e for e in cache.entries(tmp_path / name / "cache") if e.manifest]
+        entries = [e for e in cache_entries.entries(tmp_path / name / "cache") if e.manifest]
         entries = [e for e in entries if (e.manifest or {}).get("config", {})["method"] == "toy_rounds"]
         kept[name] = sum(entry.num_batches for entry in entries)
     assert kept == {"looks": 2, "does not look": 6}, "round 0; all rounds"

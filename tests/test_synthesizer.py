@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dfkd_ray import bundles, cache, devices, storage, synthesis
+from dfkd_ray import bundles, cache, cache_entries, devices, storage, synthesis
 from dfkd_ray.config import DeepInversionConfig, synthesis_key
 from dfkd_ray.fleet import schedule, synthesizer
 from dfkd_ray.fleet.synthesizer import HELD_SOURCES, NotOpened, Spec, Synthesizer
@@ -91,7 +91,7 @@ def test_a_batch_and_its_manifest_are_in_the_cache_before_it_is_returned(teacher
         "teacher": teacher.name,
         "domain": "train",
     }
-    assert list(cache.verify(tmp_path)) == []
+    assert list(cache_entries.verify(tmp_path)) == []
 
 
 def test_a_manifest_is_there_before_the_first_batch_of_its_folder(teacher, tmp_path, monkeypatch):
@@ -224,16 +224,16 @@ def test_a_synthesizer_says_how_it_computes(teacher):
 def make_old(folder: storage.Folder) -> None:
     """Everything in it was last used a hundred days ago."""
     for path in folder.path.iterdir():
-        put_back(path, 100 * cache.DAY_S)
+        put_back(path, 100 * cache_entries.DAY_S)
 
 
 def test_reading_a_batch_is_a_use_of_its_key(teacher, tmp_path):
     spec = spec_of(teacher)
     started(tmp_path, spec).batch(spec.key, 0)
     make_old(folder_of(tmp_path, spec))
-    assert len(cache.prune(str(tmp_path), older_than_days=30, dry_run=True)) == 1
+    assert len(cache_entries.prune(str(tmp_path), older_than_days=30, dry_run=True)) == 1
     assert started(tmp_path, spec).batch(spec.key, 0)[1]["found"]
-    assert cache.prune(str(tmp_path), older_than_days=30, dry_run=True) == []
+    assert cache_entries.prune(str(tmp_path), older_than_days=30, dry_run=True) == []
 
 
 def test_noting_a_key_again_is_a_use_and_keeps_what_was_written(teacher, tmp_path):
@@ -245,7 +245,7 @@ def test_noting_a_key_again_is_a_use_and_keeps_what_was_written(teacher, tmp_pat
     synthesizer.note(folder, dataclasses.replace(spec, teacher_name="another name"), NUMERICS)
     assert folder.read(cache.MANIFEST) == written
     _, changed = folder.sizes()[cache.MANIFEST]
-    assert changed is not None and time.time() - changed < cache.DAY_S
+    assert changed is not None and time.time() - changed < cache_entries.DAY_S
 
 
 def test_a_manifest_is_noted_once_per_key_and_process_whether_batches_are_made_or_found(teacher, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 import commands
-from dfkd_ray import bundles, cache, distillation, results, storage, targets, trial
+from dfkd_ray import bundles, cache_entries, distillation, results, storage, targets, trial
 from dfkd_ray.sweep import places
 from folders import hashes
 from helpers import TINY_WORDS
@@ -240,7 +240,7 @@ def test_pruning_a_cache_keeps_what_is_not_of_it(tmp_path):
         (key / name).write_text("x")
     (key / "inner").mkdir()
     (key / "inner" / "batch-000000.safetensors").write_text("mine")
-    cache.prune(tmp_path / "c", older_than_days=0)
+    cache_entries.prune(tmp_path / "c", older_than_days=0)
     assert sorted(str(path.relative_to(key)) for path in key.rglob("*") if path.is_file()) == [
         "inner/batch-000000.safetensors",
         "notes.txt",

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from dfkd_ray import bundles, cache, report, results
+from dfkd_ray import bundles, cache_entries, report, results
 from dfkd_ray.cli import live, names, show
 from dfkd_ray.report import figures
 from dfkd_ray.storage import folder
@@ -110,7 +110,7 @@ def test_the_cache_listing_shows_teachers_as_text(capsys, name):
     from dfkd_ray.cli import cache as command
 
     manifest = {"teacher": name, "config": {"method": name}, "domain": "train", "numerics": "n"}
-    entry = cache.Entry(folder("/tmp/x"), "ab" * 32, manifest, 1, 10, None)
+    entry = cache_entries.Entry(folder("/tmp/x"), "ab" * 32, manifest, 1, 10, None)
     command.print_table([entry])
     out = capsys.readouterr().out
     assert not acts(out) and as_seen(name) in out

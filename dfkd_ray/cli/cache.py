@@ -12,7 +12,7 @@ from dfkd_ray.cli.streams import say
 from dfkd_ray.text import shown
 
 if TYPE_CHECKING:
-    from dfkd_ray.cache import Entry
+    from dfkd_ray.cache_entries import Entry
     from dfkd_ray.storage import Folder
 
 app = typer.Typer(no_args_is_help=True, help="The batch cache: ls, verify, prune.")
@@ -28,10 +28,10 @@ NUM_SHOWN = 12  # hex digits of a key: enough for --key
 @app.command("ls")
 def list_entries(cache: Cache = None) -> None:
     """List the keys with teacher, method, number of batches, size and last use."""
-    from dfkd_ray import cache as caches
+    from dfkd_ray import cache_entries
 
     root = open_root(cache)
-    found = caches.entries(root)
+    found = cache_entries.entries(root)
     if found:
         print_table(found)
     for entry in found:
@@ -47,16 +47,16 @@ def verify(
     remove: Annotated[bool, typer.Option("--remove", help="remove what is damaged: it is made again on use")] = False,
 ) -> None:
     """Read every batch and compare its checksum; exit code 1 if a damaged file stays."""
-    from dfkd_ray import cache as caches
+    from dfkd_ray import cache_entries
 
     root = open_root(cache)
     num_damaged = num_staying = 0
-    for finding in caches.verify(root, remove):
+    for finding in cache_entries.verify(root, remove):
         num_damaged += finding.damaged
         num_staying += finding.damaged and not finding.removed
         where = finding.entry.folder / finding.name if finding.name else finding.entry.folder
         say(f"{where}: {finding.problem}{'; removed' if finding.removed else ''}")
-    num_batches = sum(entry.num_batches for entry in caches.entries(root))
+    num_batches = sum(entry.num_batches for entry in cache_entries.entries(root))
     say(f"{root}: {count(num_batches, 'batch')} in it, {num_damaged} damaged found, {num_staying} left")
     if num_staying:
         raise typer.Exit(1)
@@ -79,10 +79,12 @@ def prune(
     if older_than is not None and not (math.isfinite(older_than) and older_than >= 0):
         raise ValueError(f"--older-than {older_than}: expected a number of days, 0 or more")
     max_bytes = None if max_size is None else parse_size(max_size)
-    from dfkd_ray import cache as caches
+    from dfkd_ray import cache_entries
 
     root = open_root(cache)
-    removed = caches.prune(root, keys=key or (), older_than_days=older_than, max_bytes=max_bytes, dry_run=dry_run)
+    removed = cache_entries.prune(
+        root, keys=key or (), older_than_days=older_than, max_bytes=max_bytes, dry_run=dry_run
+    )
     verb = "would remove" if dry_run else "removed"
     for entry in removed:
         if entry.problem:

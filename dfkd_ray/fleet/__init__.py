@@ -41,7 +41,7 @@ __all__ = [
     "started",
 ]
 
-START_S = 120.0
+START_S = 900.0  # a machine may have to be bought, and a busy one takes minutes to import PyTorch
 BUDGET_SHARE = 0.3  # of the smallest node's object store, for references to batches
 
 
@@ -93,7 +93,9 @@ def requested(bundles: list[dict[str, float]]) -> Iterator[None]:
 
 @contextmanager
 def started(settings: Settings, teachers: "Sequence[Teacher]" = (), start_s: float = START_S) -> Iterator[Fleet]:
-    """Start a fleet; the body runs when at least one synthesizer answers. `OSError`, with the reason, after `start_s`.
+    """Start a fleet; the body runs when at least one synthesizer answers.
+
+    `OSError`, with the reason, if none can start, or after `start_s`.
 
     The synthesizers' placement group is created here and lives as long as the sweep. A synthesizer that dies restarts
     in its bundle, even if trials hold all other resources.
@@ -117,6 +119,8 @@ def started(settings: Settings, teachers: "Sequence[Teacher]" = (), start_s: flo
         except GetTimeoutError:
             status = ray.get(coordinator.status.remote(), timeout=start_s)
             raise OSError(f"no synthesizer came up within {start_s:.0f} s: {status['trouble']}") from None
+        if status["numerics"] is None:
+            raise OSError(f"no synthesizer could start: {status['trouble']}")
         fleet = Fleet(coordinator, settings, status["numerics"])
         for teacher in teachers:
             fleet.add(teacher)

@@ -62,8 +62,9 @@ class Coordinator:
     # ---- what readers call -------------------------------------------------------------------------------------
 
     async def ready(self) -> dict[str, Any]:
-        """Wait until one synthesizer is up; returns the status."""
-        await self.pool.settled()
+        """Wait until one synthesizer is up, or none can start; returns the status (`numerics` is then None)."""
+        waits = [self.spawn(event.wait()) for event in (self.pool.numerics_known, self.pool.none_can_start)]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         return self.status()
 
     async def open(self, spec: Spec, numerics: str) -> dict[str, Any]:
@@ -219,7 +220,7 @@ class Coordinator:
         """The largest number of batches made ahead of a reader."""
         return max(self.settings.window, 2 * self.settings.slots * len(self.pool.members))
 
-    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task:
+    def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task:
         """Start a background task and keep a reference to it: the event loop holds only a weak one."""
         task = asyncio.get_running_loop().create_task(coroutine)
         self.background.add(task)

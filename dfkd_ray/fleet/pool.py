@@ -24,6 +24,7 @@ from dfkd_ray.fleet.settings import Settings
 from dfkd_ray.fleet.synthesizer import NotOpened, Spec
 from dfkd_ray.storage import in_one_line
 
+MAX_FAILED_STARTS = 5  # of every synthesizer, before a fleet of which none was ever up is called impossible
 QUIET_S = 10.0  # without demand, before synthesizers that are still pending are withdrawn
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Worker:
     busy_s: float = 0.0
     since: float = 0.0
     trouble: str = "starting"
+    failed_starts: int = 0  # since it was last up
     node: str = ""
     free_since: float = 0.0
     in_group: bool = True  # in the fleet's placement group; others were added later
@@ -72,6 +74,7 @@ class Pool:
         self.num_started = 0
         self.numerics: str | None = None
         self.numerics_known = asyncio.Event()
+        self.none_can_start = asyncio.Event()
         self.restarted = ray.get_runtime_context().was_current_actor_reconstructed
         self.last_alive = self.last_wanted = time.monotonic()
         for _ in range(settings.num_synthesizers):
@@ -149,7 +152,7 @@ class Pool:
             ray.kill(worker.actor)
             return
         worker.opened.clear()
-        worker.up, worker.trouble, worker.node = True, "", hello["node"]
+        worker.up, worker.trouble, worker.node, worker.failed_starts = True, "", hello["node"], 0
         worker.since = worker.since or time.monotonic()
         worker.free_since = self.last_alive = time.monotonic()
         self.offer(worker)
@@ -166,6 +169,9 @@ class Pool:
                 worker.trouble = error_text(error)
             except RayError as error:
                 worker.trouble = str(error).strip().splitlines()[-1].strip()[:300]  # of a traceback, the error itself
+            worker.failed_starts += 1
+            if min(member.failed_starts for member in self.members) >= MAX_FAILED_STARTS:
+                self.none_can_start.set()
             await asyncio.sleep(pause)
             pause = min(2 * pause, 5.0)
             if worker.removed:
