@@ -1,7 +1,8 @@
 """Real data sets, for training teachers, for test accuracy and for the upper bound. Imported by teachers and cli only.
 
 Nothing is downloaded unless requested. Small sets are kept in memory as uint8; images of celeba and of folders are
-decoded when they are read. torchvision reads CIFAR's pickles only after checking their MD5 sums.
+decoded when they are read. torchvision reads CIFAR's pickles only after checking their MD5 sums. It is imported where
+it is needed: it loads PyTorch's compiler, which takes seconds.
 """
 
 import errno
@@ -15,9 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
+import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 
 from dfkd_ray import image_files
 from dfkd_ray.text import one_line
@@ -98,13 +98,17 @@ def fit_images(images: Tensor, image_shape: Sequence[int]) -> Tensor:
         if images.shape[1] == 1:
             images = images.expand(-1, channels, -1, -1)
         elif images.shape[1] == 3 and channels == 1:
-            images = TF.rgb_to_grayscale(images)
+            from torchvision.transforms.v2.functional import rgb_to_grayscale
+
+            images = rgb_to_grayscale(images)
         else:
             raise ValueError(f"images have {images.shape[1]} channels, the network wants {channels}")
     if images.shape[2:] == (28, 28) and (height, width) == (32, 32):
-        images = TF.pad(images, [2, 2, 2, 2])
+        images = F.pad(images, [2, 2, 2, 2])
     elif images.shape[2:] != (height, width):
-        images = TF.resize(images, [height, width], antialias=True)
+        from torchvision.transforms.v2.functional import resize
+
+        images = resize(images, [height, width], antialias=True)
     return images.contiguous()
 
 
@@ -166,11 +170,13 @@ def open_idx(
     name: str, root: Path, train: bool, image_shape: Sequence[int] | None, download: bool, _attribute: str
 ) -> LabelledImages:
     """MNIST or Fashion-MNIST from IDX files, in the folders of torchvision or of the publisher's download."""
-    vision = {"mnist": torchvision.datasets.MNIST, "fashion_mnist": torchvision.datasets.FashionMNIST}[name]
+    kind = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}[name]
     if download:
-        vision(str(root), train=train, download=True)
+        from torchvision import datasets
+
+        getattr(datasets, kind)(str(root), train=train, download=True)
     stem = "train" if train else "t10k"
-    folders = [root / vision.__name__ / "raw", root / name, root / name.replace("_", "-"), root]
+    folders = [root / kind / "raw", root / name, root / name.replace("_", "-"), root]
     for folder in folders:
         for ending in ("", ".gz"):
             images, labels = (folder / f"{stem}-{part}-ubyte{ending}" for part in ("images-idx3", "labels-idx1"))
@@ -196,11 +202,13 @@ def open_vision(
     name: str, root: Path, train: bool, image_shape: Sequence[int] | None, download: bool, _attribute: str
 ) -> LabelledImages:
     """CIFAR-10, CIFAR-100 or SVHN through torchvision."""
+    from torchvision import datasets
+
     try:
         if name == "svhn":
-            found = torchvision.datasets.SVHN(str(root), split="train" if train else "test", download=download)
+            found = datasets.SVHN(str(root), split="train" if train else "test", download=download)
             return in_memory(name, torch.tensor(found.data), torch.tensor(found.labels), [*"0123456789"], image_shape)
-        vision = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+        vision = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
         found = vision(str(root), train=train, download=download)
     except RuntimeError as error:
         raise missing(name, f"{root} ({str(error).splitlines()[0]})") from None
@@ -212,8 +220,10 @@ def open_celeba(
     name: str, root: Path, train: bool, image_shape: Sequence[int] | None, download: bool, attribute: str
 ) -> LabelledImages:
     """CelebA with one attribute as a two-class problem, through torchvision; images are decoded as they are read."""
+    from torchvision import datasets
+
     try:
-        found = torchvision.datasets.CelebA(str(root), split="train" if train else "test", download=download)
+        found = datasets.CelebA(str(root), split="train" if train else "test", download=download)
     except RuntimeError as error:
         raise missing(name, f"{root / 'celeba'} ({str(error).splitlines()[0]})") from None
     names = [name for name in found.attr_names if name]

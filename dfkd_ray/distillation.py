@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dfkd_ray import batchnorm, checkpoints, losses, storage
+from dfkd_ray import batchnorm, checkpoints, devices, losses, storage
 from dfkd_ray.batches import mix_seed
 from dfkd_ray.compression import pruning
 from dfkd_ray.config import DistillationConfig, PruningConfig
@@ -137,7 +137,7 @@ def distil(
     """
     runtime, masks, progress = reference.runtime, pruned.masks, observer.progress
     device, place = runtime.device, None if checkpoint is None else storage.folder(checkpoint)
-    optimiser = torch.optim.SGD(
+    optimiser = devices.SGD(
         decay_groups(student, config.weight_decay), lr=config.learning_rate, momentum=config.momentum, nesterov=False
     )
     found = read_checkpoint(place, student, optimiser, config.num_steps) if place else None

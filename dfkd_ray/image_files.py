@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from dfkd_ray.text import one_line
 from dfkd_ray.untrusted import plain_file, reason
 
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
 MAX_PIXELS = 2**26  # of one image
 MAX_FOLDERS = 100_000  # within a class folder
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -86,7 +86,7 @@ def class_folders(folder: Path) -> tuple[list[str], list[str], list[int]]:
             raise ValueError(f"{expected} (the name {one_line(name, 60)} is no UTF-8 text; rename it)") from None
         found = image_files(os.path.join(folder, name))
         if not found:
-            raise ValueError(f"{expected} (no image in {one_line(name, 60)}; known: {', '.join(IMG_EXTENSIONS)})")
+            raise ValueError(f"{expected} (no image in {one_line(name, 60)}; known: {', '.join(EXTENSIONS)})")
         files += found
         labels += [label] * len(found)
     return names, files, labels
@@ -109,6 +109,6 @@ def image_files(folder: str) -> list[str]:
             inner = os.path.join(place, name)
             if os.path.isdir(inner):  # False for a link to itself, for which DirEntry.is_dir raises
                 todo.append((inner, above | {itself}))
-            elif name.lower().endswith(IMG_EXTENSIONS):
+            elif name.lower().endswith(EXTENSIONS):
                 found[place].append(name)
     return [os.path.join(place, name) for place in sorted(found) for name in sorted(found[place])]

@@ -1,7 +1,11 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from dfkd_ray import devices
+from helpers import TINY_WORDS
 
 CPU = torch.device("cpu")
 
@@ -103,3 +107,33 @@ def test_another_instruction_set_is_another_numerics_class(monkeypatch):
     name = devices.numerics_class(CPU)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "ANOTHER")
     assert devices.numerics_class(CPU) != name
+
+
+@pytest.mark.parametrize(
+    ("own", "torchs", "options"),
+    [
+        (devices.SGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
+        (devices.Adam, torch.optim.Adam, {"lr": 0.1}),
+    ],
+    ids=["SGD", "Adam"],
+)
+def test_optimisers_without_the_compiler_compute_the_same_bits(own, torchs, options):
+    def steps(kind):
+        variable = torch.linspace(-1, 1, 50).requires_grad_()
+        optimiser = kind([{"params": [variable]}], **options)
+        for _ in range(5):
+            optimiser.zero_grad()
+            assert variable.grad is None
+            (variable.sin() ** 2).sum().backward()
+            optimiser.step()
+        return variable.detach()
+
+    assert torch.equal(steps(own), steps(torchs))
+
+
+def test_a_trial_of_our_own_family_loads_neither_the_compiler_nor_torchvision(tiny_teacher, tmp_path):
+    words = ["recover", str(tiny_teacher), *TINY_WORDS, "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "c")]
+    program = f"import sys; from dfkd_ray import cli\nsys.argv = ['dfkd-ray', *{words!r}]\ntry:\n    cli.main()\n"
+    program += "finally:\n    print('loaded:', {'torch._dynamo', 'torchvision', 'sympy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "recovered" in done.stdout and done.stdout.splitlines()[-1] == "loaded: set()", done.stdout + done.stderr

@@ -1,7 +1,7 @@
 """Checks of a network before use: its size, before memory is allocated, and the form of its output.
 
-Named families are first built on PyTorch's meta device, where tensors have shapes but no memory. A forward pass there
-gives the sizes of all layer outputs too. The user's own code cannot be checked that way: it is run once.
+Named families are first built on PyTorch's meta device, where tensors have shapes but no memory. A forward pass of no
+images gives the sizes of all layer outputs too. The user's own code cannot be checked that way: it is run once.
 """
 
 import json
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dfkd_ray import untrusted
 from dfkd_ray.description import MAX_CLASSES, MAX_IMAGE_VALUES
@@ -20,6 +21,16 @@ from dfkd_ray.untrusted import reason, size
 
 MAX_PARAMETERS = 1_000_000_000  # seven times the largest family
 MAX_VALUES = 2**27  # of one layer's output for one image: 0.5 GB in float32
+
+
+class WithoutValues(TorchFunctionMode):
+    """While active, random initial values are not drawn: tensors on the meta device have no values.
+
+    PyTorch would do so in Python there, and import its compiler (seconds of CPU time).
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func in (Tensor.normal_, Tensor.uniform_) else func(*args, **(kwargs or {}))
 
 
 def shown(architecture: str) -> str:
@@ -56,7 +67,7 @@ def measured(
 ) -> int:
     """Bytes of a named network's tensors, without allocation; `ValueError` if it is too large or its output wrong."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), WithoutValues():
             network = make(**arguments).eval()
     except ValueError:
         raise
@@ -74,14 +85,18 @@ def measured(
         raise ValueError(f"{shown(architecture)} takes {size(num_bytes)}, this machine has {size(free)} of memory free")
 
     def bounded(module: nn.Module, _given: Any, answer: Any) -> None:
-        if isinstance(answer, Tensor) and answer.numel() > MAX_VALUES:
+        num_values = math.prod(answer.shape[1:]) if isinstance(answer, Tensor) else 0
+        if num_values > MAX_VALUES:
             raise RuntimeError(
-                f"one {type(module).__name__} gives {answer.numel():,} values an image, expected at most {MAX_VALUES:,}"
+                f"one {type(module).__name__} gives {num_values:,} values an image, expected at most {MAX_VALUES:,}"
             )
 
     for module in network.modules():
         module.register_forward_hook(bounded)
-    check_output(network, architecture, num_classes, shape, torch.device("meta"))
+    # This memory is neither initialised nor touched.
+    empty = {name: torch.empty(t.shape, dtype=t.dtype, device="cpu") for name, t in network.state_dict().items()}
+    network.load_state_dict(empty, assign=True)
+    check_output(network, architecture, num_classes, shape, compute=False)
     return num_bytes
 
 
@@ -112,13 +127,16 @@ def check_output(
     architecture: str,
     num_classes: int,
     image_shape: Sequence[int],
-    device: torch.device | str = "cpu",
+    *,
+    compute: bool = True,
 ) -> None:
-    """Run one blank image through the network, to find a wrong class count or image shape early."""
+    """Run one blank image through the network, to find a wrong class count or image shape early.
+
+    Without `compute`, a batch of no images: PyTorch then follows the shapes alone.
+    """
     channels, height, width = image_shape
-    image = torch.zeros(1, channels, height, width, device=device)
     try:
-        logits = network(image)
+        logits = network(torch.zeros(int(compute), channels, height, width, device="cpu"))
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a network of the user's may fail in any way of its own
         line = one_line((str(error) or type(error).__name__).splitlines()[0], 140)
         raise ValueError(f"{shown(architecture)} does not take images of {channels}x{height}x{width}: {line}") from None
@@ -127,9 +145,10 @@ def check_output(
             f"{shown(architecture)} gives {one_line(type(logits).__name__, 60)} for one image ({parts(logits)}), "
             f"expected a tensor of shape (1, {num_classes}): its forward must return the logits alone"
         )
-    if tuple(logits.shape) != (1, num_classes):
+    found = tuple(logits.shape) if compute else (1, *logits.shape[1:])
+    if found != (1, num_classes):
         raise ValueError(
-            f"{shown(architecture)} gives {one_line(tuple(logits.shape), 60)} for one image, expected "
+            f"{shown(architecture)} gives {one_line(found, 60)} for one image, expected "
             f"(1, {num_classes}): check the class count"
         )
     if not logits.is_floating_point():

@@ -114,7 +114,7 @@ def invert(
     low, high = space.bounds(labels.device)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     variables = [part.clone().requires_grad_(True) for part in parts]
-    optimiser = torch.optim.Adam(variables, lr=config.learning_rate)
+    optimiser = devices.Adam(variables, lr=config.learning_rate)
     best, checks_since_best, steps = math.inf, 0, 0
     with batchnorm.recorded(network) as statistics:
         for step in range(config.num_steps):

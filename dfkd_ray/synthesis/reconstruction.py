@@ -206,7 +206,7 @@ def reconstruct(
     mean, std = space.per_channel(labels.device)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     variables = [part.clone().requires_grad_(True) for part in parts]
-    optimiser = torch.optim.Adam(variables, lr=config.learning_rate)
+    optimiser = devices.Adam(variables, lr=config.learning_rate)
     bn = batchnorm.recorded(network) if config.bn_weight else nullcontext(None)
 
     def pixels() -> Tensor:
