@@ -5,6 +5,7 @@ Commands and the cluster file are the guide's own; only names are filled in. The
 
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -38,19 +39,26 @@ SWEEP = {
     "base": {
         "teacher": "fashion_mnist_resnet8",
         "bn_num_images": 32,
-        "synthesis": {"num_steps": 40, "batch_size": 32, "num_threads": 1},
+        "synthesis": {"num_steps": 20, "batch_size": 32, "num_threads": 1},
         "distillation": {
             "num_images": 96,
-            "num_steps": 150,
+            "num_steps": 60,
             "batch_size": 32,
-            "eval_every": 50,
-            "checkpoint_every": 50,
+            "eval_every": 20,
+            "checkpoint_every": 20,
             "num_threads": 1,
         },
         "reference": {"num_images": 32, "synthesis": {"batch_size": 32, "num_steps": 20, "num_threads": 1}},
     },
     "grid": {"pruning.sparsity": [0.5, 0.6, 0.7, 0.8, 0.9], "distillation.temperature": [2]},
 }
+
+WAIT_FOR_NODES = """
+import ray, time
+ray.init("auto", log_to_driver=False)
+while sum(node["Alive"] for node in ray.nodes()) < {}:
+    time.sleep(0.5)
+"""
 
 
 @dataclass
@@ -222,11 +230,8 @@ def watched(laptop: Laptop, up: str, dashboard: str, url: str, num_workers: int)
     process = laptop.start(dashboard)
     try:
         laptop.wait_for("the dashboard", lambda: answers(f"{url}/api/version") in (200, 401))
-        count = "python -c \"import ray; ray.init('auto'); print('alive', sum(n['Alive'] for n in ray.nodes()))\""
-        laptop.wait_for(
-            f"{num_workers} workers",
-            lambda: f"alive {num_workers + 1}" in laptop.bed.ssh(laptop.bed.hosts["head"], count, check=False).stdout,
-        )
+        head, count = laptop.bed.hosts["head"], f"python -c {shlex.quote(WAIT_FOR_NODES.format(num_workers + 1))}"
+        laptop.wait_for(f"{num_workers} workers", lambda: laptop.bed.ssh(head, count, check=False).returncode == 0)
         yield
     finally:
         os.killpg(process.pid, signal.SIGTERM)
