@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from dfkd_ray import cache_entries, results
 from dfkd_ray.batches import RoundState, summed
 
 TOYS = Path(__file__).parent / "toys"
+RUN = TOYS / "run_rounds.py"
+SERVER: list[subprocess.Popen[str]] = []
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TOYS), str(TOYS.parents[1])])}
 REFERENCE = {"num_images": 8, "synthesis": {"batch_size": 8, "num_steps": 1, "num_threads": 1}}
 DISTILLATION = {"num_images": 48, "num_steps": 12, "batch_size": 8, "eval_every": 1, "num_threads": 1}
@@ -39,9 +42,30 @@ def command(words: list[str], code: int = 0) -> subprocess.CompletedProcess:
     return done
 
 
+@pytest.fixture(scope="module", autouse=True)
+def server() -> Iterator[None]:
+    """The process that runs trials without Ray."""
+    words = [sys.executable, str(RUN), "serve"]
+    with subprocess.Popen(words, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        SERVER.append(process)
+        yield
+        SERVER.clear()
+
+
 def run(config: dict, folder: Path, *words: str, code: int = 0) -> dict:
-    done = command([str(TOYS / "run_rounds.py"), json.dumps(config), str(folder), *words], code)
-    return json.loads(done.stdout.splitlines()[-1]) if code == 0 else {}
+    """What a trial told; with a fleet in a process of its own."""
+    words = (json.dumps(config), str(folder), *words)
+    if "--synthesizers" in words:
+        said = command([str(RUN), *words], code).stdout
+    else:
+        (process,), out = SERVER, folder / "printed"
+        assert process.stdin is not None and process.stdout is not None
+        folder.mkdir(exist_ok=True)
+        process.stdin.write(json.dumps([str(out), *words]) + "\n")
+        process.stdin.flush()
+        ended, said = process.stdout.readline(), out.read_text()
+        assert ended == f"{code}\n", said
+    return json.loads(said.splitlines()[-1]) if code == 0 else {}
 
 
 @pytest.fixture(scope="module")
