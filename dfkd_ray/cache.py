@@ -79,8 +79,14 @@ def is_own_file(name: str) -> bool:
 
 
 def folder_of(root: Where, key: str, numerics: str) -> Folder:
-    """The folder of a key's batches; `numerics` is the result of `devices.numerics_class`."""
-    return storage.folder(root) / f"{key[:32]}-{stable_hash(numerics)[:8]}"
+    """The folder of a key's batches; `numerics` is the result of `devices.numerics_class`.
+
+    `ValueError` for a symbolic link: files of ours would be written elsewhere.
+    """
+    folder = storage.folder(root) / f"{key[:32]}-{stable_hash(numerics)[:8]}"
+    if folder.is_local and folder.path.is_symlink():
+        raise ValueError(f"the cache {folder}: a symbolic link where a folder was expected; remove it")
+    return folder
 
 
 def name_of(index: int) -> str:

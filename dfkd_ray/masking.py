@@ -26,8 +26,10 @@ HARMLESS = {
     *("buffer_size", "default_block_size", "use_mmap"),
 }
 PLAIN = re.compile(r"[\w.:/+-]*(?=$|[\s\"'`)\]}>]|[,;:.](?:\s|$))")
-# A path that may contain a secret: a scheme, one slash, and later an @ or a ?.
-ONE_SLASH = re.compile(r"(?<![\w+.:-])([A-Za-z][A-Za-z0-9+.-]+):/(?=[^/\s][^\s]*[@?])")
+# A path that may contain a secret: a scheme, one slash, and later a user with a password, an @ or a query.
+ONE_SLASH = re.compile(
+    r"(?<![\w+.:-])((?:[\w+.-]+::)*[A-Za-z][A-Za-z0-9+.-]+):/(?=[^/\s])(?=\S*[@?]|[^/?:\n]*(?::|%3[Aa]).*@|.*\?[^\s\"'`)\]},;:.!?])"
+)
 MASKED = re.compile(r"\*\*\*(?!\w)")
 SHORTEST = 4  # characters of a secret that is searched in a client library's message
 

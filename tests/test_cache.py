@@ -293,6 +293,15 @@ def test_keys_and_numerics_classes_have_folders_of_their_own(root):
     assert cache.folder_of(root, KEY, "cpu A") in folders
 
 
+def test_a_link_in_the_place_of_a_keys_folder_is_refused_and_nothing_is_written_through_it(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    cache.folder_of(tmp_path / "c", KEY, "cpu A").path.parent.mkdir()
+    cache.folder_of(tmp_path / "c", KEY, "cpu A").path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="a symbolic link where a folder was expected; remove it"):
+        cache.folder_of(tmp_path / "c", KEY, "cpu A")
+    assert cache.folder_of(tmp_path / "c", KEY, "cpu B").name
+
+
 def test_the_default_folder_follows_the_environment(monkeypatch):
     monkeypatch.setenv("DFKD_RAY_CACHE", "/a")
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")

@@ -53,6 +53,7 @@ def test_no_part_of_a_secret_is_in_what_is_shown_of_a_uri():
         assert MARK not in str(masking.secretless({"a": [text, {text: (text,)}]}))
         assert MARK not in masking.hidden(f"denied: {uri}", uri)
         assert MARK not in str(Folder(uri)) + repr(Folder(uri) / "file")
+        assert MARK not in masking.without_secrets(str(Path(uri))), "a path has one slash"
 
 
 def test_two_uris_of_one_line_are_both_without_secrets():
