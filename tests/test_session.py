@@ -163,7 +163,7 @@ def test_a_sweep_whose_ray_is_killed_ends_with_one_line_and_can_go_on(name, tiny
     )
     try:
         while process.poll() is None and "trial" not in below(process.pid):
-            time.sleep(0.1)
+            time.sleep(0.3)
         started = below(process.pid)
         os.kill(started[name], signal.SIGKILL)
         out, err = process.communicate(timeout=HANG_S)

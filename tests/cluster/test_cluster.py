@@ -24,8 +24,8 @@ import yaml
 from autoscaling import free_ports
 from cluster import bed
 from cluster.guide import HOSTS, REPOSITORY, block
-from dfkd_ray import results
-from helpers import ABOUT
+from dfkd_ray import results, sweep, trial
+from helpers import ABOUT, jobs_of
 from table_rows import deterministic
 
 pytestmark = [
@@ -181,10 +181,6 @@ def test_the_guides_commands_run_a_sweep_through_the_loss_of_a_host_and_go_on_on
         f"{dashboard} --port {port}",
     )
     url = f"http://localhost:{port}"
-    # The same sweep on this machine alone, at the same time.
-    alone = laptop.start(
-        f"dfkd-ray sweep sweeps/quickstart.yaml --test-data none --results {tmp_path}/r --cache {tmp_path}/c"
-    )
     try:
         with watched(laptop, up, dashboard, url, num_workers=2):
             refused = laptop.run(f"ray job list --address {url}", check=False, env=stranger(tmp_path))
@@ -196,11 +192,13 @@ def test_the_guides_commands_run_a_sweep_through_the_loss_of_a_host_and_go_on_on
             hosts["two"].kill()
             join(laptop, fresh)
             assert "5 trials, 0 failed" in laptop.run(logs)
-        assert alone.wait(timeout=900) == 0, (laptop.folder / "background.log").read_text()
         assert laptop.run(read).count("fashion_mnist_resnet8") == 5
         laptop.run(down)
         laptop.wait_for("Ray to be gone from every host", lambda: not any(map(ray_processes, hosts.values())))
 
+        # The same trials in this process, without Ray.
+        for job in jobs_of(SWEEP):
+            sweep.run_job(job, trial.Inputs(images=trial.Local(tmp_path / "c")), tmp_path / "r")
         cluster, here = (rows_of(where).set_index("trial_id").sort_index() for where in (place, f"{tmp_path}/r"))
         pd.testing.assert_frame_equal(deterministic(cluster.reset_index()), deterministic(here.reset_index()))
 
@@ -218,8 +216,6 @@ def test_the_guides_commands_run_a_sweep_through_the_loss_of_a_host_and_go_on_on
         laptop.run(down)
         laptop.wait_for("Ray to be gone from every host", lambda: not any(map(ray_processes, hosts.values())))
     finally:
-        if alone.poll() is None:
-            os.killpg(alone.pid, signal.SIGTERM)
         (laptop.folder / "story.log").write_text("\n".join(laptop.log))
 
 
