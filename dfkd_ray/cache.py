@@ -78,12 +78,17 @@ def is_own_file(name: str) -> bool:
     return name == MANIFEST or any(form.fullmatch(name) for form in (SHARD_NAME, LOCK_NAME))
 
 
+def folder_name(key: str, numerics: str) -> str:
+    """The name of the folder of a key's batches."""
+    return f"{key[:32]}-{stable_hash(numerics)[:8]}"
+
+
 def folder_of(root: Where, key: str, numerics: str) -> Folder:
     """The folder of a key's batches; `numerics` is the result of `devices.numerics_class`.
 
     `ValueError` for a symbolic link: files of ours would be written elsewhere.
     """
-    folder = storage.folder(root) / f"{key[:32]}-{stable_hash(numerics)[:8]}"
+    folder = storage.folder(root) / folder_name(key, numerics)
     if folder.is_local and folder.path.is_symlink():
         raise ValueError(f"the cache {folder}: a symbolic link where a folder was expected; remove it")
     return folder

@@ -98,7 +98,7 @@ def problems(entry: Entry) -> Iterator[tuple[str, str, bool]]:
         yield cache.MANIFEST, "missing: what these batches are is written when they are next used", False
     elif cache.MANIFEST in sizes and manifest is None:
         yield cache.MANIFEST, "damaged", True
-    elif manifest is not None and cache.folder_of("/", manifest["key"], manifest["numerics"]).name != entry.folder.name:
+    elif manifest is not None and cache.folder_name(manifest["key"], manifest["numerics"]) != entry.folder.name:
         yield cache.MANIFEST, "of another folder", True
         manifest = None
     for name, (_, changed) in sizes.items():

@@ -28,7 +28,8 @@ HARMLESS = {
 PLAIN = re.compile(r"[\w.:/+-]*(?=$|[\s\"'`)\]}>]|[,;:.](?:\s|$))")
 # A path that may contain a secret: a scheme, one slash, and later a user with a password, an @ or a query.
 ONE_SLASH = re.compile(
-    r"(?<![\w+.:-])((?:[\w+.-]+::)*[A-Za-z][A-Za-z0-9+.-]+):/(?=[^/\s])(?=\S*[@?]|[^/?:\n]*(?::|%3[Aa]).*@|.*\?[^\s\"'`)\]},;:.!?])"
+    r"(?<![\w+.:-])((?:[\w+.-]+::)*[A-Za-z][A-Za-z0-9+.-]+):/(?=[^/\s])"
+    rf"(?=\S*[@?]|[^/?:\n]*(?::|%3[Aa]).*@|.*{QUERY.pattern})"
 )
 MASKED = re.compile(r"\*\*\*(?!\w)")
 SHORTEST = 4  # characters of a secret that is searched in a client library's message

@@ -1,9 +1,9 @@
-import subprocess
 import sys
 
 import pytest
 import torch
 
+from commands import done
 from dfkd_ray import devices
 from helpers import TINY_WORDS
 
@@ -135,5 +135,5 @@ def test_a_trial_of_our_own_family_loads_neither_the_compiler_nor_torchvision(ti
     words = ["recover", str(tiny_teacher), *TINY_WORDS, "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "c")]
     program = f"import sys; from dfkd_ray import cli\nsys.argv = ['dfkd-ray', *{words!r}]\ntry:\n    cli.main()\n"
     program += "finally:\n    print('loaded:', {'torch._dynamo', 'torchvision', 'sympy'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert "recovered" in done.stdout and done.stdout.splitlines()[-1] == "loaded: set()", done.stdout + done.stderr
+    ended = done([sys.executable, "-c", program], tmp_path)
+    assert "recovered" in ended.stdout and ended.stdout.splitlines()[-1] == "loaded: set()", ended.stdout + ended.stderr

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dfkd_ray import data, teachers
+from dfkd_ray import data, image_files, teachers
 from helpers import refusal
 
 SHAPE = (3, 16, 16)
@@ -253,3 +253,9 @@ def test_damaged_idx_files_are_read_or_refused(tmp_path):
                 data.read_idx(path)
             except ValueError as error:
                 assert path.name in str(error) and "\n" not in str(error)
+
+
+def test_the_files_that_count_as_images_are_torchvisions():
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    assert image_files.EXTENSIONS == IMG_EXTENSIONS

@@ -41,7 +41,8 @@ __all__ = [
     "started",
 ]
 
-START_S = 900.0  # a machine may have to be bought, and a busy one takes minutes to import PyTorch
+RESERVE_S = 120.0
+START_S = 900.0  # a busy machine takes minutes to import PyTorch
 BUDGET_SHARE = 0.3  # of the smallest node's object store, for references to batches
 
 
@@ -95,7 +96,7 @@ def requested(bundles: list[dict[str, float]]) -> Iterator[None]:
 def started(settings: Settings, teachers: "Sequence[Teacher]" = (), start_s: float = START_S) -> Iterator[Fleet]:
     """Start a fleet; the body runs when at least one synthesizer answers.
 
-    `OSError`, with the reason, if none can start, or after `start_s`.
+    `OSError`, with the reason, if they cannot be reserved, if none can start, or after `start_s`.
 
     The synthesizers' placement group is created here and lives as long as the sweep. A synthesizer that dies restarts
     in its bundle, even if trials hold all other resources.
@@ -104,10 +105,10 @@ def started(settings: Settings, teachers: "Sequence[Teacher]" = (), start_s: flo
     group = placement_group([dict(need) for _ in range(settings.num_synthesizers)], strategy="SPREAD")
     coordinator: Any = None
     try:
-        if not group.wait(start_s):
+        if not group.wait(reserve_s := min(RESERVE_S, start_s)):
             raise OSError(
                 f"{settings.num_synthesizers} synthesizers of {settings.cpus:g} CPUs and {settings.gpus:g} GPUs could "
-                f"not be reserved within {start_s:.0f} s; free now: {ray.available_resources()}"
+                f"not be reserved within {reserve_s:.0f} s; free now: {ray.available_resources()}"
             )
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         actor: Any = ray.remote(Coordinator)

@@ -65,7 +65,7 @@ def measured(
     num_classes: int,
     shape: Sequence[int],
 ) -> int:
-    """Bytes of a named network's tensors, without allocation; `ValueError` if it is too large or its output wrong."""
+    """Bytes of a named network's tensors, without using them; `ValueError` if it is too large or its output wrong."""
     try:
         with torch.device("meta"), WithoutValues():
             network = make(**arguments).eval()
