@@ -8,13 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+from glob import glob
 from pathlib import Path
 
 import pytest
 from ray.exceptions import ActorDiedError
 
 from commands import SCRIPT, assert_one_line, done, environment, sweep_file
-from dfkd_ray import fleet, scratch
+from dfkd_ray import fleet
 from dfkd_ray.cli.live import descendants
 from dfkd_ray.fleet import session, watching
 
@@ -152,14 +153,10 @@ def is_there(pid: int) -> bool:
         return False
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
-def test_a_sweep_whose_ray_is_killed_ends_with_one_line_and_can_go_on(name, tiny_teacher, tmp_path):
-    file = sweep_file(tmp_path / "long.yaml", str(tiny_teacher), **{"distillation.num_steps": 100_000})
-    words = [*SCRIPT, "sweep", str(file), "--results", "out", "--cache", "cache", "--test-data", "none"]
-    words += ["--synthesizers", "1"]
+def assert_killed_sweep_ends(name: str, words: list[str], folder: Path) -> int:
+    """A sweep ends with one line, and with all that it has started, when that process of Ray's is; returns its id."""
     process = subprocess.Popen(
-        words, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        words, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
         while process.poll() is None and "trial" not in below(process.pid):
@@ -174,21 +171,24 @@ def test_a_sweep_whose_ray_is_killed_ends_with_one_line_and_can_go_on(name, tiny
     while any(is_there(pid) for pid in started.values()) and time.monotonic() < end:
         time.sleep(0.1)
     assert not any(is_there(pid) for pid in started.values())
-    # The next start removes what the dead one has left, and goes on in the same place.
-    sweep_file(file, str(tiny_teacher))
-    ended = done(words, tmp_path)
-    assert ended.returncode == 0, ended.stderr
-    left = [path for path in Path("/tmp").iterdir() if scratch.NAME.fullmatch(path.name)]
-    assert not [path for path in left if str(process.pid) in " ".join(inner.name for inner in path.iterdir())]
+    return process.pid
 
 
-@pytest.mark.timeout(900)
-def test_a_sweep_runs_with_a_long_path_for_temporary_files(tiny_teacher, tmp_path):
-    (tmp_path / ("x" * 100)).mkdir()
-    file = sweep_file(tmp_path / "one.yaml", str(tiny_teacher))
+@pytest.mark.timeout(1800)
+def test_a_sweep_whose_ray_is_killed_ends_with_one_line_and_can_go_on_also_with_a_long_path_for_temporary_files(
+    tiny_teacher, tmp_path
+):
+    file = sweep_file(tmp_path / "long.yaml", str(tiny_teacher), **{"distillation.num_steps": 100_000})
     words = [*SCRIPT, "sweep", str(file), "--results", "out", "--cache", "cache", "--test-data", "none"]
-    ended = done([*words, "--synthesizers", "1"], tmp_path, TMPDIR=str(tmp_path / ("x" * 100)))
+    words += ["--synthesizers", "1"]
+    killed = [assert_killed_sweep_ends(name, words, tmp_path) for name in ("raylet", "gcs_server")]
+    # The next start removes what the dead ones have left, and goes on in the same place.
+    sweep_file(file, str(tiny_teacher))
+    (tmp_path / ("x" * 100)).mkdir()
+    ended = done(words, tmp_path, TMPDIR=str(tmp_path / ("x" * 100)))
     assert ended.returncode == 0 and not ended.stderr, ended.stderr
+    left = [Path(path).name for path in glob("/tmp/dfkd_ray-*/*")]  # Ray's sessions: each names its process
+    assert not [name for name in left if any(str(pid) in name for pid in killed)]
 
 
 def test_what_ray_itself_fails_with_is_an_error_of_the_environment_in_one_line(monkeypatch):
