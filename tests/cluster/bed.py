@@ -15,7 +15,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,15 +105,13 @@ class Host:
             (self.root / name).mkdir(parents=True)
         lines = [f"export {name}={value!r}" for name, value in exports.items()]
         (self.home / ".bashrc").write_text("\n".join(lines) + "\n")
-        run(sys.executable, "-m", "venv", str(self.home / "venv"))
+        run(sys.executable, "-m", "venv", "--without-pip", str(self.home / "venv"))
         packages = next((self.home / "venv/lib").glob("python3*/site-packages"))
-        for old in [*packages.glob("setuptools*"), packages / "pkg_resources", packages / "_distutils_hack"]:
-            shutil.rmtree(old, ignore_errors=True)  # where venv brings an old one, it would hide the right one
-        (packages / "distutils-precedence.pth").unlink(missing_ok=True)
         (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        ray = self.home / "venv/bin/ray"
-        ray.write_text(f"#!{HOME}/venv/bin/python\nfrom ray.scripts.scripts import main\nmain()\n")
-        ray.chmod(0o755)
+        for name, module in {"pip": "pip._internal.cli.main", "ray": "ray.scripts.scripts"}.items():
+            script = self.home / "venv/bin" / name
+            script.write_text(f"#!{HOME}/venv/bin/python\nimport sys\nfrom {module} import main\nsys.exit(main())\n")
+            script.chmod(0o755)
 
     def boot_script(self) -> str:
         """What its first process does before it becomes sshd."""
@@ -184,10 +182,10 @@ class Bed:
             **self.exports,
         }
 
-    def add(self, name: str, address: str) -> Host:
-        """One more host, up when sshd answers."""
+    def add(self, name: str, address: str, exports: Mapping[str, str] | None = None) -> Host:
+        """One more host, up when sshd answers; `exports` are variables of its own."""
         host = self.hosts[name] = Host(name, address, self.root / name)
-        host.boot(Path(f"{self.key}.pub"), self.exports)
+        host.boot(Path(f"{self.key}.pub"), {**self.exports, **(exports or {})})
         for _ in range(3000):
             if self.ssh(host, "true", check=False).returncode == 0:
                 return host
