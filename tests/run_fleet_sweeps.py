@@ -1,12 +1,13 @@
-"""Sweeps for test_fleet_sweep.py, in a process of their own: `python run_fleet_sweeps.py WHAT TEACHER FOLDER`."""
+"""Sweeps for test_fleet_sweep.py, in a process of their own: `python run_fleet_sweeps.py TEACHER FOLDER`."""
 
+import io
 import json
 import os
 import random
 import sys
 import threading
-from collections.abc import Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,18 @@ import ray
 from ray.exceptions import RayError
 
 from commands import command_of, kill
-from dfkd_ray import fleet, results, sweep
+from dfkd_ray import cli, fleet, results, sweep
 from dfkd_ray.cli.live import descendants
-from helpers import jobs_of, sweep_of_four
+from helpers import jobs_of, sweep_of_four, write_yaml
+
+VICTIMS = ["synthesizer", "coordinator", "synthesizer"]
 
 
 @contextmanager
-def killing(num_kills: int, seed: int):
-    """While open, every fleet that starts loses random members, so many times; yields what was killed."""
+def killing() -> Iterator[list[str]]:
+    """While open, fleets that start lose the members in `VICTIMS`, one after the other; yields what was killed."""
     kills: list[str] = []
-    real_start, rng = fleet.started, random.Random(seed)
+    real_start, rng = fleet.started, random.Random(0)
 
     @contextmanager
     def started(*arguments, **options):
@@ -33,12 +36,14 @@ def killing(num_kills: int, seed: int):
             def killer() -> None:
                 while not over.wait(0.1) and not (running.status() or {}).get("in_flight"):
                     pass  # while trials still start there is nothing to disturb
-                while len(kills) < num_kills and not over.wait(rng.uniform(0.1, 0.5)):
+                while len(kills) < len(VICTIMS) and not over.wait(rng.uniform(0.1, 0.5)):
                     try:
                         actors = ray.get(running.coordinator.actors.remote(), timeout=5)
-                        victim = rng.choice([*actors, running.coordinator])
-                        ray.kill(victim, no_restart=False)
-                        kills.append("coordinator" if victim is running.coordinator else "synthesizer")
+                        victim = VICTIMS[len(kills)]
+                        ray.kill(
+                            running.coordinator if victim == "coordinator" else rng.choice(actors), no_restart=False
+                        )
+                        kills.append(victim)
                     except RayError:
                         continue
 
@@ -57,59 +62,61 @@ def killing(num_kills: int, seed: int):
         fleet.started = real_start
 
 
-def same(teacher: str, folder: Path) -> None:
-    """One synthesizer; three on its warm cache; three on a cold one, with at least ten kills."""
-    jobs, statuses = jobs_of(sweep_of_four(teacher)), {}
-
-    def run(name: str, cache_name: str, synthesizers: int) -> None:
-        cache, told = str(folder / cache_name), lambda status: statuses.update({name: status})
-        failed = sweep.run(
-            jobs,
-            folder / name,
-            cache,
-            cluster=sweep.Cluster(synthesizers=synthesizers),
-            callbacks=sweep.Callbacks(on_status=told),
-        )
-        assert failed == 0, results.read(folder / name, "trials")["reason"].tolist()
-
-    with fleet.connected(num_cpus=2, object_store_memory=200_000_000):
-        run("one", "cold", 1)
-        run("warm", "cold", 3)
-        with killing(10, seed=0) as kills:
-            for attempt in range(10):  # a sweep this small ends before it can be disturbed ten times
-                if len(kills) < 10:
-                    run(f"killed-{attempt}", f"killed-cache-{attempt}", 3)
-    (folder / "told.json").write_text(json.dumps({"statuses": statuses, "kills": kills}))
+def swept(jobs: Sequence[sweep.Job], place: Path, cache_root: Path, synthesizers: int | None) -> dict[str, Any]:
+    """Run a sweep in which no trial fails; returns the last status of its fleet."""
+    status: dict[str, Any] = {}
+    cluster, callbacks = sweep.Cluster(synthesizers=synthesizers), sweep.Callbacks(on_status=status.update)
+    failed = sweep.run(jobs, place, str(cache_root), cluster=cluster, callbacks=callbacks)
+    assert failed == 0, results.read(place, "trials")["reason"].tolist()
+    return status
 
 
-def one_cpu(teacher: str, folder: Path) -> None:
-    """On one CPU two trials of two syntheses through the fleet, then two of one synthesis without it."""
-    jobs = jobs_of(sweep_of_four(teacher))
-    with fleet.connected(num_cpus=1, object_store_memory=100_000_000):
-        assert sweep.run(jobs[::3], folder / "shared", str(folder / "cache")) == 0
-        assert sweep.run(jobs[:2], folder / "unshared", None, cluster=sweep.Cluster(synthesizers=0)) == 0
-
-
-def between(teacher: str, folder: Path) -> None:
-    """Processes that have ended a trial, and would be given the next one, die (with their machine, it may be)."""
+def unshared(jobs: Sequence[sweep.Job], place: Path) -> int:
+    """Run a sweep of three trials without a fleet, in which the process that has ended two of them, and would be given
+    the third, dies (with its machine, it may be); returns how many were killed."""
     killed: list[int] = []
 
     def kill_those(row: Mapping[str, Any], num_done: int, total: int) -> None:
-        if num_done < total:
+        if num_done == 2:
             pids = [pid for pid in descendants(os.getpid()) if command_of(pid).startswith(b"ray::ImplicitFunc")]
             kill(pids)
             killed.extend(pids)
 
+    cluster, callbacks = sweep.Cluster(synthesizers=0), sweep.Callbacks(on_row=kill_those)
+    assert sweep.run(jobs, place, None, cluster=cluster, callbacks=callbacks) == 0
+    return len(killed)
+
+
+def refused(*words: str) -> tuple[Any, str]:
+    """The exit code and the error of a command line."""
+    sys.argv = ["dfkd-ray", *words]
+    with redirect_stderr(io.StringIO()) as err:
+        try:
+            cli.main()
+        except SystemExit as end:
+            return end.code, err.getvalue()
+    raise AssertionError("a command ends with its exit code")
+
+
+def main(teacher: str, folder: Path) -> dict[str, Any]:
+    """On two CPUs sweeps with kills; on one a cold, a warm and an unshared sweep, and one that does not fit."""
+    data = sweep_of_four(teacher)
+    jobs = jobs_of(data)
+    with fleet.connected(num_cpus=2, object_store_memory=200_000_000), killing() as kills:
+        for attempt in range(10):  # a sweep this small may end before it has been disturbed so often
+            if len(kills) < len(VICTIMS):
+                swept(jobs, folder / f"killed-{attempt}", folder / f"killed-cache-{attempt}", 3)
+    words = ["sweep", str(write_yaml(folder / "four.yaml", data)), "--results", str(folder / "refused")]
     with fleet.connected(num_cpus=1, object_store_memory=100_000_000):
-        failed = sweep.run(
-            jobs_of(sweep_of_four(teacher))[:3],
-            folder / "between",
-            None,
-            cluster=sweep.Cluster(synthesizers=0),
-            callbacks=sweep.Callbacks(on_row=kill_those),
-        )
-    (folder / "told.json").write_text(json.dumps({"failed": failed, "killed": len(killed)}))
+        return {
+            "kills": kills,
+            "cold": swept(jobs, folder / "cold", folder / "cache", None),
+            "warm": swept(jobs, folder / "warm", folder / "cache", 1),
+            "died": unshared(jobs[:3], folder / "unshared"),
+            "refused": refused(*words, "--cache", str(folder / "cache"), "--synthesizers", "100000"),
+        }
 
 
 if __name__ == "__main__":
-    {"same": same, "one_cpu": one_cpu, "between": between}[sys.argv[1]](sys.argv[2], Path(sys.argv[3]))
+    told = main(sys.argv[1], Path(sys.argv[2]))
+    (Path(sys.argv[2]) / "told.json").write_text(json.dumps(told))

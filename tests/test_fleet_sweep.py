@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import pytest
 
 from dfkd_ray import bundles, cache, config, devices, fleet, results, synthesis
 from helpers import sweep_of_four, tiny_sweep, write_yaml
@@ -15,60 +17,60 @@ from table_rows import comparable, deterministic
 NUM_BATCHES = 2 * 8 + 2  # of two syntheses, and of the reference set
 
 
-def run_sweeps(what: str, teacher: Path, folder: Path) -> None:
-    """Run a function of run_fleet_sweeps.py."""
-    script = Path(__file__).with_name("run_fleet_sweeps.py")
-    words = [sys.executable, str(script), what, str(teacher), str(folder)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-
-
 def tables(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The deterministic columns of both tables, in an order of their own."""
     batches = deterministic(results.read(folder, "synthesis"), "synthesis")
     return comparable(folder, "trials", ["trial_id"]), batches
 
 
-def test_one_or_three_synthesizers_kills_or_none_warm_or_cold_the_tables_are_the_same(tiny_teacher, tmp_path):
-    run_sweeps("same", tiny_teacher, tmp_path)
-    told = json.loads((tmp_path / "told.json").read_text())
-    assert len(told["kills"]) >= 10 and set(told["kills"]) == {"coordinator", "synthesizer"}
-    one, batches = tables(tmp_path / "one")
+@pytest.fixture(scope="module")
+def swept(tiny_teacher, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """The folder in which run_fleet_sweeps.py has run its sweeps, and what it told of them."""
+    folder, script = tmp_path_factory.mktemp("sweeps"), Path(__file__).with_name("run_fleet_sweeps.py")
+    words = [sys.executable, str(script), str(tiny_teacher), str(folder)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    return folder, json.loads((folder / "told.json").read_text())
+
+
+def test_one_or_three_synthesizers_kills_or_none_warm_or_cold_the_tables_are_the_same(swept, tiny_teacher):
+    folder, told = swept
+    assert told["kills"] == ["synthesizer", "coordinator", "synthesizer"]
+    one, batches = tables(folder / "cold")
     assert len(one) == 4 and len(batches) == NUM_BATCHES and set(one["status"]) == {"finished"}
-    disturbed = [path.name for path in tmp_path.glob("killed-*") if (path / "trials").is_dir()]
+    disturbed = [path.name for path in folder.glob("killed-*") if (path / "trials").is_dir()]
     for other in ["warm", *disturbed]:
-        pd.testing.assert_frame_equal(tables(tmp_path / other)[0], one)
-        pd.testing.assert_frame_equal(tables(tmp_path / other)[1], batches)
-    assert told["statuses"]["one"]["made"] == NUM_BATCHES, "four trials, two syntheses: nothing is made twice"
-    warm = told["statuses"]["warm"]
+        pd.testing.assert_frame_equal(tables(folder / other)[0], one)
+        pd.testing.assert_frame_equal(tables(folder / other)[1], batches)
+    cold, warm = told["cold"], told["warm"]
+    assert cold["synthesizers"] == 1 and cold["made"] == NUM_BATCHES, "four trials, two syntheses: none is made twice"
     assert warm["made"] == 0 and warm["read"] == NUM_BATCHES
-    assert results.read(tmp_path / "warm", "trials")["num_cached_batches"].tolist() == [8] * 4
+    assert results.read(folder / "warm", "trials")["num_cached_batches"].tolist() == [8] * 4
     # And they are what one process makes by itself.
     teacher, device = bundles.load(str(tiny_teacher)), devices.resolve("cpu")
     plain = sweep_of_four(tiny_teacher)["base"]["synthesis"] | {"bn_weight": 2.0}
     settings = config.DeepInversionConfig.model_validate(plain)
     key, make = synthesis.source(teacher, settings, device)
-    folder = cache.folder_of(tmp_path / "cold", key, devices.numerics_class(device))
-    batch, manifest = cache.read(folder, 3, key), cache.read_manifest(folder)
+    kept = cache.folder_of(folder / "cache", key, devices.numerics_class(device))
+    batch, manifest = cache.read(kept, 3, key), cache.read_manifest(kept)
     assert batch is not None and manifest is not None
     assert batch.images.tobytes() == make(3).images.tobytes() and manifest["teacher_hash"] == teacher.hash
 
 
-def test_a_grid_on_one_cpu_ends_with_or_without_sharing(tiny_teacher, tmp_path):
-    run_sweeps("one_cpu", tiny_teacher, tmp_path)
-    rows = results.read(tmp_path / "shared", "trials")
+def test_a_grid_on_one_cpu_ends_with_or_without_sharing(swept):
+    rows = results.read(swept[0] / "cold", "trials")
     assert set(rows["status"]) == {"finished"} and all(wait_s >= 0 for wait_s in rows["fleet_wait_s"])
-    rows = results.read(tmp_path / "unshared", "trials")
-    assert len(set(rows["synthesis_key"])) == 1 and set(rows["num_cached_batches"]) == {0}
+    rows = results.read(swept[0] / "unshared", "trials")
+    assert len(set(rows["synthesis_key"])) == 2, "two of the three trials have the same synthesis"
+    assert set(rows["num_cached_batches"]) == {0}
     assert set(rows["fleet_call_s"].isna()) == {True}, "every trial made its own images"
 
 
-def test_a_trial_whose_process_died_before_it_began_is_run_by_another(tiny_teacher, tmp_path):
-    run_sweeps("between", tiny_teacher, tmp_path)
-    told = json.loads((tmp_path / "told.json").read_text())
-    rows = results.read(tmp_path / "between", "trials")
-    assert told["killed"] >= 1, "a process that was to run another trial"
-    assert told["failed"] == 0 and rows["status"].tolist() == ["finished"] * 3, rows["reason"].tolist()
+def test_a_trial_whose_process_died_before_it_began_is_run_by_another(swept):
+    folder, told = swept
+    rows = results.read(folder / "unshared", "trials")
+    assert told["died"] >= 1, "a process that was to run another trial"
+    assert rows["status"].tolist() == ["finished"] * 3, rows["reason"].tolist()
 
 
 CLUSTER = """
@@ -81,8 +83,8 @@ from dfkd_ray.fleet.simulated import Simulated, simulated_batch, simulated_spec
 
 quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 10_000,
          "health_check_failure_threshold": 6}
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1, "_system_config": quick,
-                                                        "object_store_memory": 100_000_000})
+head = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 100_000_000, "include_dashboard": False}
+cluster = Cluster(initialize_head=True, head_node_args=head | {"_system_config": quick})
 nodes = [cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=100_000_000) for _ in range(2)]
 try:
     with fleet.connected(cluster.address):
@@ -140,7 +142,7 @@ def test_on_three_nodes_the_fleet_spreads_and_a_lost_node_costs_only_its_batches
     assert done.returncode == 0 and "well" in done.stdout, done.stdout + done.stderr[-3000:]
 
 
-def test_a_refusal_of_placement_is_wrong_input(tiny_teacher, tmp_path, run_cli):
+def test_a_refusal_of_placement_is_wrong_input(swept, tiny_teacher, tmp_path, run_cli):
     write_yaml(tmp_path / "s.yaml", tiny_sweep(tiny_teacher, {"pruning.sparsity": [0.5]}))
     words = ["sweep", str(tmp_path / "s.yaml"), "--results", str(tmp_path / "r"), "--cache", str(tmp_path / "c")]
     done = run_cli(*words, "--synthesizers", "many")
@@ -149,5 +151,5 @@ def test_a_refusal_of_placement_is_wrong_input(tiny_teacher, tmp_path, run_cli):
     )
     done = run_cli(*words, "--synthesizers", "4-2")
     assert done.code == 2 and "--synthesizers 4-2: expected MIN-MAX" in done.err
-    done = run_cli(*words, "--synthesizers", "100000")
-    assert done.code == 2 and "--synthesizers 100000: that many do not fit" in done.err
+    code, said = swept[1]["refused"]
+    assert code == 2 and "--synthesizers 100000: that many do not fit" in said

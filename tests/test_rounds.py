@@ -2,22 +2,25 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import ray
+from ray.exceptions import WorkerCrashedError
 
-from commands import LIMIT_S
-from dfkd_ray import cache_entries, results
+from dfkd_ray import bundles, cache_entries, fleet, results
 from dfkd_ray.batches import RoundState, summed
+from helpers import Done, assert_one_error
 
 TOYS = Path(__file__).parent / "toys"
-RUN = TOYS / "run_rounds.py"
-SERVER: list[subprocess.Popen[str]] = []
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TOYS), str(TOYS.parents[1])])}
+PYTHONPATH = os.pathsep.join([str(TOYS), str(TOYS.parents[1])])
 REFERENCE = {"num_images": 8, "synthesis": {"batch_size": 8, "num_steps": 1, "num_threads": 1}}
 DISTILLATION = {"num_images": 48, "num_steps": 12, "batch_size": 8, "eval_every": 1, "num_threads": 1}
 
@@ -34,44 +37,85 @@ def config_of(teacher: Path, **synthesis) -> dict:
     }
 
 
-def command(words: list[str], code: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        [sys.executable, *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT_S, check=False
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
+@dataclass
+class Server:
+    """A process that runs each trial and each command in a fork of its own; see toys/run_rounds.py."""
 
+    process: subprocess.Popen[str]
+    folder: Path
 
-@pytest.fixture(scope="module", autouse=True)
-def server() -> Iterator[None]:
-    """The process that runs trials without Ray."""
-    words = [sys.executable, str(RUN), "serve"]
-    with subprocess.Popen(words, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        SERVER.append(process)
-        yield
-        SERVER.clear()
-
-
-def run(config: dict, folder: Path, *words: str, code: int = 0) -> dict:
-    """What a trial told; with a fleet in a process of its own."""
-    words = (json.dumps(config), str(folder), *words)
-    if "--synthesizers" in words:
-        said = command([str(RUN), *words], code).stdout
-    else:
-        (process,), out = SERVER, folder / "printed"
+    def done(self, *words: str) -> Done:
+        """What some words left."""
+        process = self.process
         assert process.stdin is not None and process.stdout is not None
-        folder.mkdir(exist_ok=True)
-        process.stdin.write(json.dumps([str(out), *words]) + "\n")
+        process.stdin.write(json.dumps([str(self.folder), *words]) + "\n")
         process.stdin.flush()
-        ended, said = process.stdout.readline(), out.read_text()
-        assert ended == f"{code}\n", said
-    return json.loads(said.splitlines()[-1]) if code == 0 else {}
+        return Done(int(process.stdout.readline()), *((self.folder / name).read_text() for name in ("out", "err")))
+
+    def said(self, *words: str) -> str:
+        """The standard output of a command that does not fail."""
+        done = self.done(*words)
+        assert done.code == 0, done
+        return done.out
+
+    def trial(self, config: dict, folder: Path) -> dict:
+        """What a trial without Ray told."""
+        return json.loads(self.said("trial", json.dumps(config), json.dumps(str(folder))))
+
+    def kill_trial(self, config: dict, folder: Path, step: int) -> None:
+        """Have it killed at a look."""
+        done = self.done("trial", json.dumps(config), json.dumps(str(folder)), json.dumps(step))
+        assert done.code == -9, done
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_teacher, tmp_path_factory) -> dict[int, dict]:
+def server(tmp_path_factory) -> Iterator[Server]:
+    environment, folder = {**os.environ, "PYTHONPATH": PYTHONPATH}, tmp_path_factory.mktemp("printed")
+    words = [sys.executable, str(TOYS / "run_rounds.py")]
+    with subprocess.Popen(words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield Server(process, folder)
+
+
+@pytest.fixture(scope="module")
+def fleets(tiny_teacher, tmp_path_factory) -> Iterator[dict[int, fleet.Fleet]]:
+    """Fleets by their number of synthesizers, in one Ray session whose processes know the toy methods."""
+    teacher, folder = bundles.load(str(tiny_teacher)), tmp_path_factory.mktemp("fleets")
+
+    def settings(size: int) -> fleet.Settings:
+        return fleet.Settings(size, 0.1, cache_root=str(folder / str(size)), device="cpu")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", PYTHONPATH)
+        with (
+            fleet.connected(num_cpus=2, object_store_memory=200_000_000),
+            fleet.started(settings(1), [teacher]) as one,
+            fleet.started(settings(2), [teacher]) as two,
+        ):
+            yield {1: one, 2: two}
+
+
+def in_ray(name: str, *arguments: Any) -> Any:
+    """What a function of toys/run_rounds.py returns in a process of the session."""
+
+    def call(*arguments: Any) -> Any:
+        import run_rounds
+
+        return getattr(run_rounds, name)(*arguments)
+
+    task: Any = ray.remote(num_cpus=0, max_retries=0)(call)
+    return ray.get(task.remote(*arguments))
+
+
+def on_fleet(running: fleet.Fleet, config: dict, folder: Path, kill_at: int | None = None) -> dict:
+    """What a trial told that reads its images from a fleet."""
+    return json.loads(in_ray("told", config, str(folder), kill_at, running))
+
+
+@pytest.fixture(scope="module")
+def alone(server, tiny_teacher, tmp_path_factory) -> dict[int, dict]:
     """The undisturbed trial in one process, by lag."""
-    return {lag: run(config_of(tiny_teacher, lag=lag), tmp_path_factory.mktemp(f"alone{lag}")) for lag in (0, 1)}
+    folder = tmp_path_factory.mktemp("alone")
+    return {lag: server.trial(config_of(tiny_teacher, lag=lag), folder / str(lag)) for lag in (0, 1)}
 
 
 def test_each_round_has_its_images_and_each_looks_at_another_student(alone):
@@ -88,65 +132,69 @@ def test_each_round_has_its_images_and_each_looks_at_another_student(alone):
 
 
 @pytest.mark.parametrize("lag", [0, 1])
-@pytest.mark.parametrize("synthesizers", [1, 3])
-def test_a_fleet_of_any_size_gives_the_same_bytes(alone, tiny_teacher, tmp_path, lag, synthesizers):
+@pytest.mark.parametrize("synthesizers", [1, 2])
+def test_a_fleet_of_any_size_gives_the_same_bytes(alone, fleets, tiny_teacher, tmp_path, lag, synthesizers):
     config = config_of(tiny_teacher, lag=lag)
-    assert run(config, tmp_path, "--synthesizers", str(synthesizers)) == alone[lag]
+    assert on_fleet(fleets[synthesizers], config, tmp_path) == alone[lag]
 
 
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("step", [2, 4, 5, 8, 11])
-def test_a_trial_that_is_killed_in_any_round_goes_on_to_the_same_bytes(alone, tiny_teacher, tmp_path, lag, step):
+def test_a_trial_that_is_killed_in_any_round_goes_on_to_the_same_bytes(
+    alone, server, tiny_teacher, tmp_path, lag, step
+):
     config = config_of(tiny_teacher, lag=lag)
-    run(config, tmp_path, "--kill-at", str(step), code=-9)
+    server.kill_trial(config, tmp_path, step)
     assert list((tmp_path / "checkpoints").glob("t-*/round-*.safetensors"))
-    assert run(config, tmp_path) == alone[lag]
+    assert server.trial(config, tmp_path) == alone[lag]
 
 
-def test_a_trial_that_is_killed_on_a_fleet_goes_on_to_the_same_bytes(alone, tiny_teacher, tmp_path):
+def test_a_trial_that_is_killed_on_a_fleet_goes_on_to_the_same_bytes(alone, fleets, tiny_teacher, tmp_path):
     config = config_of(tiny_teacher, lag=1)
-    run(config, tmp_path, "--kill-at", "6", "--synthesizers", "2", code=-9)
-    assert run(config, tmp_path, "--synthesizers", "2") == alone[1]
+    with pytest.raises(WorkerCrashedError):
+        on_fleet(fleets[2], config, tmp_path / "killed", kill_at=6)
+    for size, running in fleets.items():  # one that has not seen the trial, and the one where it was killed
+        shutil.copytree(tmp_path / "killed", tmp_path / str(size))
+        assert on_fleet(running, config, tmp_path / str(size)) == alone[1]
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "state cut", "state gone"])
-def test_rounds_that_are_damaged_are_made_anew_and_never_mixed(alone, tiny_teacher, tmp_path, damage):
+def test_rounds_that_are_damaged_are_made_anew_and_never_mixed(alone, server, tiny_teacher, tmp_path, damage):
     config = config_of(tiny_teacher)
-    run(config, tmp_path, "--kill-at", "9", code=-9)
+    server.kill_trial(config, tmp_path, 9)
     (folder,) = (tmp_path / "checkpoints").iterdir()
     path = folder / ("rounds.safetensors" if "state" in damage else "round-000001.safetensors")
     if "gone" in damage:
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:-5])
-    assert run(config, tmp_path) == alone[0]
+    assert server.trial(config, tmp_path) == alone[0]
 
 
-def test_only_rounds_that_have_seen_no_student_are_kept_in_the_cache(alone, tiny_teacher, tmp_path):
-    run(config_of(tiny_teacher), tmp_path / "looks")
-    run(config_of(tiny_teacher, student_weight=0.0), tmp_path / "does not look")
+def test_only_rounds_that_have_seen_no_student_are_kept_in_the_cache(server, tiny_teacher, tmp_path):
+    server.trial(config_of(tiny_teacher), tmp_path / "looks")
+    server.trial(config_of(tiny_teacher, student_weight=0.0), tmp_path / "does not look")
     kept = {}
     for name in ("looks", "does not look"):
         entries = [e for e in cache_entries.entries(tmp_path / name / "cache") if e.manifest]
         entries = [e for e in entries if (e.manifest or {}).get("config", {})["method"] == "toy_rounds"]
         kept[name] = sum(entry.num_batches for entry in entries)
     assert kept == {"looks": 2, "does not look": 6}, "round 0; all rounds"
-    again = run(config_of(tiny_teacher, student_weight=0.0, lag=0), tmp_path / "does not look")
+    again = server.trial(config_of(tiny_teacher, student_weight=0.0, lag=0), tmp_path / "does not look")
     assert again["row"]["status"] == "finished"
 
 
-def test_a_student_of_another_architecture_is_looked_at(tiny_teacher, tmp_path):
+def test_a_student_of_another_architecture_is_looked_at(server, fleets, tiny_teacher, tmp_path):
     student = {"architecture": "resnet8", "arguments": {"width_multiplier": 0.25}}
     config = {**config_of(tiny_teacher), "student": student, "pruning": {"sparsity": 0.0}}
-    assert run(config, tmp_path / "1") == run(config, tmp_path / "2", "--synthesizers", "1")
+    assert server.trial(config, tmp_path / "1") == on_fleet(fleets[1], config, tmp_path / "2")
 
 
-def test_more_rounds_than_steps_are_refused(tiny_teacher, tmp_path):
-    words = ["-m", "dfkd_ray", "recover", str(tiny_teacher), "--out", str(tmp_path / "o")]
+def test_more_rounds_than_steps_are_refused(server, tiny_teacher, tmp_path):
+    words = ["recover", str(tiny_teacher), "--out", str(tmp_path / "o")]
     for field in ("synthesis.method=toy_rounds", "synthesis.num_rounds=9", "distillation.num_steps=3"):
         words += ["--set", field]
-    done = command(words, code=2)
-    assert "synthesis.num_rounds=9 needs a step of distillation each" in done.stderr
+    assert_one_error(server.done(*words), 2, "synthesis.num_rounds=9 needs a step of distillation each")
 
 
 def test_contributions_are_added_up_in_the_order_of_their_batches():
@@ -175,8 +223,8 @@ def test_the_hash_of_a_state_tells_its_parts_apart():
 
 
 @pytest.fixture(scope="module")
-def swept(tiny_teacher, tmp_path_factory) -> tuple[Path, str, subprocess.CompletedProcess]:
-    """A sweep of both toy methods, and what its dry run said."""
+def swept(server, fleets, tiny_teacher, tmp_path_factory) -> tuple[Path, str, str]:
+    """A sweep of both toy methods in the session: its results, and what its dry run and the sweep itself said."""
     folder = tmp_path_factory.mktemp("toys")
     base = {key: value for key, value in config_of(tiny_teacher).items() if key != "synthesis"}
     grid = [
@@ -184,44 +232,38 @@ def swept(tiny_teacher, tmp_path_factory) -> tuple[Path, str, subprocess.Complet
         {"synthesis.method": ["toy_term"], "synthesis.sharpness_weight": [0.5, 1.5]},
     ]
     (folder / "toys.json").write_text(json.dumps({"base": base, "grid": grid}))
-    words = ["-m", "dfkd_ray", "sweep", str(folder / "toys.json"), "--test-data", "none"]
-    words += ["--results", str(folder / "out"), "--cache", str(folder / "cache"), "--synthesizers", "2"]
-    dry = command([*words, "--dry-run"])
-    return folder / "out", dry.stdout, command(words)
+    words = ["sweep", str(folder / "toys.json"), "--test-data", "none"]
+    words += ["--results", str(folder / "out"), "--cache", str(folder / "cache"), "--synthesizers", "1"]
+    dry = server.said(*words, "--dry-run")
+    code, said = in_ray("printed", words)
+    assert code == 0, said
+    return folder / "out", dry, said
 
 
-def test_toy_methods_pass_through_a_sweep_to_the_numbers_of_a_trial_alone(swept, alone):
-    place, dry, done = swept
+def test_toy_methods_pass_through_a_sweep_to_the_numbers_of_a_trial_alone(swept, server, alone):
+    place, dry, said = swept
     assert "4 trials" in dry and "toy_rounds" in dry and "toy_term" in dry and "estimated" in dry
-    rows = json.loads(command(["-c", READ, str(place)]).stdout)
+    rows = json.loads(server.said("results", str(place), "--format", "json"))
     by_lag = {row["synthesis.lag"]: row for row in rows if row["synthesis.method"] == "toy_rounds"}
     for lag, told in alone.items():
         for name in ("trial_id", "images_sha256", "agreement", "reference_kl", "synthesis_key", "num_images"):
             assert by_lag[lag][name] == told["row"][name], (lag, name)
-    assert "4/4" in done.stdout and len(rows) == 4
+    assert "4/4" in said and len(rows) == 4
 
 
-READ = """
-import json, sys
-from dfkd_ray import results
-frame = results.read(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "trials")
-print(json.dumps(frame.astype(object).where(frame.notna(), None).to_dict("records"), default=str))
-"""
-
-
-def test_a_new_term_is_a_column_by_itself_and_methods_share_what_can_be_shared(swept):
-    rows = json.loads(command(["-c", READ, str(swept[0]), "synthesis"]).stdout)
+def test_a_new_term_is_a_column_by_itself_and_methods_share_what_can_be_shared(swept, server):
+    rows = json.loads(server.said("results", str(swept[0]), "--table", "synthesis", "--format", "json"))
     assert {row["method"] for row in rows if row["sharpness"] is not None} == {"toy_term"}
     assert {row["method"] for row in rows if row["shift"] is not None} == {"toy_rounds"}
     rounds = [row["round"] for row in rows if row["method"] == "toy_rounds"]
     assert sorted(rounds) == [0] * 4 + [1] * 4 + [2] * 4
 
 
-def test_results_and_report_show_them(swept, tmp_path):
+def test_results_and_report_show_them(swept, server):
     place = swept[0]
-    told = command(["-m", "dfkd_ray", "results", str(place), "--table", "synthesis", "--format", "csv"]).stdout
+    told = server.said("results", str(place), "--table", "synthesis", "--format", "csv")
     assert "sharpness" in told.splitlines()[0] and "toy_rounds" in told
-    command(["-m", "dfkd_ray", "report", str(place)])
+    server.said("report", str(place))
     assert "toy_term" in (place / "report.html").read_text()
 
 
