@@ -99,22 +99,20 @@ def refused(*words: str) -> tuple[Any, str]:
 
 
 def main(teacher: str, folder: Path) -> dict[str, Any]:
-    """On two CPUs sweeps with kills; on one a cold, a warm and an unshared sweep, and one that does not fit."""
+    """On one CPU: a cold and a warm sweep, sweeps with kills, one without a fleet, and one that does not fit."""
     data = sweep_of_four(teacher)
-    jobs = jobs_of(data)
-    with fleet.connected(num_cpus=2, object_store_memory=200_000_000), killing() as kills:
-        for attempt in range(10):  # a sweep this small may end before it has been disturbed so often
-            if len(kills) < len(VICTIMS):
-                swept(jobs, folder / f"killed-{attempt}", folder / f"killed-cache-{attempt}", 3)
-    words = ["sweep", str(write_yaml(folder / "four.yaml", data)), "--results", str(folder / "refused")]
+    jobs, told = jobs_of(data), {}
     with fleet.connected(num_cpus=1, object_store_memory=100_000_000):
-        return {
-            "kills": kills,
-            "cold": swept(jobs, folder / "cold", folder / "cache", None),
-            "warm": swept(jobs, folder / "warm", folder / "cache", 1),
-            "died": unshared(jobs[:3], folder / "unshared"),
-            "refused": refused(*words, "--cache", str(folder / "cache"), "--synthesizers", "100000"),
-        }
+        told["cold"] = swept(jobs, folder / "cold", folder / "cache", None)
+        told["warm"] = swept(jobs, folder / "warm", folder / "cache", 1)
+        with killing() as told["kills"]:
+            for attempt in range(10):  # a sweep this small may end before it has been disturbed so often
+                if len(told["kills"]) < len(VICTIMS):
+                    swept(jobs, folder / f"killed-{attempt}", folder / f"killed-cache-{attempt}", 2)
+        told["died"] = unshared(jobs[:3], folder / "unshared")
+        words = ["sweep", str(write_yaml(folder / "four.yaml", data)), "--results", str(folder / "refused")]
+        told["refused"] = refused(*words, "--cache", str(folder / "cache"), "--synthesizers", "100000")
+    return told
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -218,34 +220,30 @@ def test_two_keys_share_the_fleet_fairly(shared):
 
 
 def test_killed_synthesizers_and_coordinators_change_no_batch_and_stop_nobody(tmp_path):
-    spec, rng = simulated_spec("kills", SHAPE, (0.05, 0.15)), random.Random(0)
-    victims = ["synthesizer", "coordinator"] * 2
-    with fleet.started(settings_of(tmp_path, num_synthesizers=3)) as running:
-        over, num_kills = threading.Event(), 0
+    spec, rng, over = simulated_spec("kills", SHAPE, (0.05, 0.15)), random.Random(0), threading.Event()
+    with fleet.started(settings_of(tmp_path, num_synthesizers=3)) as running, ThreadPoolExecutor() as pool:
 
-        def killer() -> None:
-            nonlocal num_kills
-            while num_kills < len(victims) and not over.wait(rng.uniform(0.2, 0.8)):
-                try:
-                    actors = ray.get(running.coordinator.actors.remote(), timeout=5)
-                    one = running.coordinator if victims[num_kills] == "coordinator" else rng.choice(actors)
-                    ray.kill(one, no_restart=False)
-                    num_kills += 1
-                except RayError:
-                    continue
+        def read() -> int:
+            stream, num_read = running.stream(timeout_s=900.0), 0
+            while not over.is_set():  # as long as it takes for all kills
+                read_all(stream, spec, range(num_read, num_read + 20))
+                num_read += 20
+            return num_read
 
-        thread = threading.Thread(target=killer)
-        thread.start()
-        stream, indices = running.stream(timeout_s=900.0), 0
+        readers, victims = [pool.submit(read) for _ in range(2)], ["synthesizer", "coordinator"] * 2
         try:
-            while num_kills < len(victims):  # as long as it takes for all of them
-                read_all(stream, spec, range(indices, indices + 20))
-                indices += 20
+            while victims:
+                time.sleep(rng.uniform(0.2, 0.8))
+                with suppress(RayError):
+                    actors = ray.get(running.coordinator.actors.remote(), timeout=5)
+                    one = running.coordinator if victims[0] == "coordinator" else rng.choice(actors)
+                    ray.kill(one, no_restart=False)
+                    del victims[0]
         finally:
             over.set()
-        thread.join()
-        assert read_all(running.stream(), spec, range(indices)) == [True] * indices
-    assert cache.indices(cache.folder_of(tmp_path, spec.key, NUMERICS)) >= set(range(indices))
+        num_read = max(reader.result() for reader in readers)
+        assert read_all(running.stream(), spec, range(num_read)) == [True] * num_read
+    assert cache.indices(cache.folder_of(tmp_path, spec.key, NUMERICS)) >= set(range(num_read))
 
 
 def test_a_synthesizer_that_hangs_loses_its_batch_to_another(tmp_path):
