@@ -98,10 +98,14 @@ def refused(*words: str) -> tuple[Any, str]:
     raise AssertionError("a command ends with its exit code")
 
 
-def main(teacher: str, folder: Path) -> dict[str, Any]:
-    """On one CPU: a cold and a warm sweep, sweeps with kills, one without a fleet, and one that does not fit."""
+def main(teacher: str, folder: Path) -> None:
+    """On one CPU: a cold and a warm sweep, sweeps with kills, one without a fleet, and one that does not fit.
+
+    What they told is in `told.json`.
+    """
     data = sweep_of_four(teacher)
-    jobs, told = jobs_of(data), {}
+    jobs = jobs_of(data)
+    told: dict[str, Any] = {}
     with fleet.connected(num_cpus=1, object_store_memory=100_000_000):
         told["cold"] = swept(jobs, folder / "cold", folder / "cache", None)
         told["warm"] = swept(jobs, folder / "warm", folder / "cache", 1)
@@ -112,9 +116,8 @@ def main(teacher: str, folder: Path) -> dict[str, Any]:
         told["died"] = unshared(jobs[:3], folder / "unshared")
         words = ["sweep", str(write_yaml(folder / "four.yaml", data)), "--results", str(folder / "refused")]
         told["refused"] = refused(*words, "--cache", str(folder / "cache"), "--synthesizers", "100000")
-    return told
+    (folder / "told.json").write_text(json.dumps(told))
 
 
 if __name__ == "__main__":
-    told = main(sys.argv[1], Path(sys.argv[2]))
-    (Path(sys.argv[2]) / "told.json").write_text(json.dumps(told))
+    main(sys.argv[1], Path(sys.argv[2]))

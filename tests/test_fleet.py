@@ -221,7 +221,7 @@ def test_two_keys_share_the_fleet_fairly(shared):
 
 def test_killed_synthesizers_and_coordinators_change_no_batch_and_stop_nobody(tmp_path):
     spec, rng, over = simulated_spec("kills", SHAPE, (0.05, 0.15)), random.Random(0), threading.Event()
-    with fleet.started(settings_of(tmp_path, num_synthesizers=3)) as running, ThreadPoolExecutor() as pool:
+    with fleet.started(settings_of(tmp_path, num_synthesizers=2)) as running, ThreadPoolExecutor() as pool:
 
         def read() -> int:
             stream, num_read = running.stream(timeout_s=900.0), 0
