@@ -28,7 +28,7 @@ CPU = ["--device", "cpu", "--synthesizers", "1"]
 @pytest.fixture(scope="module")
 def ray_session() -> Iterator[None]:
     """One Ray for the commands of this file: a command takes the session there is."""
-    with fleet.connected(num_cpus=2):
+    with fleet.connected(num_cpus=1):
         yield
 
 
@@ -71,7 +71,7 @@ def test_an_interrupted_command_goes_on_to_exactly_the_images_of_local_synthesis
     words += ["--set", "num_steps=40"]  # slow enough to be interrupted on a busy machine
     words += ["--cache", str(tmp_path / "cache"), "--num-images"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "dfkd_ray", *words, "160"],
+        [sys.executable, "-m", "dfkd_ray", *words, "80"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -88,17 +88,17 @@ def test_an_interrupted_command_goes_on_to_exactly_the_images_of_local_synthesis
     assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err, err
     num_there = len(list(out.glob("part-*.parquet")))
     assert num_there >= 2 and not (out / "synthesis.json").exists()
-    assert_one_error(run_cli(*words, "9"), 2, "160", "choose another folder")
-    done = run_cli(*words, "161")
+    assert_one_error(run_cli(*words, "9"), 2, "holds 80 images", "choose another folder")
+    done = run_cli(*words, "81")
     assert done.code == 0, done.err
     record = record_of(out)
-    assert record["num_kept"] == num_there and record["num_made"] + record["num_found"] == 21 - num_there
+    assert record["num_kept"] == num_there and record["num_made"] + record["num_found"] == 11 - num_there
     batches = [image_sets.read_part(path) for path in sorted(out.glob("part-*.parquet"))]
-    images, labels = images_made_here(tiny_teacher, 161, num_steps=40)
+    images, labels = images_made_here(tiny_teacher, 81, num_steps=40)
     assert np.array_equal(np.concatenate([batch.images for batch in batches]), images)
     assert np.array_equal(np.concatenate([batch.labels for batch in batches]), labels)
-    assert run_cli(*words, "161").code == 0 and record_of(out)["num_kept"] == 21
-    assert_one_error(run_cli(*words, "161", "--seed", "1"), 2, "key", "choose another folder")
+    assert run_cli(*words, "81").code == 0 and record_of(out)["num_kept"] == 11
+    assert_one_error(run_cli(*words, "81", "--seed", "1"), 2, "key", "choose another folder")
 
 
 @pytest.mark.usefixtures("ray_session")
