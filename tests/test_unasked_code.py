@@ -1,19 +1,20 @@
 """Code of the working folder runs only where its module is named, and never in the place of what is installed."""
 
 import importlib.metadata
-import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 from commands import MODULE, SCRIPT, done, sweep_file
-from dfkd_ray import bundles
-from helpers import TINY_WORDS
+from dfkd_ray import bundles, results
+from helpers import TINY_WORDS, tiny_sweep, write_yaml
 
 IMPORTING = (
     "ray",
@@ -28,7 +29,12 @@ IMPORTING = (
     "rich",
 )
 IMPORT = re.compile(rb"^\s*(?:import|from)\s+([A-Za-z_]\w*)", re.MULTILINE)
-FEW = ["--set", "batch_size=8", "--set", "num_steps=1", "--set", "num_threads=1"]
+INFO = ["teacher", "info", "bundle"]
+RECOVER = ["recover", "bundle", "--out", "recovered", *TINY_WORDS]
+SYNTHESIZE = ["synthesize", "bundle", "--out", "images", "--num-images", "8", "--synthesizers", "1", "--cache", "cache"]
+SYNTHESIZE += ["--set", "batch_size=8", "--set", "num_steps=1", "--set", "num_threads=1"]
+SWEEP = ["sweep", "one.yaml", "--results", "out", "--cache", "cache2", "--test-data", "none", "--synthesizers"]
+REPORT = ["report", "out", "--out", "report.html"]
 PLANTED = "open({mark!r}, 'w').close()\nraise ImportError('planted')\n"
 # A trusted module that needs a sibling, and finds Python's own `heapq` although there is one beside it.
 NETS = """
@@ -78,39 +84,21 @@ def planted(tmp_path_factory, tiny_teacher):
     return folder, marks, early
 
 
-def commands(folder: Path) -> list[list[str]]:
-    sweep_file(folder / "one.yaml", "bundle")
-    return [
-        ["teacher", "info", "bundle"],
-        ["recover", "bundle", "--out", "recovered", *TINY_WORDS],
-        [
-            "synthesize",
-            "bundle",
-            "--out",
-            "images",
-            "--num-images",
-            "8",
-            "--synthesizers",
-            "1",
-            "--cache",
-            "cache",
-            *FEW,
-        ],
-        ["sweep", "one.yaml", "--results", "out", "--cache", "cache2", "--test-data", "none", "--synthesizers", "1"],
-        ["results", "out"],
-        ["report", "out", "--out", "report.html"],
-    ]
-
-
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("program", [SCRIPT, MODULE], ids=["script", "module"])
-def test_no_module_of_the_working_folder_runs_unasked(planted, program, tmp_path):
+@pytest.mark.parametrize(
+    ("program", "commands"),
+    [(SCRIPT, [INFO, RECOVER, [*SWEEP, "0"], ["results", "out"], REPORT]), (MODULE, [SYNTHESIZE])],
+    ids=["script", "module"],
+)
+def test_no_module_of_the_working_folder_runs_unasked(planted, program, commands, tmp_path):
+    """Each command once; by either program this process, and workers of Ray."""
     folder, marks, early = planted
     work = tmp_path / "work"
-    shutil.copytree(folder, work)
+    shutil.copytree(folder, work, copy_function=os.link)
     for name in early if program is MODULE else ():  # what Python itself imports for `-m` is not ours to choose
         (work / f"{name}.py").unlink(missing_ok=True)
-    for words in commands(work):
+    sweep_file(work / "one.yaml", "bundle")
+    for words in commands:
         ended = done([*program, *words], work)
         ran = sorted(path.name for path in marks.iterdir())
         assert not ran, (words, ran, ended.stdout[-500:], ended.stderr[-500:])
@@ -119,47 +107,34 @@ def test_no_module_of_the_working_folder_runs_unasked(planted, program, tmp_path
 
 
 @pytest.fixture
-def own_network(tmp_path):
+def own_network(tmp_path, monkeypatch):
     """A folder with a bundle whose network is code beside it."""
     (tmp_path / "own_nets.py").write_text(NETS)
     (tmp_path / "planted_sibling.py").write_text("")
     (tmp_path / "planted_late.py").write_text("")
     (tmp_path / "heapq.py").write_text("raise ImportError('planted')")
+    with monkeypatch.context() as patch:
+        for name in ("planted_sibling", "planted_late"):
+            patch.setitem(sys.modules, name, ModuleType(name))
+        exec(NETS, code := {})
+        torch.save(code["make"](6).state_dict(), tmp_path / "weights.pt")
     words = ["--num-classes", "10", "--image-shape", "1x16x16", "--mean", "0.5", "--std", "0.25", "--out", "bundle"]
     words += ["--architecture", "own_nets:make", "--arguments", '{"width": 6}']
-    program = "import torch, own_nets; torch.save(own_nets.make(6).state_dict(), 'weights.pt')"
-    (tmp_path / "save.py").write_text(program)
-    (tmp_path / "heapq.py").rename(tmp_path / "aside")
-    subprocess.run([sys.executable, "save.py"], cwd=tmp_path, check=True)
-    (tmp_path / "aside").rename(tmp_path / "heapq.py")
     made = done([*SCRIPT, "teacher", "import", "weights.pt", *words], tmp_path)
     assert made.returncode == 0, made.stderr
     return tmp_path
 
 
 @pytest.mark.timeout(900)
-def test_trusted_modules_of_the_working_folder_are_imported_in_every_process(own_network):
-    sweep_file(own_network / "one.yaml", "bundle", **{"student.architecture": "own_nets:make"})
-    data = (
-        (own_network / "one.yaml")
-        .read_text()
-        .replace("architecture: own_nets:make", "architecture: own_nets:make\n    arguments: {width: 4}")
-    )
-    (own_network / "one.yaml").write_text(
-        data.replace("grid:\n  pruning.sparsity:\n  - 0.5\n", "grid:\n  distillation.temperature: [2.0]\n")
-    )
-    recover = ["recover", "bundle", "--out", "recovered", *TINY_WORDS]
-    synthesize = ["synthesize", "bundle", "--out", "images", "--num-images", "8", "--synthesizers", "1", *FEW]
-    run_sweep = ["sweep", "one.yaml", "--results", "out", "--test-data", "none", "--synthesizers", "1"]
+def test_trusted_modules_of_the_working_folder_are_imported_in_every_process(own_network, run_cli, monkeypatch):
+    student = {"student.architecture": "own_nets:make", "student.arguments": {"width": 4}}
+    write_yaml(own_network / "one.yaml", tiny_sweep("bundle", {"distillation.temperature": [2.0]}, **student))
+    monkeypatch.chdir(own_network)
     # A sweep has every kind of process: ours, a synthesizer, a trial.
-    for program, commands in ((SCRIPT, [recover, synthesize, run_sweep]), (MODULE, [recover, run_sweep])):
-        for words in commands:
-            refused = done([*program, *words, "--cache", "cache"], own_network)
-            assert refused.returncode == 2 and "--trust-code own_nets" in refused.stderr, (words, refused.stderr)
-            ended = done([*program, *words, "--cache", "cache", "--trust-code", "own_nets"], own_network)
-            assert ended.returncode == 0, (words, ended.stdout, ended.stderr)
-        rows = done([*program, "results", "out", "--format", "json"], own_network)
-        assert [row["status"] for row in json.loads(rows.stdout)] == ["finished"], rows.stdout
-        for name in ("recovered", "images", "out", "cache"):
-            shutil.rmtree(own_network / name, ignore_errors=True)
+    for program, words in ((SCRIPT, RECOVER), (SCRIPT, [*SWEEP, "1"]), (MODULE, SYNTHESIZE)):
+        refused = run_cli(*words)
+        assert refused.code == 2 and "--trust-code own_nets" in refused.err, (words, refused.err)
+        ended = done([*program, *words, "--trust-code", "own_nets"], own_network)
+        assert ended.returncode == 0, (words, ended.stdout, ended.stderr)
+    assert results.read(own_network / "out", "trials")["status"].tolist() == ["finished"]
     assert bundles.read_info(own_network / "bundle").architecture == "own_nets:make"
