@@ -12,6 +12,7 @@ import ctypes
 import importlib
 import json
 import os
+import pkgutil
 import resource
 import signal
 import subprocess
@@ -27,7 +28,8 @@ CPU_S = 20  # of one input: beyond it hangs, however slow the machine is
 IDLE_S = float(os.environ.get("FUZZ_IDLE_S", "90"))  # without any work done: it waits for what never comes
 MEMORY_BYTES = 4 << 30  # of address space beyond the server's; what is held is measured and judged by the caller
 FOREIGN_MODULES = ("torchvision", "ray.tune", "pyarrow.fs", "pyarrow.parquet", "rich.console", "scipy.io")
-FOREIGN_MODULES += ("matplotlib.figure", "tensorboard", "yaml", "optuna")
+FOREIGN_MODULES += ("matplotlib.figure", "tensorboard", "yaml", "optuna", "rich.table", "rich._emoji_codes")
+FOREIGN_MODULES += ("encodings.ascii", "shellingham")
 NEW_NAMESPACES = 0x00020000 | 0x40000000  # CLONE_NEWNS, CLONE_NEWNET
 
 
@@ -51,13 +53,15 @@ def lock_up(writable: str) -> bool:
 
 def import_all() -> None:
     """Everything that a command would import, before the first fork."""
-    for name in FOREIGN_MODULES:
-        importlib.import_module(name)
     import PIL.Image
     import ray
     import torch
 
-    from dfkd_ray.records import fitting  # noqa: F401
+    import dfkd_ray
+
+    own = (module.name for module in pkgutil.walk_packages(dfkd_ray.__path__, "dfkd_ray."))
+    for name in (*FOREIGN_MODULES, *own):
+        importlib.import_module(name)
     from dfkd_ray.sweep import estimate
 
     torch.set_num_threads(1)

@@ -125,8 +125,10 @@ class Server:
         self.folder = folder
         (folder / "home").mkdir(parents=True)
         root = Path(dfkd_ray.__file__).parents[1]
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        env = {**os.environ, **threads, "PYTHONPATH": str(root), "HOME": str(folder / "home"), "TMPDIR": str(folder)}
+        # What is imported reads its environment once: there is nothing in it that a case's does not have.
+        env = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        env |= {"PYTHONPATH": str(root), "HOME": str(folder / "home"), "TMPDIR": str(folder), "COLUMNS": "160"}
+        env |= {name: os.environ[name] for name in ("PATH", "FUZZ_IDLE_S") if name in os.environ}
         words = [sys.executable, str(SERVER), str(folder)]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(words, stdin=pipe, stdout=pipe, cwd=root, env=env, text=True)
