@@ -131,13 +131,18 @@ TRAINING = {
 }
 
 
+@pytest.fixture(scope="module")
+def trained(images, tmp_path_factory):
+    """The settings of a training, the network it gave, and its last checkpoint."""
+    config, folder = TEACHER_TRAINING.model_copy(update={"num_epochs": 2}), tmp_path_factory.mktemp("trained")
+    network = teachers.train(config, images, checkpoint=folder)[1]
+    return config, network, (folder / "state.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize("kind", TRAINING)
-def test_a_training_checkpoint_that_does_not_fit_is_not_used_and_said_so(images, tmp_path, caplog, kind):
-    config = TEACHER_TRAINING.model_copy(update={"num_epochs": 2})
-    expected = teachers.train(config, images, checkpoint=tmp_path)[1]
-    path = tmp_path / "state.safetensors"
-    whole, change = path.read_bytes(), TRAINING[kind]
-    path.write_bytes(changed(whole, change) if change else whole[:-7])
+def test_a_training_checkpoint_that_does_not_fit_is_not_used_and_said_so(images, trained, tmp_path, caplog, kind):
+    (config, expected, whole), change = trained, TRAINING[kind]
+    (tmp_path / "state.safetensors").write_bytes(changed(whole, change) if change else whole[:-7])
     with caplog.at_level(logging.WARNING):
         again = teachers.train(config, images, checkpoint=tmp_path)[1]
     assert "is not used, the training starts anew" in caplog.text and same_weights(again, expected)

@@ -84,7 +84,7 @@ def test_teacher_train_makes_a_bundle_with_test_accuracy_and_held_out_images(run
     write_idx_set(tmp_path / "data")
     words = ["teacher", "train", "resnet8", "--dataset", "mnist", "--data-root", str(tmp_path / "data")]
     words += ["--epochs", "2", "--validation", "8", "--set", "batch_size=8", "--set", "image_size=16"]
-    words += ["--arguments", '{"width_multiplier": 0.25}', "--out", str(tmp_path / "t")]
+    words += ["--arguments", '{"width_multiplier": 0.25}', "--set", "num_threads=1", "--out", str(tmp_path / "t")]
     done = run_cli(*words)
     assert done.code == 0, done.err
     info = bundles.read_info(tmp_path / "t")
@@ -277,7 +277,8 @@ def test_bench_inversion_prints_both_ratios(run_cli, tiny_teacher):
 def test_bench_recovery_measures_both_sides_on_the_same_teacher(run_cli, tmp_path):
     write_idx_set(tmp_path / "data")
     words = ["teacher", "train", "resnet8", "--dataset", "mnist", "--data-root", str(tmp_path / "data")]
-    words += ["--epochs", "1", "--set", "batch_size=8", "--arguments", '{"width_multiplier": 0.25}']
+    words += ["--epochs", "1", "--set", "batch_size=8", "--set", "num_threads=1"]
+    words += ["--arguments", '{"width_multiplier": 0.25}']
     assert run_cli(*words, "--out", str(tmp_path / "t")).code == 0
     words = ["bench", "recovery", str(tmp_path / "t"), "--test-data", "mnist", "--data-root", str(tmp_path / "data")]
     done = run_cli(*words, "--scale", "0.02", "--sparsity", "0.5", *TINY)

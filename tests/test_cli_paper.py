@@ -102,6 +102,7 @@ def test_a_hinton_net_of_784_inputs_is_trained_tested_and_distilled_on_images_of
             path.write_bytes(gzip.compress(header + array.tobytes()))
     words = ["teacher", "train", "hinton_1200", "--dataset", "fashion_mnist", "--data-root", str(tmp_path / "data")]
     words += ["--epochs", "1", "--set", "image_size=28", "--set", "batch_size=20", "--set", "learning_rate=0.05"]
+    words += ["--set", "num_threads=1"]
     done = run_cli(*words, "--out", str(tmp_path / "t"))
     assert done.code == 0, done.err
     teacher = bundles.load(str(tmp_path / "t"))

@@ -90,6 +90,15 @@ def test_images_stay_in_the_pixel_range_and_measure_as_stored(teacher: bundles.T
     assert batch.terms["class_histogram"] == torch.bincount(logits.argmax(1), minlength=10).tolist()
 
 
+FLOATS = SMALL.model_copy(update={"storage": "float32"})
+
+
+@pytest.fixture(scope="module")
+def unchanged(tiny_teacher: Path) -> np.ndarray:
+    """The images of a batch whose settings are not changed."""
+    return batch_of(bundles.load(str(tiny_teacher)), FLOATS).images
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -109,11 +118,8 @@ def test_images_stay_in_the_pixel_range_and_measure_as_stored(teacher: bundles.T
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_every_option_changes_the_images(teacher: bundles.Teacher, change: dict):
-    config = SMALL.model_copy(update={"storage": "float32"})
-    assert not np.array_equal(
-        batch_of(teacher, config).images, batch_of(teacher, config.model_copy(update=change)).images
-    )
+def test_every_option_changes_the_images(teacher: bundles.Teacher, unchanged: np.ndarray, change: dict):
+    assert not np.array_equal(unchanged, batch_of(teacher, FLOATS.model_copy(update=change)).images)
 
 
 def test_plateau_stops_before_the_last_step(teacher: bundles.Teacher):
