@@ -5,18 +5,27 @@ an eval-mode BatchNorm and its input statistics are one autograd function with a
 of reductions, and one pass over memory instead of the several passes of hooks. On CPU the per-channel affine maps of
 the backward run in the BatchNorm kernel itself (mean 0, variance 1), about 1.6 times faster than broadcast arithmetic
 in bfloat16.
+
+Only PyTorch's own `forward` is replaced. A subclass may do more than BatchNorm (its activation, its drop path): its own
+`forward` runs, and the call of `F.batch_norm` in it is replaced.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from inspect import signature
 from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.overrides import TorchFunctionMode
+
+PLAIN = (BatchNorm.forward, nn.SyncBatchNorm.forward)  # in eval mode these compute BatchNorm and nothing else
+TOLERANCE = 0.01  # relative difference of logits with and without recording; a layer left out changes them by 0.3 and up
 
 
 @dataclass
@@ -92,44 +101,137 @@ class _EvalBatchNorm(torch.autograd.Function):
         return grad.add_(channel_affine(x, slope, torch.zeros_like(slope))), None, None
 
 
+class _Moments(torch.autograd.Function):
+    """`channel_moments`, differentiable in x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, variance = channel_moments(x)
+        ctx.save_for_backward(x, mean)
+        return mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, grad_mean: Tensor, grad_variance: Tensor) -> Tensor:  # type: ignore[override]
+        x, mean = ctx.saved_tensors
+        count = x.numel() // x.shape[1]
+        slope = 2.0 / count * grad_variance
+        return channel_affine(x, slope, grad_mean / count - slope * mean)
+
+
 def fused(
     x: Float[Tensor, "n c *rest"], layer: BatchNorm
 ) -> tuple[Float[Tensor, "n c *rest"], Float[Tensor, " c"], Float[Tensor, " c"]]:
     """Eval-mode `layer(x)`, and mean and biased variance of x, differentiable in x."""
     assert layer.running_mean is not None and layer.running_var is not None
-    scale = (layer.running_var + layer.eps).rsqrt()
-    shift = -layer.running_mean * scale
-    if layer.weight is not None:
-        scale, shift = scale * layer.weight, shift * layer.weight
-    if layer.bias is not None:
-        shift = shift + layer.bias
+    return fused_call(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, eps=layer.eps)
+
+
+def fused_call(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    _training: bool = False,
+    _momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`F.batch_norm` with these arguments in eval mode, and mean and biased variance of x, differentiable in x."""
+    scale = (running_var + eps).rsqrt()
+    shift = -running_mean * scale
+    if weight is not None:
+        scale, shift = scale * weight, shift * weight
+    if bias is not None:
+        shift = shift + bias
     return _EvalBatchNorm.apply(x, scale, shift)  # type: ignore[return-value]
+
+
+class _Inside(TorchFunctionMode):
+    """While active, records and replaces the calls of `F.batch_norm` with one layer's statistics in eval mode."""
+
+    def __init__(self, layer: BatchNorm, note: Callable[[BatchNorm, Tensor, Tensor], None]):
+        super().__init__()
+        self.layer, self.note, self.num_calls = layer, note, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.batch_norm:
+            return func(*args, **(kwargs or {}))
+        bound = signature(F.batch_norm).bind(*args, **(kwargs or {}))
+        bound.apply_defaults()
+        given = bound.arguments
+        if given["running_mean"] is not self.layer.running_mean or given["training"]:
+            return func(*args, **(kwargs or {}))
+        y, mean, variance = fused_call(*bound.args)
+        self.note(self.layer, mean, variance)
+        self.num_calls += 1
+        return y
 
 
 @contextmanager
 def recorded(network: nn.Module) -> Iterator[Statistics]:
     """While open, each forward pass of `network` (eval mode) appends its layers' input statistics.
 
-    Clear the statistics before each pass. `ValueError` for a network without BatchNorm statistics.
+    A layer whose own `forward` does not call `F.batch_norm` has the statistics of its first argument recorded. Clear
+    the statistics before each pass. `ValueError` for a network without BatchNorm statistics.
     """
     found = require_layers(network)
     assert not network.training, "statistics are matched against a frozen teacher in eval mode"
     statistics = Statistics()
 
-    def forward(layer: BatchNorm, x: Tensor) -> Tensor:
-        y, mean, variance = fused(x, layer)
+    def note(layer: BatchNorm, mean: Tensor, variance: Tensor) -> None:
         statistics.means.append(mean)
         statistics.variances.append(variance)
         statistics.layers.append(layer)
+
+    def forward(layer: BatchNorm, x: Tensor) -> Tensor:
+        y, mean, variance = fused(x, layer)
+        note(layer, mean, variance)
         return y
 
+    def around(own: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(layer: BatchNorm, x: Tensor, *args: Any, **named: Any) -> Any:
+            with _Inside(layer, note) as inside:
+                y = own(x, *args, **named)
+            if not inside.num_calls:
+                note(layer, *_Moments.apply(x))
+            return y
+
+        return forward
+
+    replaced = [layer for layer in found if "forward" in vars(layer)]
+    before = [vars(layer)["forward"] for layer in replaced]
     for layer in found:
-        layer.forward = MethodType(forward, layer)  # type: ignore[method-assign]
+        is_plain = type(layer).forward in PLAIN and "forward" not in vars(layer)
+        own = forward if is_plain else around(layer.forward)
+        layer.forward = MethodType(own, layer)  # type: ignore[method-assign]
     try:
         yield statistics
     finally:
         for layer in found:
             del layer.forward
+        for layer, own in zip(replaced, before, strict=True):
+            layer.forward = own  # type: ignore[method-assign]
+
+
+@torch.no_grad()
+def check_recording(network: nn.Module, images: Tensor) -> None:
+    """`ValueError` if `recorded` changes what a network (eval mode) gives for these normalised images.
+
+    Images would then be made for another network than the one that was handed in.
+    """
+    expected = network(images).float()
+    with recorded(network) as statistics:
+        seen = network(images).float()
+    if not statistics.layers:
+        raise ValueError("none of its BatchNorm layers runs in a forward pass: DeepInversion has nothing to match")
+    scale = float(expected.abs().max().nan_to_num(0.0, 0.0, 0.0))
+    if not torch.allclose(seen, expected, rtol=0.0, atol=TOLERANCE * scale + 1e-6, equal_nan=True):
+        kinds = sorted({type(layer).__name__ for layer in layers(network) if type(layer).forward not in PLAIN})
+        raise ValueError(
+            f"its logits change by {float((seen - expected).abs().max()):.3g} (they are up to {scale:.3g}) while the "
+            f"inputs of its BatchNorm layers are recorded{': ' + ', '.join(kinds) if kinds else ''}; images would be "
+            "made for another network; spell these layers as PyTorch's BatchNorm and what follows it"
+        )
 
 
 @torch.no_grad()
