@@ -10,12 +10,13 @@ Only PyTorch's own `forward` is replaced. A subclass may do more than BatchNorm 
 `forward` runs, and the call of `F.batch_norm` in it is replaced.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
 from types import MethodType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -213,12 +214,19 @@ def recorded(network: nn.Module) -> Iterator[Statistics]:
             layer.forward = own  # type: ignore[method-assign]
 
 
+CHECKED: WeakSet[nn.Module] = WeakSet()  # the networks that `check_recording` has compared in this process
+
+
 @torch.no_grad()
-def check_recording(network: nn.Module, images: Tensor) -> None:
-    """`ValueError` if `recorded` changes what a network (eval mode) gives for these normalised images.
+def check_recording(network: nn.Module, image_shape: Sequence[int]) -> None:
+    """`ValueError` if `recorded` changes the logits of a network (eval mode): compared once, on two images of noise.
 
     Images would then be made for another network than the one that was handed in.
     """
+    if network in CHECKED:
+        return
+    images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0))
+    images = images.to(next(network.parameters()).device)
     expected = network(images).float()
     with recorded(network) as statistics:
         seen = network(images).float()
@@ -232,6 +240,7 @@ def check_recording(network: nn.Module, images: Tensor) -> None:
             f"inputs of its BatchNorm layers are recorded{': ' + ', '.join(kinds) if kinds else ''}; images would be "
             "made for another network; spell these layers as PyTorch's BatchNorm and what follows it"
         )
+    CHECKED.add(network)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dfkd_ray.images import PixelSpace
 
@@ -50,10 +50,25 @@ def hide_gpus() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+CONTIGUOUS = "dfkd_ray_contiguous"  # an attribute of networks that do not run on channels-last images
+
+
+def layout(network: nn.Module, *, channels_last: bool = True) -> torch.memory_format:
+    """The memory format that a network runs in: channels last, unless that is not wanted or the network fails on it."""
+    wanted = channels_last and not getattr(network, CONTIGUOUS, False)
+    return torch.channels_last if wanted else torch.contiguous_format
+
+
 def place(network: nn.Module, device: torch.device, *, channels_last: bool = True) -> nn.Module:
     """Move a network to a device, with convolution weights in channels-last (or contiguous) layout."""
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return network.to(device).to(memory_format=layout)  # type: ignore[call-overload]
+    return network.to(device).to(memory_format=layout(network, channels_last=channels_last))  # type: ignore[call-overload]
+
+
+def laid_out(images: Tensor, network: nn.Module, *, channels_last: bool = True) -> Tensor:
+    """Images in the memory format that a network runs in; signals (n, channels, length) are contiguous."""
+    if images.ndim != 4:
+        return images.contiguous()
+    return images.contiguous(memory_format=layout(network, channels_last=channels_last))
 
 
 def check_precision(precision: str, device: torch.device, fast: bool = False) -> None:

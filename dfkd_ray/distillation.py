@@ -170,8 +170,8 @@ def distil(
             teacher_features.clear()
             with runtime.autocast():
                 with torch.no_grad():
-                    teacher_logits = teacher(images).float()
-                student_logits = student(images).float()
+                    teacher_logits = teacher(devices.laid_out(images, teacher)).float()
+                student_logits = student(devices.laid_out(images, student)).float()
             terms = {"kl": losses.distillation_kl(student_logits, teacher_logits, config.temperature)}
             if config.label_weight:
                 labels = torch.from_numpy(pool.labels[rows.numpy()]).to(device)
@@ -231,7 +231,7 @@ def augmented(
     weight, partner = torch.ones(len(rows), device=device), torch.arange(len(rows), device=device)
     if config.mixup:
         images, weight, partner = mix_images(images, config.mixup, generator)
-    return images.contiguous(memory_format=torch.channels_last), weight, partner
+    return images, weight, partner
 
 
 def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:

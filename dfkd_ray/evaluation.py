@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dfkd_ray import losses
+from dfkd_ray import devices, losses
 from dfkd_ray.batches import Batch
 from dfkd_ray.devices import Runtime
 from dfkd_ray.images import decoded
@@ -26,7 +26,7 @@ def logits(network: nn.Module, images: np.ndarray, runtime: Runtime) -> Tensor:
     slices = (images[start : start + EVALUATION_BATCH] for start in range(0, len(images), EVALUATION_BATCH))
     for x in decoded(slices, runtime.space, runtime.device):
         with runtime.autocast():
-            parts.append(network(x.contiguous(memory_format=torch.channels_last)).float())
+            parts.append(network(devices.laid_out(x, network)).float())
     return torch.cat(parts)
 
 

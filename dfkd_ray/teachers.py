@@ -102,7 +102,7 @@ def train(
                 for group in optimiser.param_groups:
                     group["lr"] = one_cycle(epoch * steps_per_epoch + step, num_steps, config.learning_rate)
                 with devices.autocast(config.precision, device):
-                    logits = network(images.to(memory_format=torch.channels_last))
+                    logits = network(devices.laid_out(images, network))
                 loss = F.cross_entropy(logits.float(), data.labels[rows].to(device))
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()

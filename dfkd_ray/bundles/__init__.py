@@ -72,7 +72,8 @@ class Teacher:
         per channel, in the units of `pixel_range`. The hash covers the network's structure and all its weights.
         `ValueError` for an invalid description, or if the network's output is not (batch, num_classes) logits.
         """
-        own = freeze(deepcopy(network)).cpu()
+        network = models.adapting.unwrapped(network)
+        own = freeze(models.adapting.copied(network)).cpu()
         kind = type(network)
         structure = hashlib.sha256(f"{kind.__module__}.{kind.__qualname__}\n{own!r}".encode()).hexdigest()
         channels = image_shape[0] if len(image_shape) else 1
@@ -80,7 +81,9 @@ class Teacher:
         def per_channel(values: float | Sequence[float]) -> tuple[float, ...]:
             return (float(values),) * channels if isinstance(values, int | float) else tuple(map(float, values))
 
-        models.checks.check_state(own, IN_MEMORY)
+        models.checks.check_shapes(IN_MEMORY, num_classes, image_shape)
+        models.finish(own, IN_MEMORY, num_classes, image_shape)
+        freeze(own)
         apart = {key: tensor.clone() for key, tensor in own.state_dict().items()}  # safetensors refuses shared memory
         described = {
             "architecture": IN_MEMORY,
@@ -93,7 +96,6 @@ class Teacher:
             "weights_sha256": sha256(safetensors_bytes(apart)),
         }
         info = untrusted.validated(BundleInfo, described, name)
-        models.checks.check_output(own, IN_MEMORY, num_classes, image_shape)
         return cls(own, info, teacher_hash(info), name)
 
     def record_kinds(self) -> list[str]:
@@ -221,12 +223,24 @@ def load(name: Where, trust_code: Sequence[str] | str = ()) -> Teacher:
             f"{folder}: its architecture is code, {info.architecture!r}; if you trust that module, "
             f"add `trust_code={module_name}`"
         )
-    state = read_weights(folder, info)
-    network = models.build(
-        info.architecture, info.arguments, num_classes=info.num_classes, image_shape=info.image_shape
-    )
-    load_state(network, state, str(folder / WEIGHTS))
+    network = filled(info, read_weights(folder, info), str(folder / WEIGHTS))
     return Teacher(freeze(network), info, teacher_hash(info), folder.name, folder)
+
+
+def filled(info: BundleInfo, state: Mapping[str, Tensor], where: str) -> nn.Module:
+    """A bundle's network with the weights of `state`; `where` is their place, for messages.
+
+    The names are those of the user's own code, or those after it has been adapted (computed weights are plain then).
+    """
+    of = {"num_classes": info.num_classes, "image_shape": info.image_shape}
+    network = models.build(info.architecture, info.arguments, finished=False, **of)
+    is_own = set(state) == set(network.state_dict())
+    if is_own:
+        load_state(network, state, where)
+    models.finish(network, info.architecture, **of)
+    if not is_own:
+        load_state(network, state, where)
+    return network
 
 
 def read_weights(folder: Folder, info: BundleInfo) -> dict[str, Tensor]:
@@ -270,11 +284,7 @@ def from_arrays(data: Mapping[str, Any]) -> Teacher:
     """The inverse of `to_arrays`; copies the arrays. Imports the architecture's code: `load` has checked the trust."""
     info = untrusted.validated(BundleInfo, data["info"], data["name"])
     with models.code_from(data.get("code")):
-        network = models.build(
-            info.architecture, info.arguments, num_classes=info.num_classes, image_shape=info.image_shape
-        )
-    state = {name: torch.from_numpy(np.array(array)) for name, array in data["state"].items()}
-    load_state(network, state, data["name"])
+        network = filled(info, {k: torch.from_numpy(np.array(array)) for k, array in data["state"].items()}, data["name"])
     records = {kind: format.from_arrays(record) for kind, record in data.get("records", {}).items()}
     return Teacher(freeze(network), info, data["hash"], data["name"], records=records)
 

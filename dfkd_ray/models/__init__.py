@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from dfkd_ray.models import checks, cifar_resnet, torchvision_families, wide_resnet, without_batchnorm
+from dfkd_ray.models import adapting, checks, cifar_resnet, torchvision_families, wide_resnet, without_batchnorm
 from dfkd_ray.models.checks import check_output, guarded, shown
 from dfkd_ray.text import one_line
 from dfkd_ray.untrusted import reason
@@ -34,13 +34,22 @@ WRN_NAME = re.compile(r"wrn_([0-9]+)_([0-9]+)")
 CODE: ContextVar[str | None] = ContextVar("CODE", default=None)
 
 
-def build(architecture: str, arguments: dict[str, Any], *, num_classes: int, image_shape: Sequence[int]) -> nn.Module:
+def build(
+    architecture: str,
+    arguments: dict[str, Any],
+    *,
+    num_classes: int,
+    image_shape: Sequence[int],
+    finished: bool = True,
+) -> nn.Module:
     """Build an untrained network in eval mode.
 
     `architecture` is a name of `FAMILIES`, `wrn_<depth>_<width>`, or an import path `package.module:factory`,
     whose factory is called with `arguments` only. `ValueError` for an unknown name, for arguments that the architecture
     does not take, for a named network that is too large (checked before allocation), for a factory that fails or exits,
-    or for a network whose output for one image is not `(1, num_classes)`.
+    or for a network whose output for one image is not `(1, num_classes)`. A network of the user's own is checked
+    and adapted, unless the caller wants to load weights under the names of the user's code first, and then calls
+    `finish`.
     """
     checks.check_shapes(architecture, num_classes, image_shape)
     own_code = ":" in architecture
@@ -59,9 +68,25 @@ def build(architecture: str, arguments: dict[str, Any], *, num_classes: int, ima
             )
         with guarded(f"{shown(architecture)} has no eval mode"):
             network.eval()
-        if own_code:  # named families have been checked on the meta device
-            checks.check_state(network, architecture)
-            check_output(network, architecture, num_classes, image_shape)
+        if finished:
+            finish(network, architecture, num_classes, image_shape)
+    return network
+
+
+def finish(network: nn.Module, architecture: str, num_classes: int, image_shape: Sequence[int]) -> nn.Module:
+    """Check and adapt a network that is no named family's (those are checked before they are built), in place.
+
+    Returns it. `ValueError` as from `build`.
+    """
+    if architecture in FAMILIES or WRN_NAME.fullmatch(architecture):
+        return network
+    with guarded(f"{shown(architecture)} does not take images of {'x'.join(map(str, image_shape))}"):
+        adapting.prepare(network, image_shape)
+    checks.check_state(network, architecture)
+    with guarded(f"{shown(architecture)} has weights that cannot be made plain parameters"):
+        adapting.bake(network)
+    check_output(network, architecture, num_classes, image_shape)
+    adapting.adapt(network, architecture, num_classes, image_shape)
     return network
 
 

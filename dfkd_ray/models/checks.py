@@ -134,25 +134,60 @@ def check_output(
 
     Without `compute`, a batch of no images: PyTorch then follows the shapes alone.
     """
-    channels, height, width = image_shape
     try:
-        logits = network(torch.zeros(int(compute), channels, height, width, device="cpu"))
+        logits = network(torch.zeros(int(compute), *image_shape, device="cpu"))
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a network of the user's may fail in any way of its own
         line = one_line((str(error) or type(error).__name__).splitlines()[0], 140)
-        raise ValueError(f"{shown(architecture)} does not take images of {channels}x{height}x{width}: {line}") from None
-    if not isinstance(logits, Tensor):
-        raise ValueError(
-            f"{shown(architecture)} gives {one_line(type(logits).__name__, 60)} for one image ({parts(logits)}), "
-            f"expected a tensor of shape (1, {num_classes}): its forward must return the logits alone"
-        )
-    found = tuple(logits.shape) if compute else (1, *logits.shape[1:])
-    if found != (1, num_classes):
-        raise ValueError(
-            f"{shown(architecture)} gives {one_line(found, 60)} for one image, expected "
-            f"(1, {num_classes}): check the class count"
-        )
-    if not logits.is_floating_point():
-        raise ValueError(f"{shown(architecture)} gives {logits.dtype} for one image, expected floating-point logits")
+        raise ValueError(f"{shown(architecture)} does not take images of {'x'.join(map(str, image_shape))}: {line}") from None
+    num_images = int(compute)
+    if logits_of(logits, num_classes, num_images) is None:
+        raise ValueError(f"{shown(architecture)} gives {not_logits(logits, num_classes, num_images)}")
+
+
+def logits_of(answer: Any, num_classes: int, num_images: int | None = None) -> Tensor | None:
+    """The logits (num_images, num_classes) in a network's output, or None.
+
+    Of an output object or a dict, `logits` comes first; else the first tensor of that shape is taken. Further axes of
+    length 1 are dropped.
+    """
+    if isinstance(answer, Mapping):
+        values = [answer[name] for name in ("logits", "out") if name in answer] + list(answer.values())
+    elif isinstance(answer, Tensor):
+        values = [answer]
+    else:
+        named = [answer.logits] if hasattr(answer, "logits") else []
+        values = named + (list(answer) if isinstance(answer, tuple | list) else [])
+    for value in values:
+        if is_logits(value, num_classes, num_images):
+            return value
+        if isinstance(value, Tensor) and value.ndim > 2 and set(value.shape[2:]) == {1}:
+            flat = value.flatten(1)
+            if is_logits(flat, num_classes, num_images):
+                return flat
+    return None
+
+
+def is_logits(answer: Any, num_classes: int, num_images: int | None = None) -> bool:
+    """Whether an output is a floating-point tensor of shape (num_images, num_classes)."""
+    return (
+        isinstance(answer, Tensor)
+        and answer.is_floating_point()
+        and answer.ndim == 2
+        and answer.shape[1] == num_classes
+        and num_images in (None, len(answer))
+    )
+
+
+def not_logits(answer: Any, num_classes: int, num_images: int | None = None) -> str:
+    """What an output is that holds no logits, and what was expected."""
+    many = {None: "", 0: " for no image", 1: " for one image"}.get(num_images, f" for {num_images} images")
+    shape = f"({'n' if num_images is None else num_images}, {num_classes})"
+    if not isinstance(answer, Tensor):
+        what = f"{one_line(type(answer).__name__, 60)}{many} ({parts(answer)})"
+        return f"{what}, expected a tensor of shape {shape}: its forward must return the logits, alone or first"
+    if not answer.is_floating_point():
+        return f"{answer.dtype}{many}, expected floating-point logits of shape {shape}"
+    return f"{one_line(tuple(answer.shape), 60)}{many}, expected {shape}: check the class count"
 
 
 def parts(answer: Any, most: int = 4) -> str:

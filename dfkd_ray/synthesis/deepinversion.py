@@ -64,9 +64,10 @@ def source(teacher: Teacher, config: DeepInversionConfig, key: str, device: torc
 
 
 def check(teacher: Teacher, config: DeepInversionConfig, where: str) -> None:
-    """`ValueError` for a teacher without BatchNorm statistics; `where` is the dotted name of the config."""
+    """`ValueError` for a teacher whose BatchNorm statistics cannot be matched; `where`: the config's dotted name."""
     try:
         batchnorm.require_layers(teacher.network)
+        batchnorm.check_recording(teacher.network, teacher.info.image_shape)
     except ValueError as error:
         raise ValueError(
             f"{where}.method={config.method}: {error}; or {where}.method=records, where it has some, or noise"
@@ -112,7 +113,6 @@ def invert(
     `FloatingPointError` when the loss is no longer finite.
     """
     low, high = space.bounds(labels.device)
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
     variables = [part.clone().requires_grad_(True) for part in parts]
     optimiser = devices.Adam(variables, lr=config.learning_rate)
     best, checks_since_best, steps = math.inf, 0, 0
@@ -122,7 +122,8 @@ def invert(
             statistics.clear()
             images = torch.clamp(compose(variables), low, high)
             with devices.autocast(config.precision, images.device):
-                logits = run(augmented(images, config, generator).contiguous(memory_format=layout)).float()
+                seen = augmented(images, config, generator)
+                logits = run(devices.laid_out(seen, network, channels_last=config.channels_last)).float()
             loss = total(config, terms(config, images, logits, labels, statistics))
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
@@ -164,8 +165,7 @@ def measure(
     network: nn.Module, config: DeepInversionConfig, images: Tensor, labels: Tensor, num_classes: int
 ) -> dict[str, Any]:
     """The terms of the stored images, without jitter; also teacher confidence, label agreement, class histogram."""
-    if config.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
+    images = devices.laid_out(images, network, channels_last=config.channels_last)
     with batchnorm.recorded(network) as statistics, devices.autocast(config.precision, images.device):
         logits = network(images).float()
         own = terms(config, images, logits, labels, statistics)

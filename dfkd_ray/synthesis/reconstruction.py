@@ -79,6 +79,7 @@ def check(teacher: Teacher, config: RecordsConfig, where: str) -> None:
     if config.bn_weight:
         try:
             batchnorm.require_layers(teacher.network)
+            batchnorm.check_recording(teacher.network, teacher.info.image_shape)
         except ValueError as error:
             raise ValueError(f"{where}.bn_weight={config.bn_weight:g}: {error}; set it to 0") from None
 
@@ -204,7 +205,6 @@ def reconstruct(
     `FloatingPointError` when the loss is no longer finite.
     """
     mean, std = space.per_channel(labels.device)
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
     variables = [part.clone().requires_grad_(True) for part in parts]
     optimiser = devices.Adam(variables, lr=config.learning_rate)
     bn = batchnorm.recorded(network) if config.bn_weight else nullcontext(None)
@@ -220,7 +220,7 @@ def reconstruct(
                 statistics.clear()
             images = (pixels() - mean) / std
             with devices.autocast(config.precision, images.device):
-                logits = network(images.contiguous(memory_format=layout)).float()
+                logits = network(devices.laid_out(images, network, channels_last=config.channels_last)).float()
             own = terms(config, record, values, targets, images, logits, labels, statistics)
             # Summed over images, not averaged: with smaller gradients Adam's epsilon would depend on the batch size.
             loss = len(labels) * total(config, own)
@@ -261,8 +261,7 @@ def measure(
     num_classes: int,
 ) -> dict[str, Any]:
     """The terms of the stored images; also teacher confidence, label agreement, class histogram."""
-    if config.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
+    images = devices.laid_out(images, network, channels_last=config.channels_last)
     bn = batchnorm.recorded(network) if config.bn_weight else nullcontext(None)
     with bn as statistics, taps.recorded(network, found) as values:
         with devices.autocast(config.precision, images.device):

@@ -298,6 +298,6 @@ def reestimate(student: nn.Module, config: TrialConfig, pool: Pool, runtime: Run
     total = min(-(-config.bn_num_images // size) * size, len(pool.labels))
 
     parts = (pool.images[start : min(start + size, total)] for start in range(0, total, size))
-    images = (x.contiguous(memory_format=torch.channels_last) for x in decoded(parts, runtime.space, runtime.device))
+    images = (devices.laid_out(x, student) for x in decoded(parts, runtime.space, runtime.device))
     with runtime.autocast():
         batchnorm.reestimate(student, images)

@@ -1,0 +1,211 @@
+"""Adapts a network from elsewhere, so that all other modules see one that gives logits, in float32, and can be copied.
+
+A network is run a few times on two random images when it is built. What it needs is attached to it and survives copies:
+a forward hook that takes the logits out of its output, and the memory format that it takes. Weights that are computed
+from other tensors (weight norm, spectral norm, any parametrization, masks of `torch.nn.utils.prune`) become plain
+parameters. Everything that was changed is said in `notes`. A network that cannot be adapted raises `ValueError`.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from dfkd_ray.devices import CONTIGUOUS
+from dfkd_ray.models.checks import guarded, is_logits, kind, logits_of, not_logits, shown
+from dfkd_ray.text import one_line
+
+NOTES = "dfkd_ray_notes"  # an attribute of an adapted network
+COMPUTED = (WeightNorm, SpectralNorm, BasePruningMethod)  # hooks that compute a weight before each forward pass
+TINY = 1e-30  # the smallest probability whose logarithm is taken
+SHAPING = ("View", "Reshape", "Squeeze", "Unsqueeze", "UnsafeView", "Alias", "ToCopy", "Clone", "Slice", "Select")
+
+
+def notes(network: nn.Module) -> tuple[str, ...]:
+    """What was changed in a network to adapt it, a sentence each."""
+    return getattr(network, NOTES, ())
+
+
+def unwrapped(network: nn.Module) -> nn.Module:
+    """The network inside torch.compile's and DataParallel's wrappers."""
+    kinds = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        inner = network.module if isinstance(network, kinds) else network._modules.get("_orig_mod")
+        if inner is None:
+            return network
+        network = inner
+
+
+def copied(network: nn.Module) -> nn.Module:
+    """A deep copy. Weights that hooks compute are detached first: PyTorch copies no tensor that has a history."""
+    if has_lazy(network):
+        raise ValueError("the network has lazy layers without weights; run it once on an image before you hand it in")
+    for module in network.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, Tensor) and not value.is_leaf:
+                setattr(module, name, value.detach())
+    with guarded("the network cannot be copied"):
+        return deepcopy(network)
+
+
+@torch.no_grad()
+def bake(network: nn.Module) -> None:
+    """Make computed weights plain parameters, in place. The network gives the same outputs as before in eval mode."""
+    found = []
+    for path, module in list(network.named_modules()):
+        if parametrize.is_parametrized(module):
+            for name in list(module.parametrizations):  # type: ignore[union-attr, arg-type]
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+                found.append(f"{path}.{name}".lstrip("."))
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, COMPUTED):
+                found.append(f"{path}.{getattr(hook, 'name', None) or getattr(hook, '_tensor_name', '')}".lstrip("."))
+                hook.remove(module)  # type: ignore[arg-type]
+                del module._forward_pre_hooks[key]
+    if found:
+        add_note(network, f"computed weights are stored as plain ones: {one_line(', '.join(found), 120)}")
+
+
+def add_note(network: nn.Module, note: str) -> None:
+    """Add one sentence to a network's notes."""
+    setattr(network, NOTES, (*notes(network), note))
+
+
+def adapt(network: nn.Module, architecture: str, num_classes: int, image_shape: Sequence[int]) -> None:
+    """Adapt a network in eval mode on the CPU, in place. `ValueError` with the reason if that is not possible."""
+    images = random_images(image_shape)
+    says = f"{shown(architecture)} does not take two images of {'x'.join(map(str, image_shape))}"
+    in_training = copied(network).train()
+    with quiet_generator(), torch.no_grad():
+        with guarded(says):
+            answer = network(images)
+        with guarded(f"{says} in train mode"):
+            trained_answer = in_training(images)
+        for mode, given in (("eval", answer), ("train", trained_answer)):
+            if logits_of(given, num_classes, 2) is None:
+                raise ValueError(f"{shown(architecture)} gives {not_logits(given, num_classes, 2)} in {mode} mode")
+        again = logits_of(network(images), num_classes, 2)
+    logits = logits_of(answer, num_classes, 2)
+    assert logits is not None
+    if again is None or not torch.equal(logits.nan_to_num(), again.nan_to_num()):
+        raise ValueError(
+            f"{shown(architecture)} gives other logits for the same images from pass to pass in eval mode (F.dropout "
+            "without training=self.training?): nothing can be compared with it"
+        )
+    others = dict.fromkeys(kind(given) for given in (answer, trained_answer) if not is_logits(given, num_classes, 2))
+    if others:
+        add_note(network, f"its logits are taken out of {' and '.join(others)}; the rest is not used")
+        network.register_forward_hook(partial(take_logits, num_classes=num_classes))
+    check_copy(network, architecture, images)
+    ends_in = last_function(network, images)
+    if ends_in == "sigmoid":
+        raise ValueError(
+            f"{shown(architecture)} ends in a sigmoid: expected logits; leave it out, its weights stay as they are"
+        )
+    if ends_in == "softmax":
+        add_note(network, "it ends in a softmax: the logarithms of its outputs are taken as logits")
+        network.register_forward_hook(take_logarithms)
+    if images.ndim == 4:
+        turned = copied(network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        try:
+            with torch.no_grad(), quiet_generator():
+                turned(images.contiguous(memory_format=torch.channels_last))
+        except (Exception, SystemExit):  # noqa: BLE001 - often `view` on a convolution's output; it runs contiguous
+            setattr(network, CONTIGUOUS, True)
+
+
+def random_images(image_shape: Sequence[int], num_images: int = 2) -> Tensor:
+    """Normal noise: the same for each network of these images."""
+    return torch.randn(num_images, *image_shape, generator=torch.Generator().manual_seed(0))
+
+
+@contextmanager
+def quiet_generator() -> Iterator[None]:
+    """Restore the global generator, from which dropout draws."""
+    with torch.random.fork_rng(devices=[]):
+        yield
+
+
+def take_logits(_module: nn.Module, _given: Any, answer: Any, *, num_classes: int) -> Tensor:
+    """A forward hook: the logits in an output of several parts."""
+    logits = logits_of(answer, num_classes)
+    if logits is None:
+        raise ValueError(f"the network gives {not_logits(answer, num_classes)}")
+    return logits
+
+
+def take_logarithms(_module: nn.Module, _given: Any, probabilities: Tensor) -> Tensor:
+    """A forward hook: logarithms, whose softmax are the probabilities again."""
+    return probabilities.float().clamp_min(TINY).log()
+
+
+def last_function(network: nn.Module, images: Tensor) -> str | None:
+    """ "softmax" or "sigmoid" if a network gives probabilities, else None.
+
+    Rows of probabilities sum to 1. Small logits may lie between 0 and 1 too, so a sigmoid is looked for in the graph.
+    """
+    with quiet_generator():
+        outputs: Tensor = network(images.clone().requires_grad_(True))
+    values = outputs.detach().double()
+    if not bool(((values >= 0) & (values <= 1)).all()):
+        return None
+    if bool(((values.sum(dim=1) - 1).abs() < 1e-3).all()):
+        return "softmax"
+    node = outputs.grad_fn
+    while node is not None and node.name().startswith(SHAPING):
+        node = node.next_functions[0][0]
+    return "sigmoid" if node is not None and "sigmoid" in node.name().lower() else None
+
+
+def check_copy(network: nn.Module, architecture: str, images: Tensor) -> None:
+    """`ValueError` if a copy still uses the original's weights, or if no gradient reaches weights and images."""
+    flags = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    if not flags:
+        return
+    twin = copied(network).requires_grad_(False)
+    try:
+        network.requires_grad_(True)
+        with quiet_generator(), guarded(f"{shown(architecture)} cannot be copied"):
+            bound = twin(images).requires_grad
+        network.requires_grad_(False)
+        with quiet_generator(), guarded(f"{shown(architecture)} cannot be trained"):
+            of_weights = twin.requires_grad_(True)(images).requires_grad
+            of_images = twin.requires_grad_(False)(images.clone().requires_grad_(True)).requires_grad
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+    if bound:
+        raise ValueError(
+            f"{shown(architecture)}: a copy of it still computes with the original's weights (a forward that is a "
+            "closure or a bound method of another object?); define forward in the module's class"
+        )
+    if not (of_weights and of_images):
+        what = "its weights" if of_images else "its images"
+        raise ValueError(
+            f"{shown(architecture)}: its output has no gradient with respect to {what} (no_grad or detach in forward?)"
+        )
+
+
+def prepare(network: nn.Module, image_shape: Sequence[int]) -> None:
+    """Give lazy layers their weights, and make all weights float32, in place."""
+    if has_lazy(network):
+        with torch.no_grad(), quiet_generator():
+            network(random_images(image_shape))
+    others = {p.dtype for p in network.parameters() if p.is_floating_point() and p.dtype != torch.float32}
+    if others:
+        network.float()
+        add_note(network, f"weights of {', '.join(sorted(map(str, others)))} became float32")
+
+
+def has_lazy(network: nn.Module) -> bool:
+    """Whether a layer gets its weights in its first forward pass only."""
+    return any(is_lazy(tensor) for tensor in (*network.parameters(), *network.buffers()))

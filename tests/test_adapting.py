@@ -1,0 +1,262 @@
+"""Networks from elsewhere are adapted: outputs, computed weights, layouts, copies; what cannot be is one line."""
+
+import copy
+from collections import namedtuple
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dfkd_ray
+from dfkd_ray import batchnorm, bundles, devices, models
+from dfkd_ray.compression import pruning
+from dfkd_ray.models import adapting
+from helpers import CPU, TINY_SETS, refusal
+
+SHAPE, CLASSES = (1, 8, 8), 3
+DESCRIBED = {"image_shape": SHAPE, "num_classes": CLASSES, "mean": 0.5, "std": 0.25}
+IMAGES = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(1))
+
+
+class Net(nn.Module):
+    """A small network with BatchNorm; subclasses change what it gives."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.bn, self.relu = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()
+        self.fc, self.aux = nn.Linear(64, CLASSES), nn.Linear(64, CLASSES)
+
+    def features(self, x):
+        return F.max_pool2d(self.relu(self.bn(self.conv(x))), 2).flatten(1)
+
+    def logits(self, x):
+        return self.fc(self.features(x))
+
+    def forward(self, x):
+        return self.logits(x)
+
+
+def adapted(network):
+    return models.finish(network.eval(), "in memory", CLASSES, SHAPE)
+
+
+# ---- outputs ---------------------------------------------------------------------------------------------------------
+
+Named = namedtuple("Named", ["logits", "aux_logits"])
+
+
+@dataclass
+class Output:
+    loss: None
+    logits: torch.Tensor
+
+
+def net_that_gives(answer, train_answer=None):
+    class Gives(Net):
+        def forward(self, x):
+            y, aux = self.logits(x), self.aux(self.features(x))
+            return (train_answer or answer)(y, aux) if self.training else answer(y, aux)
+
+    return Gives()
+
+
+def plain(y, _aux):
+    return y
+
+
+@pytest.mark.parametrize(
+    ("answer", "train_answer"),
+    [
+        (plain, lambda y, aux: (y, aux)),
+        (plain, Named),
+        (plain, lambda y, aux: {"out": y, "aux": aux}),
+        (Named, None),
+        (lambda y, aux: {"features": aux[:, :2], "logits": y}, None),
+        (lambda y, _: Output(None, y), None),
+        (lambda y, aux: [aux[:, :1], y], None),
+        (lambda y, _: y[:, :, None, None], None),
+    ],
+)
+def test_logits_are_taken_out_of_any_output_in_train_and_eval_mode(answer, train_answer):
+    expected = Net().eval()(IMAGES)
+    network = adapted(net_that_gives(answer, train_answer))
+    torch.testing.assert_close(network(IMAGES), expected)
+    assert copy.deepcopy(network).train()(IMAGES).shape == (4, CLASSES)
+    assert any("logits are taken" in note for note in adapting.notes(network))
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (lambda y, _: (y[:, :2],), "gives tuple"),
+        (lambda y, _: y.argmax(1), "gives torch.int64"),
+        (lambda y, _: {"scores": [y]}, "gives dict"),
+        (lambda y, _: y[:1], "for 2 images"),
+    ],
+)
+def test_an_output_without_logits_is_refused_with_what_was_returned(answer, says):
+    refusal(lambda: adapted(net_that_gives(answer)), says)
+
+
+def test_an_output_that_is_wrong_in_train_mode_alone_is_refused_at_once():
+    refusal(lambda: adapted(net_that_gives(plain, lambda y, _: [y.sum()])), "train mode")
+
+
+# ---- probabilities ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("last", [lambda y, _: y.softmax(1), lambda y, _: torch.softmax(y.double(), dim=-1).float()])
+def test_a_network_that_ends_in_softmax_gives_its_logits_up_to_a_constant(last):
+    expected = Net().eval()(IMAGES).softmax(1)
+    network = adapted(net_that_gives(last))
+    logits = network(IMAGES)
+    torch.testing.assert_close(logits.softmax(1), expected)
+    assert (logits < 0).any() and any("softmax" in note for note in adapting.notes(network))
+
+
+@pytest.mark.parametrize("last", [lambda y, _: y.sigmoid(), lambda y, _: nn.Sigmoid()(y).view(-1, CLASSES)])
+def test_a_network_that_ends_in_sigmoid_is_refused_with_what_to_do(last):
+    refusal(lambda: adapted(net_that_gives(last)), "sigmoid", "leave it out")
+
+
+def test_small_logits_are_no_probabilities():
+    network = Net()
+    with torch.no_grad():
+        network.fc.weight.mul_(1e-3)
+        network.fc.bias.copy_(torch.tensor([0.2, 0.5, 0.4]))
+    assert adapting.notes(adapted(network)) == ()
+
+
+# ---- computed weights ------------------------------------------------------------------------------------------------
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+COMPUTED = {
+    "weight_norm": lambda net: [nn.utils.parametrizations.weight_norm(net.conv), net][1],
+    "old_weight_norm": lambda net: [nn.utils.weight_norm(net.conv), net][1],
+    "spectral_norm": lambda net: [nn.utils.parametrizations.spectral_norm(net.fc), net][1],
+    "old_spectral_norm": lambda net: [nn.utils.spectral_norm(net.fc), net][1],
+    "own": lambda net: [nn.utils.parametrize.register_parametrization(net.fc, "weight", Doubled()), net][1],
+    "bias": lambda net: [nn.utils.parametrize.register_parametrization(net.fc, "bias", Doubled()), net][1],
+    "pruned": lambda net: [nn.utils.prune.l1_unstructured(net.conv, "weight", 0.5), net][1],
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_computed_weights_become_plain_ones_and_can_be_pruned(kind):
+    network = COMPUTED[kind](Net()).eval()
+    expected = network(IMAGES)
+    teacher = bundles.Teacher.from_network(network, **DESCRIBED)
+    torch.testing.assert_close(teacher.network(IMAGES), expected)
+    assert any("computed weights" in note for note in adapting.notes(teacher.network))
+    student = copy.deepcopy(teacher.network)
+    config = pruning.PruningConfig(sparsity=0.9, spare_first=False, spare_last=False)
+    pruning.apply(student, pruning.masks(student, config))
+    assert pruning.achieved_sparsity(student) == pytest.approx(0.9, abs=0.01)
+    student(IMAGES)
+    assert pruning.achieved_sparsity(student) == pytest.approx(0.9, abs=0.01)
+
+
+# ---- layouts ---------------------------------------------------------------------------------------------------------
+
+
+class Views(Net):
+    def features(self, x):
+        x = self.relu(self.bn(self.conv(x)))
+        return F.max_pool2d(x, 2).view(x.size(0), -1)
+
+
+def test_a_network_that_fails_on_channels_last_runs_contiguous_everywhere():
+    network = adapted(Views())
+    assert devices.layout(network) is torch.contiguous_format
+    placed = devices.place(copy.deepcopy(network), CPU)
+    placed(devices.laid_out(IMAGES, placed))
+    assert devices.layout(adapted(Net())) is torch.channels_last
+
+
+# ---- copies and gradients --------------------------------------------------------------------------------------------
+
+
+def closure():
+    network = Net()
+    own = network.forward
+    network.forward = lambda x: own(x)
+    return network
+
+
+def bound_part():
+    network = Net()
+    network.features = lambda x: Net.features(network, x)
+    return network
+
+
+@pytest.mark.parametrize("make", [closure, bound_part])
+def test_a_forward_that_stays_with_the_original_is_refused(make):
+    refusal(lambda: adapted(make()), "a copy of it still computes with the original's weights")
+
+
+def test_a_forward_without_gradients_is_refused():
+    refusal(lambda: adapted(net_that_gives(lambda y, _: y.detach())), "no gradient")
+
+
+def test_dropout_that_is_always_on_is_refused():
+    refusal(lambda: adapted(net_that_gives(lambda y, _: F.dropout(y, 0.5))), "pass to pass")
+
+
+def test_what_is_run_to_find_out_changes_neither_weights_nor_the_global_generator():
+    network = net_that_gives(plain, lambda y, aux: (F.dropout(y), aux)).eval()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    adapted(network)
+    assert torch.equal(torch.rand(3), expected) and not network.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+# ---- in memory -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.bfloat16])
+def test_weights_of_other_precisions_become_float32(kind):
+    teacher = bundles.Teacher.from_network(Net().to(kind), **DESCRIBED)
+    assert {p.dtype for p in teacher.network.parameters()} == {torch.float32}
+
+
+def test_wrapped_networks_are_unwrapped():
+    network = Net()
+    names = list(network.state_dict())
+    wrapped = nn.DataParallel(network)
+    assert list(bundles.Teacher.from_network(wrapped, **DESCRIBED).network.state_dict()) == names
+
+
+def lazy():
+    return nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.Flatten(), nn.LazyLinear(CLASSES))
+
+
+def test_lazy_layers_of_a_factory_get_their_weights_and_in_memory_are_refused():
+    assert len(batchnorm.layers(adapted(lazy()))) == 1
+    refusal(lambda: bundles.Teacher.from_network(lazy(), **DESCRIBED), "lazy")
+
+
+class Shared(Net):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(self.conv, self.bn)
+
+
+@pytest.mark.parametrize("make", [Net, Shared, Views, lambda: COMPUTED["weight_norm"](Net())])
+def test_recovery_of_networks_from_elsewhere_ends_as_asked(make, tmp_path):
+    settings = {**TINY_SETS, "distillation.num_steps": 4, "distillation.checkpoint_every": 2, "distillation.eval_every": 1}
+    done = dfkd_ray.recover(make(), sparsity=0.9, settings=settings, progress=False, **DESCRIBED)
+    assert done.row["status"] == "finished" and done.row["achieved_sparsity"] == pytest.approx(0.9, abs=0.01)
+    assert done.student(IMAGES).shape == (4, CLASSES)
