@@ -26,7 +26,9 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.overrides import TorchFunctionMode
 
 PLAIN = (BatchNorm.forward, nn.SyncBatchNorm.forward)  # in eval mode these compute BatchNorm and nothing else
-TOLERANCE = 0.01  # relative difference of logits with and without recording; a layer left out changes them by 0.3 and up
+TOLERANCE = (
+    0.01  # relative difference of logits with and without recording; a layer left out changes them by 0.3 and up
+)
 
 
 @dataclass

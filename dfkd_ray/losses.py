@@ -19,17 +19,19 @@ def batchnorm_distance(
     return torch.linalg.vector_norm(mean - running_mean) + torch.linalg.vector_norm(variance - running_var)
 
 
-def total_variation(images: Float[Tensor, "n c h w"]) -> Float[Tensor, ""]:
-    """mean |x[i+1] - x[i]| along rows plus along columns, in normalised pixels.
+def total_variation(images: Float[Tensor, "n c *sides"]) -> Float[Tensor, ""]:
+    """mean |x[i+1] - x[i]|, summed over the axes of an image, in normalised pixels.
 
-    Mean-reduced, so that its weight does not depend on batch or resolution.
+    Mean-reduced, so that its weight does not depend on batch or resolution. An axis of length 1 adds nothing.
     """
-    rows = (images[:, :, 1:] - images[:, :, :-1]).abs().mean()
-    columns = (images[:, :, :, 1:] - images[:, :, :, :-1]).abs().mean()
-    return rows + columns
+    total = images.new_zeros(())
+    for axis in range(2, images.ndim):
+        if images.shape[axis] > 1:
+            total = total + images.diff(dim=axis).abs().mean()
+    return total
 
 
-def mean_square(images: Float[Tensor, "n c h w"]) -> Float[Tensor, ""]:
+def mean_square(images: Float[Tensor, "n c *sides"]) -> Float[Tensor, ""]:
     """mean x², in normalised pixels squared."""
     return images.square().mean()
 

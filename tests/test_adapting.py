@@ -256,7 +256,12 @@ class Shared(Net):
 
 @pytest.mark.parametrize("make", [Net, Shared, Views, lambda: COMPUTED["weight_norm"](Net())])
 def test_recovery_of_networks_from_elsewhere_ends_as_asked(make, tmp_path):
-    settings = {**TINY_SETS, "distillation.num_steps": 4, "distillation.checkpoint_every": 2, "distillation.eval_every": 1}
+    settings = {
+        **TINY_SETS,
+        "distillation.num_steps": 4,
+        "distillation.checkpoint_every": 2,
+        "distillation.eval_every": 1,
+    }
     done = dfkd_ray.recover(make(), sparsity=0.9, settings=settings, progress=False, **DESCRIBED)
     assert done.row["status"] == "finished" and done.row["achieved_sparsity"] == pytest.approx(0.9, abs=0.01)
     assert done.student(IMAGES).shape == (4, CLASSES)

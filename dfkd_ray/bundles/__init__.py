@@ -284,7 +284,9 @@ def from_arrays(data: Mapping[str, Any]) -> Teacher:
     """The inverse of `to_arrays`; copies the arrays. Imports the architecture's code: `load` has checked the trust."""
     info = untrusted.validated(BundleInfo, data["info"], data["name"])
     with models.code_from(data.get("code")):
-        network = filled(info, {k: torch.from_numpy(np.array(array)) for k, array in data["state"].items()}, data["name"])
+        network = filled(
+            info, {k: torch.from_numpy(np.array(array)) for k, array in data["state"].items()}, data["name"]
+        )
     records = {kind: format.from_arrays(record) for kind, record in data.get("records", {}).items()}
     return Teacher(freeze(network), info, data["hash"], data["name"], records=records)
 

@@ -37,10 +37,15 @@ KINDS = (
 
 
 def prunable(network: nn.Module) -> Weights:
-    """Convolution and linear weights by state-dict name, each tensor once."""
+    """Convolution and linear weights by state-dict name, each tensor once. `ValueError` for computed weights."""
     found: Weights = {}
     seen: set[int] = set()
     for name, module in network.named_modules():
+        if isinstance(module, KINDS) and "weight" not in module._parameters:
+            raise ValueError(
+                f"layer {name or type(module).__name__} computes its weight from other tensors: a pruned one would not "
+                "stay zero; make it a plain parameter (torch.nn.utils.parametrize.remove_parametrizations)"
+            )
         if isinstance(module, KINDS) and id(module.weight) not in seen:
             seen.add(id(module.weight))
             found[f"{name}.weight" if name else "weight"] = module.weight

@@ -14,8 +14,8 @@ from dfkd_ray.config.trials import TrialConfig
 # storage of images). Raise TRIAL_VERSION with a change that gives other numbers for the same trial on the same images
 # (pruning, BatchNorm re-estimation, distillation, evaluation). Raise neither for a new config field: it changes keys
 # and ids by itself.
-SYNTHESIS_VERSION = 1
-TRIAL_VERSION = 1
+SYNTHESIS_VERSION = 2  # 2: with more classes than images in a batch, labels in a random order
+TRIAL_VERSION = 2  # 2: distils on distillation.num_images alone; plain pruning is a candidate
 
 
 def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -138,7 +138,9 @@ def check_output(
         logits = network(torch.zeros(int(compute), *image_shape, device="cpu"))
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a network of the user's may fail in any way of its own
         line = one_line((str(error) or type(error).__name__).splitlines()[0], 140)
-        raise ValueError(f"{shown(architecture)} does not take images of {'x'.join(map(str, image_shape))}: {line}") from None
+        raise ValueError(
+            f"{shown(architecture)} does not take images of {'x'.join(map(str, image_shape))}: {line}"
+        ) from None
     num_images = int(compute)
     if logits_of(logits, num_classes, num_images) is None:
         raise ValueError(f"{shown(architecture)} gives {not_logits(logits, num_classes, num_images)}")

@@ -24,7 +24,7 @@ SCHEMA = b"dfkd_ray.schema"
 # One entry per step from a version to the next: the columns renamed in it. Columns added with a version or a config
 # field are null in older rows. A new config field does not raise the version, a new metric does.
 RENAMED: dict[str, list[Mapping[str, str]]] = {
-    "trials": [{}, {}],  # 2: written_at_s; 3: trial_version, synthesis_version
+    "trials": [{}, {}, {}],  # 2: written_at_s; 3: trial_version, synthesis_version; 4: selected, warnings
     "epochs": [],
     "synthesis": [{}, {}, {}, {}],  # 2: written_at_s; 3: record; 4: synthesis_version; 5: round
 }
@@ -49,7 +49,9 @@ METRICS: Columns = {
     **{rung.accuracy: (pa.float64(), True, rung.accuracy_meaning) for rung in RUNGS},
     **{str(rung.agreement): (pa.float64(), True, str(rung.agreement_meaning)) for rung in STUDENTS},
     "reference_kl": (pa.float64(), True, "KL(teacher || student) on the reference set, nats"),
-    "best_step": (pa.int64(), True, "distillation step of the selected student"),
+    "best_step": (pa.int64(), True, "distillation step of the selected student; 0: from before the first"),
+    "selected": (pa.string(), True, "the rung of the selected student: pruned, bn_reestimated or recovered"),
+    "warnings": (pa.string(), True, "what looks wrong, and what to change; null where nothing does"),
     "num_test_images": (pa.int64(), True, "test images behind the accuracies"),
     "achieved_sparsity": (pa.float64(), True, "zeros over all Conv and Linear weights"),
     "num_parameters": (pa.int64(), True, "of the student"),

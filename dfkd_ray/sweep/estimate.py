@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from dfkd_ray import devices, distillation, evaluation, synthesis, trial
+from dfkd_ray import batchnorm, devices, distillation, evaluation, synthesis, trial
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.compression import pruning
 from dfkd_ray.config import METHODS, PruningConfig, synthesis_key
@@ -92,7 +92,8 @@ def wanted(job: Job) -> Iterator[Synthesis]:
     config, teacher = job.config, job.teacher
     sets: dict[str, tuple[Any, int]] = {"reference": (config.reference.synthesis, config.reference.num_images)}
     if METHODS[config.synthesis.method].is_data_free:
-        sets["train"] = (config.synthesis, max(config.distillation.num_images, config.bn_num_images))
+        reestimates = config.student.architecture is not None or bool(batchnorm.layers(teacher.network))
+        sets["train"] = (config.synthesis, trial.batches_wanted(config, reestimates)[1] * config.synthesis.batch_size)
     for domain, (own, num_images) in sets.items():
         key, num_batches = synthesis_key(teacher.hash, own, domain), -(-num_images // own.batch_size)
         yield Synthesis(key, domain, teacher, own, num_batches)

@@ -29,13 +29,13 @@ log = logging.getLogger(__name__)
 
 
 def batches(teacher: Teacher, config: Any, key: str, device: torch.device, make: Make) -> BatchSource:
-    """Batches of optimised images. Labels cycle over the classes and continue from one batch to the next."""
+    """Batches of optimised images, with the labels of `labels_of`."""
     space, num_classes = teacher.info.space, teacher.info.num_classes
 
     def batch(index: int) -> Batch:
         start, seed = time.perf_counter(), batch_seed(key, index)
         with devices.numerics(config.precision, device, config.num_threads, getattr(config, "fast", False)):
-            labels = (torch.arange(config.batch_size) + index * config.batch_size) % num_classes
+            labels = labels_of(key, index, config.batch_size, num_classes)
 
             def attempt(number: int) -> tuple[Tensor, int, Callable[[Tensor], dict[str, Any]]]:
                 generator = torch.Generator().manual_seed(mix_seed(seed, number) if number else seed)
@@ -49,6 +49,23 @@ def batches(teacher: Teacher, config: Any, key: str, device: torch.device, make:
         return Batch(index, stored, labels.numpy(), key, terms)
 
     return batch
+
+
+def labels_of(key: str, index: int, batch_size: int, num_classes: int) -> Tensor:
+    """The labels (batch_size,) of a batch: they cycle over the classes and continue from batch to batch.
+
+    With more classes than images in a batch each cycle has an order of its own, a function of the key, so that no class
+    is preferred where the images are too few for all.
+    """
+    places = torch.arange(batch_size) + index * batch_size
+    labels = places % num_classes
+    if num_classes > batch_size:
+        for cycle in (places // num_classes).unique().tolist():
+            chosen = places // num_classes == cycle
+            seed = mix_seed(int(key[:16], 16), 0xC7C1E, cycle)
+            order = torch.randperm(num_classes, generator=torch.Generator().manual_seed(seed))
+            labels[chosen] = order[labels[chosen]]
+    return labels
 
 
 def with_attempts(attempt: Callable[[int], Result], what: str) -> tuple[Result, int]:

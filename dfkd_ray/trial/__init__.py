@@ -33,8 +33,20 @@ from dfkd_ray.trial.identity import (
     remove_checkpoints,
     trial_id,
 )
-from dfkd_ray.trial.images import Gathered, Images, Injected, Local, Round, Rounds, RoundsLostError, gather, wall_s
+from dfkd_ray.trial.images import (
+    Gathered,
+    Images,
+    Injected,
+    Local,
+    Round,
+    Rounds,
+    RoundsLostError,
+    batches_wanted,
+    gather,
+    wall_s,
+)
 from dfkd_ray.trial.row import image_columns, size_columns, student_info
+from dfkd_ray.trial.warnings import warnings_of
 
 __all__ = [
     "CHECKPOINTS",
@@ -47,6 +59,7 @@ __all__ = [
     "Observer",
     "Outcome",
     "Round",
+    "batches_wanted",
     "check",
     "on_device",
     "pinned",
@@ -182,21 +195,24 @@ def steps(
             masks = pruning.masks(student, config.pruning)
         dense = deepcopy(student)
         pruning.apply(student, masks)
+        reestimates = bool(batchnorm.layers(student))
 
         held_out = gather_reference(config, teacher, device, inputs.images, report)
         row["reference_wall_s"] = wall_s(held_out.rows)
         reference = evaluation.reference(network, held_out.pool.images, runtime)
         first = Round(teacher, config.synthesis, device, student=config.student)
         source = Injected(inputs.real) if inputs.real and config.synthesis.method == "real" else inputs.images
-        rounds = Rounds(config, first, source, checkpoint, report, row["trial_id"])
+        rounds = Rounds(config, first, source, checkpoint, report, row["trial_id"], reestimates)
 
         def count_images(pool: Pool) -> None:
             row.update(synthesis_key=rounds.key, num_cached_batches=rounds.num_found)
             row["synthesis_wall_s"] = wall_s(rounds.rows)
             row.update(image_columns(pool, rounds.rows, network, teacher.info.num_classes, runtime))
 
-        pool = rounds.first_pool()
+        first_pool = rounds.first_pool()
+        pool = rounds.pool()
         count_images(pool)
+        ranks: dict[ladder.Rung, tuple[float, float]] = {}  # higher is better: agreement, then lower KL
 
         def measure(rung: ladder.Rung, net: nn.Module) -> None:
             report("evaluating", 0, 1, {})
@@ -205,17 +221,19 @@ def steps(
             elif test is not None:
                 row[rung.accuracy] = evaluation.accuracy(net, test, runtime)
             if rung in ladder.BEFORE:
-                row[str(rung.agreement)] = reference.compare(net)[0]
+                agreement, kl = reference.compare(net)
+                row[str(rung.agreement)], ranks[rung] = agreement, (agreement, -kl)
 
         row["num_test_images"] = None if test is None else sum(len(batch.labels) for batch in test)
         measure(ladder.TEACHER, network)
         measure(ladder.PRUNED, student)
-        if batchnorm.layers(student):
-            reestimate(student, config, pool, runtime)
+        if reestimates:
+            reestimate(student, config, first_pool, runtime)
             measure(ladder.BN_REESTIMATED, student)
         else:  # this rung does not exist: repeating the numbers of `pruned` would suggest that it does
             row |= {ladder.BN_REESTIMATED.accuracy: None, str(ladder.BN_REESTIMATED.agreement): None}
 
+        pruned_masks = masks
         # Frozen BatchNorm keeps the teacher's statistics. The cubic schedule starts dense and makes its own masks.
         if config.pruning.schedule == "cubic":
             student = dense
@@ -235,24 +253,54 @@ def steps(
             observer=observer,
         )
         row["distillation_wall_s"] = time.perf_counter() - distillation_start
+        ranks[ladder.RECOVERED] = (state.best_agreement, -state.best_kl)
+        selected = max((ladder.RECOVERED, *ranks), key=lambda rung: ranks[rung])  # the first of equals: distillation
+        if selected is not ladder.RECOVERED:
+            student = starting_student(config, teacher, device, inputs.trust_code)
+            pruning.apply(student, pruned_masks)
+            if selected is ladder.BN_REESTIMATED:
+                reestimate(student, config, first_pool, runtime)
         measure(ladder.RECOVERED, student)
         if rounds.num_rounds > 1:
             pool = rounds.pool()
             count_images(pool)
 
+    agreement, negative_kl = ranks[selected]
     row |= {
-        "agreement": state.best_agreement,
-        "reference_kl": state.best_kl,
-        "best_step": state.best_step,
+        "agreement": agreement,
+        "reference_kl": -negative_kl,
+        "best_step": state.best_step if selected is ladder.RECOVERED else 0,
+        "selected": selected_name(selected, state.best_step, config, reestimates),
         "status": "finished",
     }
     student = devices.place(student, torch.device("cpu"), channels_last=False)
     pruned = tuple(pruning.prunable(student)) if config.pruning.sparsity > 0 else ()
     row |= size_columns(student, pruned)
+    row["warnings"] = "; ".join(warnings_of(config, teacher, row, rounds.rows, pool)) or None
+    missing = config.pruning.sparsity - row["achieved_sparsity"]
+    if missing * num_prunable(student) >= 1:
+        reason = (
+            f"sparsity {row['achieved_sparsity']:.4f} instead of pruning.sparsity={config.pruning.sparsity}: "
+            "pruned weights do not stay zero in this network"
+        )
+        return Outcome({**row, "status": "failed", "reason": reason})
     info = student_info(config, teacher, row)
     images = Batch(0, pool.images, pool.labels, rounds.key)
     rows = (*held_out.rows, *rounds.rows)
     return Outcome(row, student.requires_grad_(False), info, pruned, (images,), tuple(state.epochs), rows)
+
+
+def selected_name(selected: ladder.Rung, best_step: int, config: TrialConfig, reestimates: bool) -> str:
+    """The name of the rung that the student of a trial stands on; distillation may have kept what it began with."""
+    if selected is not ladder.RECOVERED or best_step > 0:
+        return selected.name
+    begins_reestimated = reestimates and config.distillation.bn_mode != "frozen"
+    return (ladder.BN_REESTIMATED if begins_reestimated else ladder.PRUNED).name
+
+
+def num_prunable(student: nn.Module) -> int:
+    """Weights of all prunable layers."""
+    return sum(weight.numel() for weight in pruning.prunable(student).values())
 
 
 def on_device(network: nn.Module, device: torch.device) -> nn.Module:

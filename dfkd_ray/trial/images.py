@@ -194,6 +194,13 @@ class RoundsLostError(Exception):
     """A distillation cannot resume: the images or state of its round are lost. The trial must start again."""
 
 
+def batches_wanted(config: TrialConfig, reestimates: bool) -> tuple[int, int]:
+    """Numbers of batches: those distilled on, and those made (more if BatchNorm is re-estimated on more images)."""
+    size = config.synthesis.batch_size
+    distilled = -(-config.distillation.num_images // size)
+    return distilled, max(distilled, -(-config.bn_num_images // size)) if reestimates else distilled
+
+
 def is_own_file(name: str) -> bool:
     """Whether a checkpoint file belongs to the rounds."""
     return name == STATE_FILE or ROUND_FILE.fullmatch(name) is not None
@@ -205,11 +212,19 @@ class Rounds:
     Rounds have equal size and begin at equally spaced steps. A step uses the images of its round and of all earlier
     ones. With `lag` 0, round r + 1 uses the student at the end of round r. With `lag` 1, it uses the student at the
     beginning of round r, so its images can be made while the student trains. `folder`: where a trial with several
-    rounds stores their images and the last state; None stores nothing.
+    rounds stores their images and the last state; None stores nothing. `reestimates`: whether BatchNorm is re-estimated
+    on the images of round 0.
     """
 
     def __init__(
-        self, config: TrialConfig, first: Round, source: Images, folder: Folder | None, report: Progress, owner: str
+        self,
+        config: TrialConfig,
+        first: Round,
+        source: Images,
+        folder: Folder | None,
+        report: Progress,
+        owner: str,
+        reestimates: bool = True,
     ):
         self.first, self.source, self.report, self.owner = first, source, report, owner
         settings, row = config.synthesis, METHODS[config.synthesis.method]
@@ -217,8 +232,9 @@ class Rounds:
         self.looks = row.looks_at_student(settings)
         self.num_rounds = 1 if row.is_stationary else settings.num_rounds
         self.lag = 0 if row.is_stationary else settings.lag
-        wanted = -(-max(config.distillation.num_images, config.bn_num_images) // settings.batch_size)
+        distilled, wanted = batches_wanted(config, reestimates)
         self.num_batches = -(-wanted // self.num_rounds)
+        self.num_distilled = -(-distilled // self.num_rounds) * settings.batch_size  # images of a round
         self.starts = [
             round(config.distillation.num_steps * number / self.num_rounds) for number in range(self.num_rounds)
         ]
@@ -234,7 +250,7 @@ class Rounds:
             self.load()
 
     def first_pool(self) -> Pool:
-        """The images of round 0, which uses no student."""
+        """All images of round 0, which uses no student: for re-estimation, perhaps more than are distilled on."""
         if not self.gathered:
             self.enter()
         return self.gathered[0].pool
@@ -254,8 +270,9 @@ class Rounds:
         return self.pool(number + 1)
 
     def pool(self, num_rounds: int | None = None) -> Pool:
-        """The images of the first `num_rounds` rounds (None: of all gathered so far)."""
-        pools = [one.pool for one in self.gathered[:num_rounds]]
+        """The images distilled on of the first `num_rounds` rounds (None: of all gathered so far)."""
+        size = self.num_distilled
+        pools = [Pool(one.pool.images[:size], one.pool.labels[:size]) for one in self.gathered[:num_rounds]]
         if len(pools) == 1:
             return pools[0]
         if self.joined is None or self.joined[0] != len(pools):

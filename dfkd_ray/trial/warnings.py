@@ -1,0 +1,52 @@
+"""Warnings of a trial: what looks wrong in its images or its student, and what to change. Pure.
+
+Without data a user cannot see that images are useless. A warning does not stop a trial; it is in the row (`warnings`),
+on the terminal and in the report.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dfkd_ray.batches import NO_LABEL
+from dfkd_ray.bundles import Teacher
+from dfkd_ray.config import TrialConfig
+from dfkd_ray.distillation import Pool
+from dfkd_ray.ladder import PRUNED
+from dfkd_ray.trial.images import mean_term
+
+LEAST_AGREEMENT = 0.5  # of images and the labels that they were made for
+LEAST_CONFIDENCE = 0.5  # mean over images of the teacher's highest probability
+MANY_IMAGES = 10  # images per class from which each class is expected to be seen
+
+
+def warnings_of(
+    config: TrialConfig, teacher: Teacher, row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], pool: Pool
+) -> Iterator[str]:
+    """The warnings of a finished trial: `row` as far as it is filled, `rows` of its batches, and its images."""
+    num_classes, method = teacher.info.num_classes, config.synthesis.method
+    agreement = mean_term(rows, "label_agreement")
+    if agreement is not None and agreement < LEAST_AGREEMENT:
+        yield (
+            f"the teacher sees {agreement:.0%} of the images as the class that they were made for: raise "
+            "synthesis.num_steps, or the weight of its label term"
+        )
+    labels = np.unique(pool.labels[pool.labels != NO_LABEL])
+    if 0 < len(labels) < num_classes:
+        yield (
+            f"{num_classes - len(labels):,} of {num_classes:,} classes have no image: set distillation.num_images to "
+            f"{num_classes:,} or more"
+        )
+    histogram = json.loads(row["class_histogram"])
+    unseen = sum(count == 0 for count in histogram)
+    if unseen and len(pool.labels) >= MANY_IMAGES * num_classes:
+        yield f"the teacher predicts {unseen:,} of {num_classes:,} classes for none of the {method} images"
+    if row["image_confidence"] < max(LEAST_CONFIDENCE, 2 / num_classes) and method != "noise":
+        yield f"the teacher is not sure of the images: its mean highest probability is {row['image_confidence']:.2f}"
+    if row.get("selected") == PRUNED.name and config.distillation.num_steps > 0:
+        yield (
+            "no rung agrees better with the teacher than plain pruning, which is the student: these images do not help "
+            "it; make better or more of them, or lower distillation.learning_rate"
+        )
