@@ -11,6 +11,7 @@ from torch import nn
 
 import dfkd_ray
 from dfkd_ray import batchnorm, bundles, devices, models
+from dfkd_ray.bundles.doubts import doubts
 from dfkd_ray.compression import pruning
 from dfkd_ray.models import adapting
 from helpers import CPU, TINY_SETS, refusal
@@ -265,3 +266,44 @@ def test_recovery_of_networks_from_elsewhere_ends_as_asked(make, tmp_path):
     done = dfkd_ray.recover(make(), sparsity=0.9, settings=settings, progress=False, **DESCRIBED)
     assert done.row["status"] == "finished" and done.row["achieved_sparsity"] == pytest.approx(0.9, abs=0.01)
     assert done.student(IMAGES).shape == (4, CLASSES)
+
+
+# ---- doubts ----------------------------------------------------------------------------------------------------------
+
+
+def trained_like(scale=1.0, offset=0.0):
+    """A network whose first statistics are those of images `scale` x + `offset` for normalised noise x."""
+    network = Net()
+    network.train()
+    for step in range(60):
+        images = torch.rand(16, *SHAPE, generator=torch.Generator().manual_seed(step))
+        network(scale * (images - 0.5) / 0.25 + offset)
+    return network.eval()
+
+
+@pytest.mark.parametrize(
+    ("network", "changes", "says"),
+    [
+        (trained_like(), {}, None),
+        (trained_like(255.0), {}, "no image of this mean"),
+        (trained_like(offset=30.0), {}, "no image of this mean"),
+        (trained_like(), {"pixel_range": (0.49, 0.51)}, "no image of this mean"),
+        (Net(), {}, "initial"),
+    ],
+)
+def test_statistics_that_no_image_gives_are_said(network, changes, says):
+    teacher = bundles.Teacher.from_network(network, **{**DESCRIBED, **changes})
+    found = doubts(teacher)
+    assert (found == []) if says is None else any(says in doubt for doubt in found), found
+
+
+def test_a_teacher_that_is_sure_of_noise_is_doubted():
+    network = trained_like()
+    with torch.no_grad():
+        network.fc.weight.mul_(1e4)
+    assert any("sure of noise" in doubt for doubt in doubts(bundles.Teacher.from_network(network, **DESCRIBED)))
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist_resnet8", "fashion_mnist_resnet20"])
+def test_the_bundled_teachers_are_not_doubted(name):
+    assert doubts(bundles.load(name)) == []

@@ -306,7 +306,14 @@ def sha256(file: Path | bytes) -> str:
 
 def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
     """The content of a safetensors file. The library's own writer does not report a full disk as `OSError`."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage_at = tensor.untyped_storage().data_ptr()
+        # A module under two names has each tensor twice; the library refuses tensors that share memory.
+        plain[name] = tensor.clone() if storage_at in seen else tensor
+        seen.add(storage_at)
     return safetensors.torch.save(plain, metadata)
 
 

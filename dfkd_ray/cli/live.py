@@ -132,7 +132,8 @@ def row_line(row: Mapping[str, Any], name: str, snapshot: Snapshot, done: int, t
         accuracy = row.get("recovered_accuracy")
         tested = "" if is_null(accuracy) else f", test accuracy {number(accuracy, 100.0)} %"
         stopped = ", stopped early" if row["status"] == "stopped" else ""
-        what = f"agreement {number(row.get('agreement'), 100.0)} %{tested}{stopped}"
+        warned = "" if is_null(row.get("warnings")) else f"; warning: {row['warnings']}"
+        what = f"agreement {number(row.get('agreement'), 100.0)} %{tested}{stopped}{warned}"
     left = f", {duration(snapshot.left_s)} left" if done < total and snapshot.left_s is not None else ""
     return shown(f"[{done}/{total}, {snapshot.elapsed_s:.0f} s{left}] {name}: {what}")
 

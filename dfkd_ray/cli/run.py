@@ -28,7 +28,7 @@ from dfkd_ray.cli.options import (
     range_of,
     settled,
 )
-from dfkd_ray.cli.show import Progress, print_failures, print_ladder, print_trials
+from dfkd_ray.cli.show import Progress, print_failures, print_ladder, print_trials, print_warnings
 from dfkd_ray.cli.streams import say
 
 if TYPE_CHECKING:
@@ -253,6 +253,7 @@ def sweep(
     table = tables.read(place, "trials")
     table = table[table["trial_id"].isin(view.names)]
     print_trials(table, place)
+    print_warnings(table)
     print_failures(table)
     wall_s = time.monotonic() - start
     say(f"{len(table)} trials, {num_failed} failed, {wall_s:.0f} s; table: {place / 'trials'}")

@@ -83,6 +83,8 @@ def print_ladder(row: Mapping[str, Any], out: Path) -> None:
         f"{number(row.get('num_images'), 1.0, 0)} images in {number(row.get('synthesis_wall_s'), 1.0, 0)} s, distilled "
         f"in {number(row.get('distillation_wall_s'), 1.0, 0)} s; {stored} bytes stored, {dense} dense"
     )
+    if not is_null(row.get("warnings")):
+        say(f"warning: {row['warnings']}")
     say(f"written: {out / 'student'}, {out / 'row.json'}, {out / 'images.png'}")
 
 
@@ -193,6 +195,17 @@ def print_failures(rows: Any) -> None:
         names = sorted(text_of(name) for name in group["trial_id"])
         text = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         say(f"{len(names)} failed: {reason} ({text})")
+
+
+def print_warnings(rows: Any) -> None:
+    """Print how many trials have warnings, with that of the first, and where the others are."""
+    warned = rows[rows["warnings"].notna()]
+    if len(warned):
+        first = warned.iloc[0]
+        say(
+            f"{len(warned)} of {len(rows)} trials have warnings (column `warnings`, and the report), such as "
+            f"{text_of(first['trial_id'])}: {first['warnings']}"
+        )
 
 
 def number(value: Any, scale: float = 1.0, digits: int = 2, group: str = "") -> str:

@@ -65,6 +65,10 @@ def bake(network: nn.Module) -> None:
         if parametrize.is_parametrized(module):
             for name in list(module.parametrizations):  # type: ignore[union-attr, arg-type]
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+                if name in module._buffers:  # what has no gradient, PyTorch leaves as a buffer
+                    value = module._buffers.pop(name)
+                    assert value is not None
+                    module.register_parameter(name, nn.Parameter(value))
                 found.append(f"{path}.{name}".lstrip("."))
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, COMPUTED):

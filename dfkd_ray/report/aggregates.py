@@ -184,7 +184,17 @@ def used(batches: Frame, rows: Frame, by: str, seconds: str) -> Frame:
 def failures(rows: Frame) -> Frame:
     """Failed trials by reason, the most frequent first: `num_trials`, `networks`, the first `trial_ids`."""
     failed = rows[rows["status"] == "failed"].assign(reason=lambda frame: frame["reason"].fillna("no reason given"))
-    groups = failed.groupby("reason", sort=False)
+    return by_text(failed, "reason")
+
+
+def warnings(rows: Frame) -> Frame:
+    """Warnings of trials by text, the most frequent first, with the columns of `failures`."""
+    return by_text(rows.dropna(subset=["warnings"]), "warnings")
+
+
+def by_text(rows: Frame, name: str) -> Frame:
+    """Rows grouped by a text column, the most frequent first: `num_trials`, `networks`, the first `trial_ids`."""
+    groups = rows.groupby(name, sort=False)
     table = groups.agg(
         num_trials=("trial_id", "size"),
         networks=("network", lambda names: ", ".join(dict.fromkeys(names))),

@@ -335,6 +335,19 @@ def failed(material: Material) -> Section:
     return Section(name, title, html + page.paragraph(note + more(len(table), len(cells), "reason"), "note"))
 
 
+def warned(material: Material) -> Section:
+    """What looks wrong in finished trials."""
+    name, title = "warnings", "Warnings"
+    table = aggregates.warnings(material.rows)
+    if table.empty:
+        return Section(name, title, why_not="no trial has a warning.")
+    cells = [[row["warnings"], row["num_trials"], row["networks"], row["trial_ids"]] for row in dicts(table)[:NUM_ROWS]]
+    headings = ["warning", "trials", "networks", "first of them"]
+    html = page.table(headings, cells, numbers=["trials"], long=["warning", "networks"])
+    note = "These trials finished; their images or students look wrong."
+    return Section(name, title, html + page.paragraph(note + more(len(table), len(cells), "warning"), "note"))
+
+
 def trials(material: Material) -> Section:
     """The table of all trials."""
     text = "Best agreement first. A click on a heading sorts; of the configuration, only what varies is shown."
@@ -377,6 +390,7 @@ SECTIONS: tuple[Callable[[Material], Section], ...] = (
     synthesis,
     pictures,
     failed,
+    warned,
     trials,
     origin,
 )
