@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dfkd_ray import batchnorm
 from dfkd_ray.bundles import Teacher
 
-NUM_IMAGES = 64
+NUM_IMAGES = 16  # of noise
 SURE = 0.9999  # mean highest probability on noise, from which a teacher is said to be sure of anything
 SLACK = 1.01  # of a bound, for rounding
 
@@ -37,12 +37,12 @@ def doubts(teacher: Teacher) -> list[str]:
                 f"it is sure of noise (mean highest probability {confidence:.4f}): mean, std or pixel_range may not be "
                 "those that it was trained with"
             )
-    found += statistics_doubts(network, info.trained)
-    found += first.doubts(low, high)
+    if info.trained:
+        found += [*statistics_doubts(network), *first.doubts(low, high)]
     return found
 
 
-def statistics_doubts(network: nn.Module, trained: bool) -> Iterator[str]:
+def statistics_doubts(network: nn.Module) -> Iterator[str]:
     """Doubts about the running statistics themselves."""
     layers = batchnorm.layers(network)
     initial = [
@@ -53,12 +53,12 @@ def statistics_doubts(network: nn.Module, trained: bool) -> Iterator[str]:
         and not layer.running_mean.any()
         and bool((layer.running_var == 1).all())
     ]
-    if trained and layers and len(initial) == len(layers):
+    if layers and len(initial) == len(layers):
         yield (
             "all its BatchNorm statistics are the initial ones (mean 0, variance 1): the weights file may have come "
             "without them, and images made from them mean nothing"
         )
-    elif trained and initial:
+    elif initial:
         yield (
             f"{len(initial)} of its {len(layers)} BatchNorm layers have their initial statistics (mean 0, variance 1): "
             "they may not have been trained"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dfkd_ray import config as configs
 from dfkd_ray.config import parsing
+from dfkd_ray.cli.streams import say
 from dfkd_ray.plain import given, named
 
 if TYPE_CHECKING:
@@ -159,6 +160,24 @@ def open_real(
 
 
 def load_teacher(name: str, trust_code: Sequence[str] | None, below: str | None = None) -> "Teacher":
+    """`find_teacher`, and warnings on standard error about what looks wrong in it."""
+    teacher = find_teacher(name, trust_code, below)
+    say_doubts(teacher)
+    return teacher
+
+
+def say_doubts(teacher: "Teacher") -> None:
+    """Print what was changed in a network from elsewhere, and what looks wrong in a teacher."""
+    from dfkd_ray.bundles.doubts import doubts
+    from dfkd_ray.models import adapting
+
+    for note in adapting.notes(teacher.network):
+        say(f"note: {teacher.name}: {note}", error=True)
+    for doubt in doubts(teacher):
+        say(f"warning: {teacher.name}: {doubt}", error=True)
+
+
+def find_teacher(name: str, trust_code: Sequence[str] | None, below: str | None = None) -> "Teacher":
     """Load a bundle by folder, URI or name; a bundle of that name in the folder or URI `below` takes precedence."""
     from dfkd_ray import bundles, storage
 

@@ -14,11 +14,12 @@ from dfkd_ray.batches import NO_LABEL
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import TrialConfig
 from dfkd_ray.distillation import Pool
-from dfkd_ray.ladder import PRUNED
+from dfkd_ray.ladder import PRUNED, TEACHER
 from dfkd_ray.trial.images import mean_term
 
 LEAST_AGREEMENT = 0.5  # of images and the labels that they were made for
 LEAST_CONFIDENCE = 0.5  # mean over images of the teacher's highest probability
+NEAR_CHANCE = 1.5  # times the accuracy of guessing
 MANY_IMAGES = 10  # images per class from which each class is expected to be seen
 
 
@@ -27,6 +28,12 @@ def warnings_of(
 ) -> Iterator[str]:
     """The warnings of a finished trial: `row` as far as it is filled, `rows` of its batches, and its images."""
     num_classes, method = teacher.info.num_classes, config.synthesis.method
+    accuracy = row.get(TEACHER.accuracy)
+    if accuracy is not None and teacher.info.trained and accuracy < NEAR_CHANCE / num_classes:
+        yield (
+            f"the teacher's own test accuracy is {accuracy:.2%}, near chance: its mean, std, pixel range or the order of "
+            "its classes may be other ones"
+        )
     agreement = mean_term(rows, "label_agreement")
     if agreement is not None and agreement < LEAST_AGREEMENT:
         yield (

@@ -1,0 +1,146 @@
+"""A trial keeps the best of its rungs, fails where it is not what was asked for, and warns of what looks wrong."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import dfkd_ray
+from dfkd_ray import bundles, trial
+from dfkd_ray.compression import pruning
+from dfkd_ray.config import TrialConfig, validate
+from dfkd_ray.distillation import Pool
+from dfkd_ray.synthesis.optimiser import labels_of
+from dfkd_ray.trial.warnings import warnings_of
+from helpers import TINY_SETS, make_teacher, same_weights, tiny_network, tiny_trial
+
+DESCRIBED = {"image_shape": (1, 16, 16), "num_classes": 10, "mean": 0.5, "std": 0.25}
+
+
+def recovered(**settings):
+    return dfkd_ray.recover(tiny_network(), settings={**TINY_SETS, **settings}, progress=False, **DESCRIBED)
+
+
+# ---- which rung ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bn_mode", ["trained", "frozen", "reestimated"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9])
+def test_no_student_agrees_less_than_plain_pruning(bn_mode, sparsity):
+    done = recovered(
+        **{"pruning.sparsity": sparsity, "distillation.bn_mode": bn_mode, "distillation.learning_rate": 5.0}
+    )
+    rungs = [done.row["pruned_agreement"], done.row["bn_reestimated_agreement"], done.row["agreement"]]
+    assert done.row["agreement"] == max(rungs)
+
+
+def test_where_training_ruins_a_student_the_pruned_one_is_kept_and_said():
+    settings = {"pruning.sparsity": 0.3, "distillation.learning_rate": 50.0, "distillation.clip_norm": 100.0}
+    done = recovered(**settings)
+    assert done.row["selected"] == "pruned" and done.row["best_step"] == 0
+    network = tiny_network()
+    pruning.apply(network, pruning.masks(network, pruning.PruningConfig(sparsity=0.3)))
+    assert same_weights(network, done.student)
+    assert "plain pruning" in done.row["warnings"]
+
+
+# ---- what was asked for ----------------------------------------------------------------------------------------------
+
+
+class Restores(nn.Module):
+    """Gives its convolution other weights in every forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.bn, self.fc = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 10)
+        self.register_buffer("own", torch.randn(4, 1, 3, 3))
+
+    def forward(self, x):
+        self.conv.weight.data.copy_(self.own)
+        return self.fc(self.bn(self.conv(x)).mean(dim=(2, 3)))
+
+
+def test_a_trial_whose_sparsity_is_not_the_one_asked_for_has_failed():
+    teacher = bundles.Teacher.from_network(Restores(), **DESCRIBED)
+    config = validate(TrialConfig, tiny_trial("t", **{"pruning.sparsity": 0.9}))
+    outcome = trial.run(config, teacher)
+    assert outcome.row["status"] == "failed" and "instead of pruning.sparsity=0.9" in outcome.row["reason"]
+    assert outcome.student is None
+
+
+# ---- numbers of images -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_images", "bn_num_images"), [(8, 24), (24, 8), (16, 16)])
+def test_distillation_uses_the_images_of_its_own_field(num_images, bn_num_images):
+    done = recovered(**{"distillation.num_images": num_images, "bn_num_images": bn_num_images})
+    assert done.row["num_images"] == num_images == len(done.images)
+
+
+def test_a_network_without_batchnorm_makes_no_images_for_it(tmp_path):
+    teacher = make_teacher(tmp_path / "t")
+    settings = {**TINY_SETS, "bn_num_images": 64, "synthesis.method": "noise", "reference.synthesis.method": "noise"}
+    settings = {name: value for name, value in settings.items() if not name.endswith("synthesis.num_steps")}
+    settings = {name: value for name, value in settings.items() if not name.endswith("synthesis.num_threads")}
+    config = validate(TrialConfig, dfkd_ray.config.with_overrides({"teacher": "t"}, settings))
+    outcome = trial.run(config, teacher)
+    assert sum(row["domain"] == "train" for row in outcome.synthesis) == 1
+
+
+# ---- labels ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "batch_size", "num_batches"), [(10, 16, 5), (10, 8, 5), (1000, 256, 6), (7, 3, 8)]
+)
+def test_labels_reach_every_class_as_evenly_as_their_number_allows(num_classes, batch_size, num_batches):
+    labels = torch.cat([labels_of("0123456789abcdef", i, batch_size, num_classes) for i in range(num_batches)])
+    for end in range(1, len(labels) + 1, 13):
+        counts = torch.bincount(labels[:end], minlength=num_classes)
+        assert int(counts.max()) - int(counts.min()) <= 1
+
+
+def test_few_images_of_many_classes_are_not_the_first_classes_and_follow_the_key():
+    first, other = (labels_of(key * 16, 0, 64, 1000) for key in "ab")
+    assert int(first.max()) > 700 and not torch.equal(first, other)
+    assert torch.equal(first, labels_of("a" * 16, 0, 64, 1000))
+
+
+# ---- warnings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def of_images(tmp_path):
+    teacher = make_teacher(tmp_path / "t", num_classes=3)
+    config = validate(TrialConfig, tiny_trial("t"))
+
+    def found(labels=(0, 1, 2), agreement=1.0, confidence=0.9, histogram="[10, 10, 10]", **row):
+        labels = np.array(labels * 10)
+        pool = Pool(np.zeros((len(labels), 1, 32, 32), np.uint8), labels)
+        row = {"class_histogram": histogram, "image_confidence": confidence, "selected": "recovered", **row}
+        return list(warnings_of(config, teacher, row, [{"label_agreement": agreement}], pool))
+
+    return found
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"agreement": 0.04}, "4% of the images"),
+        ({"labels": (0, 1)}, "1 of 3 classes have no image"),
+        ({"histogram": "[30, 0, 0]"}, "predicts 2 of 3 classes for none"),
+        ({"confidence": 0.35}, "not sure"),
+        ({"selected": "pruned"}, "plain pruning"),
+    ],
+)
+def test_each_warning_says_what_is_wrong(of_images, changes, says):
+    assert of_images() == []
+    (warning,) = of_images(**changes)
+    assert says in warning
+
+
+def test_warnings_are_printed_below_the_ladder(run_cli, tiny_teacher, tmp_path):
+    words = [word for name, value in TINY_SETS.items() for word in ("--set", f"{name}={value}")]
+    done = run_cli("recover", str(tiny_teacher), "--out", str(tmp_path / "out"), *words)
+    assert done.code == 0 and "warning: " in done.out
