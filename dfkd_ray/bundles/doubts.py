@@ -1,4 +1,4 @@
-"""What looks wrong in a teacher, found without data: each a sentence for `teacher import`, `teacher info` and `recover`.
+"""What looks wrong in a teacher, found without data: a sentence each, for the commands that load or import one.
 
 A doubt refuses nothing. It says what cannot be, or can hardly be, if the description fits the network.
 """

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfkd_ray import config as configs
-from dfkd_ray.config import parsing
 from dfkd_ray.cli.streams import say
+from dfkd_ray.config import parsing
 from dfkd_ray.plain import given, named
 
 if TYPE_CHECKING:

@@ -31,8 +31,8 @@ def warnings_of(
     accuracy = row.get(TEACHER.accuracy)
     if accuracy is not None and teacher.info.trained and accuracy < NEAR_CHANCE / num_classes:
         yield (
-            f"the teacher's own test accuracy is {accuracy:.2%}, near chance: its mean, std, pixel range or the order of "
-            "its classes may be other ones"
+            f"the teacher's own test accuracy is {accuracy:.2%}, near chance: its mean, std, pixel range or order of "
+            "classes may be other ones"
         )
     agreement = mean_term(rows, "label_agreement")
     if agreement is not None and agreement < LEAST_AGREEMENT:
