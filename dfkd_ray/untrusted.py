@@ -180,13 +180,18 @@ def _entry_problem(entry: Any, num_bytes: int) -> str | None:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if dtype not in ITEM_BYTES:
         return f"holds numbers of kind {one_line(repr(dtype), 40)}, expected one of {', '.join(ITEM_BYTES)}"
-    if not _counts(shape) or len(shape) > MAX_DIMENSIONS or math.prod(max(1, side) for side in shape) >= 2**60:
+    if not is_shape(shape):
         return f"has no possible shape: {one_line(shape, 60)}"
     if not _counts(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= num_bytes:
         return "lies beyond the file"
     if math.prod(shape) * ITEM_BYTES[dtype] != offsets[1] - offsets[0]:
         return f"has {offsets[1] - offsets[0]:,} bytes, its shape {one_line(shape, 60)} of {dtype} wants others"
     return None
+
+
+def is_shape(sides: Any) -> bool:
+    """Whether the value is a list of sides of a tensor that can exist."""
+    return _counts(sides) and len(sides) <= MAX_DIMENSIONS and math.prod(max(1, side) for side in sides) < 2**60
 
 
 def _counts(values: Any) -> bool:

@@ -279,3 +279,17 @@ def options_of(command: Any) -> set[str]:
     """Every option of a command and of those below it."""
     own = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
     return own.union(*map(options_of, getattr(command, "commands", {}).values()))
+
+
+def earlier_form(state, pruned):
+    """A state dict as bundles stored it before `packing`: of a pruned tensor non-zero values, a bit a weight, shape."""
+    stored = {}
+    for name, tensor in state.items():
+        if name in pruned:
+            mask = (tensor != 0).flatten()
+            stored[name + "::mask"] = torch.from_numpy(np.packbits(mask.numpy()))
+            stored[name + "::mask::shape"] = torch.tensor(tensor.shape, dtype=torch.int32)
+            stored[name + "::values"] = tensor.flatten()[mask]
+        else:
+            stored[name] = tensor.clone()
+    return stored

@@ -16,7 +16,7 @@ from torch import nn
 from dfkd_ray import bundles
 from dfkd_ray.compression import pruning
 from dfkd_ray.config import PruningConfig
-from helpers import TINY_INFO, refusal, tiny_network
+from helpers import TINY_INFO, earlier_form, refusal, tiny_network
 
 WEIGHTS = "weights.safetensors"
 
@@ -201,8 +201,8 @@ def test_weights_larger_than_the_architecture_can_have_are_refused_before_they_a
 
 
 def stored(**changes):
-    """A weight of 5 x 6 as a pruned bundle stores it, with changes."""
-    tensors = bundles.to_stored({"a": torch.arange(30.0).view(5, 6)}, ["a"])
+    """A weight of 5 x 6 as a pruned bundle stored it in earlier versions, with changes."""
+    tensors = earlier_form({"a": torch.arange(30.0).view(5, 6)}, ["a"])
     for name, tensor in changes.items():
         tensors[name.replace("_", "::")] = tensor
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}

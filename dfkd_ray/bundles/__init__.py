@@ -1,10 +1,10 @@
 """Bundles: a trained network stored as a folder. Loading one never runs code from it.
 
 A bundle has `teacher.json` (schema version, architecture and arguments, class count, image shape, mean / std / pixel
-range, test accuracy if known, SHA-256 of the weights) and `weights.safetensors`. A pruned student is a bundle too: a
-pruned tensor is stored as its non-zero values and one bit per weight, so the file shrinks with the sparsity. The folder
-is on a disk or at any URI that `storage` opens. Files are read only when needed. An architecture given by import path
-is imported only if the user has named that module.
+range, test accuracy if known, SHA-256 of the weights) and `weights.safetensors`. A pruned student is a bundle too: its
+weights are stored compressed (`packing`) and come back bit for bit. The folder is on a disk or at any URI that
+`storage` opens. Files are read only when needed. An architecture given by import path is imported only if the user has
+named that module.
 """
 
 import hashlib
@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_ray import models, storage, targets, untrusted
-from dfkd_ray.bundles.weights import MASK, SHAPE, VALUES, from_stored, load_state, read_safetensors
+from dfkd_ray.bundles import packing
+from dfkd_ray.bundles.weights import PACKED, from_stored, load_state, read_safetensors
 from dfkd_ray.bundles.weights import read_state_dict as read_state_dict
 from dfkd_ray.config import stable_hash
 from dfkd_ray.description import SCHEMA, BundleInfo
@@ -317,23 +318,15 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | 
 
 
 def to_stored(state: Mapping[str, Tensor], pruned: Sequence[str]) -> dict[str, Tensor]:
-    """A state dict as stored: each tensor named in `pruned` as its non-zero values, a packed bit mask and its shape."""
-    stored = {}
-    for name, tensor in state.items():
-        tensor = tensor.detach().cpu().contiguous()
-        if name in pruned:
-            mask = (tensor != 0).flatten().numpy()
-            stored[name + MASK] = torch.from_numpy(np.packbits(mask))
-            stored[name + SHAPE] = torch.tensor(tensor.shape, dtype=torch.int32)
-            stored[name + VALUES] = tensor.flatten()[torch.from_numpy(mask)].clone()
-        else:
-            stored[name] = tensor.clone()
-    return stored
+    """A state dict as stored: as it is or, if tensors are named in `pruned`, as one tensor in the form of `packing`."""
+    if pruned:
+        return {PACKED: torch.from_numpy(np.frombuffer(packing.pack(state, pruned), np.uint8).copy())}
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
 
 
 def stored_bytes(state: Mapping[str, Tensor], pruned: Sequence[str]) -> int:
     """Size in bytes of the weights file that `save` would write."""
-    return len(safetensors.torch.save(to_stored(state, pruned)))
+    return len(safetensors_bytes(to_stored(state, pruned)))
 
 
 def is_description(data: bytes) -> bool:

@@ -1,7 +1,7 @@
 """Reads state dicts from weight files without running code and in bounded memory, and loads them into a network.
 
-Formats: `.safetensors`, as a plain state dict or in a bundle's sparse form (`from_stored`), and PyTorch's own files.
-Their pickles are checked (`torch_files`) before `torch.load` opens them with `weights_only=True`.
+Formats: `.safetensors`, as a plain state dict or in a bundle's compressed forms (`from_stored`), and PyTorch's own
+files. Their pickles are checked (`torch_files`) before `torch.load` opens them with `weights_only=True`.
 """
 
 import math
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_ray import untrusted
-from dfkd_ray.bundles import torch_files
+from dfkd_ray.bundles import packing, torch_files
 from dfkd_ray.text import one_line
 from dfkd_ray.untrusted import read_safetensors
 
-MASK, VALUES, SHAPE = "::mask", "::values", "::mask::shape"
+PACKED = "::packed"  # a whole state dict in the form of `packing`
+MASK, VALUES, SHAPE = "::mask", "::values", "::mask::shape"  # a pruned tensor as bundles had it before
 ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -52,10 +53,15 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 def from_stored(stored: Mapping[str, Tensor], where: str = "weights", largest: int | None = None) -> dict[str, Tensor]:
     """The inverse of `bundles.to_stored`; a plain state dict is returned as it is.
 
-    `ValueError` if mask, shape and values do not fit, if one of them is alone, or, before memory is allocated, if the
+    Also reads the form that earlier versions wrote: a pruned tensor as its non-zero values, a bit for each weight and
+    its shape. `ValueError` if the parts do not fit, if one of them is alone, or, before memory is allocated, if the
     dense tensors need more than `largest` bytes.
     """
     where = one_line(where, 120)
+    largest = untrusted.free_bytes() // 2 if largest is None else largest
+    packed = stored.get(PACKED)
+    if packed is not None and len(stored) == 1 and packed.dtype == torch.uint8 and packed.ndim == 1:
+        return packing.unpack(packed.numpy().tobytes(), where, largest)
     masked = {key.removesuffix(MASK) for key in stored if key.endswith(MASK)}
     own = {name + ending for name in masked for ending in (MASK, VALUES, SHAPE)}
     for key in stored:
@@ -63,7 +69,7 @@ def from_stored(stored: Mapping[str, Tensor], where: str = "weights", largest: i
             raise ValueError(f"{where}: {one_line(key, 80)} belongs to no mask, or to a tensor that is there twice")
     shapes = {name: stored_shape(stored, name, where) for name in masked}
     dense_bytes = sum(math.prod(shape) * stored[name + VALUES].element_size() for name, shape in shapes.items())
-    untrusted.check_size(dense_bytes, untrusted.free_bytes() // 2 if largest is None else largest, where)
+    untrusted.check_size(dense_bytes, largest, where)
     state = {}
     for key, tensor in stored.items():
         if key.endswith(MASK):

@@ -1,0 +1,225 @@
+import base64
+import gzip
+import json
+import resource
+import zlib
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from dfkd_ray import bundles
+from dfkd_ray.bundles import packing
+from helpers import earlier_form, refusal
+
+# A file that an earlier version wrote: fc.weight (3 x 4, pruned) and fc.bias (3).
+EARLIER = (
+    b"7y$qP00000dm?6IE@Ek6b0Ru>B4l)VaAhJoB1SVZA}k_vXkl<=B05_$T`VGGVRT_%Z)Rq5Wpr~QI$JO-F*03!EFxxOE_Y>VXJ~XfI(A`fb!BrRI("
+    b"s5yba`-PB03^QGcqD9B6DbAaAhJoTR2@TB4lB7VP9`%W^-k9b0RuhF)}PPG+lixB4%SQcV%g3XmmO{ZDDh3Iy!S`VQ^(4I(s5yba`-PB03^TGcqD9"
+    b"B6DbAaAhJoTQXfNB4lB7VP9`%W^-k9b0RuhG&C$VGF^QvB4%SQcV%g3XmmO{ZDDh3B075_WOR9OWg<EvRX8FnB6DbAaAhJoTQXfNB4lB7VP9`%W^-"
+    b"k9b0RuhH8LzUG+ljtARr(h0000#004l$000000002M004l$004kL0000$004kM005vs007`X0000%0{{R31ONa4ZLk"
+)
+
+
+def normal(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+def pruned(weights, share):
+    """The weights with the smallest ones set to 0."""
+    return torch.where(weights.abs() > weights.abs().quantile(share), weights, torch.zeros(()))
+
+
+def layers(share):
+    """The state dict of a small network: two convolutions, BatchNorm, a linear layer."""
+    return {
+        "conv1.weight": pruned(normal(16, 3, 3, 3), share),
+        "bn.running_mean": normal(16),
+        "bn.num_batches_tracked": torch.tensor(300),
+        "conv2.weight": pruned(0.1 * normal(32, 16, 3, 3), share),
+        "fc.weight": pruned(0.3 * normal(10, 512), share),
+        "fc.bias": normal(10),
+    }
+
+
+def of_weights(**weights):
+    return {f"{name}.weight": weight for name, weight in weights.items()}
+
+
+def random_signs(share):
+    kept = torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) > share
+    return kept * normal(64, 64).sign()
+
+
+WHERE = torch.tensor([7])  # a column of zeros of either sign
+STATES = {
+    "half": lambda: layers(0.5),
+    "most": lambda: layers(0.9),
+    "nearly_all": lambda: layers(0.995),
+    "tiny": lambda: of_weights(fc=pruned(normal(2, 3), 0.5)),
+    "one_weight": lambda: of_weights(fc=torch.ones(1, 1)),
+    "all_zero": lambda: of_weights(a=torch.zeros(64, 32, 3, 3), b=torch.zeros(10, 64)),
+    "no_zero": lambda: of_weights(a=normal(64, 64)),
+    "one_value": lambda: of_weights(a=torch.full((64, 64), 0.25)),
+    "signs": lambda: of_weights(a=random_signs(0.9), b=random_signs(0.5)),
+    "rounded": lambda: of_weights(a=pruned(normal(64, 64).half().float(), 0.8)),
+    "grid": lambda: of_weights(a=(normal(64, 64) * 2).round() / 4),
+    "repeated_filters": lambda: of_weights(a=pruned(normal(1, 300), 0.5).repeat(40, 1)),
+    "empty_channels": lambda: of_weights(a=normal(64, 64, 3, 3) * (torch.arange(64) % 4 == 0)[:, None, None, None]),
+    "negative_zeros": lambda: of_weights(a=pruned(normal(64, 64), 0.8) * torch.ones(64).index_fill(0, WHERE, -0.0)),
+    "tied": lambda: dict.fromkeys(("a.weight", "b.weight"), pruned(normal(30, 30), 0.7)),
+    "doubles": lambda: of_weights(a=pruned(normal(64, 64).double(), 0.0).double()),
+    "halves": lambda: of_weights(a=normal(64, 64).half() * (torch.arange(64) % 4 == 0)),
+}
+
+
+@pytest.mark.parametrize("state", STATES.values(), ids=STATES.keys())
+def test_a_pruned_file_comes_back_bit_for_bit_and_is_smaller_than_gzip_of_the_dense_one(state):
+    state = state()
+    names = [name for name in state if name.endswith(".weight")]
+    stored = bundles.to_stored(state, names)
+    found = bundles.from_stored(stored)
+    assert list(found) == list(state)
+    for name, tensor in state.items():
+        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
+        assert np.array_equal(packing.words_of(found[name]), packing.words_of(tensor))
+    dense = gzip.compress(bundles.safetensors_bytes(bundles.to_stored(state, [])), 9)
+    assert len(bundles.safetensors_bytes(stored)) < max(len(dense), 256)  # whatever it holds, a file has some 200
+
+
+@pytest.mark.parametrize(("share", "most"), [(0.5, 0.86), (0.9, 0.86), (0.98, 0.86)])
+@pytest.mark.parametrize("name", ["fashion_mnist_resnet8", "fashion_mnist_resnet20"])
+def test_a_pruned_teacher_is_much_smaller_than_gzip_of_the_dense_file(name, share, most):
+    state = bundles.load(name).network.state_dict()
+    weights = [key for key, tensor in state.items() if tensor.ndim > 1]
+    state |= {key: pruned(state[key], share) for key in weights}
+    dense = gzip.compress(bundles.safetensors_bytes(state), 9)
+    assert bundles.stored_bytes(state, weights) < most * len(dense)
+
+
+@pytest.mark.parametrize("gaps", [[], [0], [0, 0], [254], [255], [256], [509, 510, 511, 0], [3, 10_000, 0, 255]])
+def test_gaps_give_the_positions_back(gaps):
+    positions = np.cumsum(np.array(gaps, np.int64) + 1) - 1
+    coded = packing.gaps_of(positions)
+    entry = packing.Entry("a", "F32", [sum(gaps) + len(gaps) + 600], len(coded))
+    assert np.array_equal(packing.positions_of([entry], coded, "w")["a"], positions)
+
+
+def test_the_bytes_are_the_same_each_time():
+    assert packing.pack(layers(0.9), ["fc.weight"]) == packing.pack(layers(0.9), ["fc.weight"])
+
+
+def test_a_file_of_an_earlier_version_is_read(tmp_path):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(base64.b85decode(EARLIER))
+    weight = torch.tensor([[0.0, -2, -1, 0], [1, 2, 0, 4], [5, 0, 7, 8]])
+    state = bundles.read_state_dict(path)
+    assert sorted(state) == ["fc.bias", "fc.weight"]
+    assert torch.equal(state["fc.weight"], weight) and torch.equal(state["fc.bias"], torch.tensor([0.5, -1, 0]))
+    written = earlier_form(state, ["fc.weight"])  # the tests of damaged files of that form use this
+    assert all(torch.equal(written[key], own) for key, own in safetensors.torch.load_file(path).items())
+
+
+def loaded(data, largest=2**30):
+    return packing.unpack(data, "w.safetensors", largest)
+
+
+DATA = packing.pack(layers(0.9), ["conv2.weight", "fc.weight"])
+
+
+def test_cut_or_lengthened_data_is_refused():
+    for length in [*range(0, len(DATA), 97), len(DATA) - 1]:
+        refusal(lambda length=length: loaded(DATA[:length]), "w.safetensors", "damaged")
+    refusal(lambda: loaded(DATA + b"\0"), "w.safetensors", "damaged")
+
+
+def test_a_changed_byte_is_refused():
+    for position in range(0, len(DATA), 13):
+        data = bytearray(DATA)
+        data[position] ^= 1 + position % 255
+        refusal(lambda data=data: loaded(bytes(data)), "w.safetensors", "damaged")
+
+
+def test_any_bytes_under_a_right_check_sum_are_refused_or_read():
+    rng, refused = np.random.default_rng(0), 0
+    for _ in range(300):
+        data = bytearray(DATA[4:])
+        for position in rng.integers(0, len(data), rng.integers(1, 4)):
+            data[position] = rng.integers(0, 256)
+        try:
+            loaded(checked(bytes(data)))
+        except ValueError as error:
+            assert str(error).startswith("w.safetensors: ") and "\n" not in str(error)
+            refused += 1
+    assert refused > 30
+
+
+def checked(data):
+    """The data with a right check sum before it."""
+    return zlib.crc32(data).to_bytes(4, "little") + data
+
+
+def with_header(header, *streams):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return checked(b"".join(map(packing.deflated, (text, *streams))))
+
+
+VALUES = [b"\0" * 2] * 4
+WRONG = {
+    "no_list": with_header({"a": 1}),
+    "no_json": with_header(b"\xff"),
+    "no_entry": with_header([3]),
+    "short_entry": with_header([["a", "F32", [2]]]),
+    "no_name": with_header([[1, "F32", [2], None]]),
+    "unknown_dtype": with_header([["a", "F8_E5M2", [2], None]]),
+    "dtype_is_no_text": with_header([["a", ["F32"], [2], None]]),
+    "negative_side": with_header([["a", "F32", [-2], None]]),
+    "side_is_no_number": with_header([["a", "F32", ["2"], None]]),
+    "huge": with_header([["a", "F32", [2**40], None]]),
+    "huge_and_pruned": with_header([["a", "F32", [2**40], 2]], b"\0\0", *VALUES),
+    "impossible": with_header([["a", "F32", [2**31, 2**31], 0]]),
+    "many_sides": with_header([["a", "F32", [1] * 40, None]]),
+    "many_gaps": with_header([["a", "F32", [4], 5]], b"\0" * 5, *VALUES),
+    "negative_gaps": with_header([["a", "F32", [4], -1]], b"", *VALUES),
+    "true_gaps": with_header([["a", "F32", [4], True]], b"\0", *VALUES),
+    "fewer_gaps": with_header([["a", "F32", [4], 2]], b"\0", *VALUES),
+    "more_gaps": with_header([["a", "F32", [4], 2]], b"\0" * 3, *VALUES),
+    "beyond": with_header([["a", "F32", [4], 2]], b"\0\3", *VALUES),
+    "fewer_values": with_header([["a", "F32", [4], 3]], b"\0" * 3, *VALUES),
+    "more_values": with_header([["a", "F32", [4], 1]], b"\0", *VALUES),
+    "missing_plane": with_header([["a", "F32", [2], None]], b"", *VALUES[1:]),
+    "twice": with_header([["a", "F32", [1], None]] * 2, b"", *VALUES),
+    "bomb": with_header([["a", "F32", [2], None]], b"", b"\0" * 10**8, *VALUES[1:]),
+    "bomb_of_a_header": with_header(b" " * 10**8),
+    "nothing": b"",
+    "nothing_checked": checked(b""),
+}
+
+
+@pytest.mark.parametrize("data", WRONG.values(), ids=WRONG.keys())
+def test_data_that_contradicts_itself_is_refused_before_memory_is_taken(tmp_path, data):
+    file = bundles.safetensors_bytes({"::packed": torch.tensor(list(data), dtype=torch.uint8)})
+    (tmp_path / "w.safetensors").write_bytes(file)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refusal(lambda: bundles.read_state_dict(tmp_path / "w.safetensors"), "w.safetensors")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000  # KB
+
+
+def test_tensors_larger_than_allowed_are_refused():
+    assert loaded(DATA, largest=16 * 27 * 4 + 16 * 4 + 8 + 32 * 16 * 9 * 4 + 5120 * 4 + 40)
+    refusal(lambda: loaded(DATA, largest=16 * 27 * 4 + 16 * 4 + 8 + 32 * 16 * 9 * 4 + 5120 * 4 + 39), "at most")
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [torch.zeros(4), torch.zeros((2, 2), dtype=torch.uint8), torch.zeros((), dtype=torch.uint8)],
+    ids=["floats", "matrix", "scalar"],
+)
+def test_packed_weights_that_are_no_bytes_are_refused(packed):
+    refusal(lambda: bundles.from_stored({"::packed": packed}, "w.safetensors"), "w.safetensors", "::packed")
+
+
+def test_packed_weights_beside_others_are_refused():
+    stored = bundles.to_stored(layers(0.9), ["fc.weight"]) | {"a": torch.ones(1)}
+    refusal(lambda: bundles.from_stored(stored, "w.safetensors"), "w.safetensors", "::packed")
