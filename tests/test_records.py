@@ -60,7 +60,7 @@ def test_records_of_shards_are_the_record_of_the_whole(tmp_path):
         for name, tensor in whole.tensors.items():
             if name.endswith(".factor"):  # unique up to a rotation: what counts is the covariance
                 own, other = (x @ x.transpose(1, 2) for x in (tensor.double(), parts.tensors[name].double()))
-                assert (own - other).abs().max() <= 1e-5 * own.abs().max(), name
+                assert (own - other).abs().max() <= 1e-3 * own.abs().max(), name  # float16
             elif tensor.is_floating_point():
                 assert (tensor - parts.tensors[name]).abs().max() <= 1e-6 * tensor.abs().max(), name
 
@@ -82,6 +82,62 @@ def test_a_layers_part_holds_the_mean_and_covariance_of_its_outputs(teacher):
         x.name for x in teacher.record("all").info.layers
     ]
     assert teacher.record("all").info.parts[0].statistics == "low_rank", "6x28x28 units have no dense covariance"
+
+
+# The smallest records of the teacher above have 0.1 to 0.2 MB, the uncut ones 0.4 to 6 MB (top: 0.07).
+@pytest.mark.parametrize("max_bytes", [250_000, 400_000, 1_000_000])
+def test_every_record_has_at_most_the_bytes_asked_for_and_says_what_it_kept(teacher, max_bytes):
+    uncut = {record.info.kind: record for record in fitted(teacher, *examples(), max_bytes=10**9)}
+    for record in fitted(teacher, *examples(), max_bytes=max_bytes):
+        size, kind = fitting.size_bytes(record), record.info.kind
+        assert size <= max_bytes
+        layers = format.layer_infos(taps.find(teacher.network, (1, 32, 32)))
+        read = format.decode(format.encode(record), "r", teacher.hash, layers, kind)
+        is_cut = fitting.size_bytes(uncut[kind]) > max_bytes
+        assert is_cut == (kind != "top" and (size < fitting.size_bytes(uncut[kind])))
+        if not is_cut:
+            assert "explained_variance" not in record.info.notes
+            assert all(torch.equal(tensor, uncut[kind].tensors[name]) for name, tensor in record.tensors.items())
+        elif kind == "all":
+            assert size > 0.7 * max_bytes
+            assert 0.3 < min(record.info.notes["explained_variance"].values()) < 1
+        targets = reconstruction.draw(read, torch.tensor([0, 1, 2]), torch.Generator().manual_seed(0))
+        assert all(target.isfinite().all() for target in targets)
+
+
+def test_the_size_is_known_before_any_image_is_read(teacher):
+    images, labels = examples()
+    for storage, kinds in (("gaussian", format.KINDS), ("exemplars", format.SPECTRAL)):
+        options = fitting.Options(rank=32, storage=storage, num_exemplars=5)
+        plan = fitting.plan(teacher, labels.numpy(), np.arange(len(labels)), kinds, options)
+        most = {kind: fitting.largest_bytes(plan, kind) for kind in kinds}
+        for record in fitted(teacher, images, labels, kinds, storage=storage, num_exemplars=5):
+            size = fitting.size_bytes(record)
+            assert size <= most[record.info.kind] <= 1.2 * size + 2**16
+
+
+def test_a_limit_below_the_smallest_record_is_refused_before_the_pass(teacher):
+    with pytest.raises(
+        ValueError, match=r"`max_size` is 0\.07 MB: the smallest all record .* has 0\.\d+ MB; give more"
+    ):
+        fitted(teacher, *examples(), max_bytes=70_000)
+
+
+def test_a_record_with_float32_factors_is_drawn_from_as_before(teacher, tmp_path):
+    path, folder = copied(teacher, tmp_path, "all")
+
+    def widened(header, tensors):
+        for name in tensors:
+            tensors[name] = tensors[name].float()
+
+    rewritten(path, widened)
+    record = bundles.load(str(folder)).record("all")
+    found = reconstruction.draw(record, torch.tensor([2]), torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    for part, target in zip(record.info.parts, found, strict=True):
+        mean, factor = (record.tensors[f"{part.name}.{what}"][2] for what in ("mean", "factor"))
+        assert factor.dtype == torch.float32
+        assert torch.equal(target, mean + torch.randn(1, part.rank, generator=generator) @ factor.T)
 
 
 def test_a_spectral_record_with_all_coefficients_gives_the_signals_back(tmp_path):
@@ -419,14 +475,29 @@ def test_the_command_writes_all_records_prints_their_sizes_and_ray_workers_write
         (["--storage", "exemplars"], ["single training examples", "--allow-exemplars"]),
         (["--storage", "exemplars", "--allow-exemplars"], ["choose kinds spectral and spectral_pairs"]),
         (["--limit", "1"], ["no example of class"]),
+        (["--max-size", "0"], ["--max-size 0.0: expected a number of MB above 0"]),
+        (["--max-size", "nan"], ["--max-size nan: expected a number of MB above 0"]),
+        (["--max-size", "0.07"], ["--max-size", "the smallest all record", "give more"]),
+        (["--max-size", "9", "--storage", "exemplars", "--allow-exemplars"], ["--max-size bounds Gaussian records"]),
     ],
-    ids=["kind", "share", "storage", "exemplars", "kinds of exemplars", "class"],
+    ids=["kind", "share", "storage", "exemplars", "kinds of exemplars", "class", "size", "nan", "small", "other"],
 )
 def test_wrong_words_are_one_line(dataset, run_cli, words, parts):
     data, folder = dataset
     done = run_cli("teacher", "record", str(folder), "--dataset", str(data), *words)
     assert done.code == 2 and len(done.err.splitlines()) == 1 and all(part in done.err for part in parts), done.err
     assert not (folder / "records").exists()
+
+
+def test_the_command_says_the_sizes_before_the_pass_and_keeps_to_them(dataset, run_cli):
+    data, folder = dataset
+    done = run_cli("teacher", "record", str(folder), "--dataset", str(data), "--max-size", "0.3", "--kinds", "top,all")
+    assert done.code == 0, done.err
+    lines = done.out.splitlines()
+    assert lines[0].startswith("top: at most 0.") and "uncut" not in lines[0]
+    assert lines[1].startswith("all: at most 0.30 MB (--max-size; uncut up to ")
+    assert any("kept of the variance: conv1 " in line for line in lines)
+    assert (folder / "records" / "all.safetensors").stat().st_size <= 300_000
 
 
 def test_exemplars_are_written_when_allowed_and_said_to_be_what_they_are(dataset, run_cli):

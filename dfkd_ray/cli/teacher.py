@@ -165,6 +165,10 @@ def teacher_record(
     ] = False,
     share: Annotated[float, typer.Option(help="spectral: coefficients kept, per unit of signal, in (0, 1]")] = 0.1,
     rank: Annotated[int, typer.Option(min=1, help="most columns of a low-rank factor or of a pair's basis")] = 256,
+    max_size: Annotated[
+        float | None,
+        typer.Option(help="MB of one record (gaussian), default 32: larger ones get fewer columns"),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="logits are divided by it")] = 8.0,
     num_exemplars: Annotated[int, typer.Option(min=1, help="exemplars per class")] = 100,
     limit: Annotated[int | None, typer.Option(min=1, help="record the first so many training images only")] = None,
@@ -191,6 +195,10 @@ def teacher_record(
         raise ValueError(f"--storage {storage!r}: expected {' or '.join(format.STORAGES)}")
     if not 0 < share <= 1:
         raise ValueError(f"--share {share}: expected a number above 0 and at most 1")
+    if max_size is not None and not 0 < max_size < float("inf"):
+        raise ValueError(f"--max-size {max_size}: expected a number of MB above 0")
+    if storage == "exemplars" and max_size is not None:
+        raise ValueError("--max-size bounds Gaussian records; the size of exemplars follows --num-exemplars and --rank")
     if storage == "exemplars" and not allow_exemplars:
         raise ValueError(
             "--storage exemplars releases compressed activations of single training examples, from which they can be "
@@ -198,7 +206,7 @@ def teacher_record(
         )
     from dfkd_ray import bundles
     from dfkd_ray.cli.inputs import training_split
-    from dfkd_ray.records import fitting
+    from dfkd_ray.records import fitting, sizes
 
     teacher = load_teacher(bundle, trust_code)
     bundles.check_record_target(bundle, chosen)
@@ -208,8 +216,14 @@ def teacher_record(
         raise ValueError(
             f"--dataset {dataset}: {len(data.class_names)} classes, the teacher has {teacher.info.num_classes}"
         )
-    options = fitting.Options(storage, rank, share, temperature, num_exemplars, seed)
+    max_bytes = sizes.MAX_BYTES if max_size is None else round(1e6 * max_size)
+    options = fitting.Options(storage, rank, share, temperature, num_exemplars, seed, max_bytes)
     plan = fitting.plan(teacher, data.labels.numpy(), rows, chosen, options)
+    for kind in chosen:
+        most = fitting.largest_bytes(plan, kind)
+        bound = min(most, max_bytes) if storage == "gaussian" else most
+        uncut = f" (--max-size; uncut up to {most / 1e6:.2f} MB)" if bound < most else ""
+        say(f"{kind}: at most {bound / 1e6:.2f} MB{uncut}")
     shards = fitting.shards(data.read, data.labels, rows, max(1, workers))
     progress = Progress()
     done = 0
@@ -234,6 +248,9 @@ def teacher_record(
     for record in records:
         size = bundles.save_record(bundle, record)
         say(f"{record.info.kind}: {size / 1e6:.2f} MB; dense covariances of all layers: {dense / size:.1f} times that")
+        shares = record.info.notes.get("explained_variance", {})
+        if shares:
+            say(f"  kept of the variance: {', '.join(f'{name} {share:.1%}' for name, share in shares.items())}")
         shrunk = [part.name for part in record.info.parts if any(part.shrinkage)]
         if shrunk:
             say(f"  singular covariances, shrunk (by how much: in its header): {', '.join(shrunk)}")

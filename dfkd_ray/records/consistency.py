@@ -18,7 +18,7 @@ LARGEST_COUNT = 2**53
 TEMPERATURES = (1e-6, 1e6)
 DTYPES = {
     "mean": (torch.float32,),
-    "factor": (torch.float32,),
+    "factor": (torch.float16, torch.float32),
     "basis": (torch.float16, torch.float32),
     "labels": (torch.int64,),
     "indices": (torch.int32, torch.int64),

@@ -5,6 +5,8 @@ one shard, `Totals.merge` adds shards exactly, and `finish` makes the records. T
 
 Memory: a layer with at most `MAX_DENSE` units has a dense covariance per class, a larger one a sketch of at most `rank`
 columns. A spectral kind has one covariance per class over the columns of all its bases.
+
+Size: a Gaussian record has at most `max_bytes` (`sizes`). A record that would be larger gets fewer columns.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +21,7 @@ import dfkd_ray
 from dfkd_ray import devices
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.images import PixelSpace, decode
-from dfkd_ray.records import format, gaussian, spectral, taps
+from dfkd_ray.records import format, gaussian, sizes, spectral, taps
 from dfkd_ray.records.format import SPECTRAL, BasisInfo, PartInfo, Record, RecordInfo
 from dfkd_ray.records.moments import OVERSAMPLING, Moments, Sketch
 from dfkd_ray.records.operators import layer_operator
@@ -72,6 +74,7 @@ class Plan:
     share: float
     exemplars: frozenset[int]  # rows whose coefficients are kept
     seed: int
+    max_bytes: int
 
     def taps_of(self, kind: str) -> tuple[Tap, ...]:
         """The layers of kind `top` or `all`."""
@@ -81,6 +84,18 @@ class Plan:
     def chunk(self) -> int:
         """Examples in one forward pass."""
         return max(1, min(CHUNK, CHUNK_BYTES // (4 * sum(tap.num_units for tap in self.taps))))
+
+    def sketch_rank(self, num_units: int) -> int | None:
+        """Rank of the sketch of a layer; None if it has a dense covariance."""
+        if num_units <= MAX_DENSE:
+            return None
+        fits = SKETCH_BYTES // (8 * (self.num_classes + 1) * num_units) - OVERSAMPLING
+        return max(1, min(self.rank, num_units, fits))
+
+    def num_kept(self, kind: str) -> int:
+        """Coefficients that a spectral record keeps."""
+        num_units, num_columns = (sum(basis.shape[side] for basis in self.bases[kind]) for side in (0, 1))
+        return min(max(1, round(self.share * num_units)), num_columns)
 
 
 @dataclass
@@ -103,6 +118,7 @@ class Options:
     """Options of a recording. `storage`: `gaussian` or `exemplars`. `rank`: of sketches and bases.
 
     `share`: number of kept coefficients per unit. `temperature` divides the logits. `num_exemplars` is per class.
+    `max_bytes`: largest file of a Gaussian record.
     """
 
     storage: str = "gaussian"
@@ -111,6 +127,7 @@ class Options:
     temperature: float = 8.0
     num_exemplars: int = 100
     seed: int = 0
+    max_bytes: int = sizes.MAX_BYTES
 
 
 DEFAULT = Options()
@@ -119,7 +136,10 @@ DEFAULT = Options()
 def plan(
     teacher: Teacher, labels: np.ndarray, rows: np.ndarray, kinds: Sequence[str], options: Options = DEFAULT
 ) -> Plan:
-    """Make the plan, before any image is read. `labels` (n,): of all examples; `rows`: the examples to record."""
+    """Make the plan, before any image is read. `labels` (n,): of all examples; `rows`: the examples to record.
+
+    `ValueError` for a class without an example, and for a `max_bytes` in which not even the smallest record fits.
+    """
     rank, seed = options.rank, options.seed
     if options.storage == "exemplars" and not set(kinds) <= set(SPECTRAL):
         raise ValueError("exemplars are stored as spectral coefficients; choose kinds spectral and spectral_pairs")
@@ -137,7 +157,7 @@ def plan(
         order = np.random.default_rng(seed).permutation(rows)
         for label in range(teacher.info.num_classes):
             chosen += order[labels[order] == label][: options.num_exemplars].tolist()
-    return Plan(
+    made = Plan(
         tuple(kinds),
         options.storage,
         tuple(found),
@@ -149,7 +169,39 @@ def plan(
         options.share,
         frozenset(chosen),
         seed,
+        options.max_bytes,
     )
+    for kind in kinds if options.storage == "gaussian" else ():
+        least = smallest_bytes(made, kind)
+        if least > options.max_bytes:
+            raise ValueError(
+                f"`max_size` is {options.max_bytes / 1e6:g} MB: the smallest {kind} record of this network has "
+                f"{least / 1e6:.2f} MB; give more, or leave this kind out"
+            )
+    return made
+
+
+def smallest_bytes(plan: Plan, kind: str) -> int:
+    """Bytes of a Gaussian record with one column per factor, or with one coefficient."""
+    if kind in SPECTRAL:
+        bases = plan.bases[kind]
+        return sizes.HEADER + 2 * max(basis.shape[0] for basis in bases) + sizes.part_bytes(plan.num_classes, 1, 1)
+    parts = [sizes.part_bytes(plan.num_classes, tap.num_units, 1) for tap in plan.taps_of(kind)]
+    return sizes.HEADER + sum(parts)
+
+
+def largest_bytes(plan: Plan, kind: str) -> int:
+    """An upper bound for the bytes of a record if `max_bytes` did not bound it, known before any image is read."""
+    if kind not in SPECTRAL:
+        units = [tap.num_units for tap in plan.taps_of(kind)]
+        parts = [sizes.part_bytes(plan.num_classes, num, plan.sketch_rank(num) or num) for num in units]
+        return sizes.HEADER + sum(parts)
+    bases, num_kept = plan.bases[kind], plan.num_kept(kind)
+    if plan.storage == "exemplars":
+        own = sum(2 * basis.numel() for basis in bases) + len(plan.exemplars) * (8 + 6 * num_kept)
+        return sizes.HEADER + own
+    columns = sorted((basis.shape[0] for basis in bases for _ in range(basis.shape[1])), reverse=True)[:num_kept]
+    return sizes.HEADER + 2 * sum(columns) + sizes.part_bytes(plan.num_classes, num_kept, num_kept)
 
 
 def make_bases(kind: str, network: nn.Module, found: Sequence[Tap], rank: int, seed: int) -> list[Tensor]:
@@ -171,10 +223,10 @@ def empty(plan: Plan) -> Totals:
     totals = Totals()
 
     def statistics(units: int, seed: int) -> Moments | Sketch:
-        if units <= MAX_DENSE:
+        rank = plan.sketch_rank(units)
+        if rank is None:
             return Moments.empty(plan.num_classes, units)
-        fits = SKETCH_BYTES // (8 * (plan.num_classes + 1) * units) - OVERSAMPLING
-        return Sketch.empty(plan.num_classes, units, max(1, min(plan.rank, units, fits)), seed)
+        return Sketch.empty(plan.num_classes, units, rank, seed)
 
     for kind in plan.kinds:
         if kind in SPECTRAL:
@@ -270,40 +322,46 @@ def header(plan: Plan, kind: str, teacher_hash: str, counts: Tensor, notes: Mapp
 
 def finish_layers(plan: Plan, totals: Totals, kind: str, teacher_hash: str, notes: Mapping[str, Any]) -> Record:
     """A record with a Gaussian per layer and class."""
-    parts, tensors = [], {}
-    for tap in plan.taps_of(kind):
-        part, own = gaussian_part(tap.name, totals.statistics[f"{kind}/{tap.name}"])
-        parts.append(part)
-        tensors |= own
-    counts = totals.statistics[f"{kind}/{plan.taps[-1].name}"].counts  # the same in every layer
-    info = RecordInfo(**header(plan, kind, teacher_hash, counts, notes), parts=tuple(parts))
+    own = {tap.name: totals.statistics[f"{kind}/{tap.name}"] for tap in plan.taps_of(kind)}
+    parts, tensors, explained = gaussian_parts(own, plan.max_bytes - sizes.HEADER)
+    counts = own[plan.taps[-1].name].counts  # the same in every layer
+    info = RecordInfo(**header(plan, kind, teacher_hash, counts, {**notes, **explained}), parts=parts)
     return Record(info, tensors)
 
 
-def gaussian_part(name: str, statistics: Moments | Sketch) -> tuple[PartInfo, dict[str, Tensor]]:
-    """Means and factors of one part. A singular covariance is shrunk; the part's header has the amount."""
-    shrinkage: list[float] = []
-    if isinstance(statistics, Moments):
-        factors = []
-        for covariance in statistics.covariance():
-            factor, amount = gaussian.cholesky(covariance)
-            factors.append(factor)
-            shrinkage.append(amount)
-        factor = torch.stack(factors)
-    else:
-        factor = statistics.factor()
-    kind = "dense" if isinstance(statistics, Moments) else "low_rank"
-    part = PartInfo(name=name, units=factor.shape[1], statistics=kind, rank=factor.shape[2], shrinkage=tuple(shrinkage))
-    return part, {f"{name}.mean": statistics.means.float(), f"{name}.factor": factor.float()}
+def gaussian_parts(
+    statistics: Mapping[str, Moments | Sketch], max_bytes: int
+) -> tuple[tuple[PartInfo, ...], dict[str, Tensor], dict[str, Any]]:
+    """Means and factors of all parts in at most `max_bytes`, and notes on the factors that were cut.
+
+    A singular covariance is shrunk; the part's header has the amount.
+    """
+    factors: dict[str, Tensor] = {}
+    shrinkage: dict[str, tuple[float, ...]] = {}
+    for name, own in statistics.items():
+        if isinstance(own, Moments):
+            found = [gaussian.cholesky(covariance) for covariance in own.covariance()]
+            factors[name] = torch.stack([factor for factor, _ in found])
+            shrinkage[name] = tuple(amount for _, amount in found)
+        else:
+            factors[name] = own.factor()
+    mean_bytes = sum(4 * own.means.numel() for own in statistics.values())
+    kept, explained = sizes.cut(factors, max_bytes - mean_bytes)
+    parts, tensors = [], {}
+    for name, own in statistics.items():
+        dense = isinstance(own, Moments) and name not in explained
+        units, rank = kept[name].shape[1:]
+        kind = "dense" if dense else "low_rank"
+        parts.append(PartInfo(name=name, units=units, statistics=kind, rank=rank, shrinkage=shrinkage.get(name, ())))
+        tensors |= {f"{name}.mean": own.means.float(), f"{name}.factor": kept[name]}
+    return tuple(parts), tensors, {"explained_variance": explained} if explained else {}
 
 
 def finish_spectral(plan: Plan, totals: Totals, kind: str, teacher_hash: str, notes: Mapping[str, Any]) -> Record:
     """A spectral record: a joint Gaussian per class of the strongest coefficients, or the exemplars' coefficients."""
     statistics, bases = totals.statistics[kind], plan.bases[kind]
     assert isinstance(statistics, Moments)
-    num_units = sum(basis.shape[0] for basis in bases)
-    num_kept = min(max(1, round(plan.share * num_units)), statistics.means.shape[1])
-    common = header(plan, kind, teacher_hash, statistics.counts, notes)
+    num_kept = plan.num_kept(kind)
     names = taps.signal_names(kind, plan.taps)
     if plan.storage == "exemplars":
         kept = sorted(totals.exemplars[kind])
@@ -314,21 +372,25 @@ def finish_spectral(plan: Plan, totals: Totals, kind: str, teacher_hash: str, no
             "indices": indices.int(),
             "values": rows.gather(1, indices).half(),
         }
-        parts = ()
+        parts, explained = (), {}
     else:
         covariance, means = statistics.covariance(), statistics.means
         weights = statistics.counts.double() / statistics.counts.sum()
         energy = (weights[:, None] * (means.square() + covariance.diagonal(dim1=1, dim2=2))).sum(dim=0)
+        column_bytes = torch.cat([torch.full((basis.shape[1],), 2 * basis.shape[0]) for basis in bases])
+        order = energy.argsort(descending=True, stable=True)[:num_kept]
+        num_kept = sizes.num_coefficients(column_bytes[order], plan.num_classes, plan.max_bytes - sizes.HEADER)
         indices = spectral.strongest(energy, num_kept)
         bases = split_columns(bases, indices)
         chosen = Moments(statistics.counts, means[:, indices], statistics.comoments[:, indices][:, :, indices])
-        part, tensors = gaussian_part("coefficients", chosen)
-        parts = (part,)
+        left = plan.max_bytes - sizes.HEADER - int(column_bytes[indices].sum())
+        parts, tensors, explained = gaussian_parts({"coefficients": chosen}, left)
     tensors |= {f"basis.{i}": basis.half() for i, basis in enumerate(bases)}
     infos = tuple(
         BasisInfo(signal=name, units=basis.shape[0], columns=basis.shape[1])
         for name, basis in zip(names, bases, strict=True)
     )
+    common = header(plan, kind, teacher_hash, statistics.counts, {**notes, **explained})
     return Record(RecordInfo(**common, share=plan.share, parts=parts, bases=infos), tensors)
 
 

@@ -3,10 +3,11 @@
 The header is JSON under the metadata key `dfkd_ray.record`; its schema is `record.schema.json` beside this module. The
 full specification is in README.md beside this module, section "The format". A file holds these tensors and no others:
 
-* Storage `gaussian`, for each part: `<part>.mean` (C, d) and `<part>.factor` (C, d, r), both float32. Class c has the
-  distribution N(mean_c, factor_c factor_c^T). Kind `all` has one part per layer, kind `top` has the last layer's part.
-  Such a part has the layer's name and covers its outputs; the last layer's outputs are logits / temperature. A spectral
-  kind has one part, `coefficients`, over the columns of all its bases (d = K).
+* Storage `gaussian`, for each part: `<part>.mean` (C, d), float32, and `<part>.factor` (C, d, r), float16 or float32.
+  Class c has the distribution N(mean_c, factor_c factor_c^T), computed in float32. Kind `all` has one part per layer,
+  kind `top` has the last layer's part. Such a part has the layer's name and covers its outputs; the last layer's
+  outputs are logits / temperature. A spectral kind has one part, `coefficients`, over the columns of all its bases
+  (d = K).
 * Storage `exemplars` (spectral kinds only; no parts): `labels` (n,) int64, `indices` (n, k) int32 and `values` (n, k)
   float16. They are the k coefficients of largest magnitude of each of n training examples. `indices` counts the columns
   of all bases from 0, in the order of the bases.

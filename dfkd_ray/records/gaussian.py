@@ -1,6 +1,6 @@
 """Sampling from a record's Gaussians: x = mean + L z with L L^T = covariance and z ~ N(0, 1).
 
-L is a Cholesky factor, or the low-rank factor of a sketch. It is never the covariance itself: the samples would have
+L is a Cholesky factor, or a factor of low rank. It is never the covariance itself: the samples would have
 the covariance's square.
 """
 

@@ -106,7 +106,7 @@ def draw(record: Record, labels: Tensor, generator: torch.Generator) -> list[Ten
         target = torch.empty(len(labels), part.units)
         for label in labels.unique().tolist():
             chosen = labels == label
-            target[chosen] = gaussian.sample(means[label], factors[label], int(chosen.sum()), generator)
+            target[chosen] = gaussian.sample(means[label], factors[label].float(), int(chosen.sum()), generator)
         targets.append(target)
     return targets
 

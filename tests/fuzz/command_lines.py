@@ -90,7 +90,8 @@ teacher train <architecture> --dataset <images|digits|place> --epochs <number> -
     --validation <0|5|number> --arguments <arguments> --out target --set num_epochs=1
 teacher train resnet8 --dataset <dataset> --data-root <digits|place> --epochs 1 --set image_size=<number> --out target
 teacher record <plain|teacher|place> --dataset <large|place> --kinds <top|top,all|magic|word> --share <0.1|number> \
-    --rank <2|number> --temperature <8|number> --limit <3|number> --threads <1|number> --seed <0|number>
+    --rank <2|number> --temperature <8|number> --limit <3|number> --threads <1|number> --seed <0|number> \
+    --max-size <1|number>
 teacher record plain --dataset large --storage <exemplars|word> --allow-exemplars --kinds spectral \
     --num-exemplars <number> --threads 1
 teacher info <place|word>
