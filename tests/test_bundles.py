@@ -10,10 +10,10 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from dfkd_ray import bundles
+from dfkd_ray import bundles, trial
 from dfkd_ray.bundles import BundleInfo
 from dfkd_ray.compression import pruning
-from dfkd_ray.config import PruningConfig, validate
+from dfkd_ray.config import PruningConfig, TrialConfig, validate
 from helpers import TINY_INFO, earlier_form, tiny_network
 
 MODULE = """
@@ -84,7 +84,7 @@ def test_a_weight_that_is_strided_or_shared_is_stored_by_value(tmp_path):
     weight = torch.randn(4, 3, 3, 3).contiguous(memory_format=torch.channels_last)
     state = {"a": weight, "b": weight, "c": weight}
     (tmp_path / "w.safetensors").write_bytes(bundles.safetensors_bytes(bundles.to_stored(state, ["b"])))
-    loaded = bundles.read_state_dict(tmp_path / "w.safetensors")
+    loaded = bundles.read_state_dicts(tmp_path / "w.safetensors")[""]
     assert all(torch.equal(loaded[name], weight) for name in state)
 
 
@@ -282,11 +282,13 @@ def test_bundle_with_trusted_import_path_loads(code_bundle):
     assert (code_bundle.parent / "ran").exists()
 
 
-@pytest.mark.parametrize("ending", [".pt", ".pth", ".bin", ".ckpt", ".safetensors"])
+@pytest.mark.parametrize(
+    "ending", [".pt", ".pth", ".pth.tar", ".PT", ".bin", ".ckpt", ".th", "", ".safetensors", ".SafeTensors"]
+)
 def test_a_state_dict_is_read_from_every_ending(tmp_path, ending):
     state, path = tiny_network().state_dict(), tmp_path / f"w{ending}"
-    (safetensors.torch.save_file if ending == ".safetensors" else torch.save)(state, path)
-    loaded = bundles.read_state_dict(path)
+    (safetensors.torch.save_file if "safe" in ending.lower() else torch.save)(state, path)
+    loaded = bundles.read_state_dicts(path)[""]
     assert list(loaded) == list(state) or sorted(loaded) == sorted(state)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
 
@@ -294,13 +296,14 @@ def test_a_state_dict_is_read_from_every_ending(tmp_path, ending):
 def test_a_training_checkpoint_of_data_parallel_is_read(tmp_path):
     state = tiny_network().state_dict()
     torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "w.pt")
-    assert set(bundles.read_state_dict(tmp_path / "w.pt")) == set(state)
+    found = bundles.match(tiny_network(), bundles.read_state_dicts(tmp_path / "w.pt"), "w.pt")
+    assert all(torch.equal(found.state[name], tensor) for name, tensor in state.items())
 
 
 def test_a_pruned_bundles_weights_are_read_as_a_dense_state_dict(tmp_path):
     network, names = pruned_network(0.9)
     bundles.save(tmp_path / "net", TINY_INFO, network.state_dict(), names)
-    loaded = bundles.read_state_dict(tmp_path / "net" / "weights.safetensors")
+    loaded = bundles.read_state_dicts(tmp_path / "net" / "weights.safetensors")[""]
     assert all(torch.equal(loaded[name], tensor) for name, tensor in network.state_dict().items())
 
 
@@ -319,7 +322,7 @@ def test_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, inside):
     payload = Runs(tmp_path / "ran")
     torch.save({"weight": payload} if inside else payload, tmp_path / "w.pt")
     with pytest.raises(ValueError, match="files that run code on loading are refused"):
-        bundles.read_state_dict(tmp_path / "w.pt")
+        bundles.read_state_dicts(tmp_path / "w.pt")
     assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / "w.pt", weights_only=False)  # the trap works
     assert (tmp_path / "ran").exists()
@@ -328,7 +331,7 @@ def test_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, inside):
 def test_a_whole_pickled_module_is_refused(tmp_path):
     torch.save(nn.Linear(2, 2), tmp_path / "w.pt")
     with pytest.raises(ValueError, match=r"save network\.state_dict\(\) alone"):
-        bundles.read_state_dict(tmp_path / "w.pt")
+        bundles.read_state_dicts(tmp_path / "w.pt")
 
 
 @pytest.mark.parametrize(
@@ -336,6 +339,7 @@ def test_a_whole_pickled_module_is_refused(tmp_path):
     [
         lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(b"not a checkpoint"),
+        lambda path: path.write_bytes(b"\x08\x03ONNX"),
         lambda path: path.write_bytes(pickle.dumps(3, protocol=2)),
         lambda path: torch.save([torch.ones(1)], path),
         lambda path: torch.save({"weight": 3}, path),
@@ -343,20 +347,14 @@ def test_a_whole_pickled_module_is_refused(tmp_path):
         lambda path: path.with_suffix(".zip").write_bytes(b"") or path.symlink_to("nowhere"),
         lambda path: torch.save({"weight": torch.ones(4)}, path) or os.truncate(path, path.stat().st_size // 2),
     ],
-    ids=["empty", "garbage", "pickled_number", "list", "number", "numbered_keys", "dangling_link", "truncated"],
+    ids=["empty", "garbage", "onnx", "pickled_number", "list", "number", "numbered_keys", "dangling_link", "truncated"],
 )
 def test_a_file_that_is_no_state_dict_is_refused_by_name(tmp_path, write):
     path = tmp_path / "w.pt"
     write(path)
     with pytest.raises(ValueError) as caught:
-        bundles.read_state_dict(path)
+        bundles.read_state_dicts(path)
     assert str(caught.value).startswith(f"{path}: ")
-
-
-def test_an_unknown_ending_is_refused(tmp_path):
-    (tmp_path / "w.onnx").touch()
-    with pytest.raises(ValueError, match=r"expected \.safetensors, \.pt or \.pth"):
-        bundles.read_state_dict(tmp_path / "w.onnx")
 
 
 @pytest.mark.parametrize(
@@ -374,7 +372,7 @@ def test_a_damaged_sparse_tensor_is_refused_by_file(tmp_path, damage):
     damage(stored)
     safetensors.torch.save_file(stored, tmp_path / "w.safetensors")
     with pytest.raises(ValueError) as caught:
-        bundles.read_state_dict(tmp_path / "w.safetensors")
+        bundles.read_state_dicts(tmp_path / "w.safetensors")
     assert str(tmp_path / "w.safetensors") in str(caught.value)
 
 
@@ -450,6 +448,29 @@ def test_trusting_a_module_by_a_plain_string_trusts_that_module_only(tmp_path):
     bundles.save(tmp_path / "net", info, {})
     with pytest.raises(ValueError, match="`trust_code=own"):
         bundles.load(str(tmp_path / "net"), "my_own_nets")
+
+
+def test_trust_in_a_package_covers_a_bundles_and_a_students_modules_below_it(tmp_path, monkeypatch):
+    package = tmp_path / "own_zoo" / "nets"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").touch()
+    (package / "__init__.py").write_text(MODULE + "class Zoo:\n    make = staticmethod(make)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code = {"architecture": "own_zoo.nets:Zoo.make", "arguments": {"num_features": 256}}
+    network = nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
+    bundles.save(tmp_path / "net", TINY_INFO.model_copy(update=code), network.state_dict())
+    config = validate(TrialConfig, {"teacher": "t", "student": code, "pruning": {"sparsity": 0.0}})
+    try:
+        teacher = bundles.load(str(tmp_path / "net"), ["own_zoo"])
+        student = trial.starting_student(config, teacher, torch.device("cpu"), ["own_zoo"])
+        assert [t.shape for t in student.state_dict().values()] == [t.shape for t in network.state_dict().values()]
+        with pytest.raises(ValueError, match=r"`trust_code=own_zoo\.nets`"):
+            bundles.load(str(tmp_path / "net"), ["own"])
+        with pytest.raises(ValueError, match=r"`trust_code=own_zoo\.nets`"):
+            trial.starting_student(config, teacher, torch.device("cpu"), ["own_zoo.other"])
+    finally:
+        for name in [name for name in sys.modules if name.startswith("own_zoo")]:
+            del sys.modules[name]
 
 
 def test_a_teacher_travels_as_arrays_and_comes_back_the_same(tiny_teacher):

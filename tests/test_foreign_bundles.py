@@ -185,7 +185,7 @@ def test_a_header_that_does_not_fit_its_file_is_refused_by_name(folder, data):
     sealed(folder, data)
     refusal(lambda: bundles.load(str(folder)), WEIGHTS)
     (folder / "w.safetensors").write_bytes(data)
-    refusal(lambda: bundles.read_state_dict(folder / "w.safetensors"), "w.safetensors")
+    refusal(lambda: bundles.read_state_dicts(folder / "w.safetensors"), "w.safetensors")
 
 
 def test_a_header_of_too_many_tensors_is_refused(folder, monkeypatch):
@@ -235,7 +235,7 @@ def stored(**changes):
 def test_a_mask_that_does_not_fit_is_refused_before_memory_is_taken(tmp_path, changes):
     safetensors.torch.save_file(stored(**changes), tmp_path / "w.safetensors")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    refusal(lambda: bundles.read_state_dict(tmp_path / "w.safetensors"), "w.safetensors")
+    refusal(lambda: bundles.read_state_dicts(tmp_path / "w.safetensors"), "w.safetensors")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KB
 
 

@@ -1,5 +1,6 @@
 """Architectures from elsewhere: too large ones are found without memory, and code that fails is one line."""
 
+import os
 import resource
 import sys
 
@@ -106,6 +107,21 @@ def without_memory():
         return Answers(lambda y: y)
 def too_large(): return nn.Linear(10**9, 10**9)
 def more_state(): return Extra(lambda y: y)
+
+class Nets:
+    class Small:
+        @classmethod
+        def from_name(cls, name="a"):
+            return Answers(lambda y: y)
+        @staticmethod
+        def make():
+            return Answers(lambda y: y)
+    number = 3
+    @property
+    def late(self):
+        raise ZeroDivisionError("late")
+nets = Nets()
+tables = {"a": 1}
 """
 MODULES = {
     "syntax": "def make(:",
@@ -161,6 +177,76 @@ def test_a_module_that_fails_or_leaves_in_import_is_one_line(module):
 def test_a_factory_that_fails_leaves_or_makes_something_else_is_one_line(factory, says):
     text = refusal(lambda: build(f"own_factories:{factory}"), "own_factories", says)
     assert "\x1b" not in text
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize("chain", ["Nets.Small.from_name", "Nets.Small.make", "nets.Small.make"])
+def test_a_factory_is_reached_through_classes(chain):
+    assert build(f"own_factories:{chain}")(torch.zeros(2, 1, 16, 16)).shape == (2, 10)
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize(
+    "chain",
+    [
+        "Nets.other",
+        "Nets.Small.other.make",
+        "Nets.number",
+        "nets.late",
+        "torch.hub.load",
+        "sys.exit",
+        "nn.Linear",
+        "Nets.Small.from_name.__func__",
+        "leaves.__globals__.clear",
+        "__builtins__.clear",
+        "__loader__.load_module",
+        "tables",
+        "",
+        ".",
+        "Nets.",
+        "Nets..Small",
+    ],
+)
+def test_a_chain_that_ends_nowhere_or_leads_into_another_package_is_one_line(chain):
+    refusal(lambda: build(f"own_factories:{chain}"), "own_factories")
+
+
+def test_a_chain_leads_through_the_packages_own_modules(tmp_path, monkeypatch):
+    package = tmp_path / "own_package" / "models"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").write_text("from own_package import models")
+    (package / "__init__.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        for path in ("own_package:models.Nets.Small.make", "own_package.models:Nets.Small.make"):
+            assert build(path)(torch.zeros(2, 1, 16, 16)).shape == (2, 10)
+    finally:
+        for name in [name for name in sys.modules if name.startswith("own_")]:
+            del sys.modules[name]
+
+
+def test_a_module_with_another_name_of_its_own_is_used_under_the_one_given():
+    assert models.import_factory("os.path:join") is os.path.join  # its own name is posixpath
+
+
+@pytest.mark.parametrize(
+    ("trusted", "covered"),
+    [
+        ("pkg", True),
+        ("pkg.models", True),
+        ("pkg.models.deep", True),
+        ("pkg.models.deep.er", False),
+        ("pkg.mod", False),
+        ("pk", False),
+        ("models", False),
+        ("pkg.models.deep:make", False),
+        ("", False),
+        (".", False),
+    ],
+)
+def test_trust_covers_a_package_with_what_is_below_it(trusted, covered):
+    assert models.untrusted_module("pkg.models.deep:make", [trusted]) == (None if covered else "pkg.models.deep")
+    assert models.untrusted_module("resnet8", [trusted]) is None
 
 
 @pytest.mark.usefixtures("own")

@@ -46,7 +46,7 @@ def test_an_archive_that_expands_beyond_bounds_is_refused_before_it_is_opened(tm
     )
     assert path.stat().st_size < 2 << 20
     monkeypatch.setattr(torch, "load", lambda *_args, **_named: pytest.fail("it was opened"))
-    refusal(lambda: bundles.read_state_dict(path), path.name, "expands to")
+    refusal(lambda: bundles.read_state_dicts(path), path.name, "expands to")
 
 
 def test_a_tensor_larger_than_what_is_stored_of_it_is_refused(tmp_path):
@@ -54,7 +54,7 @@ def test_a_tensor_larger_than_what_is_stored_of_it_is_refused(tmp_path):
         name = next(name for name in entries if name.endswith("data/0"))
         entries[name] = entries[name][:-4]
 
-    refusal(lambda: bundles.read_state_dict(rewritten(state_file(tmp_path / "w.pt"), change)), "w.pt", "damaged")
+    refusal(lambda: bundles.read_state_dicts(rewritten(state_file(tmp_path / "w.pt"), change)), "w.pt", "damaged")
 
 
 @pytest.mark.parametrize(
@@ -78,12 +78,7 @@ def test_a_tensor_larger_than_what_is_stored_of_it_is_refused(tmp_path):
 )
 def test_a_pickle_that_takes_memory_or_recurses_is_refused(tmp_path, code):
     path = rewritten(state_file(tmp_path / "w.pt"), pickled(code))
-    try:
-        state = bundles.read_state_dict(path)
-    except ValueError as error:
-        assert str(path) in str(error) and "\n" not in str(error)
-    else:
-        assert state == {}
+    refusal(lambda: bundles.read_state_dicts(path), path)
 
 
 def numbered(*names):
@@ -100,7 +95,7 @@ def numbered(*names):
 @pytest.mark.parametrize("missing", ["data.pkl", "data/3", "version"])
 def test_an_archive_without_one_of_its_parts_is_refused(tmp_path, missing):
     path = rewritten(state_file(tmp_path / "w.pt"), numbered(missing))
-    refusal(lambda: bundles.read_state_dict(path), "w.pt")
+    refusal(lambda: bundles.read_state_dicts(path), "w.pt")
 
 
 def tar(path):
@@ -129,13 +124,13 @@ def tar(path):
 )
 def test_a_file_that_is_none_of_pytorchs_is_refused_by_name(tmp_path, write):
     write(tmp_path / "w.pt")
-    text = refusal(lambda: bundles.read_state_dict(tmp_path / "w.pt"), "w.pt")
+    text = refusal(lambda: bundles.read_state_dicts(tmp_path / "w.pt"), "w.pt")
     assert "Traceback" not in text
 
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_both_formats_are_read(tmp_path, legacy):
-    state = bundles.read_state_dict(state_file(tmp_path / "w.pt", legacy))
+    state = bundles.read_state_dicts(state_file(tmp_path / "w.pt", legacy))[""]
     assert all(torch.equal(tensor, state[name]) for name, tensor in tiny_network().state_dict().items())
 
 
@@ -150,7 +145,7 @@ def test_tensors_that_share_a_storage_and_parameters_are_read(tmp_path):
     }
     for legacy in (False, True):
         torch.save(saved, tmp_path / "w.pt", _use_new_zipfile_serialization=not legacy)
-        state = bundles.read_state_dict(tmp_path / "w.pt")
+        state = bundles.read_state_dicts(tmp_path / "w.pt")[""]
         assert all(torch.equal(tensor, state[name]) for name, tensor in saved.items())
 
 
@@ -160,7 +155,7 @@ def test_a_checkpoint_with_its_optimiser_is_looked_through(tmp_path):
     network(torch.zeros(2, 1, 16, 16)).sum().backward()
     optimiser.step()
     torch.save({"state_dict": network.state_dict(), "optimiser": optimiser.state_dict(), "epoch": 3}, tmp_path / "w.pt")
-    assert set(bundles.read_state_dict(tmp_path / "w.pt")) == set(network.state_dict())
+    assert set(bundles.read_state_dicts(tmp_path / "w.pt")["state_dict"]) == set(network.state_dict())
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -178,6 +173,7 @@ def test_damaged_files_are_read_or_refused(tmp_path, legacy):
                 data[rng.randrange(8000 if rng.random() < 0.7 else len(data))] = rng.randrange(256)
         (tmp_path / "w.pt").write_bytes(data)
         try:
-            bundles.load_state(network, bundles.read_state_dict(tmp_path / "w.pt"), "w.pt")
+            found = bundles.match(network, bundles.read_state_dicts(tmp_path / "w.pt"), "w.pt")
+            bundles.load_state(network, found.state, "w.pt")
         except ValueError as error:
             assert "\n" not in str(error) and "w.pt" in str(error)

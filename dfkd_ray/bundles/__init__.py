@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from dfkd_ray import models, storage, targets, untrusted
 from dfkd_ray.bundles import packing
+from dfkd_ray.bundles.matching import match as match
 from dfkd_ray.bundles.weights import PACKED, from_stored, load_state, read_safetensors
-from dfkd_ray.bundles.weights import read_state_dict as read_state_dict
+from dfkd_ray.bundles.weights import read_state_dicts as read_state_dicts
 from dfkd_ray.config import stable_hash
 from dfkd_ray.description import SCHEMA, BundleInfo
 from dfkd_ray.records import format, taps
@@ -213,15 +214,15 @@ def load(name: Where, trust_code: Sequence[str] | str = ()) -> Teacher:
     """Load a bundle onto the CPU, given as folder, URI or name of a bundled teacher.
 
     `ValueError` if the weights are missing, truncated, or of another hash or shape, or if the architecture is an import
-    path whose module is not in `trust_code`. `OSError` if a URI cannot be read.
+    path and `trust_code` names neither its module nor a package above it. `OSError` if a URI cannot be read.
     """
     folder = locate(name)
     info = read_info(folder)
-    module_name, colon, _ = info.architecture.partition(":")
-    if colon and module_name not in ([trust_code] if isinstance(trust_code, str) else trust_code):
+    module = models.untrusted_module(info.architecture, [trust_code] if isinstance(trust_code, str) else trust_code)
+    if module is not None:
         raise ValueError(
             f"{folder}: its architecture is code, {info.architecture!r}; if you trust that module, "
-            f"add `trust_code={module_name}`"
+            f"add `trust_code={module}`"
         )
     network = filled(info, read_weights(folder, info), str(folder / WEIGHTS))
     return Teacher(freeze(network), info, teacher_hash(info), folder.name, folder)

@@ -1,14 +1,16 @@
-"""Reads PyTorch weight files (`.pt`, `.pth`) with `weights_only=True`, after checking how much memory they would take.
+"""Reads PyTorch weight files with `weights_only=True`, after checking how much memory they would take.
 
 There are two formats: a zip archive with `data.pkl` and one entry per storage, and the older sequence of pickles
 followed by raw storages. PyTorch trusts the sizes in them: a compressed entry may expand to any size, a storage larger
 than its entry is read beyond its end, and a pickle may create any number of objects. This module first walks through
 the pickle with stand-ins for all named objects (nothing is imported or called), and compares sizes with the file.
+A few harmless types that training scripts save beside the weights (`HARMLESS`) are read as stand-ins too.
 """
 
 import io
 import pickle
 import pickletools
+import re
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -29,13 +31,21 @@ MAX_PICKLE_BYTES = 32 << 20
 MAX_OPERATIONS = 2_000_000  # of a pickle: a training checkpoint with all optimiser counters has fewer
 LEGACY_PICKLES = 5  # magic number, protocol, system, the object, the names of its storages
 STORAGE_BYTES = {"Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "ComplexFloat": 8}
+# Read as stand-ins: not one of them is imported, called or kept.
+HARMLESS = (
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *("numpy.dtype", "numpy.ndarray", "argparse.Namespace"),
+    *(f"{module}.{kind}Path" for module in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")),
+)
+# How torch's messages name what it does not load.
+NAMED = re.compile(r"(?:GLOBAL|unrecognized function|but got) (<class '[^']+'>|[\w.]+)")
 FORBIDDEN = {("builtins", "bytearray"), ("__builtin__", "bytearray")}  # PyTorch lets it allocate any size
 
 
 def load(path: Path, largest: int) -> Any:
-    """The content of a weight file, on the CPU. `ValueError` if it is damaged or holds more than plain tensors.
+    """The content of a weight file, on the CPU; objects of `HARMLESS` types are `StandIn`s.
 
-    `largest`: the most bytes that it may take in memory.
+    `largest`: the most bytes that it may take in memory. `ValueError` if it is damaged, or names any other type.
     """
     where = one_line(path, 120)
     with path.open("rb") as file:
@@ -57,7 +67,8 @@ def load(path: Path, largest: int) -> Any:
                 raise
             raise refused(where, error) from None
     try:
-        with warnings.catch_warnings():
+        allowed = torch.serialization.safe_globals([(StandIn, name) for name in HARMLESS])
+        with warnings.catch_warnings(), allowed:
             warnings.simplefilter("ignore")  # about tensor types that are refused anyway
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - any failure means that the foreign file is not usable
@@ -65,8 +76,16 @@ def load(path: Path, largest: int) -> Any:
 
 
 def refused(where: str, error: Exception) -> ValueError:
-    """The error for a file that cannot be read, with the first sentence of the library's message."""
-    text = " ".join(str(error).split("Please file")[0].split(". ")[0].split()) or "it is empty or cut short"
+    """The error for a file that cannot be read: the type that torch does not load, or what else its message says."""
+    # Advice on how to load it all the same comes before torch's reason.
+    message = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
+    named = NAMED.search(message)
+    if named:
+        return ValueError(
+            f"{where}: cannot be read as plain tensors: it holds {one_line(named[1], 100)}; files that run code on "
+            "loading are refused, save network.state_dict() alone"
+        )
+    text = " ".join(re.split(r"Please |Check the |\. ", message)[0].split()) or "it is empty or cut short"
     return ValueError(
         f"{where}: cannot be read as plain tensors ({type(error).__name__}: {one_line(text, 120)}); files that run "
         "code on loading are refused, save network.state_dict() alone"
@@ -187,6 +206,8 @@ class Walker(pickle._Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         """Record a storage from ("storage", type, key, device, number of elements, …)."""
+        if isinstance(pid, tuple) and pid[:1] == ("module",):
+            raise ValueError(f"it holds a whole {getattr(pid[1], '__name__', 'module')}")
         if not isinstance(pid, tuple) or len(pid) < 5 or type(pid[4]) is not int or pid[4] < 0:
             raise ValueError("an entry that is not a PyTorch storage")
         found = Storage(getattr(pid[1], "item_bytes", 1), pid[4])

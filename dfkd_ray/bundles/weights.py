@@ -7,6 +7,7 @@ files. Their pickles are checked (`torch_files`) before `torch.load` opens them 
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,35 +20,59 @@ from dfkd_ray.untrusted import read_safetensors
 
 PACKED = "::packed"  # a whole state dict in the form of `packing`
 MASK, VALUES, SHAPE = "::mask", "::values", "::mask::shape"  # a pruned tensor as bundles had it before
-ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
+MAX_NESTING = 8  # of the keys that lead to a state dict
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-NORMALISING = nn.modules.batchnorm._NormBase  # BatchNorm and InstanceNorm: their running_var is a variance
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """A state dict from `.safetensors`, or from `.pt` / `.pth` without running code.
+def read_state_dicts(path: Path) -> dict[str, dict[str, Tensor]]:
+    """The state dicts in a weight file: the keys that lead to one, joined by dots → name → tensor.
 
-    `ValueError` for a missing file, another suffix, a pickle with more than tensors, or a file without a state dict.
+    A plain state dict has the key "". Whatever else the file holds is left out, without running code. `ValueError` for
+    a missing file, a damaged one, one that names types other than tensors and plain data, or one without tensors.
     """
+    where = one_line(path, 120)
     found = untrusted.plain_file(path)
     if found is None:
-        raise ValueError(f"{one_line(path, 120)}: no such weights file")
-    if path.suffix != ".safetensors" and path.suffix not in ENDINGS:
-        raise ValueError(f"{one_line(path, 120)}: expected .safetensors, .pt or .pth")
+        raise ValueError(f"{where}: no such weights file")
     largest = untrusted.free_bytes() // 2
     untrusted.check_size(found.st_size, largest, str(path))
-    if path.suffix == ".safetensors":
-        return from_stored(read_safetensors(path), str(path), largest)
+    if path.suffix.lower() == ".safetensors":
+        return {"": from_stored(read_safetensors(path), str(path), largest)}
     data = torch_files.load(path, largest)
-    if isinstance(data, Mapping) and isinstance(data.get("state_dict"), Mapping):
-        data = data["state_dict"]
-    plain = isinstance(data, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in data.items())
-    if not plain:
-        raise ValueError(
-            f"{one_line(path, 120)}: expected a state dict (name → tensor), got {one_line(type(data).__name__, 60)}"
-        )
-    return {key.removeprefix("module."): value for key, value in data.items()}
+    states = state_dicts(data, where)
+    if not states:
+        kind = one_line(type(data).__name__, 60)
+        raise ValueError(f"{where}: expected a state dict (name → tensor), got no named tensors ({kind})")
+    return states
+
+
+def state_dicts(data: Any, where: str) -> dict[str, dict[str, Tensor]]:
+    """The state dicts in nested mappings and sequences, as for `read_state_dicts`."""
+    states: dict[str, dict[str, Tensor]] = {}
+    seen: set[int] = set()  # a pickle may hold one object any number of times
+
+    def visit(value: Any, keys: tuple[str, ...]) -> None:
+        if not isinstance(value, Mapping | list | tuple) or id(value) in seen or len(keys) > MAX_NESTING:
+            return
+        seen.add(id(value))
+        items = list(value.items()) if isinstance(value, Mapping) else list(enumerate(value))
+        state = {name: item for name, item in items if isinstance(name, str) and plain_tensor(item)}
+        if state:
+            label = ".".join(keys)
+            if label in states:
+                raise ValueError(f"{where}: two parts of it are called {one_line(label, 80)!r}")
+            states[label] = state
+        for key, item in items:
+            visit(item, (*keys, str(key)))
+
+    visit(data, ())
+    return states
+
+
+def plain_tensor(value: Any) -> bool:
+    """Whether a value is a tensor with a shape."""
+    return isinstance(value, Tensor) and not value.is_nested
 
 
 def from_stored(stored: Mapping[str, Tensor], where: str = "weights", largest: int | None = None) -> dict[str, Tensor]:
@@ -119,11 +144,7 @@ def load_state(network: nn.Module, state: Mapping[str, Tensor], where: str) -> N
     expected = network.state_dict()
     problems = [f"{name} is missing" for name in expected if name not in state]
     problems += [f"{one_line(name, 80)} is not of this architecture" for name in state if name not in expected]
-    problems += [
-        f"{name} is {'x'.join(map(str, state[name].shape))}, expected {'x'.join(map(str, tensor.shape))}"
-        for name, tensor in expected.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
+    problems += shape_problems(expected, state)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ValueError(
@@ -134,17 +155,22 @@ def load_state(network: nn.Module, state: Mapping[str, Tensor], where: str) -> N
         problem = kind_problem(state[name], tensor)
         if problem is None:
             converted[name] = state[name].to(tensor.dtype)
-            problem = value_problem(converted[name], state[name])
+            problem = value_problem(name, converted[name], state[name])
         if problem:
             raise ValueError(f"{where}: {one_line(name, 80)} {problem}")
-    for path, module in network.named_modules():
-        name = f"{path}.running_var" if path else "running_var"
-        if isinstance(module, NORMALISING) and name in converted and bool((converted[name] < 0).any()):
-            raise ValueError(f"{where}: {one_line(name, 80)} has negative values; a variance is 0 or more")
     try:
         network.load_state_dict(converted)
     except Exception as error:  # noqa: BLE001 - the user's network may override loading
         raise ValueError(f"{where}: the network does not take the weights: {untrusted.reason(error)}") from None
+
+
+def shape_problems(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """The tensors of a state dict whose shapes are not those of the network's own."""
+    return [
+        f"{name} is {'x'.join(map(str, state[name].shape))}, expected {'x'.join(map(str, tensor.shape))}"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
 
 
 def kind_problem(given: Tensor, own: Tensor) -> str | None:
@@ -158,7 +184,7 @@ def kind_problem(given: Tensor, own: Tensor) -> str | None:
     return None if same else f"holds {kind_of(given.dtype)}, the network's own {kind_of(own.dtype)}"
 
 
-def value_problem(converted: Tensor, given: Tensor) -> str | None:
+def value_problem(name: str, converted: Tensor, given: Tensor) -> str | None:
     """Why the values cannot be loaded after conversion to the network's dtype, or None."""
     if converted.dtype in INTEGERS:
         same = converted.dtype == given.dtype or torch.equal(converted.to(given.dtype), given)
@@ -168,6 +194,8 @@ def value_problem(converted: Tensor, given: Tensor) -> str | None:
             return "has values that are not finite"
         if not converted.isfinite().all():
             return f"has values beyond what {kind_of(converted.dtype)} holds (its own kind is {kind_of(given.dtype)})"
+    if name.rpartition(".")[2] == "running_var" and not converted.is_complex() and bool((converted < 0).any()):
+        return "has negative values; a variance is 0 or more"
     return None
 
 

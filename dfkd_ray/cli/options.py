@@ -16,7 +16,10 @@ DataRoot = Annotated[Path, typer.Option(help="folder with data sets", envvar="DF
 Download = Annotated[bool, typer.Option(help="fetch a missing data set")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="FIELD=VALUE over the config, repeatable")]
 Trust = Annotated[
-    list[str] | None, typer.Option("--trust-code", help="a module whose code a bundle may import, repeatable")
+    list[str] | None,
+    typer.Option(
+        "--trust-code", help="a module whose code a bundle may import, or a package with all below it; repeatable"
+    ),
 ]
 TestData = Annotated[
     str,

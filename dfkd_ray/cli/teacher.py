@@ -78,8 +78,8 @@ def teacher_train(
 
 @app.command("import")
 def teacher_import(
-    weights: Annotated[Path, typer.Argument(help=".safetensors, or .pt / .pth with a state dict")],
-    architecture: Annotated[str, typer.Option(help="a network's name, or package.module:factory")],
+    weights: Annotated[Path, typer.Argument(help=".safetensors, or PyTorch's (.pt, .pth, .ckpt, …)")],
+    architecture: Annotated[str, typer.Option(help="a network's name, or package.module:factory (or :Class.factory)")],
     num_classes: Annotated[int, typer.Option()],
     image_shape: Annotated[str, typer.Option(help="CHANNELSxHEIGHTxWIDTH")],
     mean: Annotated[str, typer.Option(help="per channel, in pixel units, with commas")],
@@ -89,8 +89,15 @@ def teacher_import(
     pixel_range: Annotated[str, typer.Option(help="lowest and highest pixel")] = "0,1",
     dataset: Annotated[str | None, typer.Option(help="what it was trained on, if known")] = None,
     class_names: Annotated[str | None, typer.Option(help="with commas")] = None,
+    weights_key: Annotated[
+        str | None, typer.Option(help="the place in the file, if several sets of weights fit: a key, or a prefix")
+    ] = None,
 ) -> None:
-    """Make a bundle from your own network. If you give package.module:factory, that factory is run."""
+    """Make a bundle from your own network. If you give package.module:factory, that factory is run.
+
+    The weights are found in the file by the network's names and shapes, below any key ("state_dict", …) and behind any
+    prefix ("module.", …).
+    """
     given = {
         "architecture": architecture,
         "arguments": parse_json(arguments, "--arguments"),
@@ -106,11 +113,16 @@ def teacher_import(
 
     targets.check(out, bundles.BUNDLE)
     info = configs.validate(bundles.BundleInfo, given, "teacher import")
-    state = bundles.read_state_dict(weights)
+    states = bundles.read_state_dicts(weights)
     network = models.build(architecture, info.arguments, num_classes=num_classes, image_shape=info.image_shape)
-    bundles.load_state(network, state, str(weights))
+    found = bundles.match(network, states, str(weights), weights_key)
+    bundles.load_state(network, found.state, str(weights))
     bundles.save(out, info, network.state_dict())
     say(f"{storage.without_secrets(out)}: {architecture}, {sum(p.numel() for p in network.parameters()):,} parameters")
+    for note in found.notes:
+        say(f"note: {note}")
+    for other in found.others:
+        say(f"note: the averaged weights at {other} fit too, and are not taken; --weights-key {other} takes them")
     if not batchnorm.layers(network):
         say("note: it has no BatchNorm layer; DeepInversion will refuse it (it needs activation records)")
 

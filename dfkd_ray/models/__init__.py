@@ -44,7 +44,7 @@ def build(
 ) -> nn.Module:
     """Build an untrained network in eval mode.
 
-    `architecture` is a name of `FAMILIES`, `wrn_<depth>_<width>`, or an import path `package.module:factory`,
+    `architecture` is a name of `FAMILIES`, `wrn_<depth>_<width>`, or an import path (see `import_factory`),
     whose factory is called with `arguments` only. `ValueError` for an unknown name, for arguments that the architecture
     does not take, for a named network that is too large (checked before allocation), for a factory that fails or exits,
     or for a network whose output for one image is not `(1, num_classes)`. A network of the user's own is checked
@@ -187,17 +187,35 @@ def importable() -> Iterator[None]:
                 break
 
 
+def untrusted_module(architecture: str, trust_code: Sequence[str]) -> str | None:
+    """The module that an architecture would import if `trust_code` has neither it nor a package above it; else None."""
+    module, colon, _ = architecture.partition(":")
+    return module if colon and not any(covers(name, module) for name in trust_code) else None
+
+
+def covers(trusted: str, module: str) -> bool:
+    """Whether a module is the trusted one, or lies below it."""
+    return trusted != "" and f"{module}.".startswith(f"{trusted}.")
+
+
 def import_factory(path: str) -> Callable[..., nn.Module]:
-    """Import `package.module:factory`. The caller must have checked that the user trusts this module."""
-    module_name, _, name = path.partition(":")
+    """Import `package.module:factory`, or `package.module:Class.factory`.
+
+    The caller must have checked that the user trusts this module. The names after the colon do not lead through other
+    packages that it has imported, nor through `__names__`: the user has not trusted those.
+    """
+    module_name, _, names = path.partition(":")
     module = one_line(module_name, 60)
     try:
         with importable():
-            factory = getattr(importlib.import_module(module_name), name, None)
+            named = found = importlib.import_module(module_name)
+            for name in names.split("."):
+                foreign = inspect.ismodule(found) and found is not named and not covers(module_name, found.__name__)
+                found = None if foreign or name.startswith("__") else getattr(found, name, None)
     except ImportError as error:
         raise ValueError(f"{shown(path)}: cannot import {module!r} ({one_line(error, 120)})") from None
     except (Exception, SystemExit) as error:  # noqa: BLE001 - code of the user's may raise anything, or leave
         raise ValueError(f"{shown(path)}: cannot import {module!r} ({reason(error)})") from None
-    if not callable(factory):
-        raise ValueError(f"{shown(path)}: {module!r} has no callable {one_line(name, 60)!r}")
-    return cast(Callable[..., nn.Module], factory)
+    if not callable(found):
+        raise ValueError(f"{shown(path)}: {module!r} has no callable {one_line(names, 60)!r}")
+    return cast(Callable[..., nn.Module], found)

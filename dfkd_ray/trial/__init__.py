@@ -80,7 +80,7 @@ class Inputs:
 
     `test` is used for reporting only. `real` is used only if the config's method is `real`. `images` makes the
     synthetic images (default: in this process, without a cache). `teacher_accuracy`: an earlier measurement on the same
-    test batches in the same precision. `trust_code`: modules that may be imported for a student.
+    test batches in the same precision. `trust_code`: modules and packages that may be imported for a student.
     """
 
     test: Sequence[Batch] | None = None
@@ -314,11 +314,11 @@ def starting_student(
     """A copy of the teacher, or a new network with initial weights from `distillation.seed`."""
     if config.student.architecture is None:
         return on_device(teacher.network, device).requires_grad_(True)
-    module_name, colon, _ = config.student.architecture.partition(":")
-    if colon and module_name not in trust_code:
+    module = models.untrusted_module(config.student.architecture, trust_code)
+    if module is not None:
         raise ValueError(
             f"student.architecture={config.student.architecture!r} is code; if you trust that module, "
-            f"add `trust_code={module_name}`"
+            f"add `trust_code={module}`"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.distillation.seed)
