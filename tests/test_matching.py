@@ -4,7 +4,7 @@ import argparse
 import datetime
 from collections import OrderedDict
 from copy import deepcopy
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import pytest
@@ -109,7 +109,7 @@ def test_a_prefix_of_the_networks_own_is_put_on(tmp_path, ending, own, prefix):
         lambda state: {"state_dict": state},
         lambda state: {"model_state_dict": state, "epoch": 3, "loss": 0.5},
         lambda state: {"net": state, "acc": 93.0},
-        lambda state: {"model": state, "args": argparse.Namespace(lr=0.1), "path": Path("x")},
+        lambda state: {"model": state, "args": argparse.Namespace(lr=0.1), "path": Path("x"), "pure": PurePath("y")},
         lambda state: {"state_dict": {"model": {"weights": state}}},
         lambda state: {"checkpoint": {"state_dict": prefixed(state, "module.")}},
         lambda state: {"ema": state},

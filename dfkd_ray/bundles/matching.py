@@ -207,7 +207,8 @@ def misfit(
     if best is None:
         found = list(max(states.values(), key=len, default={}))
         at = "" if len(states) < 2 else f" at {some(states)}"
-        return f"its names ({some(found)}{at}) are none of the network's ({some(nearest(found, list(own)))})"
+        wanted = some(nearest(found, list(own)))
+        return f"its names ({some(found)}{at}) are none of the network's; expected names such as {wanted}"
     state = taken(own, best, states[best.key], twins)
     missing = [name for name in own if name not in state]
     within = [name for name in states[best.key] if begins(best.prefix)(name) or begins(best.prefix)(respelled(name))]

@@ -31,11 +31,12 @@ MAX_PICKLE_BYTES = 32 << 20
 MAX_OPERATIONS = 2_000_000  # of a pickle: a training checkpoint with all optimiser counters has fewer
 LEGACY_PICKLES = 5  # magic number, protocol, system, the object, the names of its storages
 STORAGE_BYTES = {"Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "ComplexFloat": 8}
+PATHS = ("Posix", "Windows", "PurePosix", "PureWindows")
 # Read as stand-ins: not one of them is imported, called or kept.
 HARMLESS = (
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
     *("numpy.dtype", "numpy.ndarray", "argparse.Namespace"),
-    *(f"{module}.{kind}Path" for module in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")),
+    *(f"{module}.{kind}Path" for module in ("pathlib", "pathlib._local") for kind in PATHS),
 )
 # How torch's messages name what it does not load.
 NAMED = re.compile(r"(?:GLOBAL|unrecognized function|but got) (<class '[^']+'>|[\w.]+)")
