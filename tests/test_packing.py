@@ -114,7 +114,7 @@ def test_a_file_of_an_earlier_version_is_read(tmp_path):
     path = tmp_path / "w.safetensors"
     path.write_bytes(base64.b85decode(EARLIER))
     weight = torch.tensor([[0.0, -2, -1, 0], [1, 2, 0, 4], [5, 0, 7, 8]])
-    state = bundles.read_state_dict(path)
+    state = bundles.read_state_dicts(path)[""]
     assert sorted(state) == ["fc.bias", "fc.weight"]
     assert torch.equal(state["fc.weight"], weight) and torch.equal(state["fc.bias"], torch.tensor([0.5, -1, 0]))
     written = earlier_form(state, ["fc.weight"])  # the tests of damaged files of that form use this
@@ -202,7 +202,7 @@ def test_data_that_contradicts_itself_is_refused_before_memory_is_taken(tmp_path
     file = bundles.safetensors_bytes({"::packed": torch.tensor(list(data), dtype=torch.uint8)})
     (tmp_path / "w.safetensors").write_bytes(file)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    refusal(lambda: bundles.read_state_dict(tmp_path / "w.safetensors"), "w.safetensors")
+    refusal(lambda: bundles.read_state_dicts(tmp_path / "w.safetensors"), "w.safetensors")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000  # KB
 
 
