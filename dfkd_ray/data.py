@@ -1,5 +1,8 @@
 """Real data sets, for training teachers, for test accuracy and for the upper bound. Imported by teachers and cli only.
 
+Labels are numbers of a network's classes. A data set and a network are compared by the classes' names, where the
+network has some: the order of class folders is no property of the network.
+
 Nothing is downloaded unless requested. Small sets are kept in memory as uint8; images of celeba and of folders are
 decoded when they are read. torchvision reads CIFAR's pickles only after checking their MD5 sums. It is imported where
 it is needed: it loads PyTorch's compiler, which takes seconds.
@@ -8,6 +11,8 @@ it is needed: it loads PyTorch's compiler, which takes seconds.
 import errno
 import gzip
 import math
+import os
+import unicodedata
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfkd_ray import image_files
+from dfkd_ray import image_files, image_sets
 from dfkd_ray.text import one_line
 from dfkd_ray.untrusted import plain_file
 
@@ -42,13 +47,20 @@ FASHION_CLASSES = (
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """A data set: `read(indices)` gives uint8 images (n, channels, height, width), `labels` is int64 (num_images,)."""
+    """A data set: `read(indices)` gives uint8 images (n, channels, height, width), `labels` is int64 (num_images,).
+
+    `files`: of a folder, the image files in the order of the labels, relative to `folder`. `notes`: what a user should
+    know about the set, a sentence each.
+    """
 
     name: str
     read: Callable[[Sequence[int] | Tensor], Tensor]
     labels: Tensor
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
+    folder: Path | None = None
+    files: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -63,20 +75,25 @@ def open_dataset(
     download: bool = False,
     attribute: str = "Smiling",
     equal_classes: bool = True,
+    class_names: Sequence[str] = (),
 ) -> LabelledImages:
     """Open a data set by name, or a folder with `train/<class>/…` and `test/<class>/…` by its path.
 
     Images are converted to `image_shape` (channels, height, width): grey is repeated or computed from colour, 28x28 is
     padded to 32x32 (unless 28x28 is requested), other sizes are resized. `attribute` is CelebA's label, and
-    `equal_classes` keeps equally many images with and without it. `ValueError` for an unknown or missing set; for the
-    latter it tells where it looked and what to run.
+    `equal_classes` keeps equally many images with and without it. `class_names`: those of the network, in its order;
+    they decide the labels. `ValueError` for a class that the network does not have, and for an unknown or missing set;
+    for the latter it tells where it looked and what to run.
     """
     if name in OPENERS:
         found = OPENERS[name](name, root, train, image_shape, download, attribute)
-        return balanced(found) if name == "celeba" and equal_classes else found
-    folder = Path(name)
-    if is_folder(folder):
-        return open_folder(folder / ("train" if train else "test"), image_shape)
+        found = balanced(found) if name == "celeba" and equal_classes else found
+        return by_class_name(found, class_names)
+    for folder in (Path(name), Path(os.path.expanduser(name))):
+        if is_folder(folder):
+            # One folder has one name, by whatever path it is given.
+            found = open_folder(Path(os.path.realpath(folder)) / ("train" if train else "test"), image_shape)
+            return by_class_name(found, class_names)
     shown = one_line(name, 120)
     raise ValueError(f"unknown data set {shown!r}; expected one of {', '.join(OPENERS)}, or a folder of class folders")
 
@@ -89,6 +106,54 @@ def is_folder(path: Path) -> bool:
         if error.errno == errno.ENAMETOOLONG:
             return False
         raise
+
+
+def by_class_name(data: LabelledImages, class_names: Sequence[str]) -> LabelledImages:
+    """A data set with the labels of a network with these classes, found by name, and its images in the order of them.
+
+    A class folder may also have the name that `image_sets` gives it. `ValueError` for a class that the network does not
+    have. A class without images is a note.
+    """
+    if not class_names or data.class_names == tuple(class_names):
+        return data
+    classes: dict[str, set[int]] = {}
+    exported = image_sets.class_folders(len(class_names), class_names)
+    for names in (class_names, image_sets.file_names(class_names), exported):
+        for label, name in enumerate(names):
+            classes.setdefault(comparable(name), set()).add(label)
+    found = [classes.get(comparable(name), set()) for name in data.class_names]
+    unknown = [name for name, labels in zip(data.class_names, found, strict=True) if len(labels) != 1]
+    where, network = one_line(data.name, 60), listed(class_names)
+    if unknown:
+        several = all(classes.get(comparable(name)) for name in unknown)
+        why = "several classes of the network have the name" if several else "the network has no class"
+        raise ValueError(f"{where}: {why} {listed(unknown)}; its classes are {network}: call them by these names")
+    numbers = torch.tensor([labels.pop() for labels in found])
+    missing = [name for label, name in enumerate(class_names) if label not in numbers]
+    labels = numbers[data.labels]
+    notes = (f"{where} has no images of the network's {listed(missing)}",) if missing else ()
+    if not data.files:
+        return replace(data, labels=labels, class_names=tuple(class_names), notes=data.notes + notes)
+    order = torch.argsort(labels, stable=True)
+    return replace(
+        data,
+        read=partial(rows_through, data.read, order),
+        labels=labels[order],
+        class_names=tuple(class_names),
+        files=tuple(data.files[row] for row in order.tolist()),
+        notes=data.notes + notes,
+    )
+
+
+def comparable(name: str) -> str:
+    """A class name for comparison: file systems differ in the form of accented letters."""
+    return unicodedata.normalize("NFC", name).strip()
+
+
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """Class names for a message."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(one_line(name, 20) for name in names[:most]) + more
 
 
 def fit_images(images: Tensor, image_shape: Sequence[int]) -> Tensor:
@@ -258,12 +323,27 @@ def balanced(data: LabelledImages, seed: int = 0) -> LabelledImages:
 
 
 def open_folder(folder: Path, image_shape: Sequence[int] | None) -> LabelledImages:
-    """A folder of class folders; images are decoded when read. Without a shape, the first image defines it."""
-    names, files, labels = image_files.class_folders(folder)
-    c, h, w = image_shape or image_files.read(files[0]).shape
+    """A folder of class folders; images are decoded when read. Without a shape, the first image defines it.
 
-    read = partial(decode_images, tuple(files), image_shape=(c, h, w))
-    return LabelledImages(folder.parent.name, read, torch.tensor(labels), tuple(names), (c, h, w))
+    Its name is that of the folder above, with a slash if a known data set has that name.
+    """
+    found = image_files.class_folders(folder)
+    c, h, w = image_shape or image_files.read(found.files[0]).shape
+    name = folder.parent.name or str(folder.parent)
+    notes = ()
+    if found.left_out:
+        endings = ", ".join(f"{count} {one_line(ending, 12)}" for ending, count in found.left_out.most_common(4))
+        notes = (f"{one_line(folder, 80)}: {found.left_out.total()} files are no images and left out ({endings})",)
+    return LabelledImages(
+        f"{name}/" if name in OPENERS else name,
+        partial(decode_images, tuple(found.files), image_shape=(c, h, w)),
+        torch.tensor(found.labels),
+        tuple(found.names),
+        (c, h, w),
+        folder,
+        tuple(file[len(f"{folder}/") :] for file in found.files),
+        notes,
+    )
 
 
 def decode_images(files: Sequence[str], indices: Sequence[int] | Tensor, image_shape: Sequence[int]) -> Tensor:

@@ -28,6 +28,21 @@ Side = Annotated[int, BeforeValidator(not_boolean)]
 Name = Annotated[str, Field(max_length=1000)]
 
 
+class SetNote(BaseModel):
+    """The note on a data set that something was measured or trained on, under notes.test_set or notes.training_set.
+
+    `sha256`: of images and labels (test set), or of names, sizes and contents of the files (training set). `held_out`:
+    sizes and hashes of some images of a training set that the training did not use.
+    """
+
+    model_config = STRICT
+
+    name: Name
+    num_images: Annotated[int, BeforeValidator(not_boolean)] = Field(ge=1)
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    held_out: tuple[Annotated[str, Field(pattern="^[0-9]{1,18}-[0-9a-f]{16}$")], ...] = ()
+
+
 class BundleInfo(BaseModel):
     """The contents of `teacher.json`."""
 
@@ -51,7 +66,7 @@ class BundleInfo(BaseModel):
     @field_validator("notes")
     @classmethod
     def _notes_that_are_read(cls, notes: dict[str, Any]) -> dict[str, Any]:
-        """Validate the two notes that are used: `training` (held-out images) and `data` (options of the data set)."""
+        """Validate the notes that are used: `training` (held-out images), `data` (options of the data set), sets."""
         training, data = notes.get("training", {}), notes.get("data", {})
         if not isinstance(training, Mapping) or not isinstance(data, Mapping):
             raise ValueError("training and data must be objects")
@@ -63,6 +78,9 @@ class BundleInfo(BaseModel):
             kind = DATA_OPTIONS.get(name)
             if kind is None or not isinstance(value, kind):
                 raise ValueError(f"data.{one_line(name, 60)} is none of {', '.join(DATA_OPTIONS)}, or of a wrong type")
+        for name in ("test_set", "training_set"):
+            if name in notes:
+                SetNote.model_validate(notes[name])
         return notes
 
     @model_validator(mode="after")

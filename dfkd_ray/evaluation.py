@@ -3,8 +3,10 @@
 It takes batches and opens no data set.
 """
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from dfkd_ray import devices, losses
 from dfkd_ray.batches import Batch
 from dfkd_ray.devices import Runtime
 from dfkd_ray.images import decoded
+from dfkd_ray.text import one_line
 
 EVALUATION_BATCH = 500
 
@@ -44,6 +47,17 @@ def accuracy(network: nn.Module, batches: Iterable[Batch], runtime: Runtime) -> 
     if total == 0:
         raise ValueError("the test set has no images")
     return hits / total
+
+
+def test_set(batches: Sequence[Batch]) -> dict[str, Any]:
+    """Name, number of images and SHA-256 of a test set: of its stored images and its labels, however it is batched."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        digest.update(np.ascontiguousarray(batch.images).data.cast("B"))
+    for batch in batches:
+        digest.update(np.ascontiguousarray(batch.labels, "<i8").data.cast("B"))
+    num_images = sum(len(batch.labels) for batch in batches)
+    return {"name": one_line(batches[0].key, 120), "num_images": num_images, "sha256": digest.hexdigest()}
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,17 @@
 """Reads image files and class folders of unknown origin as uint8 RGB; refuses what cannot be converted correctly.
 
-The size is checked in the header before pixels are decoded. 16-bit grey is scaled (Pillow's own conversion clips it).
-Floating-point and 32-bit images are refused, because their value range is unknown.
+The size is checked in the header before pixels are decoded. Grey of 12 and 16 bits is scaled (Pillow's own conversion
+clips it). Floating-point and 32-bit images are refused, because their value range is unknown, and so are files of
+several images, because only the first would be used.
 """
 
 import os
+import re
 import warnings
+from collections import Counter
+from decimal import Decimal
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +26,22 @@ MAX_PIXELS = 2**26  # of one image
 MAX_FOLDERS = 100_000  # within a class folder
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 SIXTEEN_BIT_FORMATS = ("PNG", "PPM")  # older Pillow opens their 16-bit grey as 32-bit
+# Tags of a TIFF file. Bit 0 of its kind: a smaller version of another image.
+TIFF_KIND, TIFF_BITS, TIFF_BLACK_IS_ZERO, TIFF_SAMPLE = 254, 258, 262, 339
+SIGNED = 2  # of the samples
+NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
+
+
+class ClassFolders(NamedTuple):
+    """The contents of a folder of class folders; `labels` are indices into `names`, one per file.
+
+    `left_out`: number of files that are no images, by ending.
+    """
+
+    names: list[str]
+    files: list[str]
+    labels: list[int]
+    left_out: Counter[str]
 
 
 def read(path: str | Path) -> Tensor:
@@ -51,50 +72,88 @@ def problem_of(image: Image.Image) -> str | None:
     if image.mode == "F" or (image.mode == "I" and image.format not in SIXTEEN_BIT_FORMATS):
         kind = "floating-point" if image.mode == "F" else "32-bit"
         return f"{kind} pixels (mode {image.mode}), whose range is not known; convert it to 8 or 16 bits"
+    if SIGNED in tag(image, TIFF_SAMPLE, ()):
+        return "signed pixels, whose range is not known; convert it to unsigned ones"
+    if has_several(image):
+        return f"a {image.format} file of several images, expected one; write each into a file of its own"
     return None
+
+
+def has_several(image: Image.Image) -> bool:
+    """Whether a file has a second picture; smaller versions of the first (a camera's preview, a pyramid) are none."""
+    if image.format == "MPO":  # a camera's JPEG
+        return False
+    try:
+        image.seek(1)
+    except EOFError:
+        return False
+    smaller = tag(image, TIFF_KIND, 0) & 1
+    image.seek(0)
+    return not smaller
+
+
+def tag(image: Image.Image, number: int, default: Any) -> Any:
+    """A tag of a TIFF file; the default for other files."""
+    return getattr(image, "tag_v2", {}).get(number, default) if image.format == "TIFF" else default
 
 
 def colours(image: Image.Image) -> np.ndarray:
     """The pixels as uint8 (height, width, 3)."""
     if image.mode in SIXTEEN_BITS or image.mode == "I":
-        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return np.repeat(((grey * 255 + 32767) // 65535).astype(np.uint8)[..., None], 3, axis=2)
+        most = 2 ** tag(image, TIFF_BITS, (16,))[0] - 1
+        grey = np.asarray(image).astype(np.int64).clip(0, most)
+        if tag(image, TIFF_BLACK_IS_ZERO, 1) == 0:  # Pillow inverts only 8 bits
+            grey = most - grey
+        return np.repeat(((grey * 255 + most // 2) // most).astype(np.uint8)[..., None], 3, axis=2)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return np.array(image.convert("RGB"))
 
 
-def class_folders(folder: Path) -> tuple[list[str], list[str], list[int]]:
-    """For a folder of class folders: the sorted class names, the image files in order, and the class of each file.
+def class_folders(folder: Path) -> ClassFolders:
+    """What a folder of class folders holds, in the order of the class names: numbers as numbers, others as text.
 
     `ValueError` if there is no class folder, if one has no image or an undecodable name, or if links form a cycle.
     """
     expected = f"{one_line(folder, 120)}: expected class folders with images"
     try:
         with os.scandir(folder) as entries:
-            names = sorted(entry.name for entry in entries if os.path.isdir(entry.path))
+            names = in_order([entry.name for entry in entries if os.path.isdir(entry.path)])
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{expected} (there is no such folder)") from None
     if not names:
         raise ValueError(f"{expected} (there is none in it)")
     files: list[str] = []
     labels: list[int] = []
+    left_out: Counter[str] = Counter()
     for label, name in enumerate(names):
         try:
             name.encode()
         except UnicodeEncodeError:
             raise ValueError(f"{expected} (the name {one_line(name, 60)} is no UTF-8 text; rename it)") from None
-        found = image_files(os.path.join(folder, name))
+        found, others = image_files(os.path.join(folder, name))
         if not found:
             raise ValueError(f"{expected} (no image in {one_line(name, 60)}; known: {', '.join(EXTENSIONS)})")
         files += found
         labels += [label] * len(found)
-    return names, files, labels
+        left_out += others
+    return ClassFolders(names, files, labels, left_out)
 
 
-def image_files(folder: str) -> list[str]:
-    """The image files in a folder and those below it, sorted by folder and name; links are followed."""
+def in_order(names: list[str]) -> list[str]:
+    """Names of class folders, sorted: as numbers if all of them are numbers (2 before 10), otherwise as text."""
+    if all(NUMBER.fullmatch(name) for name in names):
+        return sorted(names, key=lambda name: (Decimal(name), name))
+    return sorted(names)
+
+
+def image_files(folder: str) -> tuple[list[str], Counter[str]]:
+    """The image files in a folder and those below it, sorted by folder and name, and the endings of all other files.
+
+    Links are followed. Hidden files are not counted.
+    """
     found: dict[str, list[str]] = {}
+    others: Counter[str] = Counter()
     todo: list[tuple[str, frozenset[tuple[int, int]]]] = [(folder, frozenset())]
     while todo:
         place, above = todo.pop()
@@ -111,4 +170,6 @@ def image_files(folder: str) -> list[str]:
                 todo.append((inner, above | {itself}))
             elif name.lower().endswith(EXTENSIONS):
                 found[place].append(name)
-    return [os.path.join(place, name) for place in sorted(found) for name in sorted(found[place])]
+            elif not name.startswith("."):
+                others[os.path.splitext(name)[1].lower() or "no ending"] += 1
+    return [os.path.join(place, name) for place in sorted(found) for name in sorted(found[place])], others

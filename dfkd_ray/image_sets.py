@@ -202,12 +202,16 @@ def class_folders(num_classes: int, class_names: Sequence[str]) -> list[str]:
     numbers = [f"{number:0{width}d}" for number in range(num_classes)]
     if not class_names:
         return numbers
-    # Without characters that file systems refuse, and without a leading dot: readers skip hidden folders.
-    names = [re.sub(r'[\x00-\x1f/\\:*?"<>|]', "_", name).strip(" .")[:60] for name in class_names]
+    names = file_names(class_names)
     alike = len({name.casefold() for name in names}) < num_classes
     if all(names) and names == sorted(names) and not alike:
         return names
     return [f"{number}-{name}" if name else number for number, name in zip(numbers, names, strict=True)]
+
+
+def file_names(class_names: Sequence[str]) -> list[str]:
+    """Class names without characters that file systems refuse, and without a leading dot, which hides a folder."""
+    return [re.sub(r'[\x00-\x1f/\\:*?"<>|]', "_", name).strip(" .")[:60] for name in class_names]
 
 
 def eight_bit(images: np.ndarray, pixel_range: tuple[float, float]) -> np.ndarray:

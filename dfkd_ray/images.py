@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dfkd_ray.batches import NO_LABEL, Batch
 
+SHEET = 1200  # pixels of a picture's side
 STORAGE_DTYPES = {"uint8": torch.uint8, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -143,16 +144,29 @@ def mix_images(
 def class_grid(
     batches: Sequence[Batch], num_classes: int, space: PixelSpace, per_class: int = 12, largest: int = 20
 ) -> bytes:
-    """A PNG with a row of images for each of the first `largest` classes; unlabelled noise fills the rows in order."""
+    """A PNG with a row of images for each of the first `largest` classes; unlabelled noise fills the rows in order.
+
+    With more classes than that and too few images to fill these rows, one image each of classes that are evenly spread
+    over all, in their order, on a sheet of at most 1,200 pixels.
+    """
     images = np.concatenate([batch.images for batch in batches])
     labels = np.concatenate([batch.labels for batch in batches])
     if (labels == NO_LABEL).all():
         labels = np.arange(len(labels)) % num_classes
     c, h, w = images.shape[1:]
-    rows = min(num_classes, largest)
-    picture = np.full((c, rows * (h + 2) - 2, per_class * (w + 2) - 2), 255, np.uint8)
-    for row in range(rows):
-        for column, image in enumerate(images[labels == row][:per_class]):
+    classes, first, counts = np.unique(labels, return_index=True, return_counts=True)
+    filled = classes[(classes >= 0) & (classes < largest) & (counts >= per_class)]
+    if num_classes <= largest or len(filled) == largest:
+        table = [np.flatnonzero(labels == label)[:per_class] for label in range(min(num_classes, largest))]
+    else:
+        width, height = (min(most, max(1, SHEET // (side + 2))) for most, side in ((per_class, w), (largest, h)))
+        first = first[classes >= 0]
+        chosen = first[np.linspace(0, len(first) - 1, min(len(first), width * height)).round().astype(int)]
+        table = [chosen[start : start + width] for start in range(0, len(chosen), width)]
+    columns = max(map(len, table))
+    picture = np.full((c, len(table) * (h + 2) - 2, columns * (w + 2) - 2), 255, np.uint8)
+    for row, numbers in enumerate(table):
+        for column, image in enumerate(images[numbers]):
             if image.dtype != np.uint8:
                 scaled = (image.astype(np.float32) - space.low) / (space.high - space.low)
                 image = (scaled * 255).round().clip(0, 255).astype(np.uint8)

@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,6 +107,21 @@ def claims(schema: str) -> Callable[[bytes], bool]:
 def claim(folder: Folder, name: str, schema: str, **notes: str) -> None:
     """Write the marker `name` that claims a folder, before anything else is written there."""
     folder.write(name, (json.dumps({"schema": schema, **notes}) + "\n").encode())
+
+
+@contextlib.contextmanager
+def retracting(folder: Folder, name: str) -> Iterator[None]:
+    """If the block raises before it has written anything but the claim `name`, remove the claim, and a new folder."""
+    was_there = not folder.is_local or os.path.lexists(folder.path)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # the block's own error is the one to report
+            if contents(folder) == [name]:
+                folder.remove(name)
+            if not was_there:
+                os.rmdir(folder.path)
+        raise
 
 
 def contents(folder: Folder) -> list[str]:

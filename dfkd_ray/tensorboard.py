@@ -89,7 +89,7 @@ def write_trial(place: str | Path | Folder, row: Mapping[str, Any], epochs: Sequ
     picture = row.get("synthesis_key") and (place / "images").read(f"{row['synthesis_key'][:12]}.png")
     if picture:
         tag = "real_images" if row.get("real_data") else "synthetic_images"
-        events.append(event(0, image(tag, picture, "some of the images distilled on, a row per class")))
+        events.append(event(0, image(tag, picture, "some of the images distilled on, by class")))
     ended = plugin_data_pb2.HParamsPluginData(session_end_info=end)
     events.append(event(0, hparams_value(metadata.SESSION_END_INFO_TAG, ended)))
     run = place / "tensorboard" / trial_id

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from torch import nn
 
-from dfkd_ray import bundles
+from dfkd_ray import bundles, image_files
+from dfkd_ray.images import decode
 from helpers import TINY_SETS, assert_one_error, set_words, write_idx_set
 
 # Without the device: some tests name it, and it may be said once.
@@ -57,6 +59,101 @@ def test_recover_writes_student_row_and_picture_and_prints_the_ladder(run_cli, t
     assert json.loads((out / "row.json").read_text())["pruning.sparsity"] == 0.9
     assert (out / "images.png").read_bytes().startswith(b"\x89PNG")
     assert bundles.load(str(out / "student")).info.num_classes == 10
+
+
+def test_row_and_bundle_of_a_student_name_the_test_set_or_have_no_accuracy(run_cli, tiny_teacher, tmp_path):
+    bundle = bundles.load(str(tiny_teacher))
+    info = bundle.info.model_copy(
+        update={"dataset": "svhn", "test_accuracy": 0.8797, "class_names": tuple("abcdefghij")}
+    )
+    bundles.save(tmp_path / "t", info, bundle.network.state_dict())
+    for number, name in enumerate("bdj"):
+        (tmp_path / "pets" / "test" / name).mkdir(parents=True)
+        Image.new("L", (16, 16), number * 90).save(tmp_path / "pets" / "test" / name / "0.png")
+    words = ["recover", str(tmp_path / "t"), *TINY]
+    done = run_cli(*words, "--out", str(tmp_path / "o"), "--test-data", str(tmp_path / "pets"))
+    assert done.code == 0, done.err
+    assert "note: pets has no images of the network's a, c, e, f and 3 more" in done.err
+    row = json.loads((tmp_path / "o" / "row.json").read_text())
+    student = bundles.read_info(tmp_path / "o" / "student")
+    assert (row["test_set"], row["num_test_images"], student.test_accuracy) == ("pets", 3, row["recovered_accuracy"])
+    assert student.notes["test_set"] == {"name": "pets", "num_images": 3, "sha256": row["test_sha256"]}
+    assert (
+        f"on pets (3 images, sha256 {row['test_sha256'][:12]})"
+        in run_cli("teacher", "info", f"{tmp_path}/o/student").out
+    )
+    assert "tested on pets, 3 images" in done.out and " from the cache" not in done.out
+    done = run_cli(*words, "--out", str(tmp_path / "none"), "--test-data", "none")
+    assert done.code == 0 and "8 images from the cache, made earlier in" in done.out, done.err
+    row = json.loads((tmp_path / "none" / "row.json").read_text())
+    assert (row["test_set"], row["num_test_images"], row["test_sha256"]) == (None, None, None)
+    student = bundles.read_info(tmp_path / "none" / "student")
+    assert student.test_accuracy is None and "test_set" not in student.notes
+
+
+def test_a_refused_recover_leaves_no_folder_and_none_of_an_earlier_run_is_touched(
+    run_cli, tiny_teacher, tmp_path, monkeypatch
+):
+    def refuse(*_words, **_options):
+        raise ValueError("refused late")
+
+    monkeypatch.setattr("dfkd_ray.trial.run", refuse)
+    words = ["recover", str(tiny_teacher), *TINY, "--out"]
+    assert_one_error(run_cli(*words, str(tmp_path / "o")), 2, "refused late")
+    assert not (tmp_path / "o").exists()
+    (tmp_path / "own").mkdir()
+    assert_one_error(run_cli(*words, str(tmp_path / "own")), 2, "refused late")
+    assert list((tmp_path / "own").iterdir()) == []
+    (tmp_path / "own" / "checkpoints").mkdir()
+    (tmp_path / "own" / ".recovery.json").write_text('{"schema": "dfkd_ray.recovery/1"}')
+    assert_one_error(run_cli(*words, str(tmp_path / "own")), 2, "refused late")
+    assert sorted(path.name for path in (tmp_path / "own").iterdir()) == [".recovery.json", "checkpoints"]
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["recover"], ["teacher", "--out"]),
+        (["recover", "--sparsity", "0.5"], ["teacher", "--out"]),
+        (["recover", "t"], ["--out"]),
+        (
+            ["teacher", "import", "w.pt", "--mean", "0"],
+            ["--architecture", "--num-classes", "--image-shape", "--std", "--out"],
+        ),
+    ],
+)
+def test_all_missing_options_are_named_in_one_line(run_cli, words, parts):
+    done = run_cli(*words)
+    assert_one_error(done, 2, *parts)
+    assert done.err.count("Missing") == len(parts)
+
+
+def test_training_maps_test_folders_by_name_and_refuses_others_before_it_begins(run_cli, tmp_path):
+    shades = {"ant": 20, "bee": 120, "cat": 220}
+    for part, names in (("train", shades), ("test", ("ant", "cat"))):
+        for name in names:
+            (tmp_path / "d" / part / name).mkdir(parents=True)
+            for index in range(8):
+                image = Image.new("L", (16, 16), shades[name] + index)
+                image.save(tmp_path / "d" / part / name / f"{index}.png")
+    words = ["teacher", "train", "resnet8", "--dataset", str(tmp_path / "d"), "--out", str(tmp_path / "t")]
+    words += ["--arguments", '{"width_multiplier": 0.25}', "--epochs", "2", "--set", "batch_size=8"]
+    words += ["--set", "num_threads=1", "--validation", "3"]
+    done = run_cli(*words)
+    assert done.code == 0 and "note: d has no images of the network's bee" in done.err, done.err
+    teacher = bundles.load(str(tmp_path / "t"))
+    hits = 0
+    for label, name in ((0, "ant"), (2, "cat")):
+        for file in sorted((tmp_path / "d" / "test" / name).iterdir()):
+            x = decode(image_files.read(file)[None], teacher.info.space)
+            hits += int(teacher.network(x).argmax()) == label
+    assert teacher.info.test_accuracy == pytest.approx(hits / 16, abs=1 / 16)
+    assert teacher.info.notes["test_set"]["name"] == "d" and teacher.info.notes["test_set"]["num_images"] == 16
+    assert len(teacher.info.notes["training_set"]["held_out"]) == 3
+    (tmp_path / "d" / "test" / "cat").rename(tmp_path / "d" / "test" / "wasp")
+    refused = run_cli(*words[:5], "--out", str(tmp_path / "u"))
+    assert_one_error(refused, 2, "wasp", "ant, bee, cat")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "t"]
 
 
 def test_seed_option_sets_both_seeds(run_cli, tiny_teacher, tmp_path):

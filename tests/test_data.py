@@ -9,7 +9,8 @@ import torch
 import torchvision
 from PIL import Image
 
-from dfkd_ray import data
+from dfkd_ray import data, image_files, image_sets
+from helpers import refusal
 
 
 def random_bytes(*shape, seed=0):
@@ -345,6 +346,90 @@ def test_a_folder_without_class_folders_is_refused(tmp_path):
     for train in (True, False):
         with pytest.raises(ValueError, match="expected class folders with images"):
             data.open_dataset(str(tmp_path / "pets"), tmp_path, train=train)
+
+
+def class_folders(root, *names, split="test"):
+    """One image in each class folder: its brightness is the number of the folder."""
+    for number, name in enumerate(names):
+        (root / split / name).mkdir(parents=True)
+        Image.new("L", (4, 4), number).save(root / split / name / "0.png")
+    return str(root)
+
+
+def labels_by_name(root, names, split="test"):
+    """Brightness (see `class_folders`) -> label."""
+    found = data.open_dataset(str(root), root, train=split == "train", image_shape=(3, 4, 4), class_names=names)
+    assert found.class_names == tuple(names) and len(found.files) == len(found)
+    assert found.labels.tolist() == sorted(found.labels.tolist())
+    images = found.read(range(len(found)))[:, 0, 0, 0].tolist()
+    return dict(zip(images, found.labels.tolist(), strict=True)), found
+
+
+def test_the_networks_class_names_decide_the_labels_of_class_folders(tmp_path):
+    class_folders(tmp_path, "ant", "bee", "cat")
+    assert labels_by_name(tmp_path, ["cat", "ant", "bee"])[0] == {0: 1, 1: 2, 2: 0}
+    numbers = [str(number) for number in range(11)]
+    class_folders(tmp_path / "numbers", *numbers)
+    assert labels_by_name(tmp_path / "numbers", numbers)[0] == {number: number for number in range(11)}
+    assert labels_by_name(tmp_path / "numbers", sorted(numbers))[0][10] == 2
+
+
+def test_classes_without_images_are_a_note(tmp_path):
+    class_folders(tmp_path, "ant", "cat")
+    found, opened = labels_by_name(tmp_path, ["ant", "bee", "cat", "dog"])
+    assert found == {0: 0, 1: 2} and len(opened.notes) == 1
+    assert opened.notes[0].endswith("has no images of the network's bee, dog")
+    assert labels_by_name(tmp_path, ["ant", "cat"])[1].notes == ()
+
+
+@pytest.mark.parametrize("name", ["wasp", "Ant", "0", "ants", "\x1b[31m"])
+def test_a_class_that_the_network_does_not_have_is_refused_with_the_names(tmp_path, name):
+    class_folders(tmp_path, "bee", name)
+    shown = refusal(lambda: labels_by_name(tmp_path, ["ant", "bee"]), "ant, bee")
+    assert name.replace("\x1b", "\\x1b") in shown
+
+
+def test_a_folder_that_could_be_several_classes_is_refused(tmp_path):
+    class_folders(tmp_path, "crane", "ant")
+    refusal(lambda: labels_by_name(tmp_path, ["crane", "ant", "crane"]), "several classes", "crane")
+
+
+def test_accents_count_in_either_form_and_so_do_exported_names(tmp_path):
+    class_folders(tmp_path / "accents", "cafe\u0301", "the\u0301")
+    assert labels_by_name(tmp_path / "accents", ["th\u00e9", "caf\u00e9"])[0] == {0: 1, 1: 0}
+    names = ("T-shirt/top", "Bag")
+    class_folders(tmp_path / "numbered", *image_sets.class_folders(2, names))
+    assert labels_by_name(tmp_path / "numbered", names)[0] == {0: 0, 1: 1}
+    class_folders(tmp_path / "plain", "Bag", "T-shirt_top")
+    assert labels_by_name(tmp_path / "plain", names)[0] == {0: 1, 1: 0}
+
+
+def test_a_known_sets_labels_follow_the_networks_names_too(tmp_path):
+    write_digits(tmp_path)
+    found = data.open_dataset("mnist", tmp_path, train=False, class_names=[str(9 - digit) for digit in range(10)])
+    assert found.labels.tolist() == [9, 8, 7, 6, 5]
+    refusal(lambda: data.open_dataset("mnist", tmp_path, train=False, class_names=["zero", "one"]), "zero, one")
+
+
+def test_numbers_are_sorted_as_numbers_and_other_names_as_text(tmp_path):
+    for names in (["0", "2", "10"], ["-2", "-1", "0.5", "3"], ["01", "1", "2"], ["1", "10", "2", "x"], ["v10", "v2"]):
+        assert image_files.in_order(sorted(names, reverse=True)) == names
+
+
+def test_a_folder_has_one_name_by_whatever_path(tmp_path, monkeypatch):
+    write_folder(tmp_path / "pets")
+    (tmp_path / "link").symlink_to(tmp_path / "pets")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "pets")
+    paths = [str(tmp_path / "pets"), ".", "../pets", "../link/", "~/pets", f"{tmp_path}/pets/train/.."]
+    found = [data.open_dataset(path, tmp_path, train=True, image_shape=(3, 8, 8)) for path in paths]
+    assert {(one.name, one.folder, one.files) for one in found} == {("pets", found[0].folder, found[0].files)}
+    assert found[0].files[0] == "cat/0.png"
+
+
+def test_a_folder_is_never_taken_for_a_known_set_of_its_name(tmp_path):
+    write_folder(tmp_path / "mnist")
+    assert data.open_dataset(str(tmp_path / "mnist"), tmp_path, train=True).name == "mnist/"
 
 
 def test_fitting_makes_colour_by_repeating_grey_and_grey_by_luminance():

@@ -229,6 +229,35 @@ def test_a_class_grid_of_float_images_equals_that_of_uint8_ones():
     np.testing.assert_array_equal(picture, other)
 
 
+def test_a_class_grid_has_no_empty_columns():
+    images, labels = np.full((5, 1, 2, 2), 9, np.uint8), np.array([0, 1, 2, 0, 0])
+    assert grid_of(class_grid([Batch(0, images, labels, "k")], 3, IDENTITY))[1].shape == (3 * 4 - 2, 3 * 4 - 2)
+
+
+@pytest.mark.parametrize(("side", "num_images"), [(224, 30), (224, 400), (32, 400), (2000, 3)])
+def test_a_class_grid_of_a_thousand_classes_is_a_sheet_that_is_full_and_small(side, num_images):
+    labels = np.random.default_rng(0).permutation(1000)[:num_images]
+    values = np.arange(num_images) % 200
+    images = np.broadcast_to(values.astype(np.uint8)[:, None, None, None], (num_images, 1, side, side))
+    picture = grid_of(class_grid([Batch(0, images, labels, "k")], 1000, IDENTITY))[1]
+    tiles = picture[:: side + 2, :: side + 2].flatten()
+    assert (
+        max(picture.shape) <= max(1200, side) and (tiles != 255).mean() > 0.8 and len(tiles) >= min(num_images, 25) / 25
+    )
+    shown = [value for value in tiles.tolist() if value != 255]
+    assert len(shown) == min(num_images, (1200 // 226) ** 2 if side == 224 else 240 if side == 32 else 1)
+    if num_images <= 200:  # then a value is an image: they stand in the order of their classes
+        places = [int(labels[value]) for value in shown]
+        assert places == sorted(places)
+
+
+def test_a_class_grid_whose_rows_are_full_shows_the_first_classes_of_many():
+    labels = np.repeat(np.arange(30), 2)
+    images = np.broadcast_to(labels.astype(np.uint8)[:, None, None, None], (60, 1, 2, 2))
+    picture = grid_of(class_grid([Batch(0, images, labels, "k")], 30, IDENTITY, per_class=2, largest=5))[1]
+    assert picture[::4, ::4].tolist() == [[label] * 2 for label in range(5)]
+
+
 def test_a_class_grid_shows_images_without_labels():
     images = np.full((4, 1, 2, 2), 9, np.uint8)
     png = class_grid([Batch(0, images, np.full(4, -1), "k")], 2, IDENTITY, per_class=2)

@@ -89,7 +89,7 @@ def test_column_names_are_unique_and_explained():
     schema = results.schema("trials")
     assert len(set(schema.names)) == len(schema.names)
     assert all(field.metadata[b"deterministic"] in (b"true", b"false") for field in schema)
-    assert schema.metadata[b"dfkd_ray.schema"] == b"dfkd_ray.trials/3"
+    assert schema.metadata[b"dfkd_ray.schema"] == b"dfkd_ray.trials/4"
 
 
 def test_deterministic_columns_exclude_seconds_hosts_and_versions():
@@ -442,7 +442,7 @@ def test_columns_that_got_another_name_keep_their_values_through_every_version(t
     results.compact(tmp_path)
     merged = pq.read_schema(tmp_path / "trials" / merged_in(tmp_path / "trials")[0])
     assert merged.equals(results.schema("trials"), check_metadata=True)
-    assert merged.metadata[b"dfkd_ray.schema"] == b"dfkd_ray.trials/3"
+    assert merged.metadata[b"dfkd_ray.schema"] == b"dfkd_ray.trials/4"
 
 
 def test_the_newest_rows_decide_over_those_of_a_version_without_times(tmp_path):

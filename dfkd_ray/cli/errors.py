@@ -51,7 +51,7 @@ def end(error: BaseException, debug: bool = False, options: Sequence[str] = ()) 
     if isinstance(error, KeyboardInterrupt | typer.Abort) or type(error).__name__ == "BdbQuit":  # from a debugger
         return fail(INTERRUPTED, 130)
     if isinstance(error, TyperException):
-        message = error.format_message()
+        message = all_missing(error) or error.format_message()
         return fail(message, 2) if message else 2  # without a message: the help has been printed
     if isinstance(error, ValueError):
         return fail(with_options(str(error), options) or type(error).__name__, 2)
@@ -60,6 +60,19 @@ def end(error: BaseException, debug: bool = False, options: Sequence[str] = ()) 
     if isinstance(error, FloatingPointError):
         return fail(str(error) or type(error).__name__, 1)
     return fail(unexpected(error), 3)
+
+
+def all_missing(error: TyperException) -> str:
+    """A line that names all missing options and arguments of a command; empty for another error.
+
+    The parser raises at the first one, after it has read those that are given.
+    """
+    context: Any = getattr(error, "ctx", None)
+    if type(error).__name__ != "MissingParameter" or context is None:
+        return ""
+    kind: Any = type(error)
+    missing = [one for one in context.command.params if one.required and one.name not in context.params]
+    return " ".join(kind(ctx=context, param=one).format_message() for one in missing)
 
 
 def with_options(message: str, options: Sequence[str]) -> str:

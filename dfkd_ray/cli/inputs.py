@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfkd_ray import config as configs
+from dfkd_ray.cli import held_out
 from dfkd_ray.cli.streams import say
 from dfkd_ray.config import parsing
 from dfkd_ray.plain import given, named
@@ -62,14 +63,52 @@ def data_options(teacher: "Teacher", name: str) -> dict[str, Any]:
     return teacher.info.notes.get("data", {}) if name == teacher.info.dataset else {}
 
 
+def open_for(teacher: "Teacher", name: str, root: Path, *, train: bool, download: bool) -> "LabelledImages":
+    """A data set with images and labels as a teacher has them; its notes are printed.
+
+    `ValueError` for classes that are not the teacher's.
+    """
+    from dfkd_ray import data
+
+    info, options = teacher.info, data_options(teacher, name)
+    found = data.open_dataset(
+        name,
+        root,
+        train=train,
+        image_shape=info.image_shape,
+        download=download,
+        class_names=info.class_names,
+        **options,
+    )
+    if len(found.class_names) != info.num_classes:
+        raise ValueError(
+            f"{named(name)}: {len(found.class_names)} classes, the teacher has {info.num_classes}, and no names by "
+            "which to tell them apart (`dfkd-ray teacher import` takes some)"
+        )
+    print_notes(found)
+    if not info.class_names and list(found.class_names) != sorted(found.class_names):
+        first = ", ".join(found.class_names[:3])
+        say(
+            f"note: {named(name)}: its class folders are numbered {first}, …, and the teacher's classes have no names: "
+            "its outputs are taken in this order, and not in that of the names as text, which some libraries use",
+            error=True,
+        )
+    return found
+
+
+def print_notes(data: "LabelledImages") -> None:
+    """Print the notes of a data set."""
+    for note in data.notes:
+        say(f"note: {note}", error=True)
+
+
 def training_split(teacher: "Teacher", name: str, root: Path, download: bool) -> "tuple[LabelledImages, Any, Any]":
     """A training set, the rows that the teacher was trained on, and the rows that were held out."""
-    from dfkd_ray import data, teachers
+    from dfkd_ray import teachers
 
     notes = teacher.info.notes.get("training", {})
-    shape, options = teacher.info.image_shape, data_options(teacher, name)
-    found = data.open_dataset(name, root, train=True, image_shape=shape, download=download, **options)
-    own = name == teacher.info.dataset
+    found = open_for(teacher, name, root, train=True, download=download)
+    own = held_out.is_training_set(teacher, found, name)
     num_validation, seed = (notes.get("num_validation", 0), notes.get("seed", 0)) if own else (0, 0)
     return found, *teachers.split(len(found), num_validation, seed)
 
@@ -88,22 +127,16 @@ def open_test(teacher: "Teacher", name: str, root: Path, download: bool = False)
     if name == "none" or (name == "auto" and teacher.info.dataset is None):
         return None
     if name == "auto":
-        found = data.bundled_test_set(str(teacher.info.dataset), teacher.info.image_shape)
-        return None if found is None else as_batches(found)
+        info = teacher.info
+        found = data.bundled_test_set(str(info.dataset), info.image_shape)
+        return None if found is None else as_batches(data.by_class_name(found, info.class_names))
     if name == "validation":
-        if teacher.info.dataset is None:
-            raise ValueError(f"--test-data validation: {teacher.name} does not say what it was trained on")
-        found, _, held_out = training_split(teacher, teacher.info.dataset, root, download)
-        if len(held_out) == 0:
+        place = held_out.own_training_set(teacher, root)
+        found, _, rows = training_split(teacher, place, root, download)
+        if len(rows) == 0:
             raise ValueError(f"--test-data validation: {teacher.name} was trained without holding images out")
-        return as_batches(subset(found, held_out))
-    shape, options = teacher.info.image_shape, data_options(teacher, name)
-    found = data.open_dataset(name, root, train=False, image_shape=shape, download=download, **options)
-    if len(found.class_names) != teacher.info.num_classes:
-        raise ValueError(
-            f"--test-data {name}: {len(found.class_names)} classes, the teacher has {teacher.info.num_classes}"
-        )
-    return as_batches(found)
+        return as_batches(subset(found, rows))
+    return as_batches(open_for(teacher, name, root, train=False, download=download))
 
 
 def images_wanted(trials: Iterable[configs.TrialConfig]) -> tuple[int, str]:
@@ -144,7 +177,8 @@ def open_real(
             "lower it"
         )
     order = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(mix_seed(settings.seed, 0x4EA1)))]
-    key = synthesis_key(teacher.hash, settings, f"real:{name}")
+    identity = held_out.fingerprint(found) if found.files else name
+    key = synthesis_key(teacher.hash, settings, f"real:{identity}")
     plain = PixelSpace((0.0,) * teacher.info.image_shape[0], (1.0,) * teacher.info.image_shape[0])
 
     def batch(index: int) -> Batch:

@@ -97,10 +97,11 @@ def recover(
         assert isinstance(settings.synthesis, configs.RealConfig)
         real = open_real(loaded, real_data, data_root, settings.synthesis, download, images_wanted([settings]))
     trial.check(settings, loaded, tuple(trust_code or ()))
-    targets.claim(place, UNFINISHED, SCHEMA)
     inputs = trial.Inputs(test, real, trial.Local(root), trust_code=tuple(trust_code or ()))
     observer = trial.Observer(progress=Progress())
-    outcome = trial.run(settings, loaded, inputs, checkpoint=place / trial.CHECKPOINTS, observer=observer)
+    with targets.retracting(place, UNFINISHED):
+        targets.claim(place, UNFINISHED, SCHEMA)
+        outcome = trial.run(settings, loaded, inputs, checkpoint=place / trial.CHECKPOINTS, observer=observer)
     row = results.kept(outcome.row)
     if row["status"] == "finished":
         outcome.save_student(place / "student")

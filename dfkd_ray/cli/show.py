@@ -78,14 +78,26 @@ def print_ladder(row: Mapping[str, Any], out: Path) -> None:
     Console().print(table)
     if not is_null(row.get("real_data")) and row["real_data"]:
         say("real images were used: this is an upper bound, not data-free")
+    if not is_null(row.get("test_set")):
+        say(f"tested on {row['test_set']}, {row['num_test_images']:,} images (sha256 {str(row['test_sha256'])[:12]})")
     stored, dense = (number(row.get(f"{kind}_bytes"), 1.0, 0, ",") for kind in ("stored", "dense"))
     say(
-        f"{number(row.get('num_images'), 1.0, 0)} images in {number(row.get('synthesis_wall_s'), 1.0, 0)} s, distilled "
+        f"{number(row.get('num_images'), 1.0, 0)} images {made_in(row)}, distilled "
         f"in {number(row.get('distillation_wall_s'), 1.0, 0)} s; {stored} bytes stored, {dense} dense"
     )
     if not is_null(row.get("warnings")):
         say(f"warning: {row['warnings']}")
     say(f"written: {out / 'student'}, {out / 'row.json'}, {out / 'images.png'}")
+
+
+def made_in(row: Mapping[str, Any]) -> str:
+    """How long the images of one trial took, and when, as far as they were found in the cache."""
+    seconds, num_found = f"in {number(row.get('synthesis_wall_s'), 1.0, 0)} s", row.get("num_cached_batches")
+    if is_null(num_found) or not num_found:
+        return seconds
+    if num_found * row["synthesis.batch_size"] >= row["num_images"]:
+        return f"from the cache, made earlier {seconds}"
+    return f"{seconds}, those from the cache ({num_found} batches, made earlier) counted"
 
 
 def print_trials(rows: Any, place: object = "PLACE") -> None:

@@ -62,7 +62,7 @@ def synthesize(
     num_synthesizers = None if synthesizers == "auto" else number_of(synthesizers)
 
     from dfkd_ray import cache as caches
-    from dfkd_ray import image_sets, synthesis, targets
+    from dfkd_ray import image_sets, storage, synthesis, targets
 
     targets.check(out, image_sets.IMAGE_SET)
     cache_root = caches.check_target(cache or caches.default_folder()).uri
@@ -70,8 +70,6 @@ def synthesize(
     check(loaded, settings, device)
     settings = synthesis.pinned(loaded, settings)
     todo = export_of(loaded, settings, out, format_, num_images)
-    missing = image_sets.prepare(todo)
-    num_kept = todo.num_batches - len(missing)
     counts = {"made": 0, "found": 0}
     progress, start = Progress(), time.monotonic()
 
@@ -81,9 +79,12 @@ def synthesize(
         terms = {name: value for name, value in batch.terms.items() if isinstance(value, float)}
         progress("synthesising", sum(counts.values()), len(missing), {**terms, "cached": counts["found"]})
 
-    if missing:
-        fleet_options = (device, num_synthesizers, gpus_per_synthesizer, cache_root, batch_timeout)
-        through_fleet(loaded, settings, missing, on_batch, *fleet_options)
+    with targets.retracting(storage.folder(todo.folder), image_sets.UNFINISHED):
+        missing = image_sets.prepare(todo)
+        if missing:
+            fleet_options = (device, num_synthesizers, gpus_per_synthesizer, cache_root, batch_timeout)
+            through_fleet(loaded, settings, missing, on_batch, *fleet_options)
+    num_kept = todo.num_batches - len(missing)
     seconds = time.monotonic() - start
     num_made, num_found = counts["made"], counts["found"]
     record = image_sets.finish(todo, seconds=seconds, num_made=num_made, num_found=num_found, num_kept=num_kept)

@@ -7,11 +7,20 @@ from typing import Annotated
 import typer
 
 from dfkd_ray import config as configs
-from dfkd_ray.cli import leaving
-from dfkd_ray.cli.inputs import as_batches, load_teacher, parse_floats, parse_json, parse_shape
+from dfkd_ray.cli import held_out, leaving
+from dfkd_ray.cli.inputs import (
+    as_batches,
+    load_teacher,
+    parse_floats,
+    parse_json,
+    parse_shape,
+    print_notes,
+    say_doubts,
+)
 from dfkd_ray.cli.options import Address, BundleOut, DataRoot, Download, Out, Set, TeacherName, Trust, settled
 from dfkd_ray.cli.show import Progress
 from dfkd_ray.cli.streams import say
+from dfkd_ray.plain import named
 
 # Suffix of the folder beside a teacher that holds its checkpoint during training.
 TRAINING, TRAINING_SCHEMA = "training.json", "dfkd_ray.training/1"
@@ -64,13 +73,23 @@ def teacher_train(
         shape = (probe.image_shape[0], settings.image_size, settings.image_size)
     train_set = datasets.open_dataset(dataset, root, train=True, image_shape=shape, download=download, **options)
     shape = train_set.image_shape
-    test_set = datasets.open_dataset(dataset, root, train=False, image_shape=shape, **options)
-    targets.claim(checkpoint, TRAINING, TRAINING_SCHEMA)
-    info, network = teachers.train(settings, train_set, checkpoint=checkpoint.path, progress=Progress())
+    if len(train_set.class_names) < 2:
+        raise ValueError(f"--dataset {named(dataset)}: one class, expected at least two")
+    classes = train_set.class_names
+    test_set = datasets.open_dataset(dataset, root, train=False, image_shape=shape, class_names=classes, **options)
+    for opened in (train_set, test_set):
+        print_notes(opened)
+    _, rows = teachers.split(len(train_set), settings.num_validation, settings.seed)
+    training_note = held_out.note_of(train_set, rows.tolist())
+    with targets.retracting(checkpoint, TRAINING):
+        targets.claim(checkpoint, TRAINING, TRAINING_SCHEMA)
+        info, network = teachers.train(settings, train_set, checkpoint=checkpoint.path, progress=Progress())
     runtime = devices.Runtime(devices.resolve(settings.device), info.space, settings.precision)
-    accuracy = evaluation.accuracy(network.to(runtime.device), as_batches(test_set), runtime)
-    notes = {**info.notes, "data": options} if options else info.notes  # for who opens this data set for this teacher
-    info = info.model_copy(update={"test_accuracy": accuracy, "class_names": train_set.class_names, "notes": notes})
+    test = as_batches(test_set)
+    accuracy = evaluation.accuracy(network.to(runtime.device), test, runtime)
+    notes = info.notes | training_note | {"test_set": evaluation.test_set(test)}
+    notes |= {"data": options} if options else {}  # for who opens this data set for this teacher
+    info = info.model_copy(update={"test_accuracy": accuracy, "class_names": classes, "notes": notes})
     bundles.save(out, info, network.cpu().state_dict())
     checkpoint.clear((TRAINING, teachers.CHECKPOINT).__contains__)
     say(f"{out}: test accuracy {accuracy:.4f} on {len(test_set)} images ({dataset}, seed {seed}, last epoch)")
@@ -107,17 +126,21 @@ def teacher_import(
         "std": parse_floats(std, "--std"),
         "pixel_range": parse_floats(pixel_range, "--pixel-range"),
         "dataset": dataset,
-        "class_names": tuple(class_names.split(",")) if class_names else (),
+        "class_names": tuple(name.strip() for name in class_names.split(",")) if class_names else (),
     }
     from dfkd_ray import batchnorm, bundles, models, storage, targets
 
     targets.check(out, bundles.BUNDLE)
     info = configs.validate(bundles.BundleInfo, given, "teacher import")
     states = bundles.read_state_dicts(weights)
-    network = models.build(architecture, info.arguments, num_classes=num_classes, image_shape=info.image_shape)
+    of = {"num_classes": num_classes, "image_shape": info.image_shape}
+    network = models.build(architecture, info.arguments, finished=False, **of)
     found = bundles.match(network, states, str(weights), weights_key)
     bundles.load_state(network, found.state, str(weights))
-    bundles.save(out, info, network.state_dict())
+    models.finish(network, architecture, **of)
+    if batchnorm.layers(network):
+        batchnorm.check_recording(network, info.image_shape)
+    info = bundles.save(out, info, network.state_dict())
     say(f"{storage.without_secrets(out)}: {architecture}, {sum(p.numel() for p in network.parameters()):,} parameters")
     for note in found.notes:
         say(f"note: {note}")
@@ -125,6 +148,7 @@ def teacher_import(
         say(f"note: the averaged weights at {other} fit too, and are not taken; --weights-key {other} takes them")
     if not batchnorm.layers(network):
         say("note: it has no BatchNorm layer; DeepInversion will refuse it (it needs activation records)")
+    say_doubts(bundles.Teacher(bundles.freeze(network), info, bundles.teacher_hash(info), "it"))
 
 
 @app.command("init")
@@ -224,10 +248,6 @@ def teacher_record(
     bundles.check_record_target(bundle, chosen)
     data, rows, _ = training_split(teacher, dataset, data_root, download)
     rows = rows[:limit].numpy()
-    if len(data.class_names) != teacher.info.num_classes:
-        raise ValueError(
-            f"--dataset {dataset}: {len(data.class_names)} classes, the teacher has {teacher.info.num_classes}"
-        )
     max_bytes = sizes.MAX_BYTES if max_size is None else round(1e6 * max_size)
     options = fitting.Options(storage, rank, share, temperature, num_exemplars, seed, max_bytes)
     plan = fitting.plan(teacher, data.labels.numpy(), rows, chosen, options)
@@ -280,11 +300,17 @@ def teacher_info(
 
     teacher = load_teacher(bundle, trust_code)
     info, network = teacher.info, teacher.network
+    accuracy, test = (
+        "unknown" if info.test_accuracy is None else f"{info.test_accuracy:.4f}",
+        info.notes.get("test_set"),
+    )
+    if test is not None:
+        accuracy += f" on {test['name']} ({test['num_images']:,} images, sha256 {test['sha256'][:12]})"
     lines = {
         "architecture": f"{info.architecture} {json.dumps(info.arguments) if info.arguments else ''}".strip(),
         "trained": "yes" if info.trained else "NO: random weights",
         "trained on": info.dataset or "unknown",
-        "test accuracy": "unknown" if info.test_accuracy is None else f"{info.test_accuracy:.4f}",
+        "test accuracy": accuracy,
         "classes": str(info.num_classes),
         "images": "x".join(map(str, info.image_shape)),
         "mean / std": f"{info.mean} / {info.std}, pixels {info.pixel_range}",

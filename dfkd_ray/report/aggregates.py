@@ -214,7 +214,7 @@ def provenance(rows: Frame, columns: Iterable[str]) -> dict[str, dict[str, int]]
 
 
 def teachers(rows: Frame) -> Frame:
-    """One row per teacher: names, architecture, hash, accuracy, test images, number of trials."""
+    """One row per teacher: names, architecture, hash, accuracy, test set, number of trials."""
     known = rows.assign(teacher_hash=rows["teacher_hash"].fillna("unknown"))
     return (
         known.groupby("teacher_hash", sort=False)
@@ -222,6 +222,7 @@ def teachers(rows: Frame) -> Frame:
             teacher=("teacher", "first"),
             teacher_architecture=("teacher_architecture", "first"),
             teacher_accuracy=("teacher_accuracy", "first"),
+            test_set=("test_set", "first"),
             num_test_images=("num_test_images", "first"),
             num_trials=("trial_id", "size"),
         )

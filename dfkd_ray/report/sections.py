@@ -307,18 +307,19 @@ def pictures(material: Material) -> Section:
             f'<div class="grid"><ol aria-hidden="true">{class_numbers(first["class_histogram"])}</ol>{image}</div>'
         )
         shown.append(page.figure(content, caption))
-    note = "A row per class, in the order of the teacher's outputs; at most the first 20 classes."
+    note = "A row per class, in the order of the teacher's outputs; of more than 20 classes the first 20, or, with few "
+    note += "images of each, one image each of classes spread over all."
     note += more(material.num_pictures, len(shown), "picture")
     return Section(name, title, page.paragraph(note, "note") + f'<div class="figures">{"".join(shown)}</div>')
 
 
 def class_numbers(histogram: Any) -> str:
-    """The numbers of the classes shown in a grid of images; empty if unknown."""
+    """The numbers of the classes shown in the rows of a grid of images; empty if unknown, as with over 20 classes."""
     try:
         num_classes = len(json.loads(histogram))
     except (TypeError, ValueError):
         return ""
-    return "".join(f"<li>{index}</li>" for index in range(min(num_classes, 20)))
+    return "".join(f"<li>{index}</li>" for index in range(num_classes)) if num_classes <= 20 else ""
 
 
 def failed(material: Material) -> Section:
@@ -371,13 +372,14 @@ def origin(material: Material) -> Section:
             base_name(row["teacher"]),
             "–" if is_null(row["teacher_architecture"]) else row["teacher_architecture"],
             percent(row["teacher_accuracy"]),
+            "–" if is_null(row["test_set"]) else row["test_set"],
             "–" if is_null(row["num_test_images"]) else f"{int(row['num_test_images']):,}",
             int(row["num_trials"]),
             row["teacher_hash"],
         ]
         for row in known[:NUM_ROWS]
     ]
-    headings = ["teacher", "architecture", "test accuracy", "test images", "trials", "hash"]
+    headings = ["teacher", "architecture", "test accuracy", "test set", "test images", "trials", "hash"]
     body += page.table(headings, rows, numbers=("test accuracy", "test images", "trials"), long=["hash"])
     return Section("provenance", "Provenance", body)
 

@@ -24,7 +24,8 @@ SCHEMA = b"dfkd_ray.schema"
 # One entry per step from a version to the next: the columns renamed in it. Columns added with a version or a config
 # field are null in older rows. A new config field does not raise the version, a new metric does.
 RENAMED: dict[str, list[Mapping[str, str]]] = {
-    "trials": [{}, {}, {}],  # 2: written_at_s; 3: trial_version, synthesis_version; 4: selected, warnings
+    # 2: written_at_s; 3: trial_version, synthesis_version; 4: selected, warnings, test_set, test_sha256
+    "trials": [{}, {}, {}],
     "epochs": [],
     "synthesis": [{}, {}, {}, {}],  # 2: written_at_s; 3: record; 4: synthesis_version; 5: round
 }
@@ -52,7 +53,9 @@ METRICS: Columns = {
     "best_step": (pa.int64(), True, "distillation step of the selected student; 0: from before the first"),
     "selected": (pa.string(), True, "the rung of the selected student: pruned, bn_reestimated or recovered"),
     "warnings": (pa.string(), True, "what looks wrong, and what to change; null where nothing does"),
+    "test_set": (pa.string(), True, "name of the test set behind the accuracies; null without one"),
     "num_test_images": (pa.int64(), True, "test images behind the accuracies"),
+    "test_sha256": (pa.string(), True, "of the test images, as stored, and their labels"),
     "achieved_sparsity": (pa.float64(), True, "zeros over all Conv and Linear weights"),
     "num_parameters": (pa.int64(), True, "of the student"),
     "num_nonzero": (pa.int64(), True, "non-zero parameters of the student"),

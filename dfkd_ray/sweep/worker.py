@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dfkd_ray import bundles, cache, models, results, storage, tensorboard
+from dfkd_ray import bundles, cache, evaluation, models, results, storage, tensorboard
 from dfkd_ray import trial as one_trial
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import TrialConfig
@@ -67,7 +67,8 @@ def run_job(
             tensorboard.write_epochs(place, job.id, looks)
 
     # The teacher is the same in every trial: one evaluation per process, not one per trial.
-    known = (job.teacher.hash, kd.precision, kd.num_threads, job.config.device, None if test is None else len(test))
+    tested = evaluation.test_set(test)["sha256"] if test else None
+    known = (job.teacher.hash, kd.precision, kd.num_threads, job.config.device, tested)
 
     def attempt() -> one_trial.Outcome:
         unfit = results.unfit(one_trial.provenance(job.config, job.teacher))

@@ -45,7 +45,7 @@ from dfkd_ray.trial.images import (
     gather,
     wall_s,
 )
-from dfkd_ray.trial.row import image_columns, size_columns, student_info
+from dfkd_ray.trial.row import image_columns, size_columns, student_info, test_columns
 from dfkd_ray.trial.warnings import warnings_of
 
 __all__ = [
@@ -224,7 +224,7 @@ def steps(
                 agreement, kl = reference.compare(net)
                 row[str(rung.agreement)], ranks[rung] = agreement, (agreement, -kl)
 
-        row["num_test_images"] = None if test is None else sum(len(batch.labels) for batch in test)
+        row |= test_columns(test)
         measure(ladder.TEACHER, network)
         measure(ladder.PRUNED, student)
         if reestimates:

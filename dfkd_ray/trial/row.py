@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dfkd_ray import bundles, evaluation
+from dfkd_ray.batches import Batch
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.compression import pruning
 from dfkd_ray.config import TrialConfig
@@ -33,6 +34,13 @@ def image_columns(
     }
 
 
+def test_columns(test: Sequence[Batch] | None) -> dict[str, Any]:
+    """Columns about the test set of all accuracies; null without one."""
+    about = evaluation.test_set(test) if test else {}
+    names = {"test_set": "name", "num_test_images": "num_images", "test_sha256": "sha256"}
+    return {column: about.get(name) for column, name in names.items()}
+
+
 def size_columns(student: nn.Module, pruned: Sequence[str]) -> dict[str, Any]:
     """Sparsity, parameter counts and bytes of a student whose tensors named in `pruned` are stored sparse."""
     state = student.state_dict()
@@ -46,12 +54,18 @@ def size_columns(student: nn.Module, pruned: Sequence[str]) -> dict[str, Any]:
 
 
 def student_info(config: TrialConfig, teacher: Teacher, row: Mapping[str, Any]) -> bundles.BundleInfo:
-    """The student's `teacher.json`: the teacher's, with the student's architecture, accuracy and notes."""
-    changes: dict[str, Any] = {
-        "test_accuracy": row.get(RECOVERED.accuracy),
-        "trained": True,
-        "notes": {"student_of": teacher.hash, "trial_id": row["trial_id"], "config": config.model_dump(mode="json")},
-    }
+    """The student's `teacher.json`: the teacher's, with the student's architecture, accuracy and notes.
+
+    The accuracy is the student's own, with a note on the test set, or none. The notes on the teacher's training set
+    stay: they say which images were held out, and with which options the set is opened.
+    """
+    kept = {name: note for name, note in teacher.info.notes.items() if name in ("training", "training_set", "data")}
+    notes = {"student_of": teacher.hash, "trial_id": row["trial_id"], "config": config.model_dump(mode="json"), **kept}
+    accuracy = row.get(RECOVERED.accuracy)
+    if accuracy is not None:
+        about = {"name": "test_set", "num_images": "num_test_images", "sha256": "test_sha256"}
+        notes["test_set"] = {name: row[column] for name, column in about.items()}
+    changes: dict[str, Any] = {"test_accuracy": accuracy, "trained": True, "notes": notes}
     if config.student.architecture is not None:
         changes |= {"architecture": config.student.architecture, "arguments": config.student.arguments}
     return teacher.info.model_copy(update=changes)
