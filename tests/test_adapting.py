@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 import dfkd_ray
 from dfkd_ray import batchnorm, bundles, devices, models
@@ -146,7 +147,7 @@ COMPUTED = {
     "old_spectral_norm": lambda net: [nn.utils.spectral_norm(net.fc), net][1],
     "own": lambda net: [nn.utils.parametrize.register_parametrization(net.fc, "weight", Doubled()), net][1],
     "bias": lambda net: [nn.utils.parametrize.register_parametrization(net.fc, "bias", Doubled()), net][1],
-    "pruned": lambda net: [nn.utils.prune.l1_unstructured(net.conv, "weight", 0.5), net][1],
+    "pruned": lambda net: [prune.l1_unstructured(net.conv, "weight", 0.5), net][1],
 }
 
 

@@ -8,7 +8,7 @@ from torch import nn
 import dfkd_ray
 from dfkd_ray import bundles, trial
 from dfkd_ray.compression import pruning
-from dfkd_ray.config import TrialConfig, validate
+from dfkd_ray.config import TrialConfig, validate, with_overrides
 from dfkd_ray.distillation import Pool
 from dfkd_ray.synthesis.optimiser import labels_of
 from dfkd_ray.trial.warnings import warnings_of
@@ -57,7 +57,7 @@ class Restores(nn.Module):
         self.register_buffer("own", torch.randn(4, 1, 3, 3))
 
     def forward(self, x):
-        self.conv.weight.data.copy_(self.own)
+        self.conv.weight.data.copy_(self.get_buffer("own"))
         return self.fc(self.bn(self.conv(x)).mean(dim=(2, 3)))
 
 
@@ -83,7 +83,7 @@ def test_a_network_without_batchnorm_makes_no_images_for_it(tmp_path):
     settings = {**TINY_SETS, "bn_num_images": 64, "synthesis.method": "noise", "reference.synthesis.method": "noise"}
     settings = {name: value for name, value in settings.items() if not name.endswith("synthesis.num_steps")}
     settings = {name: value for name, value in settings.items() if not name.endswith("synthesis.num_threads")}
-    config = validate(TrialConfig, dfkd_ray.config.with_overrides({"teacher": "t"}, settings))
+    config = validate(TrialConfig, with_overrides({"teacher": "t"}, settings))
     outcome = trial.run(config, teacher)
     assert sum(row["domain"] == "train" for row in outcome.synthesis) == 1
 
