@@ -15,6 +15,7 @@ import torch
 
 from dfkd_ray import bundles, config, distillation, fleet, models, results, storage, sweep, trial
 from dfkd_ray.cli.live import descendants
+from dfkd_ray.fleet import node_check
 from dfkd_ray.sweep import ledger as ledgers
 from dfkd_ray.sweep import places, worker
 from helpers import ABOUT, TINY_TRIAL, jobs_of, tiny_sweep, write_yaml
@@ -271,7 +272,7 @@ def test_a_place_that_cannot_be_written_is_told_in_one_line(tmp_path, monkeypatc
     with pytest.raises(OSError, match="does not read back"):
         places.probe(storage.folder(tmp_path), "cache")
     monkeypatch.setattr(storage.Folder, "write", lambda *_: time.sleep(3))
-    monkeypatch.setattr(places, "ANSWER_S", 0.1)
+    monkeypatch.setattr(node_check, "ANSWER_S", 0.1)
     with pytest.raises(OSError, match="no answer within"):
         places.probe(storage.folder(tmp_path), "cache")
 
@@ -279,9 +280,11 @@ def test_a_place_that_cannot_be_written_is_told_in_one_line(tmp_path, monkeypatc
 def test_what_a_node_cannot_do_is_said_with_what_to_do(tmp_path, monkeypatch):
     place, cache = storage.folder(tmp_path / "r"), storage.folder(tmp_path / "c")
     place.write("seen", b"seen")
-    assert places.trouble_here(place, "seen", cache) is None and places.trouble_here(place, "seen", None) is None
+    assert (
+        node_check.trouble_here(place, "seen", cache) is None and node_check.trouble_here(place, "seen", None) is None
+    )
     assert (list(place.sizes()), list(cache.sizes())) == (["seen"], []), "a probe leaves nothing behind"
-    assert "does not see" in (places.trouble_here(place, "other", cache) or "")
+    assert "does not see" in (node_check.trouble_here(place, "other", cache) or "")
     real = storage.Folder.write
     for denied, what, option in ((place, "results folder", "`results`"), (cache, "cache", "`cache`")):
 
@@ -291,30 +294,30 @@ def test_what_a_node_cannot_do_is_said_with_what_to_do(tmp_path, monkeypatch):
             real(folder, name, *data)
 
         monkeypatch.setattr(storage.Folder, "write", write)
-        told = places.trouble_here(place, "seen", cache) or ""
+        told = node_check.trouble_here(place, "seen", cache) or ""
         assert told.startswith(f"the {what} {denied} cannot be written: AWS Error ACCESS_DENIED") and "hush" not in told
         assert told.endswith(f"choose another {option}") and "credentials" in told
     monkeypatch.setattr(storage.Folder, "read", lambda *_: (_ for _ in ()).throw(PermissionError(13, "denied")))
-    assert "cannot be read: denied; give this node" in (places.trouble_here(place, "seen", cache) or "")
+    assert "cannot be read: denied; give this node" in (node_check.trouble_here(place, "seen", cache) or "")
 
 
 TWO_NODES = """
 import os, sys
 from ray.cluster_utils import Cluster
 from dfkd_ray import fleet, storage
-from dfkd_ray.sweep import places
+from dfkd_ray.fleet import node_check
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100_000_000})
 try:
     with fleet.connected(cluster.address):
         place, cache = storage.folder(sys.argv[1]), storage.folder(sys.argv[2])
-        places.try_on_every_node(place, cache)
+        node_check.try_on_every_node(place, cache)
         os.environ["AWS_ENDPOINT_URL"] = "http://127.0.0.1:1"  # the store is out of this node's reach
         cluster.add_node(num_cpus=1, object_store_memory=100_000_000)
         cluster.wait_for_nodes()
-        places.try_on_every_node(storage.folder(sys.argv[3]), None)
+        node_check.try_on_every_node(storage.folder(sys.argv[3]), None)
         try:
-            places.try_on_every_node(storage.folder(sys.argv[3]), cache)
+            node_check.try_on_every_node(storage.folder(sys.argv[3]), cache)
         except OSError as error:
             print(error)
         print("left", place.sizes(), cache.sizes())

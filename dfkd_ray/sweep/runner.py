@@ -18,6 +18,7 @@ from dfkd_ray import bundles, cache, models, storage, targets, tensorboard
 from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import RealConfig
+from dfkd_ray.fleet import node_check
 from dfkd_ray.results import FINAL, finished_ids
 from dfkd_ray.storage import Where, in_one_line
 from dfkd_ray.sweep import asha, places
@@ -152,7 +153,7 @@ def run(
         running = board = None
         with first_machine(known, cluster.synthesizers, *shares, cluster.first_machine_s):
             settings, placement = preflight(known, cache_root, cluster.synthesizers, *shares)
-            places.try_on_every_node(place, None if cache_root is None else storage.folder(cache_root))
+            node_check.try_on_every_node(place, None if cache_root is None else storage.folder(cache_root))
             settings = replace(settings, batch_timeout_s=cluster.batch_timeout_s)
             if cluster.synthesizers != 0:
                 running = stack.enter_context(fleet.started(settings, list(teachers.values())))
