@@ -10,7 +10,7 @@ import ray
 
 from dfkd_ray import fleet, sweep
 from dfkd_ray.fleet.simulated import Simulated, simulated_spec
-from helpers import jobs_of, sweep_of_four
+from helpers import jobs_of, tiny_sweep
 
 LIMIT_S = 600.0
 
@@ -30,7 +30,7 @@ def main(address: str, teacher: str, folder: Path) -> dict:
     told: dict = {"refused": "", "statuses": []}
     with fleet.connected(address):
         told["at first"] = machines()
-        jobs = jobs_of(sweep_of_four(teacher))[:2]
+        jobs = jobs_of(tiny_sweep(teacher, {"pruning.sparsity": [0.5]}))
         try:
             sweep.run(jobs, folder / "refused", None, cluster=sweep.Cluster(synthesizers=1))
         except ValueError as error:
