@@ -442,7 +442,7 @@ def test_columns_that_got_another_name_keep_their_values_through_every_version(t
     results.compact(tmp_path)
     merged = pq.read_schema(tmp_path / "trials" / merged_in(tmp_path / "trials")[0])
     assert merged.equals(results.schema("trials"), check_metadata=True)
-    assert merged.metadata[b"dfkd_ray.schema"] == b"dfkd_ray.trials/4"
+    assert merged.metadata[b"dfkd_ray.schema"] == b"dfkd_ray.trials/3"
 
 
 def test_the_newest_rows_decide_over_those_of_a_version_without_times(tmp_path):
