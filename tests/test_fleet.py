@@ -432,8 +432,9 @@ def test_synthesizers_of_another_numerics_class_are_left_out(tmp_path):
         read_all(running.stream(), simulated_spec("mixed", SHAPE), range(3))
 
 
-def test_no_process_and_no_reservation_is_left_behind(shared, tmp_path):
-    num_free = pytest.approx(ray.cluster_resources()["CPU"] - 2 * shared.settings.cpus)
+def test_no_process_and_no_reservation_is_left_behind(shared, narrow, tmp_path):
+    others = [one.settings.num_synthesizers * one.settings.cpus for one in (shared, narrow)]
+    num_free = pytest.approx(ray.cluster_resources()["CPU"] - sum(others))
     with fleet.started(settings_of(tmp_path, num_synthesizers=2)) as running:
         read_all(running.stream(), simulated_spec("end", SHAPE), range(3))
         actors = ray.get(running.coordinator.actors.remote())
