@@ -40,22 +40,30 @@ def fitted(teacher, images, labels, kinds=format.KINDS, num_shards=1, **options)
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    """A LeNet-5 for three classes with all four records in its bundle."""
-    folder = tmp_path_factory.mktemp("recorded") / "lenet"
-    made = make_teacher(folder)
-    for record in fitted(made, *examples()):
-        bundles.save_record(str(folder), record)
-    return bundles.load(str(folder))
+def plain(tmp_path_factory):
+    """A LeNet-5 for three classes."""
+    return make_teacher(tmp_path_factory.mktemp("recorded") / "lenet")
+
+
+@pytest.fixture(scope="module")
+def records(plain):
+    """All four records of it, fitted to all examples at once."""
+    return fitted(plain, *examples())
+
+
+@pytest.fixture(scope="module")
+def teacher(plain, records):
+    """The LeNet-5 with all four records in its bundle."""
+    for record in records:
+        bundles.save_record(str(plain.folder), record)
+    return bundles.load(str(plain.folder))
 
 
 # ---- fitting -------------------------------------------------------------------------------------------------------
 
 
-def test_records_of_shards_are_the_record_of_the_whole(tmp_path):
-    made = make_teacher(tmp_path / "t")
-    images, labels = examples()
-    for whole, parts in zip(fitted(made, images, labels), fitted(made, images, labels, num_shards=4), strict=True):
+def test_records_of_shards_are_the_record_of_the_whole(plain, records):
+    for whole, parts in zip(records, fitted(plain, *examples(), num_shards=4), strict=True):
         assert whole.info == parts.info
         for name, tensor in whole.tensors.items():
             if name.endswith(".factor"):  # unique up to a rotation: what counts is the covariance

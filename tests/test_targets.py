@@ -199,22 +199,21 @@ def test_a_trial_id_of_another_form_removes_nothing(name, tmp_path):
     assert hashes(tmp_path) == before
 
 
-def test_a_row_from_outside_removes_no_folder(tiny_teacher, tmp_path):
+def test_a_sweep_writes_down_what_ran_in_its_place_and_a_row_from_outside_removes_no_folder(materials, tmp_path):
     victim = tmp_path / "home"
     victim.mkdir()
     (victim / "thesis.tex").write_text("ten years")
     rows = [{"trial_id": str(victim), "status": "finished"}]
-    place = tmp_path / "place"
+    place = tmp_path / "swept"
     schema = results.schema("trials")
     table = pa.Table.from_pylist([{n: row.get(n) for n in schema.names} for row in rows], schema=schema)
     (place / "trials").mkdir(parents=True)
     pq.write_table(table, place / "trials" / "t-222222222222.parquet")
-    sweep = {"base": {"teacher": str(tiny_teacher)}, "grid": {"pruning.sparsity": [0.5]}}
-    (tmp_path / "s.yaml").write_text(yaml.safe_dump(sweep))
-    words = ["sweep", str(tmp_path / "s.yaml"), *TINY_WORDS, "--results", str(place), "--test-data", "none"]
-    ended = commands.done([*commands.SCRIPT, *words], tmp_path)
+    words = ["sweep", materials["s.yaml"], *TINY_WORDS, "--results", str(place), "--test-data", "none"]
+    ended = commands.done([*commands.SCRIPT, *words, "--synthesizers", "0"], tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert (victim / "thesis.tex").read_text() == "ten years"
+    assert yaml.safe_load((place / "sweep.yaml").read_text())["grid"] == {"pruning.sparsity": [0.5]}
 
 
 def test_nothing_is_removed_through_a_link(tmp_path):
@@ -270,9 +269,3 @@ def test_a_second_sweep_that_is_refused_changes_nothing_of_the_first(tiny_teache
     after = hashes(place.path)
     after.pop(".lock", None)
     assert after == before
-
-
-def test_a_sweep_writes_down_what_ran_in_its_place(materials, tmp_path):
-    words = ["sweep", materials["s.yaml"], *TINY_WORDS, "--results", str(tmp_path / "r"), "--test-data", "none"]
-    assert commands.done([*commands.SCRIPT, *words], tmp_path).returncode == 0
-    assert yaml.safe_load((tmp_path / "r" / "sweep.yaml").read_text())["grid"] == {"pruning.sparsity": [0.5]}
