@@ -54,6 +54,6 @@ def warnings_of(
         yield f"the teacher is not sure of the images: its mean highest probability is {row['image_confidence']:.2f}"
     if row.get("selected") == PRUNED.name and config.distillation.num_steps > 0:
         yield (
-            "no rung agrees better with the teacher than plain pruning, which is the student: these images do not help "
-            "it; make better or more of them, or lower distillation.learning_rate"
+            "plain pruning agrees best with the teacher and is the student: training on the images did not improve it "
+            "(more or better images, or a lower distillation.learning_rate, may)"
         )
