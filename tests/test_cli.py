@@ -70,7 +70,7 @@ def test_row_and_bundle_of_a_student_name_the_test_set_or_have_no_accuracy(run_c
     for number, name in enumerate("bdj"):
         (tmp_path / "pets" / "test" / name).mkdir(parents=True)
         Image.new("L", (16, 16), number * 90).save(tmp_path / "pets" / "test" / name / "0.png")
-    words = ["recover", str(tmp_path / "t"), *TINY]
+    words = ["recover", str(tmp_path / "t"), "--cache", str(tmp_path / "cache"), *TINY]
     done = run_cli(*words, "--out", str(tmp_path / "o"), "--test-data", str(tmp_path / "pets"))
     assert done.code == 0, done.err
     assert "note: pets has no images of the network's a, c, e, f and 3 more" in done.err

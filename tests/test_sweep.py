@@ -68,7 +68,9 @@ def test_every_look_of_a_finished_trial_is_a_row_of_epochs_and_ends_as_the_trial
     for name, own in epochs.groupby("trial_id"):
         assert own["step"].tolist() == [0, 2] and own["loss"].notna().tolist() == [False, True]
         best = own[own["step"] == rows.loc[name, "best_step"]].iloc[0]
-        assert best["agreement"] == rows.loc[name, "agreement"]
+        selected = rows.loc[name, "selected"]
+        ends = best["agreement"] if selected == "recovered" else rows.loc[name, f"{selected}_agreement"]
+        assert rows.loc[name, "agreement"] == ends >= best["agreement"]
         assert best["sparsity"] == rows.loc[name, "achieved_sparsity"]
 
 

@@ -82,10 +82,6 @@ class Teacher:
         def per_channel(values: float | Sequence[float]) -> tuple[float, ...]:
             return (float(values),) * channels if isinstance(values, int | float) else tuple(map(float, values))
 
-        models.checks.check_shapes(IN_MEMORY, num_classes, image_shape)
-        models.finish(own, IN_MEMORY, num_classes, image_shape)
-        freeze(own)
-        apart = {key: tensor.clone() for key, tensor in own.state_dict().items()}  # safetensors refuses shared memory
         described = {
             "architecture": IN_MEMORY,
             "arguments": {"network": kind.__qualname__, "structure_sha256": structure},
@@ -94,9 +90,10 @@ class Teacher:
             "mean": per_channel(mean),
             "std": per_channel(std),
             "pixel_range": pixel_range,
-            "weights_sha256": sha256(safetensors_bytes(apart)),
         }
         info = untrusted.validated(BundleInfo, described, name)
+        freeze(models.finish(own, IN_MEMORY, num_classes, info.image_shape))
+        info = info.model_copy(update={"weights_sha256": sha256(safetensors_bytes(own.state_dict()))})
         return cls(own, info, teacher_hash(info), name)
 
     def record_kinds(self) -> list[str]:

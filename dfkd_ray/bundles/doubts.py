@@ -45,14 +45,7 @@ def doubts(teacher: Teacher) -> list[str]:
 def statistics_doubts(network: nn.Module) -> Iterator[str]:
     """Doubts about the running statistics themselves."""
     layers = batchnorm.layers(network)
-    initial = [
-        layer
-        for layer in layers
-        if layer.running_mean is not None
-        and layer.running_var is not None
-        and not layer.running_mean.any()
-        and bool((layer.running_var == 1).all())
-    ]
+    initial = [layer for layer in layers if is_initial(layer)]
     if layers and len(initial) == len(layers):
         yield (
             "all its BatchNorm statistics are the initial ones (mean 0, variance 1): the weights file may have come "
@@ -63,6 +56,12 @@ def statistics_doubts(network: nn.Module) -> Iterator[str]:
             f"{len(initial)} of its {len(layers)} BatchNorm layers have their initial statistics (mean 0, variance 1): "
             "they may not have been trained"
         )
+
+
+def is_initial(layer: batchnorm.BatchNorm) -> bool:
+    """Whether a layer's running statistics are those of a new layer."""
+    mean, variance = layer.running_mean, layer.running_var
+    return mean is not None and variance is not None and not mean.any() and bool((variance == 1).all())
 
 
 class FirstNormalisation:
@@ -104,7 +103,7 @@ class FirstNormalisation:
         their squared distance (Popoviciu's inequality). Zero padding widens the bounds.
         """
         layer, module = self.layer, self.linear
-        if layer is None or layer.running_mean is None or layer.running_var is None:
+        if layer is None or layer.running_mean is None or layer.running_var is None or is_initial(layer):
             return
         weight = module.weight.double()
         if weight.ndim == 2 or getattr(module, "groups", 1) != 1 or weight.shape[1] != low.shape[1]:

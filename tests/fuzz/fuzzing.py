@@ -236,15 +236,16 @@ def of_text(case: Case, code: int, out: bytes, err: bytes) -> Iterator[str]:
             yield f"TRACEBACK on {name}"
         if case.secret and case.secret in text:
             yield f"SECRET on {name}"
-        ours = not (case.raw_out and name == "stdout")
-        marks = sorted({f"U+{ord(c):04X}" for c in text if ours and is_control(c)})
+        is_text = not (case.raw_out and name == "stdout")
+        marks = sorted({f"U+{ord(c):04X}" for c in text if is_text and is_control(c)})
         if marks:
             yield f"CONTROL {', '.join(marks[:4])} on {name}"
     if "unexpected error" in texts["stderr"].lower():
         yield "UNEXPECTED: only the last resort knew it"
     lines = [ESCAPED.sub("?", line) for line in texts["stderr"].split("\n") if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
-    others = [line for line in lines if not line.startswith("error: ") and not PROGRESS.match(line)]
+    ours = ("error: ", "warning: ", "note: ")
+    others = [line for line in lines if not line.startswith(ours) and not PROGRESS.match(line)]
     if code in (2, 3) and not errors and "Usage: " not in texts["stdout"]:
         yield "SILENT: no line that begins with 'error: '"
     if code in (0, 77) and errors:
