@@ -148,7 +148,7 @@ def teacher_import(
         say(f"note: the averaged weights at {other} fit too, and are not taken; --weights-key {other} takes them")
     if not batchnorm.layers(network):
         say("note: it has no BatchNorm layer; DeepInversion will refuse it (it needs activation records)")
-    say_doubts(bundles.Teacher(bundles.freeze(network), info, bundles.teacher_hash(info), "it"))
+    say_doubts(bundles.Teacher(bundles.freeze(network), info, bundles.teacher_hash(info), storage.folder(out).name))
 
 
 @app.command("init")

@@ -116,7 +116,7 @@ def finished_ids(place: Where) -> set[str]:
     if not part_names(root / "trials"):
         return set()
     rows = read(root, "trials", ["trial_id", "status"])
-    return set(rows[rows["status"].isin(FINAL)]["trial_id"])
+    return set(rows[rows["status"].isin(FINAL)]["trial_id"].dropna())  # a foreign part may have rows without an id
 
 
 def compact(place: Where) -> int:

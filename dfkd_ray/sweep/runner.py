@@ -28,6 +28,7 @@ from dfkd_ray.sweep.machines import FIRST_MACHINE_S, Asked, first_machine, prefl
 from dfkd_ray.sweep.resume import check_one_meaning, looks_in, rows_in
 from dfkd_ray.sweep.tuner import drive
 from dfkd_ray.sweep.worker import Board, Seconds, Shared
+from dfkd_ray.text import is_null
 
 Stages = Mapping[str, tuple[str, int, int]]  # trial id → (stage, done, total), running trials only
 LOOK_S = 15.0
@@ -118,7 +119,7 @@ def run(
         with places.explained(storage.folder(cache_root), "cache"):
             cache.check_target(cache_root)
     rows = rows_in(place, None if plan.search else ["trial_id", "status"])
-    done = {row["trial_id"] for row in rows if row["status"] in FINAL}
+    done = {row["trial_id"] for row in rows if row["status"] in FINAL and not is_null(row["trial_id"])}
     todo = [job for job in plan.jobs if job.id not in done]
     num_left = plan.search.begin(rows) if plan.search else len(todo)
     if not num_left:

@@ -197,6 +197,9 @@ def tensors_of(rng: random.Random, state: dict[str, torch.Tensor]) -> dict[str, 
         state = {key: value.to(rng.choice(kinds)) for key, value in state.items()}
     elif what == "value":
         floats = [key for key in names if state[key].is_floating_point()]
+        if not floats:  # compressed: any byte of it
+            state[name].view(-1)[rng.randrange(state[name].numel())] = rng.randrange(128)
+            return state
         state[rng.choice(floats)].view(-1)[0] = rng.choice([float("nan"), float("inf"), -float("inf"), 1e38, -1e38])
     elif what == "shape":
         shape = rng.choice([(), (1,), (0,), (*state[name].shape, 1), tuple(state[name].shape)[::-1], (1, 1, 1, 1, 1)])
