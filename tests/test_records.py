@@ -365,7 +365,7 @@ def test_a_layers_target_is_a_sample_and_not_the_covariance_times_noise(teacher)
     record = teacher.record("top")
     (target,) = reconstruction.draw(record, torch.zeros(20_000, dtype=torch.long), torch.Generator().manual_seed(0))
     name = record.info.parts[0].name
-    factor = record.tensors[f"{name}.factor"][0]
+    factor = record.tensors[f"{name}.factor"][0].float()
     torch.testing.assert_close(
         target.T.cov(), factor @ factor.T, rtol=0.05, atol=0.02 * float((factor @ factor.T).max())
     )
