@@ -116,7 +116,8 @@ def finished_ids(place: Where) -> set[str]:
     if not part_names(root / "trials"):
         return set()
     rows = read(root, "trials", ["trial_id", "status"])
-    return set(rows[rows["status"].isin(FINAL)]["trial_id"].dropna())  # a foreign part may have rows without an id
+    final = rows.loc[rows["status"].isin(FINAL) & rows["trial_id"].notna()]  # a part from elsewhere may lack an id
+    return set(final["trial_id"])
 
 
 def compact(place: Where) -> int:
