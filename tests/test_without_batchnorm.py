@@ -397,7 +397,7 @@ def test_the_default_references_key_and_columns_are_those_of_before():
     fields = {*DeepInversionConfig.model_fields, *RecordsConfig.model_fields, *NoiseConfig.model_fields}
     assert set(names) == {"reference.num_images", *(f"reference.synthesis.{field}" for field in fields)}
     assert len(names) == len(set(names))
-    assert json.loads(str(results.schema("trials").metadata[b"dfkd_ray.schema"].rpartition(b"/")[2].decode())) == 3
+    assert json.loads(str(results.schema("trials").metadata[b"dfkd_ray.schema"].rpartition(b"/")[2].decode())) == 4
 
 
 def test_a_sweep_leaves_out_overrides_of_another_references_method(teacher_folder):
