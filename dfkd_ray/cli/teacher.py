@@ -300,10 +300,8 @@ def teacher_info(
 
     teacher = load_teacher(bundle, trust_code)
     info, network = teacher.info, teacher.network
-    accuracy, test = (
-        "unknown" if info.test_accuracy is None else f"{info.test_accuracy:.4f}",
-        info.notes.get("test_set"),
-    )
+    accuracy = "unknown" if info.test_accuracy is None else f"{info.test_accuracy:.4f}"
+    test = info.notes.get("test_set")
     if test is not None:
         accuracy += f" on {test['name']} ({test['num_images']:,} images, sha256 {test['sha256'][:12]})"
     lines = {

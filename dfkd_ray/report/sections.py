@@ -324,29 +324,29 @@ def class_numbers(histogram: Any) -> str:
 
 def failed(material: Material) -> Section:
     """Failures with their reasons."""
-    name, title = "failures", "Failures"
-    table = aggregates.failures(material.rows)
-    if table.empty:
-        return Section(name, title, why_not="no trial failed.")
-    cells = [[row["reason"], row["num_trials"], row["networks"], row["trial_ids"]] for row in dicts(table)[:NUM_ROWS]]
-    html = page.table(
-        ["reason", "trials", "networks", "first of them"], cells, numbers=["trials"], long=["reason", "networks"]
-    )
     note = "The same command runs failed trials again; those that finished are kept."
-    return Section(name, title, html + page.paragraph(note + more(len(table), len(cells), "reason"), "note"))
+    table = aggregates.failures(material.rows)
+    return by_text(Section("failures", "Failures", why_not="no trial failed."), table, "reason", "reason", note)
 
 
 def warned(material: Material) -> Section:
     """What looks wrong in finished trials."""
-    name, title = "warnings", "Warnings"
-    table = aggregates.warnings(material.rows)
-    if table.empty:
-        return Section(name, title, why_not="no trial has a warning.")
-    cells = [[row["warnings"], row["num_trials"], row["networks"], row["trial_ids"]] for row in dicts(table)[:NUM_ROWS]]
-    headings = ["warning", "trials", "networks", "first of them"]
-    html = page.table(headings, cells, numbers=["trials"], long=["warning", "networks"])
     note = "These trials finished; their images or students look wrong."
-    return Section(name, title, html + page.paragraph(note + more(len(table), len(cells), "warning"), "note"))
+    table = aggregates.warnings(material.rows)
+    return by_text(
+        Section("warnings", "Warnings", why_not="no trial has a warning."), table, "warnings", "warning", note
+    )
+
+
+def by_text(empty: Section, table: Frame, column: str, heading: str, note: str) -> Section:
+    """A section with a table of trials grouped by a text (`aggregates.by_text`); `empty` if there are none."""
+    if table.empty:
+        return empty
+    cells = [[row[column], row["num_trials"], row["networks"], row["trial_ids"]] for row in dicts(table)[:NUM_ROWS]]
+    headings = [heading, "trials", "networks", "first of them"]
+    html = page.table(headings, cells, numbers=["trials"], long=[heading, "networks"])
+    shown = page.paragraph(note + more(len(table), len(cells), heading), "note")
+    return Section(empty.name, empty.title, html + shown)
 
 
 def trials(material: Material) -> Section:
