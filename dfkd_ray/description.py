@@ -49,7 +49,9 @@ class BundleInfo(BaseModel):
     model_config = STRICT
 
     schema_version: Name = SCHEMA
-    architecture: Name = Field(description="a name of models.FAMILIES, wrn_<d>_<k>, or package.module:factory")
+    architecture: Name = Field(
+        description="a name of models.FAMILIES, wrn_<d>_<k>, timm:NAME, … or package.module:factory"
+    )
     arguments: dict[str, Any] = Field(default_factory=dict)
     num_classes: Annotated[int, BeforeValidator(not_boolean)] = Field(ge=2, le=MAX_CLASSES)
     image_shape: tuple[Side, Side, Side] = Field(description="channels, height, width")

@@ -47,12 +47,14 @@ def recover(
     test: Sequence[Batch] | None = None,
     cache_root: Where | None = None,
     progress: bool = True,
+    download: bool = False,
     **described: Unpack[Description],
 ) -> Recovered:
     """Prune a copy of a network, make images from the network alone, and distil the network into its pruned copy.
 
     `network`: a module in memory, which needs `image_shape`, `num_classes`, `mean` and `std` (see
-    `Teacher.from_network`); or a teacher; or the name or folder of a bundle. It is not modified. `settings`: further
+    `Teacher.from_network`); or a teacher; or the name or folder of a bundle; or a library's network
+    (`"timm:resnet18"`), whose weights are fetched only with `download`. It is not modified. `settings`: further
     fields of a `TrialConfig` by dotted name, such as `{"distillation.num_steps": 100}`. `test`: test batches, for
     reporting only. `cache_root`: the cache folder for images; None caches nothing. `progress`: show progress.
 
@@ -76,7 +78,7 @@ def recover(
     elif described:
         raise ValueError(f"{', '.join(described)}: of a network in memory only; a teacher says it itself")
     else:
-        teacher = network if isinstance(network, Teacher) else bundles.load(network)
+        teacher = network if isinstance(network, Teacher) else bundles.load(network, download=download)
     data = with_overrides({"teacher": teacher.name}, {"pruning.sparsity": sparsity, **(settings or {})})
     config = validate(TrialConfig, data, "settings")
     inputs = trial.Inputs(test, images=trial.Local(cache_root))

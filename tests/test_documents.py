@@ -265,7 +265,12 @@ def top_level() -> set[str]:
 
 def test_every_page_is_looked_at():
     names = {str(path.relative_to(ROOT)) for path in DOCUMENTS}
-    beside_code = {"dfkd_ray/fleet/README.md", "dfkd_ray/fleet/CLUSTER.md", "dfkd_ray/records/README.md"}
+    beside_code = {
+        "dfkd_ray/models/README.md",
+        "dfkd_ray/fleet/README.md",
+        "dfkd_ray/fleet/CLUSTER.md",
+        "dfkd_ray/records/README.md",
+    }
     assert {
         "README.md",
         ".github/CONTRIBUTING.md",
@@ -312,6 +317,7 @@ def test_a_wheel_has_the_pages_beside_the_code_and_the_files_that_they_speak_of(
         "fleet/CLUSTER.md",
         "fleet/hosts.yaml",
         "fleet/rayjob.yaml",
+        "models/README.md",
         "records/README.md",
         "records/record.schema.json",
     ]

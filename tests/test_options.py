@@ -197,6 +197,6 @@ def test_parameters_that_an_error_names_are_shown_as_options_of_the_command(mess
 def test_the_options_are_those_of_the_command_that_was_given(run_cli, tmp_path):
     command = typer.main.get_command(cli.app)
     assert "--data-root" in cli.options_of(command, ["--debug", "teacher", "train", "resnet8", "--epochs", "1"])
-    assert cli.options_of(command, ["teacher", "info", "x"]) == ["--trust-code"]
+    assert cli.options_of(command, ["teacher", "info", "x"]) == ["--trust-code", "--download"]
     words = ["teacher", "train", "resnet8", "--out", str(tmp_path / "t"), "--data-root", str(tmp_path)]
     assert_one_error(run_cli(*words, "--dataset", "cifar10"), 2, "as --data-root, or fetch it with --download")

@@ -23,9 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_ray import models, storage, targets, untrusted
-from dfkd_ray.bundles import packing
+from dfkd_ray.bundles import packing, pretrained
+from dfkd_ray.bundles.matching import from_file as from_file
 from dfkd_ray.bundles.matching import match as match
-from dfkd_ray.bundles.weights import PACKED, from_stored, load_state, read_safetensors
+from dfkd_ray.bundles.weights import PACKED, from_stored, read_safetensors
+from dfkd_ray.bundles.weights import filled as filled
+from dfkd_ray.bundles.weights import load_state as load_state
 from dfkd_ray.bundles.weights import read_state_dicts as read_state_dicts
 from dfkd_ray.config import stable_hash
 from dfkd_ray.description import SCHEMA, BundleInfo
@@ -115,6 +118,11 @@ class Teacher:
                 where = str(place / name)
                 with explained(self.folder):
                     data = content(place, name, untrusted.free_bytes() // 2)
+            if data is None and self.folder is None and pretrained.is_named(self.name):
+                raise ValueError(
+                    f"{self.name}: a library's network has no folder for a {kind} record; make a bundle of it first "
+                    "(`dfkd-ray teacher import` takes this name in the place of a file)"
+                )
             if data is None:
                 raise ValueError(
                     f"{self.name}: no {kind} record in its bundle (expected records/{kind}.safetensors); where the "
@@ -173,6 +181,11 @@ def locate(name: Where) -> Folder:
     `ValueError` if there is no bundle; `OSError` if a URI cannot be read.
     """
     shown = one_line(storage.without_secrets(str(name)), 120)
+    if pretrained.is_named(name):
+        raise ValueError(
+            f"teacher {shown!r} is a library's network, which has no folder; make a bundle of it first: "
+            "`dfkd-ray teacher import` takes this name in the place of a file"
+        )
     if isinstance(name, Folder) or "://" in str(name):
         with explained(name):
             folder = storage.folder(name)
@@ -207,12 +220,18 @@ def read_info(where: Where) -> BundleInfo:
     return untrusted.validated(BundleInfo, data, str(path))
 
 
-def load(name: Where, trust_code: Sequence[str] | str = ()) -> Teacher:
-    """Load a bundle onto the CPU, given as folder, URI or name of a bundled teacher.
+def load(name: Where, trust_code: Sequence[str] | str = (), *, download: bool = False) -> Teacher:
+    """Load a teacher onto the CPU: a bundle, as folder, URI or name of a bundled one, or a library's network by name.
 
-    `ValueError` if the weights are missing, truncated, or of another hash or shape, or if the architecture is an import
-    path and `trust_code` names neither its module nor a package above it. `OSError` if a URI cannot be read.
+    `download`: fetch a library's weights if they are not on this machine (see `pretrained`). `ValueError` if the
+    weights are missing, truncated, or of another hash or shape, or if the architecture is an import path and
+    `trust_code` names neither its module nor a package above it. `OSError` if a URI cannot be read.
     """
+    if pretrained.is_named(name):
+        network, info = pretrained.load(str(name), download=download)
+        weights = safetensors_bytes(to_stored(network.state_dict(), ()))  # as `save` would write them
+        info = info.model_copy(update={"weights_sha256": sha256(weights)})
+        return Teacher(freeze(network), info, teacher_hash(info), pretrained.parse(str(name)).name)
     folder = locate(name)
     info = read_info(folder)
     module = models.untrusted_module(info.architecture, [trust_code] if isinstance(trust_code, str) else trust_code)
@@ -223,22 +242,6 @@ def load(name: Where, trust_code: Sequence[str] | str = ()) -> Teacher:
         )
     network = filled(info, read_weights(folder, info), str(folder / WEIGHTS))
     return Teacher(freeze(network), info, teacher_hash(info), folder.name, folder)
-
-
-def filled(info: BundleInfo, state: Mapping[str, Tensor], where: str) -> nn.Module:
-    """A bundle's network with the weights of `state`; `where` is their place, for messages.
-
-    The names are those of the user's own code, or those after it has been adapted (computed weights are plain then).
-    """
-    of = {"num_classes": info.num_classes, "image_shape": info.image_shape}
-    network = models.build(info.architecture, info.arguments, finished=False, **of)
-    is_own = set(state) == set(network.state_dict())
-    if is_own:
-        load_state(network, state, where)
-    models.finish(network, info.architecture, **of)
-    if not is_own:
-        load_state(network, state, where)
-    return network
 
 
 def read_weights(folder: Folder, info: BundleInfo) -> dict[str, Tensor]:
@@ -274,7 +277,7 @@ def to_arrays(teacher: Teacher) -> dict[str, Any]:
     """A teacher as plain data and numpy arrays, to send it to other processes; Ray shares arrays on a node."""
     state = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in teacher.network.state_dict().items()}
     plain = {"info": teacher.info.model_dump(mode="json"), "hash": teacher.hash, "name": teacher.name, "state": state}
-    plain |= {"code": models.code_folder() if ":" in teacher.info.architecture else None}
+    plain |= {"code": models.code_folder() if models.module_of(teacher.info.architecture) else None}
     return plain | {"records": {kind: format.to_arrays(record) for kind, record in teacher.records.items()}}
 
 

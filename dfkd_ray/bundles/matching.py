@@ -14,11 +14,14 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from dfkd_ray.bundles.weights import kind_problem, shape_problems
+from dfkd_ray import models
+from dfkd_ray.bundles.weights import kind_problem, load_state, read_state_dicts, shape_problems
+from dfkd_ray.description import BundleInfo
 from dfkd_ray.text import one_line
 
 MAX_PREFIX = 16  # components of a name
@@ -64,6 +67,16 @@ class Part:
     def place(self) -> str:
         """The keys and the prefix that lead to it, joined by dots."""
         return ".".join(filter(None, (self.key, self.prefix.removesuffix("."))))
+
+
+def from_file(info: BundleInfo, path: Path, weights_key: str | None = None) -> tuple[nn.Module, Match]:
+    """The network of a description with the weights of a file (see `match`), checked and adapted."""
+    of = {"num_classes": info.num_classes, "image_shape": info.image_shape}
+    states = read_state_dicts(path)
+    network = models.build(info.architecture, info.arguments, finished=False, **of)
+    found = match(network, states, str(path), weights_key)
+    load_state(network, found.state, str(path))
+    return models.finish(network, info.architecture, **of), found
 
 
 def match(

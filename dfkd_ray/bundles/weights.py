@@ -5,6 +5,7 @@ files. Their pickles are checked (`torch_files`) before `torch.load` opens them 
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dfkd_ray import untrusted
+from dfkd_ray import models, untrusted
 from dfkd_ray.bundles import packing, torch_files
+from dfkd_ray.description import BundleInfo
 from dfkd_ray.text import one_line
 from dfkd_ray.untrusted import read_safetensors
 
@@ -45,6 +47,11 @@ def read_state_dicts(path: Path) -> dict[str, dict[str, Tensor]]:
         kind = one_line(type(data).__name__, 60)
         raise ValueError(f"{where}: expected a state dict (name → tensor), got no named tensors ({kind})")
     return states
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The largest of `read_state_dicts`: for files of known origin. `ValueError` as there."""
+    return max(read_state_dicts(path).values(), key=len)
 
 
 def state_dicts(data: Any, where: str) -> dict[str, dict[str, Tensor]]:
@@ -134,6 +141,22 @@ def stored_shape(stored: Mapping[str, Tensor], name: str, where: str) -> list[in
     return sides
 
 
+def filled(info: BundleInfo, state: Mapping[str, Tensor], where: str) -> nn.Module:
+    """A bundle's network with the weights of `state`; `where` is their place, for messages.
+
+    The names are those of the network's own code, or those after it has been adapted (computed weights are plain then).
+    """
+    of = {"num_classes": info.num_classes, "image_shape": info.image_shape}
+    network = models.build(info.architecture, info.arguments, finished=False, **of)
+    is_own = set(state) == set(network.state_dict())
+    if is_own:
+        load_state(network, state, where)
+    models.finish(network, info.architecture, **of)
+    if not is_own:
+        load_state(network, state, where)
+    return network
+
+
 def load_state(network: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """Load a state dict; `ValueError` names the first mismatch and counts the others.
 
@@ -158,8 +181,11 @@ def load_state(network: nn.Module, state: Mapping[str, Tensor], where: str) -> N
             problem = value_problem(name, converted[name], state[name])
         if problem:
             raise ValueError(f"{where}: {one_line(name, 80)} {problem}")
+    # Some modules read the version of their names (torchvision's MNASNet): that of today, which has been checked.
+    versions = OrderedDict(converted)
+    versions._metadata = getattr(expected, "_metadata", {})  # type: ignore[attr-defined]
     try:
-        network.load_state_dict(converted)
+        network.load_state_dict(versions)
     except Exception as error:  # noqa: BLE001 - the user's network may override loading
         raise ValueError(f"{where}: the network does not take the weights: {untrusted.reason(error)}") from None
 

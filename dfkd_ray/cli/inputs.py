@@ -193,9 +193,11 @@ def open_real(
     return batch
 
 
-def load_teacher(name: str, trust_code: Sequence[str] | None, below: str | None = None) -> "Teacher":
+def load_teacher(
+    name: str, trust_code: Sequence[str] | None, below: str | None = None, download: bool = False
+) -> "Teacher":
     """`find_teacher`, and warnings on standard error about what looks wrong in it."""
-    teacher = find_teacher(name, trust_code, below)
+    teacher = find_teacher(name, trust_code, below, download)
     say_doubts(teacher)
     return teacher
 
@@ -211,13 +213,18 @@ def say_doubts(teacher: "Teacher") -> None:
         say(f"warning: {teacher.name}: {doubt}", error=True)
 
 
-def find_teacher(name: str, trust_code: Sequence[str] | None, below: str | None = None) -> "Teacher":
-    """Load a bundle by folder, URI or name; a bundle of that name in the folder or URI `below` takes precedence."""
+def find_teacher(
+    name: str, trust_code: Sequence[str] | None, below: str | None = None, download: bool = False
+) -> "Teacher":
+    """Load a bundle by folder, URI or name, or a library's network by name.
+
+    A bundle of that name in the folder or URI `below` takes precedence.
+    """
     from dfkd_ray import bundles, storage
 
     trusted = tuple(trust_code or ())
-    if below is None or "://" in name:
-        return bundles.load(name, trusted)
+    if below is None or "://" in name or bundles.pretrained.is_named(name):
+        return bundles.load(name, trusted, download=download)
     with bundles.explained(below):
         inner = found = storage.folder(below)
     if inner.is_local:

@@ -11,9 +11,15 @@ from dfkd_ray.plain import alike, given, named, value_at
 
 MOST_SYNTHESIZERS = 100_000
 
-TeacherName = Annotated[str, typer.Argument(help="bundle folder, its URI (s3://, gs://, …), or bundled teacher")]
+TeacherName = Annotated[
+    str,
+    typer.Argument(
+        help="bundle folder, its URI (s3://, gs://, …), bundled teacher, or a library's network (timm:NAME, "
+        "hf-hub:OWNER/NAME, torchvision:NAME)"
+    ),
+]
 DataRoot = Annotated[Path, typer.Option(help="folder with data sets", envvar="DFKD_RAY_DATA")]
-Download = Annotated[bool, typer.Option(help="fetch a missing data set")]
+Download = Annotated[bool, typer.Option(help="fetch a missing data set, or missing weights of a library's network")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="FIELD=VALUE over the config, repeatable")]
 Trust = Annotated[
     list[str] | None,

@@ -90,7 +90,7 @@ def recover(
     place = targets.check(out, targets.Product("a recovery", {ROW: is_row, UNFINISHED: targets.claims(SCHEMA)}))
     targets.check(place / "student", bundles.BUNDLE)
     root = caches.check_target(cache or caches.default_folder()).uri
-    loaded = load_teacher(teacher, trust_code)
+    loaded = load_teacher(teacher, trust_code, download=download)
     test = open_test(loaded, test_data, data_root, download)
     real = None
     if real_data is not None:
@@ -176,7 +176,7 @@ def sweep(
     settings = sweeps.parse(data, str(file))
     plan = sweeps.prepare(
         settings,
-        lambda name: load_teacher(name, trust_code, teachers),
+        lambda name: load_teacher(name, trust_code, teachers, download),
         overrides,
         tiny=tiny,
         trust_code=tuple(trust_code or ()),

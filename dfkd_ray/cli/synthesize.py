@@ -12,7 +12,18 @@ import typer
 from dfkd_ray import config as configs
 from dfkd_ray.cli import leaving
 from dfkd_ray.cli.inputs import load_teacher
-from dfkd_ray.cli.options import BatchTimeout, Cache, Out, Set, Synthesizers, TeacherName, Trust, number_of, settled
+from dfkd_ray.cli.options import (
+    BatchTimeout,
+    Cache,
+    Download,
+    Out,
+    Set,
+    Synthesizers,
+    TeacherName,
+    Trust,
+    number_of,
+    settled,
+)
 from dfkd_ray.cli.show import Progress, print_fleet
 from dfkd_ray.cli.streams import say
 from dfkd_ray.plain import given
@@ -48,6 +59,7 @@ def synthesize(
     cache: Cache = None,
     batch_timeout: BatchTimeout = 3600.0,
     trust_code: Trust = None,
+    download: Download = False,
 ) -> None:
     """Make images from a teacher with the synthesis fleet, and write them for other programs to read.
 
@@ -66,7 +78,7 @@ def synthesize(
 
     targets.check(out, image_sets.IMAGE_SET)
     cache_root = caches.check_target(cache or caches.default_folder()).uri
-    loaded = load_teacher(teacher, trust_code)
+    loaded = load_teacher(teacher, trust_code, download=download)
     check(loaded, settings, device)
     settings = synthesis.pinned(loaded, settings)
     todo = export_of(loaded, settings, out, format_, num_images)

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,8 +22,13 @@ from dfkd_ray.cli.show import Progress
 from dfkd_ray.cli.streams import say
 from dfkd_ray.plain import named
 
+if TYPE_CHECKING:
+    from dfkd_ray.bundles import BundleInfo
+
 # Suffix of the folder beside a teacher that holds its checkpoint during training.
 TRAINING, TRAINING_SCHEMA = "training.json", "dfkd_ray.training/1"
+DESCRIBING = ("num_classes", "image_shape", "mean", "std")  # what weights do not say, and a library knows
+KNOWN = "needed, unless the library knows it"
 
 app = typer.Typer(no_args_is_help=True, help="Teacher bundles: train, import, init (untrained), record, info.")
 
@@ -97,63 +102,117 @@ def teacher_train(
 
 @app.command("import")
 def teacher_import(
-    weights: Annotated[Path, typer.Argument(help=".safetensors, or PyTorch's (.pt, .pth, .ckpt, …)")],
-    architecture: Annotated[str, typer.Option(help="a network's name, or package.module:factory (or :Class.factory)")],
-    num_classes: Annotated[int, typer.Option()],
-    image_shape: Annotated[str, typer.Option(help="CHANNELSxHEIGHTxWIDTH")],
-    mean: Annotated[str, typer.Option(help="per channel, in pixel units, with commas")],
-    std: Annotated[str, typer.Option(help="per channel, in pixel units, with commas")],
+    weights: Annotated[
+        str, typer.Argument(help=".safetensors, or PyTorch's (.pt, .pth, .ckpt, …); or a library's network (timm:NAME)")
+    ],
     out: BundleOut,
-    arguments: Annotated[str, typer.Option(help="JSON for the architecture")] = "{}",
-    pixel_range: Annotated[str, typer.Option(help="lowest and highest pixel")] = "0,1",
+    architecture: Annotated[
+        str | None, typer.Option(help="a network's name, a library's (timm:NAME, …), or package.module:factory")
+    ] = None,
+    num_classes: Annotated[int | None, typer.Option(help=KNOWN)] = None,
+    image_shape: Annotated[str | None, typer.Option(help=f"CHANNELSxHEIGHTxWIDTH; {KNOWN}")] = None,
+    mean: Annotated[str | None, typer.Option(help=f"per channel, in pixel units, with commas; {KNOWN}")] = None,
+    std: Annotated[str | None, typer.Option(help=f"per channel, in pixel units, with commas; {KNOWN}")] = None,
+    arguments: Annotated[str | None, typer.Option(help="JSON for the architecture")] = None,
+    pixel_range: Annotated[str | None, typer.Option(help="lowest and highest pixel; default 0,1")] = None,
     dataset: Annotated[str | None, typer.Option(help="what it was trained on, if known")] = None,
     class_names: Annotated[str | None, typer.Option(help="with commas")] = None,
     weights_key: Annotated[
         str | None, typer.Option(help="the place in the file, if several sets of weights fit: a key, or a prefix")
     ] = None,
+    download: Download = False,
 ) -> None:
     """Make a bundle from your own network. If you give package.module:factory, that factory is run.
 
     The weights are found in the file by the network's names and shapes, below any key ("state_dict", …) and behind any
-    prefix ("module.", …).
+    prefix ("module.", …). A library's network brings its weights and all else with it (--download fetches them).
     """
-    given = {
+    options = {
         "architecture": architecture,
-        "arguments": parse_json(arguments, "--arguments"),
+        "arguments": None if arguments is None else parse_json(arguments, "--arguments"),
         "num_classes": num_classes,
-        "image_shape": parse_shape(image_shape),
-        "mean": parse_floats(mean, "--mean"),
-        "std": parse_floats(std, "--std"),
-        "pixel_range": parse_floats(pixel_range, "--pixel-range"),
-        "dataset": dataset,
-        "class_names": tuple(name.strip() for name in class_names.split(",")) if class_names else (),
+        "image_shape": None if image_shape is None else parse_shape(image_shape),
+        "mean": None if mean is None else parse_floats(mean, "--mean"),
+        "std": None if std is None else parse_floats(std, "--std"),
+        "pixel_range": None if pixel_range is None else parse_floats(pixel_range, "--pixel-range"),
     }
-    from dfkd_ray import batchnorm, bundles, models, storage, targets
+    given = {name: value for name, value in options.items() if value is not None}
+    also = {"dataset": dataset} if dataset else {}
+    also |= {"class_names": tuple(name.strip() for name in class_names.split(","))} if class_names else {}
+    from dfkd_ray import batchnorm, bundles, storage, targets
 
     targets.check(out, bundles.BUNDLE)
-    info = configs.validate(bundles.BundleInfo, given, "teacher import")
-    states = bundles.read_state_dicts(weights)
-    of = {"num_classes": num_classes, "image_shape": info.image_shape}
-    network = models.build(architecture, info.arguments, finished=False, **of)
-    found = bundles.match(network, states, str(weights), weights_key)
-    bundles.load_state(network, found.state, str(weights))
-    models.finish(network, architecture, **of)
+    notes: list[str] = []
+    if bundles.pretrained.is_named(weights):
+        if given:
+            raise ValueError(f"{', '.join(map(option, given))}: {weights} says it itself; leave it out")
+        teacher = bundles.load(weights, download=download)
+        info = configs.validate(bundles.BundleInfo, teacher.info.model_dump() | also, "teacher import")
+        network = teacher.network
+    else:
+        info = configs.validate(bundles.BundleInfo, completed(given, download) | also, "teacher import")
+        network, found = bundles.from_file(info, Path(weights), weights_key)
+        notes += found.notes
+        for other in found.others:
+            notes.append(
+                f"the averaged weights at {other} fit too, and are not taken; --weights-key {other} takes them"
+            )
     if batchnorm.layers(network):
         batchnorm.check_recording(network, info.image_shape)
     info = bundles.save(out, info, network.state_dict())
-    say(f"{storage.without_secrets(out)}: {architecture}, {sum(p.numel() for p in network.parameters()):,} parameters")
-    for note in found.notes:
+    size = f"{sum(p.numel() for p in network.parameters()):,} parameters"
+    say(f"{storage.without_secrets(out)}: {info.architecture}, {size}")
+    for line in filled_in(info, given):
+        say(line)
+    for note in notes:
         say(f"note: {note}")
-    for other in found.others:
-        say(f"note: the averaged weights at {other} fit too, and are not taken; --weights-key {other} takes them")
     if not batchnorm.layers(network):
         say("note: it has no BatchNorm layer; DeepInversion will refuse it (it needs activation records)")
     say_doubts(bundles.Teacher(bundles.freeze(network), info, bundles.teacher_hash(info), storage.folder(out).name))
 
 
+def option(name: str) -> str:
+    """A parameter's name as an option."""
+    return "--" + name.replace("_", "-")
+
+
+def completed(given: dict[str, Any], download: bool) -> dict[str, Any]:
+    """The fields of a description that were given, and those that the architecture's library knows.
+
+    `ValueError` names all that are missing.
+    """
+    from dfkd_ray.bundles import pretrained
+    from dfkd_ray.models import libraries
+
+    architecture, about = given.get("architecture", ""), {}
+    found = libraries.split(architecture)
+    if found is not None:
+        known = pretrained.known(*found, download=download)
+        about = {"num_classes": known.num_classes, "image_shape": known.image_shape}
+        if given.get("image_shape", known.image_shape)[0] == len(known.mean):
+            about |= {"mean": known.mean, "std": known.std}
+        architecture, arguments = libraries.structure(architecture, given.get("arguments", {}))
+        given = {**given, "architecture": architecture, "arguments": arguments}
+    complete = {**about, **given}
+    missing = [name for name in ("architecture", *DESCRIBING) if name not in complete]
+    if missing:
+        of = f" of {architecture}" if architecture else ""
+        raise ValueError(f"{', '.join(map(option, missing))}{of}: missing; the weights alone do not tell")
+    return complete
+
+
+def filled_in(info: "BundleInfo", given: dict[str, Any]) -> list[str]:
+    """What a library has said about a network, where it was not given, as a line."""
+    names = [name for name in DESCRIBING if name not in given]
+    values = {"num_classes": info.num_classes, "image_shape": "x".join(map(str, info.image_shape))}
+    values |= {"mean": ",".join(f"{v:g}" for v in info.mean), "std": ",".join(f"{v:g}" for v in info.std)}
+    said = ", ".join(f"{name} {values[name]}" for name in names)
+    return [f"as {info.architecture.partition(':')[0]} says: {said}"] if said else []
+
+
 @app.command("init")
 def teacher_init(
-    architecture: Annotated[str, typer.Argument(help="a network's name")],
+    architecture: Annotated[str, typer.Argument(help="a network's name, or a library's (timm:NAME, …)")],
     out: BundleOut,
     num_classes: Annotated[int, typer.Option()] = 10,
     image_shape: Annotated[str, typer.Option(help="CHANNELSxHEIGHTxWIDTH")] = "1x32x32",
@@ -177,9 +236,10 @@ def teacher_init(
     from dfkd_ray import bundles, models, storage, targets
 
     targets.check(out, bundles.BUNDLE)
+    given["architecture"], given["arguments"] = models.libraries.structure(architecture, given["arguments"])
     info = configs.validate(bundles.BundleInfo, given, "teacher init")
     torch.manual_seed(seed)
-    network = models.build(architecture, info.arguments, num_classes=num_classes, image_shape=shape)
+    network = models.build(info.architecture, info.arguments, num_classes=num_classes, image_shape=shape)
     bundles.save(out, info, network.state_dict())
     say(f"{storage.without_secrets(out)}: {architecture}, untrained, seed {seed}")
 
@@ -244,8 +304,8 @@ def teacher_record(
     from dfkd_ray.cli.inputs import training_split
     from dfkd_ray.records import fitting, sizes
 
-    teacher = load_teacher(bundle, trust_code)
     bundles.check_record_target(bundle, chosen)
+    teacher = load_teacher(bundle, trust_code)
     data, rows, _ = training_split(teacher, dataset, data_root, download)
     rows = rows[:limit].numpy()
     max_bytes = sizes.MAX_BYTES if max_size is None else round(1e6 * max_size)
@@ -293,12 +353,13 @@ def teacher_record(
 def teacher_info(
     bundle: TeacherName,
     trust_code: Trust = None,
+    download: Download = False,
 ) -> None:
-    """Load and check a bundle, and print its properties."""
+    """Load and check a teacher, and print its properties."""
     from dfkd_ray import batchnorm
     from dfkd_ray.compression import pruning
 
-    teacher = load_teacher(bundle, trust_code)
+    teacher = load_teacher(bundle, trust_code, download=download)
     info, network = teacher.info, teacher.network
     accuracy = "unknown" if info.test_accuracy is None else f"{info.test_accuracy:.4f}"
     test = info.notes.get("test_set")

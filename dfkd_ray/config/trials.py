@@ -57,7 +57,8 @@ class StudentConfig(BaseModel):
     model_config = STRICT
 
     architecture: Name | None = Field(
-        default=None, description="null: the teacher itself; else a name or package.module:factory"
+        default=None,
+        description="null: the teacher itself; else a name, timm:NAME, torchvision:NAME or package.module:factory",
     )
     arguments: Arguments = Field(default_factory=dict, description="arguments of the architecture")
 
@@ -125,7 +126,9 @@ class TrialConfig(BaseModel):
 
     model_config = STRICT
 
-    teacher: Name = Field(description="bundle folder or URI, or the name of a bundled teacher")
+    teacher: Name = Field(
+        description="bundle folder or URI, name of a bundled teacher, or a library's network: timm:NAME, hf-hub:…"
+    )
     pruning: PruningConfig = PruningConfig()
     student: StudentConfig = StudentConfig()
     synthesis: SynthesisConfig = DeepInversionConfig()

@@ -78,7 +78,7 @@ class Stream:
             student=student,
             owner=wanted.owner,
             number=0 if state is None else state.number,
-            code=models.code_folder() if student and ":" in (student["architecture"] or "") else None,
+            code=models.code_folder() if student and models.module_of(student["architecture"] or "") else None,
         )
         if state is not None:
             self.specs = {key: other for key, other in self.specs.items() if other.number + 1 >= state.number}

@@ -1,4 +1,4 @@
-"""Networks by name, or by a user's own import path.
+"""Networks by name, by the name of a library's network, or by a user's own import path.
 
 `build` is the only entry point. Every family takes `num_classes` and `image_shape`; some also take `stem` ("imagenet":
 7x7 or strided, or "cifar": 3x3, stride 1, no max-pool) and `width_multiplier`.
@@ -19,7 +19,15 @@ from typing import Any, cast
 
 from torch import nn
 
-from dfkd_ray.models import adapting, checks, cifar_resnet, torchvision_families, wide_resnet, without_batchnorm
+from dfkd_ray.models import (
+    adapting,
+    checks,
+    cifar_resnet,
+    libraries,
+    torchvision_families,
+    wide_resnet,
+    without_batchnorm,
+)
 from dfkd_ray.models.checks import check_output, guarded, shown
 from dfkd_ray.text import one_line
 from dfkd_ray.untrusted import reason
@@ -44,17 +52,20 @@ def build(
 ) -> nn.Module:
     """Build an untrained network in eval mode.
 
-    `architecture` is a name of `FAMILIES`, `wrn_<depth>_<width>`, or an import path (see `import_factory`),
-    whose factory is called with `arguments` only. `ValueError` for an unknown name, for arguments that the architecture
-    does not take, for a named network that is too large (checked before allocation), for a factory that fails or exits,
-    or for a network whose output for one image is not `(1, num_classes)`. A network of the user's own is checked
-    and adapted, unless the caller wants to load weights under the names of the user's code first, and then calls
-    `finish`.
+    `architecture` is a name of `FAMILIES`, `wrn_<depth>_<width>`, a library's network (see `libraries`), or an import
+    path `package.module:factory`, whose factory is called with `arguments` only. `ValueError` for an unknown name, for
+    arguments that the architecture does not take, for a named network that is too large (checked before allocation),
+    for a factory that fails or exits, or for a network whose output for one image is not `(1, num_classes)`. A network
+    of the user's own or of a library is checked and adapted, unless the caller wants to load weights under the names of
+    its code first, and then calls `finish`.
     """
     checks.check_shapes(architecture, num_classes, image_shape)
-    own_code = ":" in architecture
+    own_code = module_of(architecture) is not None
     if own_code:
         make, kwargs = import_factory(architecture), dict(arguments)
+    elif libraries.split(architecture):
+        make, kwargs = libraries.builder(architecture, arguments, num_classes, image_shape)
+        checks.check_library(architecture, make, kwargs, image_shape)
     else:
         make, kwargs = family(architecture), named_arguments(architecture, arguments, num_classes, image_shape)
         state_bytes(architecture, arguments, num_classes, image_shape)
@@ -71,6 +82,12 @@ def build(
         if finished:
             finish(network, architecture, num_classes, image_shape)
     return network
+
+
+def module_of(architecture: str) -> str | None:
+    """The module of the user's code that an architecture names, which is imported only if it is trusted; else None."""
+    module, colon, _ = architecture.partition(":")
+    return module if colon and not libraries.split(architecture) else None
 
 
 def finish(network: nn.Module, architecture: str, num_classes: int, image_shape: Sequence[int]) -> nn.Module:
@@ -143,7 +160,7 @@ def family(architecture: str) -> Callable[..., nn.Module]:
     if architecture not in FAMILIES:
         raise ValueError(
             f"unknown {shown(architecture)}; expected one of {', '.join(sorted(FAMILIES))}, "
-            "wrn_<depth>_<width>, or an import path package.module:factory"
+            "wrn_<depth>_<width>, timm:NAME, torchvision:NAME, or package.module:factory"
         )
     return FAMILIES[architecture]
 
@@ -189,8 +206,8 @@ def importable() -> Iterator[None]:
 
 def untrusted_module(architecture: str, trust_code: Sequence[str]) -> str | None:
     """The module that an architecture would import if `trust_code` has neither it nor a package above it; else None."""
-    module, colon, _ = architecture.partition(":")
-    return module if colon and not any(covers(name, module) for name in trust_code) else None
+    module = module_of(architecture)
+    return None if module is None or any(covers(name, module) for name in trust_code) else module
 
 
 def covers(trusted: str, module: str) -> bool:

@@ -63,12 +63,14 @@ def bake(network: nn.Module) -> None:
     found = []
     for path, module in list(network.named_modules()):
         if parametrize.is_parametrized(module):
-            for name in list(module.parametrizations):  # type: ignore[union-attr, arg-type]
+            computed: Any = module.parametrizations
+            for name in list(computed):
+                of_parameters = any(True for _ in computed[name].parameters(recurse=False))
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-                if name in module._buffers:  # what has no gradient, PyTorch leaves as a buffer
-                    value = module._buffers.pop(name)
-                    assert value is not None
-                    module.register_parameter(name, nn.Parameter(value))
+                value = getattr(module, name)
+                if of_parameters and not isinstance(value, nn.Parameter):  # PyTorch's way with frozen weight_norm
+                    delattr(module, name)
+                    setattr(module, name, nn.Parameter(value.detach(), requires_grad=False))
                 found.append(f"{path}.{name}".lstrip("."))
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, COMPUTED):

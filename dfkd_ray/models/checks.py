@@ -6,6 +6,7 @@ images gives the sizes of all layer outputs too. The user's own code cannot be c
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -73,6 +74,18 @@ def measured(
         raise
     except Exception as error:  # noqa: BLE001 - excessive sizes overflow with various exceptions
         raise ValueError(f"{shown(architecture)} cannot be built: {reason(error)}") from None
+    num_bytes = check_size(network, architecture)
+    for module in network.modules():
+        module.register_forward_hook(bounded)
+    # This memory is neither initialised nor touched.
+    empty = {name: torch.empty(t.shape, dtype=t.dtype, device="cpu") for name, t in network.state_dict().items()}
+    network.load_state_dict(empty, assign=True)
+    check_output(network, architecture, num_classes, shape, compute=False)
+    return num_bytes
+
+
+def check_size(network: nn.Module, architecture: str) -> int:
+    """Bytes of the tensors of a network on the meta device; `ValueError` if they do not fit this machine."""
     num = sum(parameter.numel() for parameter in network.parameters())
     if num > MAX_PARAMETERS:
         raise ValueError(
@@ -83,21 +96,49 @@ def measured(
     free = untrusted.free_bytes()
     if num_bytes > free:
         raise ValueError(f"{shown(architecture)} takes {size(num_bytes)}, this machine has {size(free)} of memory free")
+    return num_bytes
 
-    def bounded(module: nn.Module, _given: Any, answer: Any) -> None:
-        num_values = math.prod(answer.shape[1:]) if isinstance(answer, Tensor) else 0
-        if num_values > MAX_VALUES:
-            raise RuntimeError(
-                f"one {type(module).__name__} gives {num_values:,} values an image, expected at most {MAX_VALUES:,}"
-            )
 
+class TooLargeError(RuntimeError):
+    """A layer gives more values than are supported."""
+
+
+def bounded(module: nn.Module, _given: Any, answer: Any) -> None:
+    """A forward hook: `TooLargeError` for a layer that gives more than `MAX_VALUES` values an image."""
+    num_values = math.prod(answer.shape[1:]) if isinstance(answer, Tensor) else 0
+    if num_values > MAX_VALUES:
+        raise TooLargeError(
+            f"one {type(module).__name__} gives {num_values:,} values an image, expected at most {MAX_VALUES:,}"
+        )
+
+
+def check_library(
+    architecture: str, make: Callable[..., nn.Module], arguments: Mapping[str, Any], image_shape: Sequence[int]
+) -> None:
+    """`ValueError` for a library's network that is too large. One that cannot tell without memory is built unchecked.
+
+    Its forward pass runs on the meta device, on no image.
+    """
+    try:
+        with torch.device("meta"), WithoutValues(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            network = make(**arguments).eval()
+    except Exception:  # noqa: BLE001 - it will be raised again where memory is allocated, or is of the meta device
+        return
+    check_size(network, architecture)
     for module in network.modules():
         module.register_forward_hook(bounded)
-    # This memory is neither initialised nor touched.
-    empty = {name: torch.empty(t.shape, dtype=t.dtype, device="cpu") for name, t in network.state_dict().items()}
-    network.load_state_dict(empty, assign=True)
-    check_output(network, architecture, num_classes, shape, compute=False)
-    return num_bytes
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            network(torch.empty(0, *image_shape, device="meta"))
+    except TooLargeError as error:
+        line = one_line(error, 140)
+        raise ValueError(
+            f"{shown(architecture)} does not take images of {'x'.join(map(str, image_shape))}: {line}"
+        ) from None
+    except Exception:  # noqa: BLE001 - as above
+        return
 
 
 def key_of(arguments: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from dfkd_ray.config import TrialConfig
 from dfkd_ray.devices import Runtime
 from dfkd_ray.distillation import Pool
 from dfkd_ray.ladder import RECOVERED
+from dfkd_ray.models import libraries
 from dfkd_ray.trial.images import mean_term
 
 
@@ -67,5 +68,6 @@ def student_info(config: TrialConfig, teacher: Teacher, row: Mapping[str, Any]) 
         notes["test_set"] = {name: row[column] for name, column in about.items()}
     changes: dict[str, Any] = {"test_accuracy": accuracy, "trained": True, "notes": notes}
     if config.student.architecture is not None:
-        changes |= {"architecture": config.student.architecture, "arguments": config.student.arguments}
+        architecture, arguments = libraries.structure(config.student.architecture, config.student.arguments)
+        changes |= {"architecture": architecture, "arguments": arguments}
     return teacher.info.model_copy(update=changes)
