@@ -1,5 +1,6 @@
 """The pydantic model of a bundle's `teacher.json`, with strict validation: the file may be of unknown origin."""
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -54,7 +55,9 @@ class BundleInfo(BaseModel):
     )
     arguments: dict[str, Any] = Field(default_factory=dict)
     num_classes: Annotated[int, BeforeValidator(not_boolean)] = Field(ge=2, le=MAX_CLASSES)
-    image_shape: tuple[Side, Side, Side] = Field(description="channels, height, width")
+    input_shape: tuple[Side, Side, Side] | tuple[Side, Side] = Field(
+        description="channels, height, width; or channels, length for signals"
+    )
     mean: tuple[Number, ...] = Field(description="per channel, in pixel units")
     std: tuple[Number, ...]
     pixel_range: tuple[Number, Number] = (0.0, 1.0)
@@ -64,6 +67,14 @@ class BundleInfo(BaseModel):
     trained: bool = Field(default=True, description="false: random weights, for tests")
     weights_sha256: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
     notes: dict[str, Any] = Field(default_factory=dict, description="how it was made: command, seed, epochs, …")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_its_old_name(cls, data: Any) -> Any:
+        """Read `image_shape`, as `input_shape` was called before there were signals."""
+        if isinstance(data, Mapping) and "image_shape" in data and "input_shape" not in data:
+            return {"input_shape" if name == "image_shape" else name: value for name, value in data.items()}
+        return data
 
     @field_validator("notes")
     @classmethod
@@ -87,13 +98,11 @@ class BundleInfo(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "BundleInfo":
-        channels, height, width = self.image_shape
-        if min(self.image_shape) < 1:
-            raise ValueError("image_shape must be three sizes of at least 1: channels, height, width")
-        if channels * height * width > MAX_IMAGE_VALUES:
-            raise ValueError(
-                f"image_shape has {channels * height * width:,} values, expected at most {MAX_IMAGE_VALUES:,}"
-            )
+        channels, num_values = self.input_shape[0], math.prod(self.input_shape)
+        if min(self.input_shape) < 1:
+            raise ValueError("input_shape must be sizes of at least 1: channels, height, width, or channels, length")
+        if num_values > MAX_IMAGE_VALUES:
+            raise ValueError(f"input_shape has {num_values:,} values, expected at most {MAX_IMAGE_VALUES:,}")
         if len(self.mean) != channels or len(self.std) != channels:
             raise ValueError(
                 f"mean has {len(self.mean)} and std {len(self.std)} values, expected {channels}, one per image channel"
@@ -121,6 +130,12 @@ class BundleInfo(BaseModel):
             seen = (ends[:, None] - mean) / std
         if not np.isfinite(seen).all() or not (std > 0).all():
             raise ValueError("mean, std and pixel_range give normalised pixels that are not finite in float32")
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """The shape of its images: (channels, height, width). Signals are images of height 1."""
+        channels, *sides = self.input_shape
+        return channels, sides[0] if len(sides) == 2 else 1, sides[-1]
 
     @property
     def space(self) -> PixelSpace:

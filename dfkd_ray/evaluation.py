@@ -25,6 +25,8 @@ EVALUATION_BATCH = 500
 def logits(network: nn.Module, images: np.ndarray, runtime: Runtime) -> Tensor:
     """Float32 logits (num_images, classes) of stored images, on the network's device; runs it in eval mode."""
     network.eval()
+    if images.ndim == 3:  # signals (n, channels, length), as a caller of the Python interface may hand them in
+        images = images[:, :, None]
     parts = []
     slices = (images[start : start + EVALUATION_BATCH] for start in range(0, len(images), EVALUATION_BATCH))
     for x in decoded(slices, runtime.space, runtime.device):

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from dfkd_ray.batches import NO_LABEL, Batch
 
 SHEET = 1200  # pixels of a picture's side
+PLOT = (48, 160)  # height and width of a signal in a picture, pixels
 STORAGE_DTYPES = {"uint8": torch.uint8, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -106,13 +107,19 @@ def shift_images(
     fill: Float[Tensor, "1 c 1 1"],
     generator: torch.Generator,
 ) -> Float[Tensor, "n c h w"]:
-    """Move each image by up to `largest` pixels in both directions, filling with `fill`. `generator` is on the CPU."""
+    """Move each image by up to `largest` pixels in both directions, filling with `fill`. `generator` is on the CPU.
+
+    An axis of length 1 is left as it is: a signal would be gone.
+    """
     if largest == 0:
         return images
     n, c, h, w = images.shape
     padded = fill.expand(n, c, h + 2 * largest, w + 2 * largest).clone()
     padded[:, :, largest : largest + h, largest : largest + w] = images
     offsets = torch.randint(0, 2 * largest + 1, (2, n), generator=generator).to(images.device)
+    for axis, side in enumerate((h, w)):
+        if side == 1:
+            offsets[axis] = largest
     rows = offsets[0][:, None] + torch.arange(h, device=images.device)
     columns = offsets[1][:, None] + torch.arange(w, device=images.device)
     which = torch.arange(n, device=images.device)[:, None, None]
@@ -120,7 +127,9 @@ def shift_images(
 
 
 def flip_images(images: Float[Tensor, "n c h w"], generator: torch.Generator) -> Float[Tensor, "n c h w"]:
-    """Mirror each image left to right with probability 1/2."""
+    """Mirror each image left to right with probability 1/2. Signals, of height 1, have a direction: they are left."""
+    if images.shape[2] == 1:
+        return images
     chosen = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
     return torch.where(chosen[:, None, None, None], images.flip(3), images)
 
@@ -153,6 +162,8 @@ def class_grid(
     labels = np.concatenate([batch.labels for batch in batches])
     if (labels == NO_LABEL).all():
         labels = np.arange(len(labels)) % num_classes
+    if images.shape[2] == 1 < images.shape[3]:
+        images = np.stack([plotted(image, space) for image in images])
     c, h, w = images.shape[1:]
     classes, first, counts = np.unique(labels, return_index=True, return_counts=True)
     filled = classes[(classes >= 0) & (classes < largest) & (counts >= per_class)]
@@ -168,11 +179,30 @@ def class_grid(
     for row, numbers in enumerate(table):
         for column, image in enumerate(images[numbers]):
             if image.dtype != np.uint8:
-                scaled = (image.astype(np.float32) - space.low) / (space.high - space.low)
-                image = (scaled * 255).round().clip(0, 255).astype(np.uint8)
+                image = (255 * shares(image, space)).round().clip(0, 255).astype(np.uint8)
             picture[:, row * (h + 2) : row * (h + 2) + h, column * (w + 2) : column * (w + 2) + w] = image
     # Grey or colour; for other channel counts, the first channel is shown.
     shown = picture.transpose(1, 2, 0) if c == 3 else picture[0]
     file = io.BytesIO()
     Image.fromarray(shown).save(file, format="PNG")
     return file.getvalue()
+
+
+def shares(image: np.ndarray, space: PixelSpace) -> np.ndarray:
+    """A stored image as float32 shares of the pixel range."""
+    if image.dtype == np.uint8:
+        return image.astype(np.float32) / 255
+    return (image.astype(np.float32) - space.low) / (space.high - space.low)
+
+
+def plotted(signal: np.ndarray, space: PixelSpace) -> np.ndarray:
+    """A signal (channels, 1, length) drawn as curves over the pixel range: uint8 (1, height, width), dark on white."""
+    height, width = PLOT
+    canvas = Image.new("L", (width, height), 255)
+    draw = ImageDraw.Draw(canvas)
+    values = shares(signal[:, 0], space).clip(0, 1)
+    steps = np.linspace(0, width - 1, values.shape[1])
+    for channel, curve in enumerate(values):
+        points = list(zip(steps.tolist(), ((1 - curve) * (height - 1)).tolist(), strict=True))
+        draw.line(points, fill=min(160, 50 * channel))
+    return np.asarray(canvas)[None]

@@ -17,6 +17,7 @@ from dfkd_ray.storage import Where
 class Description(TypedDict, total=False):
     """The description that a network in memory needs: see `Teacher.from_network`."""
 
+    input_shape: Sequence[int]
     image_shape: Sequence[int]
     num_classes: int
     mean: float | Sequence[float]
@@ -29,8 +30,8 @@ class Description(TypedDict, total=False):
 class Recovered:
     """The result of a recovery: the student (eval mode, on the CPU), the row of measurements, and the synthetic images.
 
-    `row` has the columns of the table `trials`. `images` is (num_images, channels, height, width) as stored (uint8 over
-    the pixel range by default), `labels` int64 (num_images,), -1 without a label.
+    `row` has the columns of the table `trials`. `images` is (num_images, *input_shape) as stored (uint8 over the pixel
+    range by default), `labels` int64 (num_images,), -1 without a label.
     """
 
     student: nn.Module
@@ -52,7 +53,7 @@ def recover(
 ) -> Recovered:
     """Prune a copy of a network, make images from the network alone, and distil the network into its pruned copy.
 
-    `network`: a module in memory, which needs `image_shape`, `num_classes`, `mean` and `std` (see
+    `network`: a module in memory, which needs `input_shape`, `num_classes`, `mean` and `std` (see
     `Teacher.from_network`); or a teacher; or the name or folder of a bundle; or a library's network
     (`"timm:resnet18"`), whose weights are fetched only with `download`. It is not modified. `settings`: further
     fields of a `TrialConfig` by dotted name, such as `{"distillation.num_steps": 100}`. `test`: test batches, for
@@ -71,7 +72,8 @@ def recover(
     (32, 1, 32, 32)
     """
     if isinstance(network, nn.Module):
-        missing = [name for name in ("image_shape", "num_classes", "mean", "std") if name not in described]
+        given = described.keys() | ({"input_shape"} if "image_shape" in described else set())
+        missing = [name for name in ("input_shape", "num_classes", "mean", "std") if name not in given]
         if missing:
             raise ValueError(f"a network in memory needs {', '.join(missing)}: say what images it takes")
         teacher = Teacher.from_network(network, **described)  # type: ignore[arg-type]
@@ -86,7 +88,8 @@ def recover(
     if outcome.student is None:
         raise RuntimeError(f"the recovery has failed: {outcome.row['reason']}")
     made = outcome.batches[0]
-    return Recovered(outcome.student, outcome.row, made.images, made.labels)
+    images = made.images.reshape(len(made.images), *teacher.info.input_shape)
+    return Recovered(outcome.student, outcome.row, images, made.labels)
 
 
 def bars() -> Any:

@@ -119,7 +119,7 @@ def train(
         architecture=config.architecture,
         arguments=config.arguments,
         num_classes=num_classes,
-        image_shape=data.image_shape,
+        input_shape=data.image_shape,
         mean=space.mean,
         std=space.std,
         class_names=data.class_names,

@@ -129,7 +129,7 @@ def test_plateau_stops_before_the_last_step(teacher: bundles.Teacher):
 
 def test_a_network_without_batchnorm_is_refused_and_told_about_records():
     network = bundles.freeze(nn.Sequential(nn.Flatten(), nn.Linear(16, 10)))
-    info = bundles.BundleInfo(architecture="x:y", num_classes=10, image_shape=(1, 4, 4), mean=(0.5,), std=(0.5,))
+    info = bundles.BundleInfo(architecture="x:y", num_classes=10, input_shape=(1, 4, 4), mean=(0.5,), std=(0.5,))
     with pytest.raises(ValueError, match=r"no BatchNorm layer.*activation records"):
         synthesis.source(bundles.Teacher(network, info, "0" * 64, "plain"), SMALL, CPU)
 
@@ -142,7 +142,7 @@ def test_a_loss_that_is_not_finite_is_an_error_that_says_so(teacher: bundles.Tea
 
 def test_batchnorm_1d_networks_can_be_teachers():
     network = nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 10))
-    info = bundles.BundleInfo(architecture="x:y", num_classes=10, image_shape=(1, 4, 4), mean=(0.5,), std=(0.5,))
+    info = bundles.BundleInfo(architecture="x:y", num_classes=10, input_shape=(1, 4, 4), mean=(0.5,), std=(0.5,))
     batch = batch_of(bundles.Teacher(bundles.freeze(network), info, "0" * 64, "mlp"), SMALL)
     assert batch.images.shape == (8, 1, 4, 4) and batch.terms["bn"] > 0
 
@@ -178,7 +178,7 @@ def test_wrn_as_teacher_has_a_smaller_bn_term_on_images_than_on_noise():
     torch.manual_seed(0)
     network = models.build("wrn_10_1", {}, num_classes=10, image_shape=(3, 16, 16))
     info = bundles.BundleInfo(
-        architecture="wrn_10_1", num_classes=10, image_shape=(3, 16, 16), mean=(0.5,) * 3, std=(0.25,) * 3
+        architecture="wrn_10_1", num_classes=10, input_shape=(3, 16, 16), mean=(0.5,) * 3, std=(0.25,) * 3
     )
     teacher = bundles.Teacher(bundles.freeze(network), info, "0" * 64, "wrn")
     start, end = (batch_of(teacher, SMALL.model_copy(update={"num_steps": n})).terms["bn"] for n in (1, 30))

@@ -16,7 +16,7 @@ from dfkd_ray.records import fitting, format
 from helpers import refusal
 
 INFO = bundles.BundleInfo(
-    architecture="lenet5_half", num_classes=3, image_shape=(1, 16, 16), mean=(0.5,), std=(0.25,), trained=False
+    architecture="lenet5_half", num_classes=3, input_shape=(1, 16, 16), mean=(0.5,), std=(0.25,), trained=False
 )
 KINDS = [*format.KINDS, "exemplars"]
 

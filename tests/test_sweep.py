@@ -121,7 +121,7 @@ def test_a_teacher_without_batchnorm_is_refused_before_anything_starts(tmp_path,
     from dfkd_ray import models
 
     info = bundles.BundleInfo(
-        architecture="bn_free:make", num_classes=10, image_shape=(1, 16, 16), mean=(0.5,), std=(0.5,)
+        architecture="bn_free:make", num_classes=10, input_shape=(1, 16, 16), mean=(0.5,), std=(0.5,)
     )
     network = models.build("bn_free:make", {}, num_classes=10, image_shape=(1, 16, 16))
     bundles.save(tmp_path / "t", info, network.state_dict())

@@ -193,7 +193,7 @@ def teacher_folder(tmp_path_factory):
     torch.manual_seed(5)
     folder = tmp_path_factory.mktemp("teachers") / "lenet5"
     info = bundles.BundleInfo(
-        architecture="lenet5", num_classes=10, image_shape=(1, 16, 16), mean=(0.5,), std=(0.25,), trained=False
+        architecture="lenet5", num_classes=10, input_shape=(1, 16, 16), mean=(0.5,), std=(0.25,), trained=False
     )
     bundles.save(folder, info, build("lenet5", image_shape=(1, 16, 16)).state_dict())
     return folder

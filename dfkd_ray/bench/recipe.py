@@ -44,7 +44,7 @@ def default_teacher() -> Teacher:
         architecture="resnet18",
         arguments=arguments,
         num_classes=10,
-        image_shape=(1, 32, 32),
+        input_shape=(1, 32, 32),
         mean=(0.3,),
         std=(0.35,),
         trained=False,

@@ -30,7 +30,7 @@ def untrained(architecture: str, image_shape: tuple[int, int, int], num_classes:
     info = bundles.BundleInfo(
         architecture=architecture,
         num_classes=num_classes,
-        image_shape=image_shape,
+        input_shape=image_shape,
         mean=(0.5,) * channels,
         std=(0.25,) * channels,
         trained=False,

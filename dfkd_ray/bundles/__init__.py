@@ -63,16 +63,17 @@ class Teacher:
         cls,
         network: nn.Module,
         *,
-        image_shape: Sequence[int],
         num_classes: int,
         mean: float | Sequence[float],
         std: float | Sequence[float],
+        input_shape: Sequence[int] = (),
+        image_shape: Sequence[int] = (),
         pixel_range: tuple[float, float] = (0.0, 1.0),
         name: str = "network",
     ) -> "Teacher":
         """A teacher from a network in memory: a frozen copy in eval mode on the CPU; the network is not modified.
 
-        `image_shape`: (channels, height, width). `mean` and `std` normalise the network's images: one number, or one
+        `input_shape`: (channels, height, width), or (channels, length) for signals; `image_shape` is its older name. `mean` and `std` normalise the network's images: one number, or one
         per channel, in the units of `pixel_range`. The hash covers the network's structure and all its weights.
         `ValueError` for an invalid description, or if the network's output is not (batch, num_classes) logits.
         """
@@ -80,7 +81,8 @@ class Teacher:
         own = freeze(models.adapting.copied(network)).cpu()
         kind = type(network)
         structure = hashlib.sha256(f"{kind.__module__}.{kind.__qualname__}\n{own!r}".encode()).hexdigest()
-        channels = image_shape[0] if len(image_shape) else 1
+        shape = tuple(input_shape or image_shape)
+        channels = shape[0] if shape else 1
 
         def per_channel(values: float | Sequence[float]) -> tuple[float, ...]:
             return (float(values),) * channels if isinstance(values, int | float) else tuple(map(float, values))
@@ -89,13 +91,13 @@ class Teacher:
             "architecture": IN_MEMORY,
             "arguments": {"network": kind.__qualname__, "structure_sha256": structure},
             "num_classes": num_classes,
-            "image_shape": tuple(image_shape),
+            "input_shape": shape,
             "mean": per_channel(mean),
             "std": per_channel(std),
             "pixel_range": pixel_range,
         }
         info = untrusted.validated(BundleInfo, described, name)
-        freeze(models.finish(own, IN_MEMORY, num_classes, info.image_shape))
+        freeze(models.finish(own, IN_MEMORY, num_classes, info.input_shape))
         info = info.model_copy(update={"weights_sha256": sha256(safetensors_bytes(own.state_dict()))})
         return cls(own, info, teacher_hash(info), name)
 
@@ -135,8 +137,9 @@ class Teacher:
 
 def teacher_hash(info: BundleInfo) -> str:
     """Hash of everything that determines the network's output; names, notes and accuracies are left out."""
-    fields = ("architecture", "arguments", "num_classes", "image_shape", "mean", "std", "pixel_range", "weights_sha256")
-    return stable_hash(info.model_dump(mode="json", include=set(fields)))
+    fields = ("architecture", "arguments", "num_classes", "mean", "std", "pixel_range", "weights_sha256")
+    # The shape's name is that of the first version, so that hashes stay.
+    return stable_hash({**info.model_dump(mode="json", include=set(fields)), "image_shape": list(info.input_shape)})
 
 
 @contextmanager

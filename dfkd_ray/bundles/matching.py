@@ -71,7 +71,7 @@ class Part:
 
 def from_file(info: BundleInfo, path: Path, weights_key: str | None = None) -> tuple[nn.Module, Match]:
     """The network of a description with the weights of a file (see `match`), checked and adapted."""
-    of = {"num_classes": info.num_classes, "image_shape": info.image_shape}
+    of = {"num_classes": info.num_classes, "image_shape": info.input_shape}
     states = read_state_dicts(path)
     network = models.build(info.architecture, info.arguments, finished=False, **of)
     found = match(network, states, str(path), weights_key)

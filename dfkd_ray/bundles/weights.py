@@ -146,7 +146,7 @@ def filled(info: BundleInfo, state: Mapping[str, Tensor], where: str) -> nn.Modu
 
     The names are those of the network's own code, or those after it has been adapted (computed weights are plain then).
     """
-    of = {"num_classes": info.num_classes, "image_shape": info.image_shape}
+    of = {"num_classes": info.num_classes, "image_shape": info.input_shape}
     network = models.build(info.architecture, info.arguments, finished=False, **of)
     is_own = set(state) == set(network.state_dict())
     if is_own:

@@ -25,12 +25,15 @@ def parse_json(text: str, option: str) -> dict[str, Any]:
     return data
 
 
-def parse_shape(text: str) -> tuple[int, int, int]:
-    """`3x32x32` as (3, 32, 32)."""
+def parse_shape(text: str) -> tuple[int, ...]:
+    """`3x32x32` as (3, 32, 32), `2x1000` (signals) as (2, 1000)."""
     parts = text.lower().split("x")
-    if len(parts) != 3 or not all(part.isascii() and part.isdigit() and 0 < int(part[:7]) < 10**6 for part in parts):
-        raise ValueError(f"--image-shape {given(text)}: expected CHANNELSxHEIGHTxWIDTH, as in 3x32x32")
-    return int(parts[0]), int(parts[1]), int(parts[2])
+    are_sizes = all(part.isascii() and part.isdigit() and 0 < int(part[:7]) < 10**6 for part in parts)
+    if len(parts) not in (2, 3) or not are_sizes:
+        raise ValueError(
+            f"--input-shape {given(text)}: expected CHANNELSxHEIGHTxWIDTH, as in 3x32x32, or CHANNELSxLENGTH (signals)"
+        )
+    return tuple(map(int, parts))
 
 
 def parse_floats(text: str, option: str) -> tuple[float, ...]:

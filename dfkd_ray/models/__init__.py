@@ -97,6 +97,9 @@ def finish(network: nn.Module, architecture: str, num_classes: int, image_shape:
     """
     if architecture in FAMILIES or WRN_NAME.fullmatch(architecture):
         return network
+    if len(image_shape) == 2:
+        network.register_forward_pre_hook(adapting.as_signals)
+        image_shape = (image_shape[0], 1, image_shape[1])
     with guarded(f"{shown(architecture)} does not take images of {'x'.join(map(str, image_shape))}"):
         adapting.prepare(network, image_shape)
     checks.check_state(network, architecture)
@@ -114,6 +117,11 @@ def named_arguments(
     taken = sorted({"num_classes", "image_shape"} & set(arguments))
     if taken:
         raise ValueError(f"{shown(architecture)}: {taken[0]} is given by the bundle, not in its arguments")
+    if len(image_shape) == 2:
+        raise ValueError(
+            f"{shown(architecture)} takes images: expected channels, height and width, not channels and length "
+            f"{'x'.join(map(str, image_shape))}"
+        )
     width = arguments.get("width_multiplier", 1.0)
     if isinstance(width, bool) or not isinstance(width, int | float) or not 0 < width < 1e3:
         raise ValueError(

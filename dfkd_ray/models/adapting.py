@@ -141,6 +141,11 @@ def quiet_generator() -> Iterator[None]:
         yield
 
 
+def as_signals(_module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A forward pre-hook: images of height 1 (n, channels, 1, length) as signals (n, channels, length)."""
+    return tuple(x.squeeze(2) if isinstance(x, Tensor) and x.ndim == 4 and x.shape[2] == 1 else x for x in given)
+
+
 def take_logits(_module: nn.Module, _given: Any, answer: Any, *, num_classes: int) -> Tensor:
     """A forward hook: the logits in an output of several parts."""
     logits = logits_of(answer, num_classes)

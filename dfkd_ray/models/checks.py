@@ -52,10 +52,10 @@ def check_shapes(architecture: str, num_classes: int, image_shape: Sequence[int]
     """`ValueError` for class counts or image shapes outside the supported range."""
     if not 2 <= num_classes <= MAX_CLASSES:
         raise ValueError(f"{shown(architecture)}: {num_classes:,} classes, expected 2 to {MAX_CLASSES:,}")
-    if len(image_shape) != 3 or min(image_shape) < 1 or math.prod(image_shape) > MAX_IMAGE_VALUES:
+    if len(image_shape) not in (2, 3) or min(image_shape) < 1 or math.prod(image_shape) > MAX_IMAGE_VALUES:
         raise ValueError(
             f"{shown(architecture)}: images of {one_line('x'.join(map(str, image_shape)), 60)}, expected channels, "
-            f"height and width of at least 1, and at most {MAX_IMAGE_VALUES:,} values"
+            f"height and width (signals: channels and length) of at least 1, at most {MAX_IMAGE_VALUES:,} values"
         )
 
 

@@ -7,6 +7,7 @@ one convolution and one transposed convolution of a batch.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,7 @@ class Operator:
 
 
 def layer_operator(layer: nn.Module, in_shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Operator:
-    """A Linear or Conv2d (zero padding) without its bias, on inputs of `in_shape` (no batch axis)."""
+    """A Linear, Conv1d or Conv2d (zero padding) without its bias, on inputs of `in_shape` (no batch axis)."""
     shape = tuple(in_shape)
     if isinstance(layer, nn.Linear):
         weight = layer.weight.detach().to(dtype)
@@ -66,10 +67,32 @@ def layer_operator(layer: nn.Module, in_shape: Sequence[int], dtype: torch.dtype
         return Operator(shape, (layer.out_features,), dtype, lambda x: x @ weight.T, lambda y: y @ weight)
     if isinstance(layer, nn.Conv2d):
         return _convolution(layer, shape, dtype)
+    if isinstance(layer, nn.Conv1d) and len(shape) == 2:
+        flat = _convolution(_of_images(layer), (shape[0], 1, shape[1]), dtype)
+        return Operator(
+            shape,
+            (flat.out_shape[0], flat.out_shape[2]),
+            dtype,
+            lambda x: flat.forward(x.unsqueeze(2)).squeeze(2),
+            lambda y: flat.adjoint(y.unsqueeze(2)).squeeze(2),
+        )
     raise ValueError(
-        f"a {type(layer).__name__} has no spectral basis: expected a Linear or Conv2d layer; record other layers by "
-        "their statistics"
+        f"a {type(layer).__name__} has no spectral basis: expected Linear, Conv1d or Conv2d; record others by their "
+        "statistics"
     )
+
+
+def _of_images(layer: nn.Conv1d) -> nn.Conv2d:
+    """The convolution of images of height 1 that computes what a convolution of signals does."""
+    of: Any = layer
+    padding = of.padding if isinstance(of.padding, str) else (0, *of.padding)
+    sides = {"stride": (1, *of.stride), "dilation": (1, *of.dilation), "padding": padding}
+    mode = of.padding_mode
+    made = nn.Conv2d(
+        of.in_channels, of.out_channels, (1, *of.kernel_size), groups=of.groups, padding_mode=mode, **sides
+    )
+    made.weight = nn.Parameter(of.weight.detach().unsqueeze(2), requires_grad=False)
+    return made
 
 
 def _convolution(layer: nn.Conv2d, in_shape: tuple[int, ...], dtype: torch.dtype) -> Operator:
@@ -120,11 +143,12 @@ def resampler(in_shape: tuple[int, ...], out_shape: tuple[int, ...], dtype: torc
     It is the identity if the shapes are equal. A flat input of f features after c channels is pooled to c x h x w with
     h w = f / c and the output's aspect ratio. Max-pooling is not linear; average pooling replaces it.
     """
-    grid = _pooled_grid(in_shape, out_shape)
+    image_in, image_out = ((s[0], 1, s[1]) if len(s) == 2 else s for s in (in_shape, out_shape))  # signals
+    grid = _pooled_grid(image_in, image_out)
 
     def forward(x: Tensor) -> Tensor:
         if grid is not None:
-            x = F.adaptive_avg_pool2d(x, grid)
+            x = F.adaptive_avg_pool2d(x.reshape(len(x), *image_in), grid)
         return x.reshape(len(x), *out_shape)
 
     def adjoint(y: Tensor) -> Tensor:
@@ -145,7 +169,7 @@ def _pooled_grid(in_shape: tuple[int, ...], out_shape: tuple[int, ...]) -> tuple
             return out_shape[1], out_shape[2]
         if len(out_shape) == 1 and out_shape[0] % channels == 0:
             cells = out_shape[0] // channels
-            rows = round(math.sqrt(cells * height / width))
+            rows = 1 if height == 1 else round(math.sqrt(cells * height / width))
             if rows >= 1 and cells % rows == 0:
                 return rows, cells // rows
     raise ValueError(

@@ -98,7 +98,7 @@ def student_in(
     if student is None or student.architecture is None:
         network = deepcopy(teacher.network)
     else:
-        shape, num_classes = teacher.info.image_shape, teacher.info.num_classes
+        shape, num_classes = teacher.info.input_shape, teacher.info.num_classes
         network = models.build(student.architecture, student.arguments, num_classes=num_classes, image_shape=shape)
     network.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in state.student.items()})
     return devices.place(bundles.freeze(network), device)

@@ -146,7 +146,7 @@ def augmented(images: Tensor, config: DeepInversionConfig, generator: torch.Gene
     if config.jitter:
         dy, dx = torch.randint(-config.jitter, config.jitter + 1, (2,), generator=generator).tolist()
         images = torch.roll(images, (dy, dx), dims=(2, 3))
-    if config.flip and float(torch.rand((), generator=generator)) < 0.5:
+    if config.flip and images.shape[2] > 1 and float(torch.rand((), generator=generator)) < 0.5:
         images = images.flip(3)
     return images
 

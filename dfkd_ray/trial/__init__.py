@@ -326,7 +326,7 @@ def starting_student(
             config.student.architecture,
             config.student.arguments,
             num_classes=teacher.info.num_classes,
-            image_shape=teacher.info.image_shape,
+            image_shape=teacher.info.input_shape,
         )
     return on_device(network, device).requires_grad_(True)
 
