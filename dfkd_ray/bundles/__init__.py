@@ -73,8 +73,9 @@ class Teacher:
     ) -> "Teacher":
         """A teacher from a network in memory: a frozen copy in eval mode on the CPU; the network is not modified.
 
-        `input_shape`: (channels, height, width), or (channels, length) for signals; `image_shape` is its older name. `mean` and `std` normalise the network's images: one number, or one
-        per channel, in the units of `pixel_range`. The hash covers the network's structure and all its weights.
+        `input_shape`: (channels, height, width), or (channels, length) for signals; `image_shape` is its older name.
+        `mean` and `std` normalise the network's images: one number, or one per channel, in the units of `pixel_range`.
+        The hash covers the network's structure and all its weights.
         `ValueError` for an invalid description, or if the network's output is not (batch, num_classes) logits.
         """
         network = models.adapting.unwrapped(network)
