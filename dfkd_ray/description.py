@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
@@ -61,6 +61,9 @@ class BundleInfo(BaseModel):
     mean: tuple[Number, ...] = Field(description="per channel, in pixel units")
     std: tuple[Number, ...]
     pixel_range: tuple[Number, Number] = (0.0, 1.0)
+    head: Literal["softmax", "sigmoid"] = Field(
+        default="softmax", description="classes that exclude each other, or independent labels"
+    )
     class_names: tuple[Name, ...] = ()
     dataset: Name | None = Field(default=None, description="what it was trained on, where known")
     test_accuracy: Number | None = Field(default=None, ge=0, le=1)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dfkd_ray import batchnorm, checkpoints, devices, losses, storage
+from dfkd_ray import batchnorm, checkpoints, devices, storage
 from dfkd_ray.batches import mix_seed
 from dfkd_ray.compression import pruning
 from dfkd_ray.config import DistillationConfig, PruningConfig
@@ -172,10 +172,10 @@ def distil(
                 with torch.no_grad():
                     teacher_logits = teacher(devices.laid_out(images, teacher)).float()
                 student_logits = student(devices.laid_out(images, student)).float()
-            terms = {"kl": losses.distillation_kl(student_logits, teacher_logits, config.temperature)}
+            terms = {"kl": reference.head.kl(student_logits, teacher_logits, config.temperature)}
             if config.label_weight:
                 labels = torch.from_numpy(pool.labels[rows.numpy()]).to(device)
-                terms["label"] = losses.mixed_cross_entropy(student_logits, labels, partner, weight)
+                terms["label"] = reference.head.mixed_label_loss(student_logits, labels, partner, weight)
             if config.feature_weight:
                 terms["feature"] = feature_loss(student_features[0], teacher_features[0])
             loss = config.kl_weight * terms["kl"]

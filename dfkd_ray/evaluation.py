@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dfkd_ray import devices, losses
+from dfkd_ray import devices
 from dfkd_ray.batches import Batch
 from dfkd_ray.devices import Runtime
+from dfkd_ray.heads import SOFTMAX, Head
 from dfkd_ray.images import decoded
 from dfkd_ray.text import one_line
 
@@ -35,11 +36,18 @@ def logits(network: nn.Module, images: np.ndarray, runtime: Runtime) -> Tensor:
     return torch.cat(parts)
 
 
-def accuracy(network: nn.Module, batches: Iterable[Batch], runtime: Runtime) -> float:
-    """Accuracy in [0, 1]. `ValueError` for labels outside the network's classes, or if there is no image."""
+def accuracy(network: nn.Module, batches: Iterable[Batch], runtime: Runtime, head: Head = SOFTMAX) -> float:
+    """Accuracy in [0, 1]; of independent labels (n, classes) the share of right ones.
+
+    `ValueError` for labels outside the network's classes, or if there is no image.
+    """
     hits = total = 0
     for batch in batches:
         predicted = logits(network, batch.images, runtime)
+        if head is not SOFTMAX:
+            right = head.agrees(predicted.cpu(), torch.from_numpy(np.array(batch.labels)))
+            hits, total = hits + int(right.sum()), total + right.numel()
+            continue
         if int(batch.labels.max()) >= predicted.shape[1] or int(batch.labels.min()) < 0:
             raise ValueError(
                 f"the test set has labels up to {int(batch.labels.max())}, the network has {predicted.shape[1]} classes"
@@ -69,14 +77,15 @@ class Reference:
     images: np.ndarray
     teacher_logits: Tensor
     runtime: Runtime
+    head: Head = SOFTMAX
 
     def compare(self, network: nn.Module) -> tuple[float, float]:
         """Agreement (share of equal argmax, in [0, 1]) and KL(teacher || network) in nats at temperature 1."""
         student = logits(network, self.images, self.runtime)
-        same = float((student.argmax(dim=1) == self.teacher_logits.argmax(dim=1)).float().mean())
-        return same, float(losses.distillation_kl(student, self.teacher_logits, 1.0))
+        same = self.head.agreement(student, self.teacher_logits)
+        return same, float(self.head.kl(student, self.teacher_logits, 1.0))
 
 
-def reference(teacher: nn.Module, images: np.ndarray, runtime: Runtime) -> Reference:
+def reference(teacher: nn.Module, images: np.ndarray, runtime: Runtime, head: Head = SOFTMAX) -> Reference:
     """The reference set for these stored images."""
-    return Reference(images, logits(teacher, images, runtime), runtime)
+    return Reference(images, logits(teacher, images, runtime), runtime, head)

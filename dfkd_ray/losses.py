@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -52,15 +52,3 @@ def distillation_kl(
     log_student = F.log_softmax(student / temperature, dim=1)
     log_teacher = F.log_softmax(teacher / temperature, dim=1)
     return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
-
-
-def mixed_cross_entropy(
-    logits: Float[Tensor, "n classes"],
-    labels: Int[Tensor, " n"],
-    partners: Int[Tensor, " n"],
-    weight: Float[Tensor, " n"],
-) -> Float[Tensor, ""]:
-    """mean of w CE(labels) + (1 - w) CE(labels of the partners), in nats. Source: arXiv 1710.09412 (mixup)."""
-    own = F.cross_entropy(logits, labels, reduction="none")
-    other = F.cross_entropy(logits, labels[partners], reduction="none")
-    return (weight * own + (1 - weight) * other).mean()

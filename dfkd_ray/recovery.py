@@ -23,6 +23,7 @@ class Description(TypedDict, total=False):
     mean: float | Sequence[float]
     std: float | Sequence[float]
     pixel_range: tuple[float, float]
+    head: str
     name: str
 
 

@@ -120,8 +120,16 @@ def test_a_network_that_ends_in_softmax_gives_its_logits_up_to_a_constant(last):
 
 
 @pytest.mark.parametrize("last", [lambda y, _: y.sigmoid(), lambda y, _: nn.Sigmoid()(y).view(-1, CLASSES)])
-def test_a_network_that_ends_in_sigmoid_is_refused_with_what_to_do(last):
-    refusal(lambda: adapted(net_that_gives(last)), "sigmoid", "leave it out")
+def test_a_network_that_ends_in_sigmoid_gives_its_logits_and_needs_that_head(last):
+    expected = Net().eval()(IMAGES)
+    torch.testing.assert_close(adapted(net_that_gives(last))(IMAGES), expected, rtol=1e-3, atol=1e-4)
+    refusal(lambda: bundles.Teacher.from_network(net_that_gives(last), **DESCRIBED), "ends in a sigmoid", "sigmoid")
+    assert bundles.Teacher.from_network(net_that_gives(last), **DESCRIBED, head="sigmoid").info.head == "sigmoid"
+
+
+def test_a_softmax_does_not_go_with_independent_labels():
+    network = net_that_gives(lambda y, _: y.softmax(1))
+    refusal(lambda: bundles.Teacher.from_network(network, **DESCRIBED, head="sigmoid"), "ends in a softmax")
 
 
 def test_small_logits_are_no_probabilities():

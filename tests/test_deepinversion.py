@@ -15,7 +15,9 @@ from torch import nn
 
 from dfkd_ray import batches, batchnorm, bundles, devices, images, models, synthesis
 from dfkd_ray.config import DeepInversionConfig, NoiseConfig
+from dfkd_ray.heads import SOFTMAX
 from dfkd_ray.synthesis import deepinversion
+from dfkd_ray.synthesis.optimiser import Aim
 
 CPU = torch.device("cpu")
 SMALL = DeepInversionConfig(batch_size=8, num_steps=3, num_threads=1)
@@ -162,7 +164,9 @@ def test_first_batchnorm_multiplier_scales_the_first_layer_only(teacher: bundles
         logits = teacher.network(x)
         for factor in (0.0, 1.0, 2.0):
             config = SMALL.model_copy(update={"bn_first_multiplier": factor})
-            values.append(float(deepinversion.terms(config, x, logits, torch.arange(8), statistics)["bn"]))
+            values.append(
+                float(deepinversion.terms(config, x, logits, Aim(torch.arange(8), SOFTMAX), statistics)["bn"])
+            )
     assert values[2] - values[1] == pytest.approx(values[1] - values[0], rel=1e-4)
     assert values[0] > 0 and values[1] > values[0]
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dfkd_ray.heads import SOFTMAX
 from dfkd_ray.losses import (
     batchnorm_distance,
     distillation_kl,
     mean_square,
-    mixed_cross_entropy,
     output_entropy,
     total_variation,
 )
@@ -122,10 +122,12 @@ def test_mixed_cross_entropy_equals_cross_entropy_with_soft_labels():
     weight = torch.rand(6, generator=torch.Generator().manual_seed(2))
     hot = F.one_hot(labels, 4).float()
     soft = weight[:, None] * hot + (1 - weight[:, None]) * hot[partners]
-    torch.testing.assert_close(mixed_cross_entropy(logits, labels, partners, weight), F.cross_entropy(logits, soft))
+    torch.testing.assert_close(
+        SOFTMAX.mixed_label_loss(logits, labels, partners, weight), F.cross_entropy(logits, soft)
+    )
 
 
 def test_mixed_cross_entropy_without_mixing_is_cross_entropy():
     logits, labels = normal(3, 4), torch.tensor([0, 1, 2])
-    value = mixed_cross_entropy(logits, labels, torch.tensor([1, 2, 0]), torch.ones(3))
+    value = SOFTMAX.mixed_label_loss(logits, labels, torch.tensor([1, 2, 0]), torch.ones(3))
     torch.testing.assert_close(value, F.cross_entropy(logits, labels))

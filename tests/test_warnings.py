@@ -10,7 +10,7 @@ from dfkd_ray import bundles, trial
 from dfkd_ray.compression import pruning
 from dfkd_ray.config import TrialConfig, validate, with_overrides
 from dfkd_ray.distillation import Pool
-from dfkd_ray.synthesis.optimiser import labels_of
+from dfkd_ray.heads import SOFTMAX
 from dfkd_ray.trial.warnings import warnings_of
 from helpers import TINY_SETS, make_teacher, same_weights, tiny_network, tiny_trial
 
@@ -95,16 +95,16 @@ def test_a_network_without_batchnorm_makes_no_images_for_it(tmp_path):
     ("num_classes", "batch_size", "num_batches"), [(10, 16, 5), (10, 8, 5), (1000, 256, 6), (7, 3, 8)]
 )
 def test_labels_reach_every_class_as_evenly_as_their_number_allows(num_classes, batch_size, num_batches):
-    labels = torch.cat([labels_of("0123456789abcdef", i, batch_size, num_classes) for i in range(num_batches)])
+    labels = torch.cat([SOFTMAX.labels("0123456789abcdef", i, batch_size, num_classes) for i in range(num_batches)])
     for end in range(1, len(labels) + 1, 13):
         counts = torch.bincount(labels[:end], minlength=num_classes)
         assert int(counts.max()) - int(counts.min()) <= 1
 
 
 def test_few_images_of_many_classes_are_not_the_first_classes_and_follow_the_key():
-    first, other = (labels_of(key * 16, 0, 64, 1000) for key in "ab")
+    first, other = (SOFTMAX.labels(key * 16, 0, 64, 1000) for key in "ab")
     assert int(first.max()) > 700 and not torch.equal(first, other)
-    assert torch.equal(first, labels_of("a" * 16, 0, 64, 1000))
+    assert torch.equal(first, SOFTMAX.labels("a" * 16, 0, 64, 1000))
 
 
 # ---- warnings --------------------------------------------------------------------------------------------------------

@@ -23,7 +23,9 @@ from dfkd_ray.bundles import BundleInfo, Teacher, freeze, teacher_hash
 from dfkd_ray.compression import pruning
 from dfkd_ray.config import DeepInversionConfig, PruningConfig, TrialConfig
 from dfkd_ray.distillation import Progress
+from dfkd_ray.heads import SOFTMAX
 from dfkd_ray.synthesis import deepinversion
+from dfkd_ray.synthesis.optimiser import Aim
 
 # The fast configuration: it recovers the accuracy within about a point, in a small fraction of the recipe's time.
 FAST: dict[str, Any] = {
@@ -150,7 +152,7 @@ def inversion(
     def run_ours(num: int) -> None:
         with devices.numerics(config.precision, device, config.num_threads):
             settings = config.model_copy(update={"num_steps": num})
-            deepinversion.invert(ours, run, settings, space, parts, labels, generator)
+            deepinversion.invert(ours, run, settings, space, parts, Aim(labels, SOFTMAX), generator)
 
     sides: dict[str, Callable[[int], None]] = {"reference": run_reference, "bare": run_bare, "ours": run_ours}
     times: dict[str, list[float]] = {name: [] for name in sides}

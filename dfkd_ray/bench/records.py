@@ -17,9 +17,11 @@ from dfkd_ray import batchnorm, bundles, devices, models
 from dfkd_ray.bench.recipe import bare_steps, synchronise
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import DeepInversionConfig, RecordsConfig
+from dfkd_ray.heads import SOFTMAX
 from dfkd_ray.records import fitting, format, taps
 from dfkd_ray.synthesis import deepinversion
 from dfkd_ray.synthesis import reconstruction as by_records
+from dfkd_ray.synthesis.optimiser import Aim
 
 
 def untrained(architecture: str, image_shape: tuple[int, int, int], num_classes: int) -> Teacher:
@@ -104,7 +106,7 @@ def reconstruction(
         own = deepinversion.initial_parts(inversion, shape, generator, device)
         space = teacher.info.space
         sides["DeepInversion, float32"] = lambda: (
-            deepinversion.invert(network, network, inversion, space, own, labels, generator) and None
+            deepinversion.invert(network, network, inversion, space, own, Aim(labels, SOFTMAX), generator) and None
         )
     times: dict[str, list[float]] = {name: [] for name in sides}
     with devices.numerics("float32", device, num_threads):

@@ -26,7 +26,7 @@ from dfkd_ray import models, storage, targets, untrusted
 from dfkd_ray.bundles import packing, pretrained
 from dfkd_ray.bundles.matching import from_file as from_file
 from dfkd_ray.bundles.matching import match as match
-from dfkd_ray.bundles.weights import PACKED, from_stored, read_safetensors
+from dfkd_ray.bundles.weights import PACKED, check_head, from_stored, read_safetensors
 from dfkd_ray.bundles.weights import filled as filled
 from dfkd_ray.bundles.weights import load_state as load_state
 from dfkd_ray.bundles.weights import read_state_dicts as read_state_dicts
@@ -69,6 +69,7 @@ class Teacher:
         input_shape: Sequence[int] = (),
         image_shape: Sequence[int] = (),
         pixel_range: tuple[float, float] = (0.0, 1.0),
+        head: str = "softmax",
         name: str = "network",
     ) -> "Teacher":
         """A teacher from a network in memory: a frozen copy in eval mode on the CPU; the network is not modified.
@@ -96,9 +97,11 @@ class Teacher:
             "mean": per_channel(mean),
             "std": per_channel(std),
             "pixel_range": pixel_range,
+            "head": head,
         }
         info = untrusted.validated(BundleInfo, described, name)
         freeze(models.finish(own, IN_MEMORY, num_classes, info.input_shape))
+        check_head(own, info.head)
         info = info.model_copy(update={"weights_sha256": sha256(safetensors_bytes(own.state_dict()))})
         return cls(own, info, teacher_hash(info), name)
 
@@ -140,7 +143,8 @@ def teacher_hash(info: BundleInfo) -> str:
     """Hash of everything that determines the network's output; names, notes and accuracies are left out."""
     fields = ("architecture", "arguments", "num_classes", "mean", "std", "pixel_range", "weights_sha256")
     # The shape's name is that of the first version, so that hashes stay.
-    return stable_hash({**info.model_dump(mode="json", include=set(fields)), "image_shape": list(info.input_shape)})
+    of = {**info.model_dump(mode="json", include=set(fields)), "image_shape": list(info.input_shape)}
+    return stable_hash(of | ({} if info.head == "softmax" else {"head": info.head}))
 
 
 @contextmanager

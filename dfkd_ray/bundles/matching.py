@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_ray import models
-from dfkd_ray.bundles.weights import kind_problem, load_state, read_state_dicts, shape_problems
+from dfkd_ray.bundles.weights import check_head, kind_problem, load_state, read_state_dicts, shape_problems
 from dfkd_ray.description import BundleInfo
 from dfkd_ray.text import one_line
 
@@ -76,7 +76,9 @@ def from_file(info: BundleInfo, path: Path, weights_key: str | None = None) -> t
     network = models.build(info.architecture, info.arguments, finished=False, **of)
     found = match(network, states, str(path), weights_key)
     load_state(network, found.state, str(path))
-    return models.finish(network, info.architecture, **of), found
+    models.finish(network, info.architecture, **of)
+    check_head(network, info.head)
+    return network, found
 
 
 def match(

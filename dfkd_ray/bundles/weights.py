@@ -154,7 +154,16 @@ def filled(info: BundleInfo, state: Mapping[str, Tensor], where: str) -> nn.Modu
     models.finish(network, info.architecture, **of)
     if not is_own:
         load_state(network, state, where)
+    check_head(network, info.head)
     return network
+
+
+def check_head(network: nn.Module, head: str) -> None:
+    """`ValueError` if a network ends in another function than the head of its description."""
+    ends_in = models.adapting.ends_in(network)
+    if ends_in is not None and ends_in != head:
+        meaning = {"sigmoid": "independent labels", "softmax": "classes that exclude each other"}[ends_in]
+        raise ValueError(f"the network ends in a {ends_in}, so it has {meaning}: `head` is {head}, expected {ends_in}")
 
 
 def load_state(network: nn.Module, state: Mapping[str, Tensor], where: str) -> None:

@@ -115,6 +115,7 @@ def teacher_import(
     std: Annotated[str | None, typer.Option(help=f"per channel, in pixel units, with commas; {KNOWN}")] = None,
     arguments: Annotated[str | None, typer.Option(help="JSON for the architecture")] = None,
     pixel_range: Annotated[str | None, typer.Option(help="lowest and highest pixel; default 0,1")] = None,
+    head: Annotated[str, typer.Option(help="softmax, or sigmoid for independent labels")] = "softmax",
     dataset: Annotated[str | None, typer.Option(help="what it was trained on, if known")] = None,
     class_names: Annotated[str | None, typer.Option(help="with commas")] = None,
     weights_key: Annotated[
@@ -137,7 +138,8 @@ def teacher_import(
         "pixel_range": None if pixel_range is None else parse_floats(pixel_range, "--pixel-range"),
     }
     given = {name: value for name, value in options.items() if value is not None}
-    also = {"dataset": dataset} if dataset else {}
+    also: dict[str, Any] = {"dataset": dataset} if dataset else {}
+    also |= {"head": head} if head != "softmax" else {}
     also |= {"class_names": tuple(name.strip() for name in class_names.split(","))} if class_names else {}
     from dfkd_ray import batchnorm, bundles, storage, targets
 
@@ -370,7 +372,7 @@ def teacher_info(
         "trained": "yes" if info.trained else "NO: random weights",
         "trained on": info.dataset or "unknown",
         "test accuracy": accuracy,
-        "classes": str(info.num_classes),
+        "classes": f"{info.num_classes}{'' if info.head == 'softmax' else ' independent labels'}",
         "images": "x".join(map(str, info.image_shape)),
         "mean / std": f"{info.mean} / {info.std}, pixels {info.pixel_range}",
         "parameters": f"{sum(p.numel() for p in network.parameters()):,}",

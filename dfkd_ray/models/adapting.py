@@ -24,7 +24,7 @@ from dfkd_ray.devices import CONTIGUOUS
 from dfkd_ray.models.checks import guarded, is_logits, kind, logits_of, not_logits, shown
 from dfkd_ray.text import one_line
 
-NOTES = "dfkd_ray_notes"  # an attribute of an adapted network
+NOTES, ENDS_IN = "dfkd_ray_notes", "dfkd_ray_ends_in"  # attributes of an adapted network
 COMPUTED = (WeightNorm, SpectralNorm, BasePruningMethod)  # hooks that compute a weight before each forward pass
 TINY = 1e-30  # the smallest probability whose logarithm is taken
 SHAPING = ("View", "Reshape", "Squeeze", "Unsqueeze", "UnsafeView", "Alias", "ToCopy", "Clone", "Slice", "Select")
@@ -113,13 +113,10 @@ def adapt(network: nn.Module, architecture: str, num_classes: int, image_shape: 
         network.register_forward_hook(partial(take_logits, num_classes=num_classes))
     check_copy(network, architecture, images)
     ends_in = last_function(network, images)
-    if ends_in == "sigmoid":
-        raise ValueError(
-            f"{shown(architecture)} ends in a sigmoid: expected logits; leave it out, its weights stay as they are"
-        )
-    if ends_in == "softmax":
-        add_note(network, "it ends in a softmax: the logarithms of its outputs are taken as logits")
-        network.register_forward_hook(take_logarithms)
+    if ends_in is not None:
+        add_note(network, f"it ends in a {ends_in}, which is undone: the outputs are logits again")
+        network.register_forward_hook({"softmax": take_logarithms, "sigmoid": take_log_odds}[ends_in])
+        setattr(network, ENDS_IN, ends_in)
     if images.ndim == 4:
         turned = copied(network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         try:
@@ -157,6 +154,17 @@ def take_logits(_module: nn.Module, _given: Any, answer: Any, *, num_classes: in
 def take_logarithms(_module: nn.Module, _given: Any, probabilities: Tensor) -> Tensor:
     """A forward hook: logarithms, whose softmax are the probabilities again."""
     return probabilities.float().clamp_min(TINY).log()
+
+
+def take_log_odds(_module: nn.Module, _given: Any, probabilities: Tensor) -> Tensor:
+    """A forward hook: log odds, whose sigmoid are the probabilities again."""
+    p = probabilities.float()
+    return p.clamp_min(TINY).log() - (1 - p).clamp_min(TINY).log()
+
+
+def ends_in(network: nn.Module) -> str | None:
+    """ "softmax" or "sigmoid" if a network gives probabilities, which are turned into logits; else None."""
+    return getattr(network, ENDS_IN, None)
 
 
 def last_function(network: nn.Module, images: Tensor) -> str | None:

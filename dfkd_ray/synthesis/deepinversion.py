@@ -21,15 +21,16 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfkd_ray import batchnorm, devices, losses
 from dfkd_ray.batches import BatchSource
 from dfkd_ray.bundles import Teacher, freeze
 from dfkd_ray.config import DeepInversionConfig
+from dfkd_ray.heads import HEADS
 from dfkd_ray.images import PixelSpace
 from dfkd_ray.synthesis.optimiser import (
+    Aim,
     batches,
     bn_term,
     compose,
@@ -52,13 +53,13 @@ def source(teacher: Teacher, config: DeepInversionConfig, key: str, device: torc
     network = devices.place(freeze(deepcopy(teacher.network)), device, channels_last=config.channels_last)
     batchnorm.require_layers(network)
     run = compiled(network) if config.compile else network
-    space, num_classes = teacher.info.space, teacher.info.num_classes
+    space, head = teacher.info.space, HEADS[teacher.info.head]
 
     def make(slower: DeepInversionConfig, labels: Tensor, generator: torch.Generator, _seed: int) -> Any:
         there = labels.to(device)
         parts = initial_parts(slower, teacher.info.image_shape, generator, device)
-        images, steps = invert(network, run, slower, space, parts, there, generator)
-        return images, steps, lambda stored: measure(network, config, stored, there, num_classes)
+        images, steps = invert(network, run, slower, space, parts, Aim(there, head), generator)
+        return images, steps, lambda stored: measure(network, config, stored, Aim(there, head))
 
     return batches(teacher, config, key, device, make)
 
@@ -105,14 +106,14 @@ def invert(
     config: DeepInversionConfig,
     space: PixelSpace,
     parts: Sequence[Tensor],
-    labels: Tensor,
+    aim: Aim,
     generator: torch.Generator,
 ) -> tuple[Tensor, int]:
     """Optimise the parts of images; returns the images (normalised, within the pixel range) and the steps taken.
 
     `FloatingPointError` when the loss is no longer finite.
     """
-    low, high = space.bounds(labels.device)
+    low, high = space.bounds(aim.labels.device)
     variables = [part.clone().requires_grad_(True) for part in parts]
     optimiser = devices.Adam(variables, lr=config.learning_rate)
     best, checks_since_best, steps = math.inf, 0, 0
@@ -124,7 +125,7 @@ def invert(
             with devices.autocast(config.precision, images.device):
                 seen = augmented(images, config, generator)
                 logits = run(devices.laid_out(seen, network, channels_last=config.channels_last)).float()
-            loss = total(config, terms(config, images, logits, labels, statistics))
+            loss = total(config, terms(config, images, logits, aim, statistics))
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
@@ -152,21 +153,20 @@ def augmented(images: Tensor, config: DeepInversionConfig, generator: torch.Gene
 
 
 def terms(
-    config: DeepInversionConfig, images: Tensor, logits: Tensor, labels: Tensor, statistics: batchnorm.Statistics
+    config: DeepInversionConfig, images: Tensor, logits: Tensor, aim: Aim, statistics: batchnorm.Statistics
 ) -> dict[str, Tensor]:
     """All unweighted loss terms by name."""
     bn = bn_term(statistics, images.device, config.bn_first_multiplier)
-    label = F.cross_entropy(logits, labels) if config.label_loss == "cross_entropy" else losses.output_entropy(logits)
+    is_cross_entropy = config.label_loss == "cross_entropy"
+    label = aim.head.label_loss(logits, aim.labels) if is_cross_entropy else aim.head.entropy(logits)
     return {"label": label, "bn": bn, "tv": losses.total_variation(images), "l2": losses.mean_square(images)}
 
 
 @torch.no_grad()
-def measure(
-    network: nn.Module, config: DeepInversionConfig, images: Tensor, labels: Tensor, num_classes: int
-) -> dict[str, Any]:
+def measure(network: nn.Module, config: DeepInversionConfig, images: Tensor, aim: Aim) -> dict[str, Any]:
     """The terms of the stored images, without jitter; also teacher confidence, label agreement, class histogram."""
     images = devices.laid_out(images, network, channels_last=config.channels_last)
     with batchnorm.recorded(network) as statistics, devices.autocast(config.precision, images.device):
         logits = network(images).float()
-        own = terms(config, images, logits, labels, statistics)
-    return measured(own, logits, labels, num_classes)
+        own = terms(config, images, logits, aim, statistics)
+    return measured(own, logits, aim)

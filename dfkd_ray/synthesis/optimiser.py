@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from dfkd_ray import batchnorm, devices, losses
 from dfkd_ray.batches import Batch, BatchSource, batch_seed, mix_seed
 from dfkd_ray.bundles import Teacher
+from dfkd_ray.heads import HEADS, Head
 from dfkd_ray.images import decode, encode
 
 ATTEMPTS = 3  # for a batch whose loss is not finite
@@ -25,17 +27,27 @@ CHECK_EVERY = 25  # steps between checks of the loss: each one synchronises a GP
 # function that measures the terms of the images as stored.
 Make = Callable[[Any, Tensor, torch.Generator, int], tuple[Tensor, int, Callable[[Tensor], dict[str, Any]]]]
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What the images of a batch are made for: labels (n,), and the teacher's head, which says what they mean."""
+
+    labels: Tensor
+    head: Head
+
+
 log = logging.getLogger(__name__)
 
 
 def batches(teacher: Teacher, config: Any, key: str, device: torch.device, make: Make) -> BatchSource:
-    """Batches of optimised images, with the labels of `labels_of`."""
+    """Batches of optimised images, with the labels that suit the teacher's head."""
     space, num_classes = teacher.info.space, teacher.info.num_classes
 
     def batch(index: int) -> Batch:
         start, seed = time.perf_counter(), batch_seed(key, index)
         with devices.numerics(config.precision, device, config.num_threads, getattr(config, "fast", False)):
-            labels = labels_of(key, index, config.batch_size, num_classes)
+            labels = HEADS[teacher.info.head].labels(key, index, config.batch_size, num_classes)
 
             def attempt(number: int) -> tuple[Tensor, int, Callable[[Tensor], dict[str, Any]]]:
                 generator = torch.Generator().manual_seed(mix_seed(seed, number) if number else seed)
@@ -49,23 +61,6 @@ def batches(teacher: Teacher, config: Any, key: str, device: torch.device, make:
         return Batch(index, stored, labels.numpy(), key, terms)
 
     return batch
-
-
-def labels_of(key: str, index: int, batch_size: int, num_classes: int) -> Tensor:
-    """The labels (batch_size,) of a batch: they cycle over the classes and continue from batch to batch.
-
-    With more classes than images in a batch each cycle has an order of its own, a function of the key, so that no class
-    is preferred where the images are too few for all.
-    """
-    places = torch.arange(batch_size) + index * batch_size
-    labels = places % num_classes
-    if num_classes > batch_size:
-        for cycle in (places // num_classes).unique().tolist():
-            chosen = places // num_classes == cycle
-            seed = mix_seed(int(key[:16], 16), 0xC7C1E, cycle)
-            order = torch.randperm(num_classes, generator=torch.Generator().manual_seed(seed))
-            labels[chosen] = order[labels[chosen]]
-    return labels
 
 
 def with_attempts(attempt: Callable[[int], Result], what: str) -> tuple[Result, int]:
@@ -134,11 +129,10 @@ def total(config: Any, terms: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([weights[name] * term for name, term in terms.items() if weights[name]]).sum()
 
 
-def measured(terms: Mapping[str, Tensor], logits: Tensor, labels: Tensor, num_classes: int) -> dict[str, Any]:
+def measured(terms: Mapping[str, Tensor], logits: Tensor, aim: Aim) -> dict[str, Any]:
     """The terms as numbers, and the teacher's confidence, agreement with the labels, and class histogram."""
-    predicted = logits.argmax(dim=1)
     return {name: float(term) for name, term in terms.items()} | {
-        "confidence": float(logits.softmax(dim=1).amax(dim=1).mean()),
-        "label_agreement": float((predicted == labels).float().mean()),
-        "class_histogram": torch.bincount(predicted, minlength=num_classes).tolist(),
+        "confidence": float(aim.head.confidence(logits)),
+        "label_agreement": float(aim.head.agrees(logits, aim.labels).float().mean()),
+        "class_histogram": aim.head.histogram(logits),
     }

@@ -29,10 +29,12 @@ from dfkd_ray import batchnorm, devices, losses
 from dfkd_ray.batches import BatchSource, mix_seed
 from dfkd_ray.bundles import Teacher, freeze
 from dfkd_ray.config import RecordsConfig
+from dfkd_ray.heads import SOFTMAX
 from dfkd_ray.images import PixelSpace
 from dfkd_ray.records import gaussian, spectral, taps
 from dfkd_ray.records.format import SPECTRAL, Record
 from dfkd_ray.synthesis.optimiser import (
+    Aim,
     batches,
     bn_term,
     compose,
@@ -56,7 +58,7 @@ def source(teacher: Teacher, config: RecordsConfig, key: str, device: torch.devi
     if config.bn_weight:
         batchnorm.require_layers(network)
     found = taps.find(network, teacher.info.image_shape)
-    space, num_classes = teacher.info.space, teacher.info.num_classes
+    space = teacher.info.space
 
     def make(slower: RecordsConfig, labels: Tensor, generator: torch.Generator, seed: int) -> Any:
         drawn = [target.to(device) for target in draw(record, labels, generator)]
@@ -68,14 +70,22 @@ def source(teacher: Teacher, config: RecordsConfig, key: str, device: torch.devi
         return (
             images,
             steps,
-            lambda stored: measure(network, found, record, config, stored, targets, there, num_classes),
+            lambda stored: measure(network, found, record, config, stored, targets, there),
         )
 
     return batches(teacher, config, key, device, make)
 
 
 def check(teacher: Teacher, config: RecordsConfig, where: str) -> None:
-    """`ValueError` for `bn_weight` and a teacher without BatchNorm; `where` is the dotted name of the config."""
+    """`ValueError` for independent labels (records are per class), and for `bn_weight` and a teacher without BatchNorm.
+
+    `where` is the dotted name of the config.
+    """
+    if teacher.info.head != SOFTMAX.name:
+        raise ValueError(
+            f"{where}.method={config.method}: records are per class, and this teacher has independent labels (head "
+            f"{teacher.info.head}); set {where}.method=deepinversion"
+        )
     if config.bn_weight:
         try:
             batchnorm.require_layers(teacher.network)
@@ -258,7 +268,6 @@ def measure(
     images: Tensor,
     targets: Sequence[Tensor],
     labels: Tensor,
-    num_classes: int,
 ) -> dict[str, Any]:
     """The terms of the stored images; also teacher confidence, label agreement, class histogram."""
     images = devices.laid_out(images, network, channels_last=config.channels_last)
@@ -267,4 +276,4 @@ def measure(
         with devices.autocast(config.precision, images.device):
             logits = network(images).float()
         own = terms(config, record, values, targets, images, logits, labels, statistics)
-    return measured(own, logits, labels, num_classes)
+    return measured(own, logits, Aim(labels, SOFTMAX))

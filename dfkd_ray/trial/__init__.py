@@ -21,6 +21,7 @@ from dfkd_ray.compression import pruning
 from dfkd_ray.config import TrialConfig
 from dfkd_ray.devices import Runtime
 from dfkd_ray.distillation import NOBODY, Observer, Pool
+from dfkd_ray.heads import HEADS
 from dfkd_ray.images import decoded
 from dfkd_ray.storage import Folder, Where
 from dfkd_ray.trial.identity import (
@@ -199,7 +200,8 @@ def steps(
 
         held_out = gather_reference(config, teacher, device, inputs.images, report)
         row["reference_wall_s"] = wall_s(held_out.rows)
-        reference = evaluation.reference(network, held_out.pool.images, runtime)
+        head = HEADS[teacher.info.head]
+        reference = evaluation.reference(network, held_out.pool.images, runtime, head)
         first = Round(teacher, config.synthesis, device, student=config.student)
         source = Injected(inputs.real) if inputs.real and config.synthesis.method == "real" else inputs.images
         rounds = Rounds(config, first, source, checkpoint, report, row["trial_id"], reestimates)
@@ -207,7 +209,7 @@ def steps(
         def count_images(pool: Pool) -> None:
             row.update(synthesis_key=rounds.key, num_cached_batches=rounds.num_found)
             row["synthesis_wall_s"] = wall_s(rounds.rows)
-            row.update(image_columns(pool, rounds.rows, network, teacher.info.num_classes, runtime))
+            row.update(image_columns(pool, rounds.rows, network, head, runtime))
 
         first_pool = rounds.first_pool()
         pool = rounds.pool()
@@ -219,7 +221,7 @@ def steps(
             if rung is ladder.TEACHER and inputs.teacher_accuracy is not None:
                 row[rung.accuracy] = inputs.teacher_accuracy
             elif test is not None:
-                row[rung.accuracy] = evaluation.accuracy(net, test, runtime)
+                row[rung.accuracy] = evaluation.accuracy(net, test, runtime, head)
             if rung in ladder.BEFORE:
                 agreement, kl = reference.compare(net)
                 row[str(rung.agreement)], ranks[rung] = agreement, (agreement, -kl)

@@ -5,7 +5,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from dfkd_ray import bundles, evaluation
@@ -15,22 +14,22 @@ from dfkd_ray.compression import pruning
 from dfkd_ray.config import TrialConfig
 from dfkd_ray.devices import Runtime
 from dfkd_ray.distillation import Pool
+from dfkd_ray.heads import Head
 from dfkd_ray.ladder import RECOVERED
 from dfkd_ray.models import libraries
 from dfkd_ray.trial.images import mean_term
 
 
 def image_columns(
-    pool: Pool, rows: Sequence[Mapping[str, Any]], network: nn.Module, num_classes: int, runtime: Runtime
+    pool: Pool, rows: Sequence[Mapping[str, Any]], network: nn.Module, head: Head, runtime: Runtime
 ) -> dict[str, Any]:
     """Columns about the images: number, hash, the teacher's confidence and class histogram, BN term."""
     logits = evaluation.logits(network, pool.images, runtime)
-    histogram = torch.bincount(logits.argmax(dim=1), minlength=num_classes).tolist()
     return {
         "num_images": len(pool.labels),
         "images_sha256": hashlib.sha256(pool.images.data.cast("B")).hexdigest(),
-        "image_confidence": float(logits.softmax(dim=1).amax(dim=1).mean()),
-        "class_histogram": json.dumps(histogram),
+        "image_confidence": float(head.confidence(logits)),
+        "class_histogram": json.dumps(head.histogram(logits)),
         "image_bn": mean_term(rows, "bn"),
     }
 

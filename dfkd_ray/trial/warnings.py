@@ -41,7 +41,7 @@ def warnings_of(
             "synthesis.num_steps, or the weight of its label term"
         )
     labels = np.unique(pool.labels[pool.labels != NO_LABEL])
-    if 0 < len(labels) < num_classes:
+    if teacher.info.head == "softmax" and 0 < len(labels) < num_classes:
         yield (
             f"{num_classes - len(labels):,} of {num_classes:,} classes have no image: set distillation.num_images to "
             f"{num_classes:,} or more"

@@ -1,0 +1,126 @@
+"""Heads: what a network's outputs mean. A sigmoid's labels are independent, from synthesis to agreement."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dfkd_ray
+from dfkd_ray import bundles, synthesis
+from dfkd_ray.batches import Batch
+from dfkd_ray.config import DeepInversionConfig, RecordsConfig
+from dfkd_ray.heads import HEADS, SOFTMAX
+from helpers import CPU, TINY_SETS, refusal
+
+SIGMOID = HEADS["sigmoid"]
+CLASSES, SHAPE = 5, (1, 40)
+KEY = "0123456789abcdef"
+
+
+class Labels(nn.Module):
+    """A network of signals with independent labels; `last` ends it."""
+
+    def __init__(self, last=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.bn, self.fc = nn.Conv1d(1, 8, 5), nn.BatchNorm1d(8), nn.Linear(8, CLASSES)
+        self.last = last or nn.Identity()
+
+    def forward(self, x):
+        return self.last(self.fc(torch.relu(self.bn(self.conv(x))).mean(dim=2)))
+
+
+DESCRIBED = {"input_shape": SHAPE, "num_classes": CLASSES, "mean": 0.5, "std": 0.25, "head": "sigmoid"}
+
+
+def logits(seed, num=6):
+    return 2 * torch.randn(num, CLASSES, generator=torch.Generator().manual_seed(seed))
+
+
+def bernoulli(p, q):
+    """Slow reference: KL between two probabilities."""
+    return p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_the_distillation_term_of_independent_labels_is_a_sum_of_binary_divergences(temperature):
+    student, teacher = logits(0), logits(1)
+    s, t = ((x / temperature).double().sigmoid().numpy() for x in (student, teacher))
+    expected = temperature**2 * bernoulli(t, s).sum(axis=1).mean()
+    assert float(SIGMOID.kl(student, teacher, temperature)) == pytest.approx(expected, rel=1e-4)
+    assert float(SIGMOID.kl(teacher, teacher, temperature)) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=list(HEADS))
+def test_terms_of_a_head_are_finite_for_extreme_logits(head):
+    extreme = torch.tensor([[1e4, -1e4, 0.0, 50.0, -50.0]]).requires_grad_()
+    labels = head.labels(KEY, 0, 1, CLASSES)
+    terms = [head.label_loss(extreme, labels), head.kl(extreme, -extreme.detach(), 4.0)]
+    total = torch.stack(terms).sum()
+    total.backward()
+    assert total.isfinite() and extreme.grad is not None and extreme.grad.isfinite().all()
+
+
+def test_targets_are_drawn_independently_and_follow_the_key():
+    labels = torch.cat([SIGMOID.labels(KEY, index, 64, CLASSES) for index in range(30)])
+    targets = SIGMOID.targets(labels, CLASSES)
+    assert (labels >= 0).all() and len(labels.unique()) == len(labels)
+    assert (targets.mean(dim=0) - 0.4).abs().max() < 0.05  # two of five are expected
+    correlations = torch.corrcoef(targets.T) - torch.eye(CLASSES)
+    assert correlations.abs().max() < 0.1
+    assert torch.equal(targets[64:128], SIGMOID.targets(SIGMOID.labels(KEY, 1, 64, CLASSES), CLASSES))
+
+
+def test_agreement_of_independent_labels_is_the_share_of_equal_ones():
+    first, second = logits(0), logits(1)
+    expected = ((first > 0) == (second > 0)).float().mean()
+    assert SIGMOID.agreement(first, second) == pytest.approx(float(expected))
+    assert SIGMOID.histogram(first) == (first > 0).sum(dim=0).tolist()
+
+
+def test_mixed_labels_are_weighted_losses():
+    labels, partners = SIGMOID.labels(KEY, 0, 6, CLASSES), torch.tensor([1, 2, 3, 4, 5, 0])
+    weight, own = torch.linspace(0, 1, 6), SIGMOID.targets(SIGMOID.labels(KEY, 0, 6, CLASSES), CLASSES)
+    soft = weight[:, None] * own + (1 - weight[:, None]) * own[partners]
+    expected = F.binary_cross_entropy_with_logits(logits(0), soft, reduction="none").sum(dim=1).mean()
+    torch.testing.assert_close(SIGMOID.mixed_label_loss(logits(0), labels, partners, weight), expected)
+
+
+def test_a_softmaxs_mean_loss_has_pytorchs_bits():
+    labels = torch.arange(6) % CLASSES
+    assert torch.equal(SOFTMAX.label_loss(logits(0), labels), F.cross_entropy(logits(0), labels))
+
+
+def test_synthesis_reaches_the_targets_that_it_was_asked_for():
+    teacher = bundles.Teacher.from_network(Labels(), **DESCRIBED)
+    terms = [
+        synthesis.source(teacher, DeepInversionConfig(batch_size=32, num_steps=steps, bn_weight=0.01), CPU)[1](0).terms
+        for steps in (1, 60)
+    ]
+    assert terms[1]["label"] < terms[0]["label"] and len(terms[1]["class_histogram"]) == CLASSES
+
+
+@pytest.mark.parametrize("last", [None, nn.Sigmoid()])
+def test_a_network_of_independent_labels_is_recovered(last, tmp_path):
+    rng = np.random.default_rng(0)
+    images, truth = rng.integers(0, 256, (8, *SHAPE), np.uint8), rng.integers(0, 2, (8, CLASSES))
+    settings = {**TINY_SETS, "distillation.label_weight": 0.5}
+    test = [Batch(0, images, truth, "t")]
+    done = dfkd_ray.recover(Labels(last), sparsity=0.5, settings=settings, test=test, progress=False, **DESCRIBED)
+    assert done.row["status"] == "finished" and 0 <= done.row["recovered_accuracy"] <= 1
+    assert len(json.loads(done.row["class_histogram"])) == CLASSES
+
+
+def test_records_are_per_class_and_refuse_independent_labels():
+    teacher = bundles.Teacher.from_network(Labels(), **DESCRIBED)
+    refusal(lambda: synthesis.check(teacher, RecordsConfig()), "independent labels", "deepinversion")
+
+
+def test_the_head_is_part_of_the_hash_and_a_softmaxs_hash_is_that_of_before():
+    softmax, sigmoid = (
+        bundles.Teacher.from_network(Labels(), **{**DESCRIBED, "head": head}) for head in ("softmax", "sigmoid")
+    )
+    assert softmax.hash != sigmoid.hash
