@@ -141,6 +141,8 @@ def plan(
     `ValueError` for a class without an example, and for a `max_bytes` in which not even the smallest record fits.
     """
     rank, seed = options.rank, options.seed
+    if teacher.info.head != "softmax":
+        raise ValueError("activation records are per class, and this teacher has independent labels (head sigmoid)")
     if options.storage == "exemplars" and not set(kinds) <= set(SPECTRAL):
         raise ValueError("exemplars are stored as spectral coefficients; choose kinds spectral and spectral_pairs")
     missing = sorted(set(range(teacher.info.num_classes)) - set(np.unique(labels[rows]).tolist()))
