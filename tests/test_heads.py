@@ -12,10 +12,10 @@ import dfkd_ray
 from dfkd_ray import bundles, synthesis
 from dfkd_ray.batches import Batch
 from dfkd_ray.config import DeepInversionConfig, RecordsConfig
-from dfkd_ray.heads import HEADS, SOFTMAX
+from dfkd_ray.heads import HEADS, SOFTMAX, Sigmoid
 from helpers import CPU, TINY_SETS, refusal
 
-SIGMOID = HEADS["sigmoid"]
+SIGMOID = Sigmoid()
 CLASSES, SHAPE = 5, (1, 40)
 KEY = "0123456789abcdef"
 

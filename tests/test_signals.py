@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 import dfkd_ray
-from dfkd_ray import bundles, losses
+from dfkd_ray import bundles, losses, models
 from dfkd_ray.batches import Batch
 from dfkd_ray.compression import pruning
 from dfkd_ray.images import PixelSpace, class_grid, flip_images, shift_images
@@ -54,7 +54,7 @@ def test_convolutions_of_signals_are_pruned():
 
 
 def test_a_family_of_images_refuses_a_shape_of_signals():
-    refusal(lambda: dfkd_ray.models.build("resnet8", {}, num_classes=3, image_shape=SHAPE), "takes images")
+    refusal(lambda: models.build("resnet8", {}, num_classes=3, image_shape=SHAPE), "takes images")
 
 
 def test_signals_move_along_their_one_axis_and_keep_their_direction():

@@ -24,7 +24,7 @@ from dfkd_ray.synthesis import reconstruction as by_records
 from dfkd_ray.synthesis.optimiser import Aim
 
 
-def untrained(architecture: str, image_shape: tuple[int, int, int], num_classes: int) -> Teacher:
+def untrained(architecture: str, image_shape: tuple[int, ...], num_classes: int) -> Teacher:
     """A teacher with random weights."""
     torch.manual_seed(0)
     network = models.build(architecture, {}, num_classes=num_classes, image_shape=image_shape)
@@ -32,7 +32,7 @@ def untrained(architecture: str, image_shape: tuple[int, int, int], num_classes:
     info = bundles.BundleInfo(
         architecture=architecture,
         num_classes=num_classes,
-        input_shape=image_shape,
+        input_shape=image_shape,  # type: ignore[arg-type]  # checked there
         mean=(0.5,) * channels,
         std=(0.25,) * channels,
         trained=False,

@@ -115,7 +115,9 @@ def teacher_import(
     std: Annotated[str | None, typer.Option(help=f"per channel, in pixel units, with commas; {KNOWN}")] = None,
     arguments: Annotated[str | None, typer.Option(help="JSON for the architecture")] = None,
     pixel_range: Annotated[str | None, typer.Option(help="lowest and highest pixel; default 0,1")] = None,
-    head: Annotated[str, typer.Option(help="softmax, or sigmoid for independent labels")] = "softmax",
+    independent_labels: Annotated[
+        bool, typer.Option("--independent-labels", help="an image may have any number of labels (a sigmoid head)")
+    ] = False,
     dataset: Annotated[str | None, typer.Option(help="what it was trained on, if known")] = None,
     class_names: Annotated[str | None, typer.Option(help="with commas")] = None,
     weights_key: Annotated[
@@ -139,7 +141,7 @@ def teacher_import(
     }
     given = {name: value for name, value in options.items() if value is not None}
     also: dict[str, Any] = {"dataset": dataset} if dataset else {}
-    also |= {"head": head} if head != "softmax" else {}
+    also |= {"head": "sigmoid"} if independent_labels else {}
     also |= {"class_names": tuple(name.strip() for name in class_names.split(","))} if class_names else {}
     from dfkd_ray import batchnorm, bundles, storage, targets
 
