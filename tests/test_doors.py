@@ -416,7 +416,7 @@ def test_densenets_of_2017_have_today_s_names():
         ("weights=random&num_classes=0", "num_classes"),
         ("weights=random&input=32", "CHANNELSxHEIGHTxWIDTH"),
         ("weights=random&input=3x32xx", "CHANNELSxHEIGHTxWIDTH"),
-        ("weights=random&input=3x0x32", "image_shape"),
+        ("weights=random&input=3x0x32", "input_shape"),
         ("weights=random&seed=x", "seed is 'x'"),
         ("seed=1", "seed goes with weights=random"),
         ("weights=random&weights=random", "weights is given twice"),
