@@ -29,6 +29,7 @@ MAX_HEADER_BYTES = 16 << 20  # of a safetensors file: 100,000 tensors with names
 MAX_TENSORS = 100_000
 MAX_DIMENSIONS = 32
 SPARE_BYTES = 64 << 20
+CGROUP = Path("/sys/fs/cgroup")
 # The safetensors dtypes that are read, and their bytes. Float types of 8 bits or fewer need scales and are refused.
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 NO_FILES = (
@@ -80,23 +81,39 @@ def check_size(num_bytes: int, most: int, where: str) -> None:
         raise ValueError(f"{one_line(where, 120)}: {size(num_bytes)} or more, expected at most {size(most)}")
 
 
+def total_bytes() -> int:
+    """Memory that this process could have if it were alone, by the machine, its cgroup and its resource limit."""
+    total = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    if (largest := of_cgroup("memory.max")) is not None:
+        total.append(largest)
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        total.append(limit)
+    return min(total)
+
+
 def free_bytes() -> int:
     """Memory that this process can still allocate, by the machine, its cgroup and its resource limit."""
-    free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    free = [total_bytes()]
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
                 free.append(int(line.split()[1]) * 1024)
-        group = Path("/sys/fs/cgroup")
-        largest = (group / "memory.max").read_text(encoding="ascii").strip()
-        if largest.isdigit():
-            free.append(int(largest) - int((group / "memory.current").read_text(encoding="ascii")))
     except (OSError, ValueError):  # not Linux: only the total memory is known
         pass
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit != resource.RLIM_INFINITY:
-        free.append(limit)
+    largest, current = of_cgroup("memory.max"), of_cgroup("memory.current")
+    if largest is not None and current is not None:
+        free.append(largest - current)
     return max(0, min(free))
+
+
+def of_cgroup(name: str) -> int | None:
+    """A number of this process's cgroup; None if it has none or no limit."""
+    try:
+        text = (CGROUP / name).read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return None
+    return int(text) if text.isdigit() else None
 
 
 def parse_json(data: bytes, where: str) -> Any:

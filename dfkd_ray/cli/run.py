@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dfkd_ray import config as configs
-from dfkd_ray.cli import leaving, live, names
+from dfkd_ray.cli import before, leaving, live, names
 from dfkd_ray.cli.dry_run import dry_run as print_dry_run
 from dfkd_ray.cli.inputs import images_wanted, load_teacher, open_real, open_test
 from dfkd_ray.cli.options import (
@@ -97,11 +97,16 @@ def recover(
         assert isinstance(settings.synthesis, configs.RealConfig)
         real = open_real(loaded, real_data, data_root, settings.synthesis, download, images_wanted([settings]))
     trial.check(settings, loaded, tuple(trust_code or ()))
+    pinned = trial.pinned(settings, loaded)
+    before.say_batch_sizes(settings, pinned)
+    before.say_memory([(pinned, loaded)])
+    num_test_images = sum(len(batch.labels) for batch in test or ())
+    before.say_hours(pinned, before.Alone(loaded, root, num_test_images, tuple(trust_code or ())))
     inputs = trial.Inputs(test, real, trial.Local(root), trust_code=tuple(trust_code or ()))
     observer = trial.Observer(progress=Progress())
     with targets.retracting(place, UNFINISHED):
         targets.claim(place, UNFINISHED, SCHEMA)
-        outcome = trial.run(settings, loaded, inputs, checkpoint=place / trial.CHECKPOINTS, observer=observer)
+        outcome = trial.run(pinned, loaded, inputs, checkpoint=place / trial.CHECKPOINTS, observer=observer)
     row = results.kept(outcome.row)
     if row["status"] == "finished":
         outcome.save_student(place / "student")
@@ -200,6 +205,8 @@ def sweep(
         users = [job.config for job in plan.jobs if (job.teacher.hash, job.config.synthesis) == same]
         return open_real(teacher, real_data, data_root, synthesis, download, images_wanted(users))
 
+    if not elsewhere:
+        before.say_memory((job.config, job.teacher) for job in plan.known_jobs)
     known = plan.jobs_in(rows)
     own = {job.id for job in known}
     finished = [row for row in rows if row["trial_id"] in own and row["status"] in tables.FINAL]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dfkd_ray import config as configs
-from dfkd_ray.cli import leaving
+from dfkd_ray.cli import before, leaving
 from dfkd_ray.cli.inputs import load_teacher
 from dfkd_ray.cli.options import (
     BatchTimeout,
@@ -80,7 +80,9 @@ def synthesize(
     cache_root = caches.check_target(cache or caches.default_folder()).uri
     loaded = load_teacher(teacher, trust_code, download=download)
     check(loaded, settings, device)
-    settings = synthesis.pinned(loaded, settings)
+    asked, settings = settings, synthesis.pinned(loaded, settings, device)
+    before.say_batch_size("synthesis", asked, settings)
+    before.say_excess("batch_size", settings, loaded, device)
     todo = export_of(loaded, settings, out, format_, num_images)
     counts = {"made": 0, "found": 0}
     progress, start = Progress(), time.monotonic()

@@ -8,9 +8,19 @@ import difflib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+)
 
 from dfkd_ray.plain import LARGEST, MOST_SIGNS, fault, given, named, text_fault
 
@@ -47,6 +57,15 @@ LARGEST_FLOAT = 1e38  # float32 ends at 3.4e38
 Seed = Annotated[int, Field(ge=0, le=LARGEST), NUMBER]
 Count = Annotated[int, Field(le=10**9), NUMBER]
 BatchSize = Annotated[int, Field(ge=2, le=10**6), NUMBER]
+AUTO = "auto"  # replaced by a number before a trial has an id: `dfkd_ray.synthesis.memory`
+AUTO_OR_NUMBER = "auto or a number"  # pydantic's name for the second kind of value of such a field
+if TYPE_CHECKING:
+    AutoBatchSize: TypeAlias = int
+else:
+    AutoBatchSize = Annotated[
+        Annotated[BatchSize, Tag(AUTO_OR_NUMBER)] | Annotated[Literal["auto"], Tag(AUTO)],
+        Discriminator(lambda value: AUTO if value == AUTO else AUTO_OR_NUMBER),
+    ]
 ImageSize = Annotated[int, Field(ge=8, le=4096), NUMBER]
 Pixels = Annotated[int, Field(ge=0, le=256), NUMBER]
 Number = Annotated[float, Field(le=LARGEST_FLOAT), NUMBER]
@@ -108,6 +127,7 @@ def describe(model: type[BaseModel], error: Mapping[str, Any], where: str) -> st
     elif error["type"] in ("model_type", "dict_type"):
         message = f"input should be a mapping of fields (given: {given(value)})"
     elif not isinstance(value, Mapping | BaseModel):
+        message += ", or auto" if AUTO_OR_NUMBER in error["loc"] else ""
         message += f" (given: {given(value)})"
     return ": ".join([*(named(part) for part in (where, path) if part), message])
 
@@ -117,7 +137,7 @@ def path_of(model: type[BaseModel], places: Iterable[int | str]) -> str:
     path, models = [], [model]
     for place in places:
         tags = {one.model_fields["method"].default for one in models if "method" in one.model_fields}
-        if len(models) > 1 and place in tags:
+        if (len(models) > 1 and place in tags) or place == AUTO_OR_NUMBER:
             continue
         path.append(str(place))
         fields = [one.model_fields[place] for one in models if place in one.model_fields]

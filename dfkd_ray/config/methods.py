@@ -16,6 +16,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 from dfkd_ray.config.fields import (
     LARGEST_FLOAT,
     STRICT,
+    AutoBatchSize,
     BatchSize,
     Count,
     Name,
@@ -41,7 +42,10 @@ class DeepInversionConfig(BaseModel):
 
     method: Literal["deepinversion"] = "deepinversion"
     seed: Seed = Field(default=0, description="seed of every batch, together with the teacher and the batch index")
-    batch_size: BatchSize = Field(default=256, description="images per batch; they share their BatchNorm statistics")
+    batch_size: AutoBatchSize = Field(
+        default=256,
+        description="images per batch; they share their BatchNorm statistics; auto: the default, halved until it fits",
+    )
     num_steps: Count = Field(default=60, ge=1, description="optimiser steps per batch")
     parametrisation: Literal["pyramid", "pixel"] = Field(
         default="pyramid",
@@ -101,7 +105,9 @@ class RecordsConfig(BaseModel):
         default=None, description="of the record's file; null: whatever lies in the bundle, filled in before a trial"
     )
     seed: Seed = Field(default=0, description="seed of every batch, together with the teacher and the batch index")
-    batch_size: BatchSize = Field(default=500, description="images made at once; they do not touch each other")
+    batch_size: AutoBatchSize = Field(
+        default=500, description="images made at once; they do not touch each other; auto: halved until they fit"
+    )
     num_steps: Count = Field(default=1000, ge=1, description="optimiser steps per batch")
     learning_rate: Number = Field(default=0.07, gt=0, description="Adam learning rate, in pixel units")
     schedule: Literal["cosine", "constant"] = Field(default="constant", description="learning rate over the steps")

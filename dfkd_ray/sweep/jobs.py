@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from dfkd_ray import trial as one_trial
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import TrialConfig, nested_models, validate
-from dfkd_ray.config.fields import first_of
+from dfkd_ray.config.fields import AUTO, first_of
 from dfkd_ray.storage import public_name
 from dfkd_ray.sweep.combinations import MOST_DRAWS, data_at, expanded, matching
 from dfkd_ray.sweep.combinations import expand as expand
@@ -153,36 +153,51 @@ def prepare(
     """Check everything that can be checked before a sweep starts; returns the plan.
 
     Validated are all combinations of a grid, all points of a random search, or the ends and choices of an Optuna
-    search. All teachers are loaded. `on_gpu`: check for machines with GPUs, even if this one has none. `ValueError`
-    with all errors.
+    search. All teachers are loaded. `on_gpu`: check for other machines, with GPUs, even if this one has none.
+    `ValueError` with all errors.
     """
     overrides = overrides or {}
     configs, names, errors = expanded(sweep, overrides, tiny)
     teachers, unopened = opened(names, open_teacher)
-    search = None
+    search, asked = None, configs
     if sweep.search is not None and sweep.search.algorithm == "optuna" and not errors:
-        tried = [job for job in (at(sweep, p, overrides, tiny, teachers) for p in probes(sweep.search)) if job]
+        found = (config_at(sweep, point, overrides, tiny) for point in probes(sweep.search))
+        asked = [config for config in found if config is not None]
+        tried = [job for job in (job_or_none(config, teachers) for config in asked) if job is not None]
         configs = [job.config for job in tried]
         if any(config.synthesis.method == "real" for config in configs):
             errors.append("search.algorithm=optuna: synthesis.method=real is an upper bound, run it as a grid")
+
+        def job_at(point: Point) -> Job | None:
+            config = config_at(sweep, point, overrides, tiny)
+            return None if config is None else job_or_none(config, teachers)
+
         try:
-            search = Suggestions(sweep.search, lambda point: at(sweep, point, overrides, tiny, teachers), tried)
+            search = Suggestions(sweep.search, job_at, tried)
         except ValueError as error:
             errors.append(str(error))
+    if on_gpu and any(AUTO in (one.synthesis.batch_size, one.reference.synthesis.batch_size) for one in asked):
+        errors.append("batch_size=auto goes by this machine's memory, and the trials run on others: give a number")
+        configs = []
     jobs, unfit = checked(configs, teachers, trust_code, on_gpu)
     refuse([*errors, *unopened, *unfit])
     most = sweep.search.max_concurrent if sweep.search else None
     return Plan([] if search else jobs, search, sweep.stop, most, sweep)
 
 
-def at(
-    sweep: SweepConfig, point: Point, overrides: Mapping[str, Any], tiny: bool, teachers: Mapping[str, Teacher]
-) -> Job | None:
-    """The job at a point; None if it is excluded, its fields are incompatible, or its teacher is not loaded."""
+def config_at(sweep: SweepConfig, point: Point, overrides: Mapping[str, Any], tiny: bool) -> TrialConfig | None:
+    """The trial config at a point; None if it is excluded or invalid."""
     try:
         if matching(sweep, data_at(sweep, point, overrides)):
             return None
-        config = validate(TrialConfig, data_at(sweep, point, overrides, tiny), "sweep")
+        return validate(TrialConfig, data_at(sweep, point, overrides, tiny), "sweep")
+    except ValueError:
+        return None
+
+
+def job_or_none(config: TrialConfig, teachers: Mapping[str, Teacher]) -> Job | None:
+    """The job of a trial; None if its fields do not fit its teacher, or if that is not loaded."""
+    try:
         return job_of(config, teachers[config.teacher]) if config.teacher in teachers else None
     except ValueError:
         return None

@@ -35,6 +35,8 @@ from dfkd_ray import bundles, devices, models
 from dfkd_ray.batches import Batch, BatchSource, RoundState
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import METHODS, StudentConfig, round_key, seeds_key
+from dfkd_ray.config.fields import AUTO
+from dfkd_ray.synthesis import memory
 
 
 def module_of(config: Any) -> ModuleType | None:
@@ -50,8 +52,15 @@ def check(teacher: Teacher, config: Any, where: str = "synthesis") -> None:
         of_method(teacher, config, where)
 
 
-def pinned(teacher: Teacher, config: Any) -> Any:
-    """A synthesis config with the hashes of all files that its images depend on, other than the teacher's weights."""
+def pinned(teacher: Teacher, config: Any, device: str = "auto", where: str = "synthesis") -> Any:
+    """A synthesis config with the number that `batch_size: auto` stands for on a device of this machine.
+
+    Also with the hashes of all files that its images depend on, other than the teacher's weights. `ValueError` if
+    `where`, the config's dotted name, asks for a batch that does not fit.
+    """
+    if config.batch_size == AUTO:
+        size = memory.fitting_batch_size(teacher, config, devices.resolve(device), where)
+        config = config.model_copy(update={"batch_size": size})
     of_method = getattr(module_of(config), "pin", None)
     return config if of_method is None else of_method(teacher, config)
 

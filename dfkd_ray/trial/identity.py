@@ -29,14 +29,15 @@ VARYING = (
 
 
 def pinned(config: TrialConfig, teacher: Teacher) -> TrialConfig:
-    """The config with the hashes of all files that its images depend on, other than the teacher's weights.
+    """The config with everything that is known only where it runs: hashes of files, and batch sizes for `auto`.
 
-    Today these are activation records. The hashes are part of the trial's id and of its synthesis keys. The teacher's
-    name is replaced by its public name, without secrets, because the config is written to rows and files from here on;
-    the id does not depend on the name. `ValueError` if the teacher lacks such a file, or if the config already has
-    another hash for it.
+    The files are those that its images depend on, other than the teacher's weights: activation records. Hashes and
+    batch sizes are part of the trial's id and of its synthesis keys. The teacher's name is replaced by its public name,
+    without secrets, because the config is written to rows and files from here on; the id does not depend on the name.
+    `ValueError` if the teacher lacks such a file, if the config already has another hash for it, or if no batch fits.
     """
-    own, reference = (synthesis.pinned(teacher, one) for one in (config.synthesis, config.reference.synthesis))
+    own = synthesis.pinned(teacher, config.synthesis, config.device)
+    reference = synthesis.pinned(teacher, config.reference.synthesis, config.device, "reference.synthesis")
     return config.model_copy(
         update={
             "teacher": storage.public_name(config.teacher),
