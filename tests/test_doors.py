@@ -441,7 +441,7 @@ def test_a_file_s_weights_have_the_hash_of_the_bundle_that_is_imported_of_it(run
     teacher = bundles.load(f"timm:{NETWORK}?weights={tmp_path / 'own.pt'}&num_classes=10")
     words = ["--architecture", f"timm:{NETWORK}", "--num-classes", "10", "--out", str(tmp_path / "net")]
     done = run_cli("teacher", "import", str(tmp_path / "own.pt"), *words)
-    assert done.code == 0 and "as timm says: image_shape 3x160x160, mean 0.5" in done.out, done
+    assert done.code == 0 and "as timm says: input_shape 3x160x160, mean 0.5" in done.out, done
     imported = bundles.load(str(tmp_path / "net"))
     assert imported.hash == teacher.hash and same_weights(imported.network, network)
     assert imported.info.class_names == ()
@@ -451,7 +451,7 @@ def test_a_file_s_weights_have_the_hash_of_the_bundle_that_is_imported_of_it(run
 
 def test_what_is_given_at_an_import_wins_over_the_library(run_cli, tmp_path):
     torch.save(made(num_classes=4, in_chans=1).state_dict(), tmp_path / "own.pt")
-    words = ["--architecture", f"timm:{NETWORK}", "--num-classes", "4", "--image-shape", "1x32x32"]
+    words = ["--architecture", f"timm:{NETWORK}", "--num-classes", "4", "--input-shape", "1x32x32"]
     done = run_cli("teacher", "import", str(tmp_path / "own.pt"), *words, "--out", str(tmp_path / "net"))
     assert_one_error(done, 2, f"--mean, --std of timm:{NETWORK}: missing")
     done = run_cli(
@@ -467,9 +467,9 @@ def test_options_that_an_import_needs_are_named_all_at_once(run_cli, tmp_path):
     torch.save({}, tmp_path / "own.pt")
     file, out = str(tmp_path / "own.pt"), ("--out", str(tmp_path / "net"))
     done = run_cli("teacher", "import", file, "--architecture", "resnet18", "--std", "1,1,1", *out)
-    assert_one_error(done, 2, "--num-classes, --image-shape, --mean of resnet18: missing")
+    assert_one_error(done, 2, "--num-classes, --input-shape, --mean of resnet18: missing")
     done = run_cli("teacher", "import", file, *out)
-    assert_one_error(done, 2, "--architecture, --num-classes, --image-shape, --mean, --std: missing")
+    assert_one_error(done, 2, "--architecture, --num-classes, --input-shape, --mean, --std: missing")
     done = run_cli("teacher", "import", SMALL, "--num-classes", "3", *out)
     assert_one_error(done, 2, "--num-classes", "says it itself")
     assert not (tmp_path / "net").exists()
