@@ -12,6 +12,7 @@ from torch import nn
 import dfkd_ray
 from dfkd_ray import batchnorm, bundles, results, synthesis
 from dfkd_ray.config import DeepInversionConfig
+from dfkd_ray.results import schemas
 from helpers import CPU, TINY_SETS, randomise_statistics
 
 SHAPE, CLASSES = (3, 12, 12), 5
@@ -24,43 +25,44 @@ STEPS = {"num_steps": 6, "batch_size": 8, "num_threads": 1}
 class Inside(nn.BatchNorm2d):
     """Its ReLU is in it, as in timm's BatchNormAct2d."""
 
-    def forward(self, x):
-        return torch.relu(super().forward(x))
+    def forward(self, input):
+        return torch.relu(super().forward(input))
 
 
 class InPlace(nn.BatchNorm2d):
     """Its ReLU overwrites its output, as timm's does too."""
 
-    def forward(self, x):
-        return super().forward(x).relu_()
+    def forward(self, input):
+        return super().forward(input).relu_()
 
 
 class Before(nn.BatchNorm2d):
     """It changes its input first: twice the half."""
 
-    def forward(self, x):
-        return torch.relu(super().forward((x + x) / 2))
+    def forward(self, input):
+        return torch.relu(super().forward((input + input) / 2))
 
 
 class Own(nn.BatchNorm2d):
     """It has an arithmetic of its own, in eval mode and while it trains."""
 
-    def forward(self, x):
+    def forward(self, input):
         assert self.running_mean is not None and self.running_var is not None
         mean, variance = self.running_mean, self.running_var
         if self.training:
-            variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
-            unbiased = variance.detach() * (x.numel() / x.shape[1]) / (x.numel() / x.shape[1] - 1)
-            self.running_mean.mul_(1 - self.momentum).add_(self.momentum * mean.detach())
-            self.running_var.mul_(1 - self.momentum).add_(self.momentum * unbiased)
-        x = (x - mean[:, None, None]) / (variance[:, None, None] + self.eps).sqrt()
+            assert self.momentum is not None
+            variance, mean = torch.var_mean(input, dim=(0, 2, 3), correction=0)
+            num = input.numel() / input.shape[1]
+            self.running_mean.lerp_(mean.detach(), self.momentum)
+            self.running_var.lerp_(variance.detach() * num / (num - 1), self.momentum)
+        x = (input - mean[:, None, None]) / (variance[:, None, None] + self.eps).sqrt()
         return torch.relu(x * self.weight[:, None, None] + self.bias[:, None, None])
 
 
 class Net(nn.Module):
     """Two convolutions, each with a normalisation, and a ReLU that some normalisations have inside."""
 
-    def __init__(self, normalisation: Callable[[int], nn.Module], activation: nn.Module):
+    def __init__(self, normalisation: Callable[[int], nn.BatchNorm2d], activation: nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.first, self.second, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, 2), nn.Linear(8, CLASSES)
@@ -108,7 +110,7 @@ def test_images_are_the_same_bytes_wherever_the_activation_stands(spelling, prec
 @pytest.mark.parametrize("spelling", [Inside, InPlace])
 def test_the_row_of_a_recovery_is_the_same_wherever_the_activation_stands(spelling):
     plain, other = rows(spelling)
-    columns = [name for name in results.schemas.deterministic_columns() if name not in OF_THE_HASH]
+    columns = [name for name in schemas.deterministic_columns() if name not in OF_THE_HASH]
     assert plain["status"] == "finished" and plain["bn_reestimated_agreement"] is not None
     assert {name: plain.get(name) for name in columns} == {name: other.get(name) for name in columns}
 
@@ -143,8 +145,10 @@ def test_every_spelling_is_recorded():
 class Frozen(nn.BatchNorm2d):
     """It keeps its statistics while all else is trained."""
 
-    def forward(self, x):
-        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+    def forward(self, input):
+        return nn.functional.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+        )
 
 
 def test_statistics_that_a_layer_keeps_are_not_reset():
@@ -165,7 +169,8 @@ def test_reestimation_does_not_depend_on_the_spelling_and_is_pytorch_s_average()
     assert plain.bn1.num_batches_tracked == 6
     whole = copy.deepcopy(plain)
     whole.bn1.reset_running_stats()
-    whole.bn1.train().momentum = None  # PyTorch's own cumulative average
+    whole.bn1.momentum = None  # PyTorch's own cumulative average
+    whole.bn1.train()
     with torch.no_grad():
         for images in batches:
             whole(images)
