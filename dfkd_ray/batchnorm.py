@@ -10,6 +10,7 @@ Only PyTorch's own `forward` is replaced. A subclass may do more than BatchNorm 
 `forward` runs, and the call of `F.batch_norm` in it is replaced.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -50,6 +51,12 @@ def layers(network: nn.Module) -> list[BatchNorm]:
     """The BatchNorm layers that hold running statistics."""
     found = [module for module in network.modules() if isinstance(module, BatchNorm)]
     return [layer for layer in found if layer.running_mean is not None]
+
+
+def is_initial(layer: BatchNorm) -> bool:
+    """Whether a layer's running statistics are those of a new layer."""
+    mean, variance = layer.running_mean, layer.running_var
+    return mean is not None and variance is not None and not mean.any() and bool((variance == 1).all())
 
 
 def require_layers(network: nn.Module) -> list[BatchNorm]:
@@ -250,23 +257,35 @@ def reestimate(network: nn.Module, batches: Iterable[Tensor]) -> None:
     """Set every BatchNorm layer's running statistics to the average over `batches` of normalised images.
 
     The mean over batches of mean and unbiased variance, each batch with equal weight; all other modules stay in
-    eval mode. The network ends in eval mode. `ValueError` without a batch.
+    eval mode. A layer that does not update its statistics (it is frozen by its own code, or does not run) keeps them.
+    The network ends in eval mode. `ValueError` without a batch.
     """
     network.eval()
     found = layers(network)
     momenta = [layer.momentum for layer in found]
+    before = [{name: buffer.clone() for name, buffer in layer.named_buffers(recurse=False)} for layer in found]
+    hooks = []
     for layer in found:
         layer.reset_running_stats()
-        layer.momentum = None  # PyTorch's cumulative average
         layer.train()
+        calls = itertools.count(1)
+
+        def average(layer: BatchNorm, _given: Any, calls: Iterator[int] = calls) -> None:
+            layer.momentum = 1 / next(calls)  # a cumulative average, as with momentum None, which not all code expects
+
+        hooks.append(layer.register_forward_pre_hook(average))
     count = 0
     try:
         for images in batches:
             network(images)
             count += 1
     finally:
-        for layer, momentum in zip(found, momenta, strict=True):
+        for layer, momentum, hook, buffers in zip(found, momenta, hooks, before, strict=True):
+            hook.remove()
             layer.momentum = momentum
             layer.eval()
+            if is_initial(layer):
+                for name, buffer in buffers.items():
+                    layer.get_buffer(name).copy_(buffer)
     if count == 0:
         raise ValueError("BatchNorm re-estimation got no batch of images")

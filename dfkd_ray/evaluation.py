@@ -39,24 +39,40 @@ def logits(network: nn.Module, images: np.ndarray, runtime: Runtime) -> Tensor:
 def accuracy(network: nn.Module, batches: Iterable[Batch], runtime: Runtime, head: Head = SOFTMAX) -> float:
     """Accuracy in [0, 1]; of independent labels (n, classes) the share of right ones.
 
-    `ValueError` for labels outside the network's classes, or if there is no image.
+    `ValueError` for labels that are not of the network's classes, or if there is no image.
     """
     hits = total = 0
     for batch in batches:
         predicted = logits(network, batch.images, runtime)
-        if head is not SOFTMAX:
-            right = head.agrees(predicted.cpu(), torch.from_numpy(np.array(batch.labels)))
-            hits, total = hits + int(right.sum()), total + right.numel()
-            continue
-        if int(batch.labels.max()) >= predicted.shape[1] or int(batch.labels.min()) < 0:
-            raise ValueError(
-                f"the test set has labels up to {int(batch.labels.max())}, the network has {predicted.shape[1]} classes"
-            )
-        hits += int((predicted.argmax(dim=1).cpu().numpy() == batch.labels).sum())
-        total += len(batch.labels)
+        check_labels(batch, predicted.shape[1], head)
+        right = head.agrees(predicted.cpu(), torch.from_numpy(np.array(batch.labels)))
+        hits, total = hits + int(right.sum()), total + right.numel()
     if total == 0:
         raise ValueError("the test set has no images")
     return hits / total
+
+
+def check_labels(batch: Batch, num_classes: int, head: Head) -> None:
+    """`ValueError` unless a batch has a class per image, or for independent labels 0 or 1 for each label."""
+    labels, num_images = np.asarray(batch.labels), len(batch.images)
+    expected = (num_images,) if head is SOFTMAX else (num_images, num_classes)
+    if labels.shape != expected:
+        what = "a class for each image" if head is SOFTMAX else "0 or 1 for each of its independent labels"
+        raise ValueError(f"the test set has labels of shape {labels.shape}, expected {expected}: {what}")
+    most = num_classes if head is SOFTMAX else 2
+    if labels.size and (labels.max() >= most or labels.min() < 0):
+        wanted = f"the network has {num_classes} classes" if head is SOFTMAX else "independent labels are 0 or 1"
+        raise ValueError(f"the test set has labels from {labels.min()} to {labels.max()}, {wanted}")
+
+
+def check_test(batches: Iterable[Batch], image_shape: Sequence[int], num_classes: int, head: Head) -> None:
+    """`ValueError` for test images of another shape than the network's, or for wrong labels, before anything is run."""
+    for batch in batches:
+        found = batch.images.shape[1:]
+        if found != tuple(image_shape) and (image_shape[1] > 1 or found != (image_shape[0], image_shape[2])):
+            shown, own = ("x".join(map(str, shape)) for shape in (found, image_shape))
+            raise ValueError(f"the test set has images of {shown}, the network takes {own}")
+        check_labels(batch, num_classes, head)
 
 
 def test_set(batches: Sequence[Batch]) -> dict[str, Any]:

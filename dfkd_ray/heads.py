@@ -22,6 +22,11 @@ POSITIVES = 2.0  # expected positive targets of an image, with many labels: natu
 MASK = (1 << 64) - 1
 
 
+def positive_share(num_labels: int) -> float:
+    """The expected share of positive targets of independent labels."""
+    return min(SHARE, POSITIVES / num_labels)
+
+
 class Head(ABC):
     """The functions of logits (n, classes) that depend on the head. Losses are means over images, in nats."""
 
@@ -139,7 +144,7 @@ class Sigmoid(Head):
         """0 or 1 for each label; labels of shape (n, classes) are targets themselves, as of real images."""
         if labels.ndim == 2:
             return labels.float()
-        share = min(SHARE, POSITIVES / num_classes)
+        share = positive_share(num_classes)
         rows = []
         for label in labels.tolist():
             generator = torch.Generator().manual_seed(label & (MASK >> 1))

@@ -3,7 +3,7 @@
 `folder`: `train/<class>/<batch>-<row>.png`, 8 bits, grey or colour. `ImageFolder` and this project's folder data set
 number classes by the sorted folder names. So a folder has the class's name only if the names sort in class order;
 otherwise it begins with the class's number, zero-padded. Images without a label are outside `train`, in `unlabelled/`:
-inside `train` they would be read as class 0.
+inside `train` they would be read as class 0. Images for independent labels have no class, and so no label here.
 
 `parquet`: `part-<batch>.parquet` with the columns in `COLUMNS`. A uint8 image with 1 or 3 channels is stored as a PNG
 file; other images as bytes in C order (channels, height, width), little-endian. uint8 spans the pixel range, floats are
@@ -67,6 +67,7 @@ class Export:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     pixel_range: tuple[float, float]
+    head: str = "softmax"
 
     @property
     def num_batches(self) -> int:
@@ -153,7 +154,10 @@ def is_written(export: Export, index: int) -> bool:
 def write(export: Export, batch: Batch) -> None:
     """Write the images of a batch that belong to the export; each file is written atomically."""
     num_rows = export.num_rows(batch.index)
-    FORMATS[export.format](export, replace(batch, images=batch.images[:num_rows], labels=batch.labels[:num_rows]))
+    labels = batch.labels[:num_rows]
+    if export.head != "softmax":
+        labels = np.full_like(labels, NO_LABEL)
+    FORMATS[export.format](export, replace(batch, images=batch.images[:num_rows], labels=labels))
 
 
 def finish(export: Export, *, seconds: float, num_made: int, num_found: int, num_kept: int) -> Path:

@@ -118,7 +118,7 @@ def test_a_refused_recover_leaves_no_folder_and_none_of_an_earlier_run_is_touche
         (["recover", "t"], ["--out"]),
         (
             ["teacher", "import", "w.pt", "--mean", "0"],
-            ["--architecture", "--num-classes", "--image-shape", "--std", "--out"],
+            ["--architecture", "--num-classes", "--input-shape", "--std", "--out"],
         ),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import sys
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from PIL import Image
 from torch import nn
 
 import commands
@@ -30,6 +32,7 @@ from helpers import (
     randomise_statistics,
     refusal,
     same_weights,
+    set_words,
     tiny_sweep,
     tiny_trial,
     write_yaml,
@@ -441,7 +444,7 @@ def test_a_file_s_weights_have_the_hash_of_the_bundle_that_is_imported_of_it(run
     teacher = bundles.load(f"timm:{NETWORK}?weights={tmp_path / 'own.pt'}&num_classes=10")
     words = ["--architecture", f"timm:{NETWORK}", "--num-classes", "10", "--out", str(tmp_path / "net")]
     done = run_cli("teacher", "import", str(tmp_path / "own.pt"), *words)
-    assert done.code == 0 and "as timm says: image_shape 3x160x160, mean 0.5" in done.out, done
+    assert done.code == 0 and "as timm says: input_shape 3x160x160, mean 0.5" in done.out, done
     imported = bundles.load(str(tmp_path / "net"))
     assert imported.hash == teacher.hash and same_weights(imported.network, network)
     assert imported.info.class_names == ()
@@ -451,7 +454,7 @@ def test_a_file_s_weights_have_the_hash_of_the_bundle_that_is_imported_of_it(run
 
 def test_what_is_given_at_an_import_wins_over_the_library(run_cli, tmp_path):
     torch.save(made(num_classes=4, in_chans=1).state_dict(), tmp_path / "own.pt")
-    words = ["--architecture", f"timm:{NETWORK}", "--num-classes", "4", "--image-shape", "1x32x32"]
+    words = ["--architecture", f"timm:{NETWORK}", "--num-classes", "4", "--input-shape", "1x32x32"]
     done = run_cli("teacher", "import", str(tmp_path / "own.pt"), *words, "--out", str(tmp_path / "net"))
     assert_one_error(done, 2, f"--mean, --std of timm:{NETWORK}: missing")
     done = run_cli(
@@ -467,9 +470,9 @@ def test_options_that_an_import_needs_are_named_all_at_once(run_cli, tmp_path):
     torch.save({}, tmp_path / "own.pt")
     file, out = str(tmp_path / "own.pt"), ("--out", str(tmp_path / "net"))
     done = run_cli("teacher", "import", file, "--architecture", "resnet18", "--std", "1,1,1", *out)
-    assert_one_error(done, 2, "--num-classes, --image-shape, --mean of resnet18: missing")
+    assert_one_error(done, 2, "--num-classes, --input-shape, --mean of resnet18: missing")
     done = run_cli("teacher", "import", file, *out)
-    assert_one_error(done, 2, "--architecture, --num-classes, --image-shape, --mean, --std: missing")
+    assert_one_error(done, 2, "--architecture, --num-classes, --input-shape, --mean, --std: missing")
     done = run_cli("teacher", "import", SMALL, "--num-classes", "3", *out)
     assert_one_error(done, 2, "--num-classes", "says it itself")
     assert not (tmp_path / "net").exists()
@@ -504,14 +507,22 @@ def test_each_command_has_the_option_that_fetches_weights(run_cli, caches):
 
 
 def test_recover_takes_a_library_s_network_from_the_command_line(run_cli, tmp_path):
-    name = "timm:mobilenetv3_small_050?weights=random&num_classes=10&input=3x32x32"
+    name = "timm:mobilenetv3_small_050?weights=random&input=3x32x32&num_classes=10"
     words = ["--sparsity", "0.5", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out"), *TINY_WORDS]
     done = run_cli("recover", name, *words)
     assert done.code == 0, done
     row = json.loads((tmp_path / "out" / "row.json").read_text())
     assert row["status"] == "finished" and row["teacher"] == name
-    student = bundles.load(str(tmp_path / "out" / "student"))
+    assert row["num_test_images"] is None and row["test_set"] is None
+    student = dfkd_ray.load(tmp_path / "out" / "student")
     assert student.info.architecture == "timm:mobilenetv3_small_050"
+    assert row["num_parameters"] == sum(p.numel() for p in student.network.parameters())
+    assert student.network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    about = run_cli("teacher", "info", str(tmp_path / "out" / "student"))
+    # Nobody has trained it, so nothing is wrong with its statistics, and it knows nothing of its test accuracy.
+    for line in ("trained          NO: random weights", "test accuracy    unknown", "images           3x32x32"):
+        assert line in about.out
+    assert "warning" not in done.err + about.err and "its BatchNorm statistics" not in done.out
     assert pruning.achieved_sparsity(student.network) == pytest.approx(0.5, abs=1e-3)
 
 
@@ -580,14 +591,30 @@ def test_a_classifier_that_gives_an_output_object_is_recovered(kind):
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "dfkd_ray/models/README.md")
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
-COMMAND = re.compile(r"^dfkd-ray ((?:recover|teacher import) .*(?:timm|torchvision|hf-hub):.*)$", re.M)
+README, NETWORKS_PAGE = (page.read_text() for page in PAGES)
+DOORS = README.partition("## Your own network")[2].partition("\n## ")[0]
+FEW = {name: 2 if value == 8 else value for name, value in TINY_SETS.items()}  # images are of 224x224
 
 
-def fences(language):
-    return [text for page in PAGES for kind, text in FENCE.findall(page.read_text()) if kind == language]
+def fences(text, language):
+    return [block for kind, block in FENCE.findall(text) if kind == language]
 
 
-DOORS = sorted({line for text in fences("sh") for line in COMMAND.findall(text)})
+def commands_in(block):
+    """The words of each command, and the tiny settings, which are no part of the document."""
+    for line in block.replace("\\\n", " ").splitlines():
+        command, *words = shlex.split(line, comments=True)
+        assert command == "dfkd-ray", line
+        yield [*words, *set_words(FEW), "--cache", "cache"] if words[0] == "recover" else words
+
+
+def run_python(block, settings, **given):
+    """The names that a block of Python leaves; `recover` has tiny settings too, which are no part of the document."""
+    names, recover = dict(given), dfkd_ray.recover
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dfkd_ray, "recover", lambda *args, **named: recover(*args, settings=settings, **named))
+        exec(compile(block, "README", "exec"), names)  # the document's own words
+    return names
 
 
 @pytest.fixture
@@ -610,21 +637,85 @@ def filled_caches(caches, monkeypatch):
     return caches
 
 
-def test_the_documents_commands_with_libraries_networks_run_as_written(run_cli, filled_caches):
-    assert len(DOORS) >= 6
-    few = [word.replace("8", "2") for word in TINY_WORDS]
-    for number, line in enumerate(DOORS):
-        words = line.split()
-        place = words.index("--out") + 1
-        words[place] = str(filled_caches.folder / f"{number}" / words[place])
-        more = [*few, "--cache", str(filled_caches.folder / "cache")] if words[0] == "recover" else []
-        done = run_cli(*words, *more)
-        assert done.code == 0, (line, done)
+OWN = """
+from torch import nn
+
+def make(depth):
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()]
+    for _ in range(depth):
+        layers += [nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+"""
+
+
+def own_network(folder):
+    """A package with a network, its weights, and a folder of test images with a class for each of its outputs."""
+    (folder / "my_package").mkdir()
+    (folder / "my_package" / "nets.py").write_text(OWN)
+    names = {}
+    exec(OWN, names)
+    network = names["make"](3)
+    randomise_statistics(network)
+    torch.save({"state_dict": network.state_dict()}, folder / "own.pt")
+    for number in range(10):
+        place = folder / "path" / "to" / "folder" / "test" / f"class {number}"
+        place.mkdir(parents=True)
+        Image.new("RGB", (32, 32), (20 * number, 100, 100)).save(place / "0.png")
+    return network
+
+
+def test_the_doors_of_the_readme_run_as_written(run_cli, filled_caches):
+    own_network(filled_caches.folder)
+    library, own = (list(commands_in(block)) for block in fences(DOORS, "sh"))
+    assert [words[0] for words in library] == ["recover"] * 3 and [words[0] for words in own].count("recover") == 1
+    for words in (*library, *own):
+        done = run_cli(*words)
+        assert done.code == 0, (words, done)
+        out = words[words.index("--out") + 1]
+        if words[0] == "recover":
+            row = json.loads(Path(out, "row.json").read_text())
+            assert row["status"] == "finished" and row["teacher"] == words[1]
+            assert row["achieved_sparsity"] == pytest.approx(0.75, abs=0.01)
+            assert row["num_test_images"] == (10 if "--test-data" in words else None)
+    about = dfkd_ray.load("own", "my_package.nets").info
+    assert (about.input_shape, about.mean, about.arguments) == ((3, 32, 32), (0.5,) * 3, {"depth": 3})
+    assert_one_error(run_cli("teacher", "info", "own"), 2, "--trust-code")
     assert not filled_caches.asked
 
 
+def test_the_readme_s_network_in_memory_runs_as_written(tmp_path):
+    (block,) = fences(DOORS, "python")
+    done = run_python(block, TINY_SETS, network=own_network(tmp_path))["done"]
+    assert done.row["status"] == "finished" and done.images.shape == (8, 3, 32, 32)
+    assert done.student(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert len(block.splitlines()) <= 10 and all(len(text.splitlines()) <= 10 for text in fences(DOORS, "sh"))
+
+
+def test_the_commands_of_the_page_on_networks_run_as_written(run_cli, filled_caches):
+    lines = [words for block in fences(NETWORKS_PAGE, "sh") for words in commands_in(block)]
+    assert len(lines) >= 4
+    for words in lines:
+        done = run_cli(*words)
+        assert done.code == 0, (words, done)
+    student = dfkd_ray.load("runs/random/student").info
+    assert student.input_shape == (3, 32, 32) and not student.trained and not filled_caches.asked
+
+
+def test_the_page_s_signals_with_independent_labels_run_as_written():
+    (block,) = [block for block in fences(NETWORKS_PAGE, "python") if "signals" in block]
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv1d(2, 4, 9), nn.BatchNorm1d(4), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 5)
+    )
+    rng = np.random.default_rng(0)
+    signals, labels = rng.integers(0, 256, (6, 2, 1000), np.uint8), rng.integers(0, 2, (6, 5))
+    row = run_python(block, TINY_SETS, network=network, signals=signals, labels=labels)["done"].row
+    right = (network.eval()((torch.from_numpy(signals) / 255 - 0.5) / 0.25).detach().numpy() > 0) == labels
+    assert row["teacher_accuracy"] == pytest.approx(right.mean(), abs=2 / 30) and row["test_set"] == "name"
+
+
 def test_the_documents_python_with_a_classifier_of_transformers_runs_as_written(monkeypatch):
-    (text,) = [text for text in fences("python") if "transformers" in text]
+    (text,) = [text for text in fences(NETWORKS_PAGE, "python") if "transformers" in text]
     network: Any = Classifier(PlainOutput)
     network.config, saved = SimpleNamespace(num_labels=5), []
     monkeypatch.setattr(Classifier, "save_pretrained", lambda _self, place: saved.append(place), raising=False)
@@ -635,15 +726,12 @@ def test_the_documents_python_with_a_classifier_of_transformers_runs_as_written(
         AutoImageProcessor=SimpleNamespace(from_pretrained=lambda _name: images),
     )
     monkeypatch.setitem(sys.modules, "transformers", stub)
-    recover = dfkd_ray.recover
-    monkeypatch.setattr(dfkd_ray, "recover", lambda *given, **named: recover(*given, settings=TINY_SETS, **named))
-    ran = {}
-    exec(compile(text, "README", "exec"), ran)  # the document's own words
+    ran = run_python(text, TINY_SETS)
     assert ran["done"].row["status"] == "finished" and saved == ["student"]
 
 
 def test_the_documents_sweep_over_libraries_networks_is_valid():
-    (text,) = fences("yaml")
+    (text,) = fences(NETWORKS_PAGE, "yaml")
     trials = sweep.expand(sweep.parse(yaml.safe_load(text)), {})
     named = [pretrained.parse(settings.teacher) for settings in trials]
     assert [request.name for request in named] == ["timm:resnet18", "torchvision:resnet18", "timm:resnet26"]

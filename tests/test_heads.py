@@ -1,6 +1,9 @@
 """Heads: what a network's outputs mean. A sigmoid's labels are independent, from synthesis to agreement."""
 
 import json
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,11 +12,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import dfkd_ray
-from dfkd_ray import bundles, synthesis
+from dfkd_ray import bundles, image_sets, synthesis
 from dfkd_ray.batches import Batch
+from dfkd_ray.cli import inputs
+from dfkd_ray.cli.synthesize import export_of
 from dfkd_ray.config import DeepInversionConfig, RecordsConfig
 from dfkd_ray.heads import HEADS, SOFTMAX, Sigmoid
-from helpers import CPU, TINY_SETS, refusal
+from helpers import CPU, TINY_SETS, TINY_WORDS, assert_one_error, refusal
 
 SIGMOID = Sigmoid()
 CLASSES, SHAPE = 5, (1, 40)
@@ -110,8 +115,93 @@ def test_a_network_of_independent_labels_is_recovered(last, tmp_path):
     settings = {**TINY_SETS, "distillation.label_weight": 0.5}
     test = [Batch(0, images, truth, "t")]
     done = dfkd_ray.recover(Labels(last), sparsity=0.5, settings=settings, test=test, progress=False, **DESCRIBED)
-    assert done.row["status"] == "finished" and 0 <= done.row["recovered_accuracy"] <= 1
+    seen = (torch.from_numpy(images) / 255 - 0.5) / 0.25
+    for network, column in ((Labels().eval(), "teacher_accuracy"), (done.student, "recovered_accuracy")):
+        right = (network(seen).detach().numpy() > 0) == truth
+        assert done.row[column] == pytest.approx(right.mean(), abs=2 / truth.size)
+    assert done.row["status"] == "finished" and done.row["num_test_images"] == 8
     assert len(json.loads(done.row["class_histogram"])) == CLASSES
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        (np.arange(8) % CLASSES, "0 or 1 for each of its independent labels"),
+        (np.ones((8, CLASSES + 1), int), "expected (8, 5)"),
+        (np.full((8, CLASSES), 2), "labels from 2 to 2"),
+        (np.full((8, CLASSES), -1), "labels from -1"),
+    ],
+)
+def test_test_data_without_a_mark_for_each_label_is_refused(labels, says):
+    test = [Batch(0, np.zeros((8, *SHAPE), np.uint8), labels, "t")]
+    refusal(lambda: dfkd_ray.recover(Labels(), settings=TINY_SETS, test=test, progress=False, **DESCRIBED), says)
+
+
+# ---- from a file of weights to a student, on the command line --------------------------------------------------------
+
+
+@pytest.fixture
+def imported(run_cli, tmp_path, monkeypatch):
+    """A bundle of a network that ends in a sigmoid; `own_heads` is its code."""
+    (tmp_path / "own_heads.py").write_text(
+        "from test_heads import Labels\nfrom torch import nn\ndef make(): return Labels(nn.Sigmoid())\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "own_heads", None)
+    del sys.modules["own_heads"]
+    network = Labels().train()
+    for seed in range(40):
+        network(torch.randn(32, *SHAPE, generator=torch.Generator().manual_seed(seed)))
+    torch.save(network.state_dict(), "weights.pt")
+    words = ["teacher", "import", "weights.pt", "--architecture", "own_heads:make", "--num-classes", str(CLASSES)]
+    words += ["--input-shape", "1x40", "--mean", "0.5", "--std", "0.25", "--out"]
+    assert_one_error(run_cli(*words, "wrong"), 2, "ends in a sigmoid", "independent labels")
+    done = run_cli(*words, "net", "--independent-labels")
+    assert done.code == 0 and "undone" in done.err, done
+    return network.eval()
+
+
+def test_independent_labels_of_signals_go_from_a_weights_file_to_a_student(run_cli, imported):
+    trust = ("--trust-code", "own_heads")
+    about = run_cli("teacher", "info", "net", *trust).out
+    assert f"{CLASSES} independent labels" in about and "signals          1x40\n" in about
+    done = run_cli("recover", "net", *trust, "--sparsity", "0.5", "--out", "out", "--cache", "cache", *TINY_WORDS)
+    assert done.code == 0, done
+    row = json.loads(Path("out/row.json").read_text())
+    assert row["status"] == "finished" and row["achieved_sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert row["test_set"] is None and row.get("recovered_accuracy") is None
+    student, signals = dfkd_ray.load("out/student", ["own_heads"]), torch.randn(4, *SHAPE)
+    assert (student.info.head, student.info.input_shape) == ("sigmoid", SHAPE)
+    assert student.network(signals).shape == (4, CLASSES)
+    torch.testing.assert_close(dfkd_ray.load("net", ["own_heads"]).network(signals), imported(signals))
+    for words in (("--test-data", "mnist"), ("--method", "real", "--real-data", "mnist")):
+        done = run_cli("recover", "net", *trust, "--out", "other", "--cache", "cache", *words)
+        assert_one_error(done, 2, "takes signals of 1x40", "from Python")
+    assert not Path("other").exists()
+
+
+def test_images_of_independent_labels_are_exported_without_a_class(tmp_path):
+    teacher = bundles.Teacher.from_network(Labels(), **DESCRIBED)
+    batch = synthesis.source(teacher, DeepInversionConfig(batch_size=4, num_steps=1), CPU)[1](0)
+    for kind in image_sets.FORMATS:
+        export = export_of(teacher, DeepInversionConfig(batch_size=4, num_steps=1), tmp_path / kind, kind, 3)
+        image_sets.prepare(export)
+        image_sets.write(export, batch)
+    assert len(list((tmp_path / "folder" / "unlabelled").iterdir())) == 3
+    assert image_sets.read_part(tmp_path / "parquet" / "part-000000.parquet").labels.tolist() == [-1] * 3
+
+
+def test_a_data_set_with_a_class_an_image_is_refused_for_independent_labels(tmp_path):
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    )
+    of = {**DESCRIBED, "input_shape": (1, 16, 16), "num_classes": 3}
+    teacher = bundles.Teacher.from_network(network, **of)
+    says = "mnist", "one class for each image", "independent labels", "from Python"
+    refusal(lambda: inputs.open_test(teacher, "mnist", tmp_path), *says)
+    refusal(lambda: inputs.training_split(teacher, "mnist", tmp_path, False), *says)
+    known = replace(teacher, info=teacher.info.model_copy(update={"dataset": "fashion_mnist"}))
+    assert inputs.open_test(known, "auto", tmp_path) is None
 
 
 def test_records_are_per_class_and_refuse_independent_labels():

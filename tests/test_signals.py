@@ -11,6 +11,7 @@ from torch import nn
 import dfkd_ray
 from dfkd_ray import bundles, losses, models
 from dfkd_ray.batches import Batch
+from dfkd_ray.cli import inputs
 from dfkd_ray.compression import pruning
 from dfkd_ray.images import PixelSpace, class_grid, flip_images, shift_images
 from dfkd_ray.records import operators
@@ -96,3 +97,26 @@ def test_a_bundle_of_the_old_name_has_the_same_hash():
     info = {"architecture": "resnet8", "num_classes": 3, "mean": (0.5,), "std": (0.25,)}
     old, new = (bundles.BundleInfo.model_validate({**info, name: (1, 8, 8)}) for name in ("image_shape", "input_shape"))
     assert bundles.teacher_hash(old) == bundles.teacher_hash(new) and old.image_shape == (1, 8, 8)
+
+
+def test_a_data_set_of_images_is_refused_for_signals(tmp_path):
+    teacher = bundles.Teacher.from_network(Net(), **DESCRIBED)
+    for opened in (inputs.open_for, inputs.training_split):
+        named = {"train": False} if opened is inputs.open_for else {}
+        refusal(lambda opened=opened, named=named: opened(teacher, "mnist", tmp_path, download=False, **named), "2x40")
+    assert inputs.open_test(teacher, "auto", tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "labels", "says"),
+    [
+        ((6, 2, 41), np.arange(6) % CLASSES, "images of 2x41, the network takes 2x1x40"),
+        ((6, 3, 40), np.arange(6) % CLASSES, "images of 3x40"),
+        ((6, 2, 40), np.arange(6) % CLASSES + 1, "labels from 1 to 3"),
+        ((6, 2, 40), np.eye(6, CLASSES, dtype=int), "a class for each image"),
+        ((6, 2, 40), np.arange(5) % CLASSES, "labels of shape (5,)"),
+    ],
+)
+def test_test_data_that_does_not_fit_is_refused_before_anything_is_made(shape, labels, says):
+    test = [Batch(0, np.zeros(shape, np.uint8), labels, "t")]
+    refusal(lambda: dfkd_ray.recover(Net(), settings=TINY_SETS, test=test, progress=False, **DESCRIBED), says)

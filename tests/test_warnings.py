@@ -1,5 +1,7 @@
 """A trial keeps the best of its rungs, fails where it is not what was asked for, and warns of what looks wrong."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 
 import dfkd_ray
 from dfkd_ray import bundles, trial
+from dfkd_ray.bundles.doubts import doubts
 from dfkd_ray.compression import pruning
 from dfkd_ray.config import TrialConfig, validate, with_overrides
 from dfkd_ray.distillation import Pool
@@ -115,11 +118,12 @@ def of_images(tmp_path):
     teacher = make_teacher(tmp_path / "t", num_classes=3)
     config = validate(TrialConfig, tiny_trial("t"))
 
-    def found(labels=(0, 1, 2), agreement=1.0, confidence=0.9, histogram="[10, 10, 10]", **row):
+    def found(labels=(0, 1, 2), agreement=1.0, confidence=0.9, histogram="[10, 10, 10]", about=(), **row):
         labels = np.array(labels * 10)
         pool = Pool(np.zeros((len(labels), 1, 32, 32), np.uint8), labels)
         row = {"class_histogram": histogram, "image_confidence": confidence, "selected": "recovered", **row}
-        return list(warnings_of(config, teacher, row, [{"label_agreement": agreement}], pool))
+        other = replace(teacher, info=teacher.info.model_copy(update={"trained": True, **dict(about)}))
+        return list(warnings_of(config, other, row, [{"label_agreement": agreement}], pool))
 
     return found
 
@@ -138,6 +142,46 @@ def test_each_warning_says_what_is_wrong(of_images, changes, says):
     assert of_images() == []
     (warning,) = of_images(**changes)
     assert says in warning
+
+
+TWO = {"num_classes": 2}
+LABELS = {"head": "sigmoid"}  # three, each drawn with a chance of one half
+
+
+@pytest.mark.parametrize(
+    ("about", "changes", "says"),
+    [
+        (TWO, {"confidence": 0.8, "histogram": "[20, 10]", "labels": (0, 1), "teacher_accuracy": 0.65}, None),
+        (TWO, {"confidence": 0.7, "histogram": "[20, 10]", "labels": (0, 1)}, "not sure"),
+        (TWO, {"histogram": "[20, 10]", "labels": (0, 1), "teacher_accuracy": 0.55}, "near chance"),
+        ({}, {"teacher_accuracy": 0.52}, None),
+        ({}, {"teacher_accuracy": 0.48}, "near chance"),
+        (LABELS, {"teacher_accuracy": 0.65, "confidence": 0.8, "agreement": 0.8}, None),
+        (LABELS, {"teacher_accuracy": 0.55}, "near chance"),
+        (LABELS, {"confidence": 0.7}, "not sure"),
+        (LABELS, {"agreement": 0.7}, "70% of the labels"),
+        (LABELS, {"histogram": "[30, 0, 0]"}, "predicts 2 of 3 labels for none"),
+    ],
+)
+def test_what_guessing_reaches_depends_on_classes_and_head(of_images, about, changes, says):
+    found = of_images(about=about.items(), **changes)
+    assert len(found) == (0 if says is None else 1) and all(str(says) in warning for warning in found)
+
+
+def test_a_student_of_random_weights_is_not_called_trained(tmp_path):
+    for name, trained in (("random", False), ("trained", True)):
+        teacher = make_teacher(tmp_path / name, "resnet8", (1, 16, 16))
+        teacher = replace(teacher, info=teacher.info.model_copy(update={"trained": trained}))
+        outcome = trial.run(validate(TrialConfig, tiny_trial("t")), teacher)
+        assert outcome.student_info is not None and outcome.student_info.trained == trained
+
+
+def test_noise_of_independent_labels_is_judged_by_their_own_probabilities():
+    network = tiny_network()
+    with torch.no_grad():
+        network.get_parameter("fc.bias").fill_(20.0)  # equal classes, and labels that are all sure
+    found = [bundles.Teacher.from_network(network, **DESCRIBED, head=head) for head in ("softmax", "sigmoid")]
+    assert [any("sure of noise" in doubt for doubt in doubts(teacher)) for teacher in found] == [False, True]
 
 
 def test_warnings_are_printed_below_the_ladder(run_cli, tiny_teacher, tmp_path):

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from dfkd_ray import batchnorm
 from dfkd_ray.bundles import Teacher
+from dfkd_ray.heads import HEADS
 
 NUM_IMAGES = 16  # of noise
-SURE = 0.9999  # mean highest probability on noise, from which a teacher is said to be sure of anything
+SURE = 0.9999  # mean probability of the answers on noise, from which a teacher is said to be sure of anything
 SLACK = 1.01  # of a bound, for rounding
 
 
@@ -31,11 +32,11 @@ def doubts(teacher: Teacher) -> list[str]:
     if not logits.isfinite().all():
         found.append("its outputs on noise within the pixel range are not finite")
     else:
-        confidence = float(logits.softmax(dim=1).amax(dim=1).mean())
+        confidence = float(HEADS[info.head].confidence(logits))
         if info.trained and confidence >= SURE:
             found.append(
-                f"it is sure of noise (mean highest probability {confidence:.4f}): mean, std or pixel_range may not be "
-                "those that it was trained with"
+                f"it is sure of noise (mean probability of its answers {confidence:.4f}): mean, std or pixel_range may "
+                "not be those that it was trained with"
             )
     if info.trained:
         found += [*statistics_doubts(network), *first.doubts(low, high)]
@@ -45,7 +46,7 @@ def doubts(teacher: Teacher) -> list[str]:
 def statistics_doubts(network: nn.Module) -> Iterator[str]:
     """Doubts about the running statistics themselves."""
     layers = batchnorm.layers(network)
-    initial = [layer for layer in layers if is_initial(layer)]
+    initial = [layer for layer in layers if batchnorm.is_initial(layer)]
     if layers and len(initial) == len(layers):
         yield (
             "all its BatchNorm statistics are the initial ones (mean 0, variance 1): the weights file may have come "
@@ -56,12 +57,6 @@ def statistics_doubts(network: nn.Module) -> Iterator[str]:
             f"{len(initial)} of its {len(layers)} BatchNorm layers have their initial statistics (mean 0, variance 1): "
             "they may not have been trained"
         )
-
-
-def is_initial(layer: batchnorm.BatchNorm) -> bool:
-    """Whether a layer's running statistics are those of a new layer."""
-    mean, variance = layer.running_mean, layer.running_var
-    return mean is not None and variance is not None and not mean.any() and bool((variance == 1).all())
 
 
 class FirstNormalisation:
@@ -103,7 +98,7 @@ class FirstNormalisation:
         their squared distance (Popoviciu's inequality). Zero padding widens the bounds.
         """
         layer, module = self.layer, self.linear
-        if layer is None or layer.running_mean is None or layer.running_var is None or is_initial(layer):
+        if layer is None or layer.running_mean is None or layer.running_var is None or batchnorm.is_initial(layer):
             return
         weight = module.weight.double()
         if weight.ndim == 2 or getattr(module, "groups", 1) != 1 or weight.shape[1] != low.shape[1]:

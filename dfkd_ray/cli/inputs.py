@@ -74,6 +74,9 @@ def open_for(teacher: "Teacher", name: str, root: Path, *, train: bool, download
     from dfkd_ray import data
 
     info, options = teacher.info, data_options(teacher, name)
+    held = not_held(teacher)
+    if held is not None:
+        raise ValueError(f"{named(name)}: {held}; its test data is given from Python (`test` of dfkd_ray.recover)")
     found = data.open_dataset(
         name,
         root,
@@ -97,6 +100,16 @@ def open_for(teacher: "Teacher", name: str, root: Path, *, train: bool, download
             error=True,
         )
     return found
+
+
+def not_held(teacher: "Teacher") -> str | None:
+    """Why no data set has what a teacher takes; None if one may."""
+    shape = teacher.info.input_shape
+    if len(shape) == 2:
+        return f"a data set has images, and {teacher.name} takes signals of {'x'.join(map(str, shape))}"
+    if teacher.info.head == "sigmoid":
+        return f"a data set has one class for each image, and {teacher.name} has independent labels"
+    return None
 
 
 def print_notes(data: "LabelledImages") -> None:
@@ -131,6 +144,8 @@ def open_test(teacher: "Teacher", name: str, root: Path, download: bool = False)
         return None
     if name == "auto":
         info = teacher.info
+        if not_held(teacher):
+            return None
         found = data.bundled_test_set(str(info.dataset), info.image_shape)
         return None if found is None else as_batches(data.by_class_name(found, info.class_names))
     if name == "validation":

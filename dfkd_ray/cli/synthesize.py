@@ -147,6 +147,7 @@ def export_of(teacher: "Teacher", settings: Any, out: Path, format_: str, num_im
         mean=info.mean,
         std=info.std,
         pixel_range=info.pixel_range,
+        head=info.head,
     )
 
 

@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 
 # Suffix of the folder beside a teacher that holds its checkpoint during training.
 TRAINING, TRAINING_SCHEMA = "training.json", "dfkd_ray.training/1"
-DESCRIBING = ("num_classes", "image_shape", "mean", "std")  # what weights do not say, and a library knows
+DESCRIBING = ("num_classes", "input_shape", "mean", "std")  # what weights do not say, and a library knows
 KNOWN = "needed, unless the library knows it"
+
+SHAPE = "CHANNELSxHEIGHTxWIDTH, or CHANNELSxLENGTH (signals)"
+OldShape = Annotated[str | None, typer.Option("--image-shape", hidden=True)]  # before there were signals
 
 app = typer.Typer(no_args_is_help=True, help="Teacher bundles: train, import, init (untrained), record, info.")
 
@@ -110,7 +113,7 @@ def teacher_import(
         str | None, typer.Option(help="a network's name, a library's (timm:NAME, …), or package.module:factory")
     ] = None,
     num_classes: Annotated[int | None, typer.Option(help=KNOWN)] = None,
-    image_shape: Annotated[str | None, typer.Option(help=f"CHANNELSxHEIGHTxWIDTH; {KNOWN}")] = None,
+    input_shape: Annotated[str | None, typer.Option(help=f"{SHAPE}; {KNOWN}")] = None,
     mean: Annotated[str | None, typer.Option(help=f"per channel, in pixel units, with commas; {KNOWN}")] = None,
     std: Annotated[str | None, typer.Option(help=f"per channel, in pixel units, with commas; {KNOWN}")] = None,
     arguments: Annotated[str | None, typer.Option(help="JSON for the architecture")] = None,
@@ -124,17 +127,19 @@ def teacher_import(
         str | None, typer.Option(help="the place in the file, if several sets of weights fit: a key, or a prefix")
     ] = None,
     download: Download = False,
+    old_shape: OldShape = None,
 ) -> None:
     """Make a bundle from your own network. If you give package.module:factory, that factory is run.
 
     The weights are found in the file by the network's names and shapes, below any key ("state_dict", …) and behind any
     prefix ("module.", …). A library's network brings its weights and all else with it (--download fetches them).
     """
+    shape = one_shape(input_shape, old_shape)
     options = {
         "architecture": architecture,
         "arguments": None if arguments is None else parse_json(arguments, "--arguments"),
         "num_classes": num_classes,
-        "image_shape": None if image_shape is None else parse_shape(image_shape),
+        "input_shape": None if shape is None else parse_shape(shape),
         "mean": None if mean is None else parse_floats(mean, "--mean"),
         "std": None if std is None else parse_floats(std, "--std"),
         "pixel_range": None if pixel_range is None else parse_floats(pixel_range, "--pixel-range"),
@@ -175,6 +180,13 @@ def teacher_import(
     say_doubts(bundles.Teacher(bundles.freeze(network), info, bundles.teacher_hash(info), storage.folder(out).name))
 
 
+def one_shape(shape: str | None, old: str | None) -> str | None:
+    """The shape under its name of today or its old name; `ValueError` for two of them."""
+    if None not in (shape, old):
+        raise ValueError("--image-shape is the old name of --input-shape; leave one out")
+    return shape if old is None else old
+
+
 def option(name: str) -> str:
     """A parameter's name as an option."""
     return "--" + name.replace("_", "-")
@@ -192,8 +204,8 @@ def completed(given: dict[str, Any], download: bool) -> dict[str, Any]:
     found = libraries.split(architecture)
     if found is not None:
         known = pretrained.known(*found, download=download)
-        about = {"num_classes": known.num_classes, "image_shape": known.image_shape}
-        if given.get("image_shape", known.image_shape)[0] == len(known.mean):
+        about = {"num_classes": known.num_classes, "input_shape": known.image_shape}
+        if given.get("input_shape", known.image_shape)[0] == len(known.mean):
             about |= {"mean": known.mean, "std": known.std}
         architecture, arguments = libraries.structure(architecture, given.get("arguments", {}))
         given = {**given, "architecture": architecture, "arguments": arguments}
@@ -208,7 +220,7 @@ def completed(given: dict[str, Any], download: bool) -> dict[str, Any]:
 def filled_in(info: "BundleInfo", given: dict[str, Any]) -> list[str]:
     """What a library has said about a network, where it was not given, as a line."""
     names = [name for name in DESCRIBING if name not in given]
-    values = {"num_classes": info.num_classes, "image_shape": "x".join(map(str, info.image_shape))}
+    values = {"num_classes": info.num_classes, "input_shape": "x".join(map(str, info.input_shape))}
     values |= {"mean": ",".join(f"{v:g}" for v in info.mean), "std": ",".join(f"{v:g}" for v in info.std)}
     said = ", ".join(f"{name} {values[name]}" for name in names)
     return [f"as {info.architecture.partition(':')[0]} says: {said}"] if said else []
@@ -219,17 +231,18 @@ def teacher_init(
     architecture: Annotated[str, typer.Argument(help="a network's name, or a library's (timm:NAME, …)")],
     out: BundleOut,
     num_classes: Annotated[int, typer.Option()] = 10,
-    image_shape: Annotated[str, typer.Option(help="CHANNELSxHEIGHTxWIDTH")] = "1x32x32",
+    input_shape: Annotated[str | None, typer.Option(help=f"{SHAPE}; default 1x32x32")] = None,
     arguments: Annotated[str, typer.Option(help="JSON for the architecture")] = "{}",
     seed: Annotated[int, typer.Option()] = 0,
+    old_shape: OldShape = None,
 ) -> None:
     """Make an untrained bundle, marked as untrained, for tests and dry runs."""
-    shape = parse_shape(image_shape)
+    shape = parse_shape(one_shape(input_shape, old_shape) or "1x32x32")
     given = {
         "architecture": architecture,
         "arguments": parse_json(arguments, "--arguments"),
         "num_classes": num_classes,
-        "image_shape": shape,
+        "input_shape": shape,
         "mean": (0.5,) * shape[0],
         "std": (0.25,) * shape[0],
         "trained": False,
@@ -375,7 +388,7 @@ def teacher_info(
         "trained on": info.dataset or "unknown",
         "test accuracy": accuracy,
         "classes": f"{info.num_classes}{'' if info.head == 'softmax' else ' independent labels'}",
-        "images": "x".join(map(str, info.image_shape)),
+        "images" if len(info.input_shape) == 3 else "signals": "x".join(map(str, info.input_shape)),
         "mean / std": f"{info.mean} / {info.std}, pixels {info.pixel_range}",
         "parameters": f"{sum(p.numel() for p in network.parameters()):,}",
         "sparsity": f"{pruning.achieved_sparsity(network):.4f}",

@@ -126,6 +126,8 @@ def run(
     the reference set before each checkpoint is written. `ValueError` for a config that does not fit the teacher.
     """
     check(config, teacher, inputs.trust_code)
+    info = teacher.info
+    evaluation.check_test(inputs.test or (), info.image_shape, info.num_classes, HEADS[info.head])
     config = pinned(config, teacher)
     if config.synthesis.method == "real" and inputs.real is None:
         raise ValueError(

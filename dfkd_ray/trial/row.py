@@ -56,6 +56,7 @@ def size_columns(student: nn.Module, pruned: Sequence[str]) -> dict[str, Any]:
 def student_info(config: TrialConfig, teacher: Teacher, row: Mapping[str, Any]) -> bundles.BundleInfo:
     """The student's `teacher.json`: the teacher's, with the student's architecture, accuracy and notes.
 
+    A student of an untrained teacher is untrained too: it has learned random weights.
     The accuracy is the student's own, with a note on the test set, or none. The notes on the teacher's training set
     stay: they say which images were held out, and with which options the set is opened.
     """
@@ -65,7 +66,7 @@ def student_info(config: TrialConfig, teacher: Teacher, row: Mapping[str, Any]) 
     if accuracy is not None:
         about = {"name": "test_set", "num_images": "num_test_images", "sha256": "test_sha256"}
         notes["test_set"] = {name: row[column] for name, column in about.items()}
-    changes: dict[str, Any] = {"test_accuracy": accuracy, "trained": True, "notes": notes}
+    changes: dict[str, Any] = {"test_accuracy": accuracy, "notes": notes}
     if config.student.architecture is not None:
         architecture, arguments = libraries.structure(config.student.architecture, config.student.arguments)
         changes |= {"architecture": architecture, "arguments": arguments}

@@ -14,12 +14,15 @@ from dfkd_ray.batches import NO_LABEL
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import TrialConfig
 from dfkd_ray.distillation import Pool
+from dfkd_ray.heads import positive_share
 from dfkd_ray.ladder import PRUNED, TEACHER
 from dfkd_ray.trial.images import mean_term
 
 LEAST_AGREEMENT = 0.5  # of images and the labels that they were made for
-LEAST_CONFIDENCE = 0.5  # mean over images of the teacher's highest probability
-NEAR_CHANCE = 1.5  # times the accuracy of guessing
+LEAST_CONFIDENCE = 0.5  # mean over images of the probability of the teacher's answers; with few classes:
+LEAST_OF_TWO = 0.75  # where guessing has 0.5
+NEAR_CHANCE = 1.5  # times the accuracy of guessing; with few classes:
+NEAR_HALF = 0.6
 MANY_IMAGES = 10  # images per class from which each class is expected to be seen
 
 
@@ -28,20 +31,25 @@ def warnings_of(
 ) -> Iterator[str]:
     """The warnings of a finished trial: `row` as far as it is filled, `rows` of its batches, and its images."""
     num_classes, method = teacher.info.num_classes, config.synthesis.method
+    one_class = teacher.info.head == "softmax"
+    guessing = 1 / num_classes if one_class else 0.5
     accuracy = row.get(TEACHER.accuracy)
-    if accuracy is not None and teacher.info.trained and accuracy < NEAR_CHANCE / num_classes:
+    if accuracy is not None and teacher.info.trained and accuracy < min(NEAR_CHANCE * guessing, NEAR_HALF):
         yield (
             f"the teacher's own test accuracy is {accuracy:.2%}, near chance: its mean, std, pixel range or order of "
             "classes may be other ones"
         )
     agreement = mean_term(rows, "label_agreement")
-    if agreement is not None and agreement < LEAST_AGREEMENT:
+    # Independent labels are mostly 0, and an image on which all are agrees with that share of them.
+    least = LEAST_AGREEMENT if one_class else 1 - LEAST_AGREEMENT * positive_share(num_classes)
+    wanted = "the class that they were made for" if one_class else "what the images were made for"
+    if agreement is not None and agreement < least:
         yield (
-            f"the teacher sees {agreement:.0%} of the images as the class that they were made for: raise "
+            f"the teacher sees {agreement:.0%} of the {'images' if one_class else 'labels'} as {wanted}: raise "
             "synthesis.num_steps, or the weight of its label term"
         )
     labels = np.unique(pool.labels[pool.labels != NO_LABEL])
-    if teacher.info.head == "softmax" and 0 < len(labels) < num_classes:
+    if one_class and 0 < len(labels) < num_classes:
         yield (
             f"{num_classes - len(labels):,} of {num_classes:,} classes have no image: set distillation.num_images to "
             f"{num_classes:,} or more"
@@ -49,9 +57,13 @@ def warnings_of(
     histogram = json.loads(row["class_histogram"])
     unseen = sum(count == 0 for count in histogram)
     if unseen and len(pool.labels) >= MANY_IMAGES * num_classes:
-        yield f"the teacher predicts {unseen:,} of {num_classes:,} classes for none of the {method} images"
-    if row["image_confidence"] < max(LEAST_CONFIDENCE, 2 / num_classes) and method != "noise":
-        yield f"the teacher is not sure of the images: its mean highest probability is {row['image_confidence']:.2f}"
+        what = "classes" if one_class else "labels"
+        yield f"the teacher predicts {unseen:,} of {num_classes:,} {what} for none of the {method} images"
+    if row["image_confidence"] < max(LEAST_CONFIDENCE, min(2 * guessing, LEAST_OF_TWO)) and method != "noise":
+        yield (
+            "the teacher is not sure of the images: the mean probability of its answers is "
+            f"{row['image_confidence']:.2f}"
+        )
     if row.get("selected") == PRUNED.name and config.distillation.num_steps > 0:
         yield (
             "plain pruning agrees best with the teacher and is the student: training on the images did not improve it "
