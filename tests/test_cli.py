@@ -116,16 +116,18 @@ def test_a_refused_recover_leaves_no_folder_and_none_of_an_earlier_run_is_touche
         (["recover"], ["teacher", "--out"]),
         (["recover", "--sparsity", "0.5"], ["teacher", "--out"]),
         (["recover", "t"], ["--out"]),
-        (
-            ["teacher", "import", "w.pt", "--mean", "0"],
-            ["--architecture", "--num-classes", "--input-shape", "--std", "--out"],
-        ),
     ],
 )
 def test_all_missing_options_are_named_in_one_line(run_cli, words, parts):
     done = run_cli(*words)
     assert_one_error(done, 2, *parts)
     assert done.err.count("Missing") == len(parts)
+
+
+def test_all_that_an_import_lacks_is_named_in_one_line(run_cli):
+    done = run_cli("teacher", "import", "w.pt", "--mean", "0")
+    assert_one_error(done, 2, "--architecture, --num-classes, --input-shape, --std, --out: missing")
+    assert_one_error(run_cli("teacher", "import", "torchvision:resnet18"), 2, "--out", "missing")
 
 
 def test_training_maps_test_folders_by_name_and_refuses_others_before_it_begins(run_cli, tmp_path):

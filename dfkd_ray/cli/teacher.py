@@ -108,7 +108,6 @@ def teacher_import(
     weights: Annotated[
         str, typer.Argument(help=".safetensors, or PyTorch's (.pt, .pth, .ckpt, …); or a library's network (timm:NAME)")
     ],
-    out: BundleOut,
     architecture: Annotated[
         str | None, typer.Option(help="a network's name, a library's (timm:NAME, …), or package.module:factory")
     ] = None,
@@ -126,6 +125,7 @@ def teacher_import(
     weights_key: Annotated[
         str | None, typer.Option(help="the place in the file, if several sets of weights fit: a key, or a prefix")
     ] = None,
+    out: Annotated[str | None, typer.Option(help="folder to write, or its URI (s3://, gs://, …); needed")] = None,
     download: Download = False,
     old_shape: OldShape = None,
 ) -> None:
@@ -150,16 +150,24 @@ def teacher_import(
     also |= {"class_names": tuple(name.strip() for name in class_names.split(","))} if class_names else {}
     from dfkd_ray import batchnorm, bundles, storage, targets
 
+    is_named = bundles.pretrained.is_named(weights)
+    complete = given if is_named else completed(given, download)
+    missing = [] if is_named else [name for name in ("architecture", *DESCRIBING) if name not in complete]
+    missing += ["out"] if out is None else []
+    if out is None or missing:
+        of = f" of {architecture}" if architecture else ""
+        tells = "; the weights alone do not tell" if missing != ["out"] else ""
+        raise ValueError(f"{', '.join(map(option, missing))}{of}: missing{tells}")
     targets.check(out, bundles.BUNDLE)
     notes: list[str] = []
-    if bundles.pretrained.is_named(weights):
+    if is_named:
         if given:
             raise ValueError(f"{', '.join(map(option, given))}: {weights} says it itself; leave it out")
         teacher = bundles.load(weights, download=download)
         info = configs.validate(bundles.BundleInfo, teacher.info.model_dump() | also, "teacher import")
         network = teacher.network
     else:
-        info = configs.validate(bundles.BundleInfo, completed(given, download) | also, "teacher import")
+        info = configs.validate(bundles.BundleInfo, complete | also, "teacher import")
         network, found = bundles.from_file(info, Path(weights), weights_key)
         notes += found.notes
         for other in found.others:
@@ -193,10 +201,7 @@ def option(name: str) -> str:
 
 
 def completed(given: dict[str, Any], download: bool) -> dict[str, Any]:
-    """The fields of a description that were given, and those that the architecture's library knows.
-
-    `ValueError` names all that are missing.
-    """
+    """The fields of a description that were given, and those that the architecture's library knows."""
     from dfkd_ray.bundles import pretrained
     from dfkd_ray.models import libraries
 
@@ -209,12 +214,7 @@ def completed(given: dict[str, Any], download: bool) -> dict[str, Any]:
             about |= {"mean": known.mean, "std": known.std}
         architecture, arguments = libraries.structure(architecture, given.get("arguments", {}))
         given = {**given, "architecture": architecture, "arguments": arguments}
-    complete = {**about, **given}
-    missing = [name for name in ("architecture", *DESCRIBING) if name not in complete]
-    if missing:
-        of = f" of {architecture}" if architecture else ""
-        raise ValueError(f"{', '.join(map(option, missing))}{of}: missing; the weights alone do not tell")
-    return complete
+    return {**about, **given}
 
 
 def filled_in(info: "BundleInfo", given: dict[str, Any]) -> list[str]:
