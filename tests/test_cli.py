@@ -116,10 +116,7 @@ def test_a_refused_recover_leaves_no_folder_and_none_of_an_earlier_run_is_touche
         (["recover"], ["teacher", "--out"]),
         (["recover", "--sparsity", "0.5"], ["teacher", "--out"]),
         (["recover", "t"], ["--out"]),
-        (
-            ["teacher", "import", "w.pt", "--mean", "0"],
-            ["--architecture", "--num-classes", "--input-shape", "--std", "--out"],
-        ),
+        (["teacher", "import", "--mean", "0"], ["weights", "--out"]),
     ],
 )
 def test_all_missing_options_are_named_in_one_line(run_cli, words, parts):
@@ -312,7 +309,15 @@ def test_bad_input_unknown_dataset_and_missing_dataset(run_cli, tmp_path, tiny_t
         (["recover", "nobody", "--out", "o", "--method", "magic"], ["magic", "deepinversion"]),
         (["recover", "nobody", "--out", "o", "--config", "no.yaml"], ["no.yaml"]),
         (["teacher", "init", "resnet9", "--out", "o"], ["resnet9", "resnet8"]),
-        (["teacher", "init", "resnet8", "--out", "o", "--image-shape", "32x32"], ["32x32", "CHANNELS"]),
+        (["teacher", "init", "resnet8", "--out", "o", "--image-shape", "32"], ["'32'", "CHANNELS"]),
+        (
+            ["teacher", "init", "resnet8", "--out", "o", "--input-shape", "32x32"],
+            ["32x32", "channels, height and width"],
+        ),
+        (
+            ["teacher", "init", "resnet8", "--out", "o", "--input-shape", "1x8x8", "--image-shape", "1x8x8"],
+            ["old name of --input-shape"],
+        ),
         (["teacher", "init", "resnet8", "--out", "o", "--arguments", "{"], ["--arguments", "JSON"]),
         (["teacher", "init", "resnet8", "--out", "o", "--arguments", '{"stem": "cifar"}'], ["stem"]),
         (["teacher", "init", "wrn_11_1", "--out", "o"], ["6n + 4"]),
