@@ -314,7 +314,15 @@ def test_bad_input_unknown_dataset_and_missing_dataset(run_cli, tmp_path, tiny_t
         (["recover", "nobody", "--out", "o", "--method", "magic"], ["magic", "deepinversion"]),
         (["recover", "nobody", "--out", "o", "--config", "no.yaml"], ["no.yaml"]),
         (["teacher", "init", "resnet9", "--out", "o"], ["resnet9", "resnet8"]),
-        (["teacher", "init", "resnet8", "--out", "o", "--image-shape", "32x32"], ["32x32", "CHANNELS"]),
+        (["teacher", "init", "resnet8", "--out", "o", "--image-shape", "32"], ["'32'", "CHANNELS"]),
+        (
+            ["teacher", "init", "resnet8", "--out", "o", "--input-shape", "32x32"],
+            ["32x32", "channels, height and width"],
+        ),
+        (
+            ["teacher", "init", "resnet8", "--out", "o", "--input-shape", "1x8x8", "--image-shape", "1x8x8"],
+            ["old name of --input-shape"],
+        ),
         (["teacher", "init", "resnet8", "--out", "o", "--arguments", "{"], ["--arguments", "JSON"]),
         (["teacher", "init", "resnet8", "--out", "o", "--arguments", '{"stem": "cifar"}'], ["stem"]),
         (["teacher", "init", "wrn_11_1", "--out", "o"], ["6n + 4"]),

@@ -54,8 +54,9 @@ def test_convolutions_of_signals_are_pruned():
     assert bool((network.conv.weight == 0).any()) and pruning.achieved_sparsity(network) > 0.89
 
 
-def test_a_family_of_images_refuses_a_shape_of_signals():
-    refusal(lambda: models.build("resnet8", {}, num_classes=3, image_shape=SHAPE), "takes images")
+@pytest.mark.parametrize("name", ["resnet8", "wrn_10_1", "timm:resnet10t", "timm:test_vit", "torchvision:resnet18"])
+def test_a_network_by_name_refuses_a_shape_of_signals(name):
+    refusal(lambda: models.build(name, {}, num_classes=3, image_shape=SHAPE), "takes images", "2x40")
 
 
 def test_signals_move_along_their_one_axis_and_keep_their_direction():

@@ -117,11 +117,7 @@ def named_arguments(
     taken = sorted({"num_classes", "image_shape"} & set(arguments))
     if taken:
         raise ValueError(f"{shown(architecture)}: {taken[0]} is given by the bundle, not in its arguments")
-    if len(image_shape) == 2:
-        raise ValueError(
-            f"{shown(architecture)} takes images: expected channels, height and width, not channels and length "
-            f"{'x'.join(map(str, image_shape))}"
-        )
+    checks.require_images(architecture, image_shape)
     width = arguments.get("width_multiplier", 1.0)
     if isinstance(width, bool) or not isinstance(width, int | float) or not 0 < width < 1e3:
         raise ValueError(

@@ -59,6 +59,15 @@ def check_shapes(architecture: str, num_classes: int, image_shape: Sequence[int]
         )
 
 
+def require_images(architecture: str, shape: Sequence[int]) -> None:
+    """`ValueError` for a shape of signals: all networks by name take images."""
+    if len(shape) == 2:
+        raise ValueError(
+            f"{shown(architecture)} takes images: expected channels, height and width, not channels and length "
+            f"{'x'.join(map(str, shape))}"
+        )
+
+
 def measured(
     architecture: str,
     make: Callable[..., nn.Module],

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from dfkd_ray import untrusted
-from dfkd_ray.models.checks import shown
+from dfkd_ray.models.checks import require_images, shown
 from dfkd_ray.text import one_line
 
 TIMM, HUB, TORCHVISION = "timm", "hf-hub", "torchvision"
@@ -100,6 +100,7 @@ def builder(
     architecture, given = structure(architecture, arguments)
     library, name = split(architecture) or ("", "")
     known(library, name, architecture)
+    require_images(architecture, image_shape)
     wrong = sorted(argument for argument in given if NOT_STRUCTURE.fullmatch(argument))
     if wrong:
         raise ValueError(f"{shown(architecture)}: {one_line(wrong[0], 60)} is no argument of a network's structure")
