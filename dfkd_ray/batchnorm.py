@@ -10,6 +10,7 @@ Only PyTorch's own `forward` is replaced. A subclass may do more than BatchNorm 
 `forward` runs, and the call of `F.batch_norm` in it is replaced.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -255,9 +256,16 @@ def reestimate(network: nn.Module, batches: Iterable[Tensor]) -> None:
     network.eval()
     found = layers(network)
     momenta = [layer.momentum for layer in found]
+    calls: Counter[BatchNorm] = Counter()
+
+    def average(layer: nn.Module, _given: Any) -> None:  # PyTorch's `momentum=None`, which not every subclass takes
+        assert isinstance(layer, BatchNorm)
+        calls[layer] += 1
+        layer.momentum = 1.0 / calls[layer]
+
+    handles = [layer.register_forward_pre_hook(average) for layer in found]
     for layer in found:
         layer.reset_running_stats()
-        layer.momentum = None  # PyTorch's cumulative average
         layer.train()
     count = 0
     try:
@@ -265,7 +273,8 @@ def reestimate(network: nn.Module, batches: Iterable[Tensor]) -> None:
             network(images)
             count += 1
     finally:
-        for layer, momentum in zip(found, momenta, strict=True):
+        for layer, momentum, handle in zip(found, momenta, handles, strict=True):
+            handle.remove()
             layer.momentum = momentum
             layer.eval()
     if count == 0:
