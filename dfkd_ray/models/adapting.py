@@ -81,8 +81,21 @@ def bake(network: nn.Module) -> None:
                 found.append(f"{path}.{getattr(hook, 'name', None) or getattr(hook, '_tensor_name', '')}".lstrip("."))
                 hook.remove(module)  # type: ignore[arg-type]
                 del module._forward_pre_hooks[key]
+                remove_state_hooks(module, hook)
     if found:
         add_note(network, f"computed weights are stored as plain ones: {one_line(', '.join(found), 120)}")
+
+
+def remove_state_hooks(module: nn.Module, of: Any) -> None:
+    """Remove the hooks by which PyTorch's old spectral norm saves and loads: they ask for tensors that are gone.
+
+    PyTorch's own removal leaves the second one, which is wrapped.
+    """
+    hooks: tuple[dict[int, Any], ...] = (module._state_dict_hooks, module._load_state_dict_pre_hooks)
+    for registered in hooks:
+        for key, hook in list(registered.items()):
+            if getattr(getattr(hook, "hook", hook), "fn", None) is of:
+                del registered[key]
 
 
 def add_note(network: nn.Module, note: str) -> None:

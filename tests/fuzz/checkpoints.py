@@ -48,6 +48,7 @@ class Checkpoint:
     places: dict[str, tuple[str, str]] = field(default_factory=dict)  # place -> key and prefix as they are said
     averaged: list[str] = field(default_factory=list)  # places of averages
     bad: bool = False
+    is_ambiguous: bool = False  # two sets fit, and neither is of averages
     is_open: bool = False
 
     def add(self, key: str, prefix: str, state: State) -> str:
@@ -78,11 +79,14 @@ def checkpoints(rng: random.Random, desk: Desk) -> Case:
     desk.file(file, data)
     case = imported(rng, file)
     words = [*case.words, *key_words(c)]
-    desk.file("told.json", json.dumps({"places": c.places, "unsaid": [] if "--weights-key" in words else c.averaged}))
+    of_key = "--weights-key" in words
+    told = {"places": c.places, "unsaid": [] if of_key else c.averaged}
+    told["wanted"] = [place for place in c.sets if of_key or place not in c.averaged]
+    desk.file("told.json", json.dumps(told))
     if not c.bad:
         torch.save({place: {name: t.detach().clone() for name, t in s.items()} for place, s in c.sets.items()},
                    desk.work / "sets.pt")  # fmt: skip
-    codes = {2} if c.bad else {0, 2} if c.is_open else {0}
+    codes = {2} if c.bad or c.is_ambiguous else {0, 2} if c.is_open else {0}
     return replace(case, words=words, codes=frozenset(codes), encoding="utf-8", by="oracles:checkpoint")
 
 
@@ -194,7 +198,7 @@ def wrapped(c: Checkpoint, named: State, prefix: str, state: State) -> Any:
         second = named if same else other(named, 7)
         content["best"] = {n: t.detach().clone() for n, t in second.items()}
         c.add("best", prefix, state if same else other(state, 7))
-        c.bad |= not same
+        c.is_ambiguous = not same
     content |= beside(c)
     return content
 
@@ -303,8 +307,7 @@ def key_words(c: Checkpoint) -> list[str]:
     if c.rng.random() > 0.15:
         return []
     place = c.rng.choice([*c.sets, *c.sets, *c.averaged, "nothing.here", "\x1b[31m"])
-    if place in c.sets and not c.bad:
-        c.sets, c.places = {place: c.sets[place]}, {place: c.places[place]}
-    c.is_open |= place in ("", *c.sets) and c.is_open
     c.bad |= place not in c.sets
+    if place in c.sets:
+        c.sets, c.places, c.is_ambiguous = {place: c.sets[place]}, {place: c.places[place]}, False
     return ["--weights-key", place]

@@ -338,9 +338,9 @@ def computed(s: Source) -> None:
     }
     for _ in range(s.rng.choice([1, 1, 2])):
         name, layer = s.rng.choice(list(kinds)), s.rng.choice(["self.conv0", "self.fc"])
+        layer = "self.fc" if name in ("bias", "orthogonal") else layer
         if f"computed: {layer}" in s.parts:
             continue
-        layer = "self.fc" if name in ("bias", "orthogonal") else layer
         s.after.append(kinds[name].format(layer))
         s.parts += [f"computed: {layer}", name]
 
@@ -400,7 +400,7 @@ def habits(s: Source) -> None:
     s.passed += passed
     s.part(name, verdict)
     if s.maybe(0.15):
-        more = s.rng.choice(["mask", "targets=None", "*others", "**options"])
+        more = s.rng.choice(["targets=None", "*others", "**options"] + ["mask"] * (not s.is_lazy))
         s.arguments = f"x, {more}"
         s.part(f"forward takes {more}", BAD if more == "mask" else "")
 
