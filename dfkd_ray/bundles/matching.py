@@ -121,9 +121,7 @@ def match(
             if fit and not any(same(state, other, own) for _, other in fits):
                 fits.append((part, state))
         parts += found
-        if fits:
-            break
-    else:
+    if not fits:
         problem = misfit(own, parts, states, twins)
         raise ValueError(f"{where}: does not fit the architecture or class count{at}: {one_line(problem, 200)}")
     plain = [fit for fit in fits if not is_averaged(fit[0], states[fit[0].key])]

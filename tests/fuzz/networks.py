@@ -75,7 +75,6 @@ def weights(rng: random.Random, space: dict[str, Any], source: user_code.Source)
     name = rng.choice([name for name in names if name.endswith("running_var")] or names)
     name = rng.choice([name, rng.choice(names)])
     value = rng.choice([float("nan"), float("inf"), -1.0 if name.endswith("running_var") else float("-inf")])
-    state[name] = state[name].clone()
-    state[name].view(-1)[0] = value
+    state[name].view(-1)[0] = value  # in the network, under all names of the tensor
     source.part(f"{value} in {name}")
     return state, True

@@ -307,6 +307,8 @@ def outputs(s: Source) -> None:
         "half": ("y.half()", "answer", OPEN),
         "doubles": ("y.double()", "answer", ""),
     }
+    if "inner normalisation: drawn" in s.parts:  # which the others hide
+        kinds = {name: kind for name, kind in kinds.items() if kind[2] != OPEN}
     good = [name for name, (_, _, verdict) in kinds.items() if not verdict]
     if s.maybe(0.45):
         name = s.rng.choice([*kinds, *good * 3])
