@@ -10,7 +10,7 @@ Only PyTorch's own `forward` is replaced. A subclass may do more than BatchNorm 
 `forward` runs, and the call of `F.batch_norm` in it is replaced.
 """
 
-import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -264,24 +264,26 @@ def reestimate(network: nn.Module, batches: Iterable[Tensor]) -> None:
     found = layers(network)
     momenta = [layer.momentum for layer in found]
     before = [{name: buffer.clone() for name, buffer in layer.named_buffers(recurse=False)} for layer in found]
-    hooks = []
+    calls: Counter[nn.Module] = Counter()
+
+    def average(layer: nn.Module, _given: Any) -> None:
+        """A cumulative average, as PyTorch's `momentum=None`, which not every subclass takes."""
+        assert isinstance(layer, BatchNorm)
+        calls[layer] += 1
+        layer.momentum = 1.0 / calls[layer]
+
+    handles = [layer.register_forward_pre_hook(average) for layer in found]
     for layer in found:
         layer.reset_running_stats()
         layer.train()
-        calls = itertools.count(1)
-
-        def average(layer: BatchNorm, _given: Any, calls: Iterator[int] = calls) -> None:
-            layer.momentum = 1 / next(calls)  # a cumulative average, as with momentum None, which not all code expects
-
-        hooks.append(layer.register_forward_pre_hook(average))
     count = 0
     try:
         for images in batches:
             network(images)
             count += 1
     finally:
-        for layer, momentum, hook, buffers in zip(found, momenta, hooks, before, strict=True):
-            hook.remove()
+        for layer, momentum, handle, buffers in zip(found, momenta, handles, before, strict=True):
+            handle.remove()
             layer.momentum = momentum
             layer.eval()
             if is_initial(layer):

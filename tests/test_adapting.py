@@ -3,6 +3,7 @@
 import copy
 from collections import namedtuple
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -127,6 +128,20 @@ def test_a_network_that_ends_in_sigmoid_gives_its_logits_and_needs_that_head(las
     assert bundles.Teacher.from_network(net_that_gives(last), **DESCRIBED, head="sigmoid").info.head == "sigmoid"
 
 
+@pytest.mark.parametrize("last", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_a_last_function_of_one_mode_is_undone_in_that_mode_alone(last, mode):
+    functions = {"softmax": lambda y, _: y.softmax(1), "sigmoid": lambda y, _: y.sigmoid()}
+    in_train = mode == "train"
+    network = adapted(net_that_gives(*(plain, functions[last]) if in_train else (functions[last], plain)))
+    for training in (False, True):
+        logits, expected = network.train(training)(IMAGES), Net().train(training)(IMAGES)
+        if last == "softmax" and training == in_train:
+            logits, expected = logits.softmax(1), expected.softmax(1)
+        torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
+    assert f"it ends in a {last} in {mode} mode" in str(adapting.notes(network))
+
+
 def test_a_softmax_does_not_go_with_independent_labels():
     network = net_that_gives(lambda y, _: y.softmax(1))
     refusal(lambda: bundles.Teacher.from_network(network, **DESCRIBED, head="sigmoid"), "ends in a softmax")
@@ -173,6 +188,16 @@ def test_computed_weights_become_plain_ones_and_can_be_pruned(kind):
     assert pruning.achieved_sparsity(student) == pytest.approx(0.9, abs=0.01)
     student(IMAGES)
     assert pruning.achieved_sparsity(student) == pytest.approx(0.9, abs=0.01)
+    student.load_state_dict(dict(student.state_dict()))  # as from a file: without PyTorch's versions
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+def test_computed_weights_of_the_users_own_network_stay_computed(kind):
+    network = COMPUTED[kind](Net()).eval()
+    expected = network(IMAGES)
+    first, second = (bundles.Teacher.from_network(network, **DESCRIBED) for _ in range(2))
+    assert first.hash == second.hash and torch.equal(network(IMAGES), expected)
 
 
 # ---- layouts ---------------------------------------------------------------------------------------------------------
@@ -217,6 +242,19 @@ def test_a_forward_without_gradients_is_refused():
     refusal(lambda: adapted(net_that_gives(lambda y, _: y.detach())), "no gradient")
 
 
+def test_a_forward_without_gradients_in_train_mode_alone_is_refused():
+    refusal(lambda: adapted(net_that_gives(plain, lambda y, _: y.detach())), "no gradient with respect to its weights")
+
+
+class Overwrites(Net):
+    def features(self, x):
+        return self.bn(self.conv(x)).relu().mul_(2).relu()[:, :, :4, :4].flatten(1)
+
+
+def test_a_forward_that_overwrites_what_its_gradient_needs_is_refused():
+    refusal(lambda: adapted(Overwrites()), "cannot be trained")
+
+
 def test_dropout_that_is_always_on_is_refused():
     refusal(lambda: adapted(net_that_gives(lambda y, _: F.dropout(y, 0.5))), "pass to pass")
 
@@ -249,6 +287,25 @@ def test_wrapped_networks_are_unwrapped():
     assert list(bundles.Teacher.from_network(wrapped, **DESCRIBED).network.state_dict()) == names
 
 
+class HalfBright(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self._orig_mod = Net()
+
+    def forward(self, x):
+        return self._orig_mod(0.5 * x)
+
+
+def test_what_surrounds_a_part_with_a_wrappers_name_is_kept():
+    teacher = bundles.Teacher.from_network(HalfBright(), **DESCRIBED)
+    torch.testing.assert_close(teacher.network(IMAGES), Net().eval()(0.5 * IMAGES))
+
+
+def test_a_compiled_network_is_unwrapped():
+    compiled: Any = torch.compile(Net())
+    assert list(bundles.Teacher.from_network(compiled, **DESCRIBED).network.state_dict()) == list(Net().state_dict())
+
+
 def lazy():
     return nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.Flatten(), nn.LazyLinear(CLASSES))
 
@@ -256,6 +313,15 @@ def lazy():
 def test_lazy_layers_of_a_factory_get_their_weights_and_in_memory_are_refused():
     assert len(batchnorm.layers(adapted(lazy()))) == 1
     refusal(lambda: bundles.Teacher.from_network(lazy(), **DESCRIBED), "lazy")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("bn.running_var", float("nan")), ("bn.running_var", -1.0), ("fc.weight", float("inf"))]
+)
+def test_values_that_no_network_has_are_refused_in_memory_too(name, value):
+    network = Net()
+    network.state_dict()[name].view(-1)[0] = value
+    refusal(lambda: bundles.Teacher.from_network(network, **DESCRIBED), name)
 
 
 class Shared(Net):

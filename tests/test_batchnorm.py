@@ -241,6 +241,22 @@ def test_reestimated_statistics_are_the_mean_over_batches():
     torch.testing.assert_close(network[0].running_var, variance)
 
 
+class PassesItsMomentum(nn.BatchNorm1d):
+    def forward(self, input):
+        given = (self.running_mean, self.running_var, self.weight, self.bias)
+        return F.batch_norm(input, *given, self.training, self.momentum, self.eps)  # type: ignore[arg-type]
+
+
+def test_reestimation_suits_a_layer_that_computes_batchnorm_itself():
+    networks = [nn.Sequential(kind(3), nn.Linear(3, 3), kind(3)) for kind in (nn.BatchNorm1d, PassesItsMomentum)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    batches = [normal(6, 3, seed=seed) for seed in range(3)]
+    for network in networks:
+        batchnorm.reestimate(network, batches)
+    for name in ("0.running_mean", "0.running_var", "2.running_mean", "2.running_var"):
+        torch.testing.assert_close(networks[1].get_buffer(name), networks[0].get_buffer(name), rtol=0, atol=0)
+
+
 def test_reestimated_statistics_do_not_depend_on_the_old_ones():
     one, other = tiny_network(), tiny_network()
     randomise_statistics(other, seed=9)

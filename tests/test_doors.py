@@ -166,7 +166,7 @@ def test_a_network_that_is_too_large_is_refused_before_it_is_built(monkeypatch):
         return models.build("timm:resnet10t", {}, num_classes=10, image_shape=(3, 32, 32))
 
     built = []
-    monkeypatch.setattr(models.adapting, "prepare", lambda *_: built.append(1))
+    monkeypatch.setattr(models.adapting, "to_float32", lambda *_: built.append(1))
     monkeypatch.setattr(checks, "MAX_VALUES", 1000)
     refusal(build, "does not take images of 3x32x32", "values an image")
     monkeypatch.setattr(checks, "MAX_PARAMETERS", 1000)

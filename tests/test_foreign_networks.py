@@ -1,5 +1,6 @@
 """Architectures from elsewhere: too large ones are found without memory, and code that fails is one line."""
 
+import importlib
 import os
 import resource
 import sys
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from dfkd_ray import bundles, models
-from helpers import refusal
+from helpers import assert_one_error, refusal
 
 
 def build(architecture, arguments=None, num_classes=10, image_shape=(1, 16, 16)):
@@ -107,6 +108,30 @@ def without_memory():
         return Answers(lambda y: y)
 def too_large(): return nn.Linear(10**9, 10**9)
 def more_state(): return Extra(lambda y: y)
+
+def lazily():
+    return nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(10))
+
+THE = Answers(lambda y: y)
+def always_the_same():
+    return THE
+
+class Drawn(Answers):
+    def __init__(self):
+        super().__init__(lambda y: y * self.factor)
+        self.register_buffer("factor", torch.rand(1), persistent=False)
+
+class Tires(Answers):
+    def __init__(self, error):
+        super().__init__(lambda y: y)
+        self.error, self.bn = error, nn.BatchNorm1d(256)
+    def forward(self, x):
+        if len(x) > 2:
+            raise self.error
+        return self.linear(self.bn(x.flatten(1)))
+
+def tires(): return Tires(RuntimeError("no luck\\nthis time"))
+def walks_off(): return Tires(SystemExit(0))
 
 class Nets:
     class Small:
@@ -252,6 +277,47 @@ def test_trust_covers_a_package_with_what_is_below_it(trusted, covered):
 @pytest.mark.usefixtures("own")
 def test_an_answer_that_is_no_tensor_is_not_blamed_on_the_class_count():
     assert "class count" not in refusal(lambda: build("own_factories:a_dict_of_others"))
+
+
+WORDS = ["--num-classes", "10", "--image-shape", "1x16x16", "--mean", "0.5", "--std", "0.25"]
+
+
+def imported(run_cli, tmp_path, factory):
+    """`teacher import` of a network of `OWN`, with weights that its class gives."""
+    network = getattr(importlib.import_module("own_factories"), factory)()
+    if factory == "lazily":
+        network(torch.zeros(1, 1, 16, 16))
+    torch.save(network.state_dict(), tmp_path / "w.pt")
+    words = ["--architecture", f"own_factories:{factory}", *WORDS, "--out", str(tmp_path / "net")]
+    return run_cli("teacher", "import", str(tmp_path / "w.pt"), *words), network
+
+
+@pytest.mark.usefixtures("own")
+def test_weights_of_lazy_layers_are_imported_and_come_back(tmp_path, run_cli):
+    done, network = imported(run_cli, tmp_path, "lazily")
+    assert done.code == 0, done.err
+    images = torch.randn(3, 1, 16, 16)
+    assert torch.equal(bundles.load(tmp_path / "net", "own_factories").network(images), network.eval()(images))
+
+
+@pytest.mark.usefixtures("own")
+def test_a_factory_that_gives_one_object_again_and_again_gives_networks_of_their_own():
+    first, second = build("own_factories:always_the_same"), build("own_factories:always_the_same")
+    first.linear.weight.data.zero_()  # type: ignore[operator, union-attr]
+    assert second.linear.weight.any()  # type: ignore[operator, union-attr]
+
+
+@pytest.mark.usefixtures("own")
+def test_code_that_makes_another_network_of_the_same_weights_is_refused(tmp_path, run_cli):
+    done, _ = imported(run_cli, tmp_path, "Drawn")
+    assert_one_error(done, 2, "own_factories:Drawn", "another network")
+    assert not (tmp_path / "net").exists()
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize(("factory", "says"), [("tires", "RuntimeError: no luck"), ("walks_off", "SystemExit")])
+def test_a_forward_that_fails_later_is_one_line_of_wrong_input(tmp_path, run_cli, factory, says):
+    assert_one_error(imported(run_cli, tmp_path, factory)[0], 2, "own forward raised", says)
 
 
 def test_ctrl_c_in_a_users_module_stays_ctrl_c(own):

@@ -200,6 +200,15 @@ def test_two_sets_that_fit_are_never_guessed_between(tmp_path, ending):
     refusal(lambda: found_in(tmp_path, network, both, "", ending), "at ''")
 
 
+def test_plain_weights_below_wrappers_are_taken_before_averages_with_plain_names(tmp_path):
+    network = with_counts()
+    state = network.state_dict()
+    wrapped = {name.replace(".", ".module.", 1): tensor for name, tensor in state.items()}
+    found, loaded = found_in(tmp_path, network, {"net": wrapped, "ema": other_values(state)})
+    assert equal(loaded, state) and found.others == ("ema",)
+    refusal(lambda: found_in(tmp_path, network, {"a": wrapped, "b": other_values(state)}), "several sets")
+
+
 def test_two_averages_are_never_guessed_between(tmp_path):
     state = small().state_dict()
     content = {"ema": other_values(state), "swa": state}

@@ -26,7 +26,7 @@ from dfkd_ray import models, storage, targets, untrusted
 from dfkd_ray.bundles import packing, pretrained
 from dfkd_ray.bundles.matching import from_file as from_file
 from dfkd_ray.bundles.matching import match as match
-from dfkd_ray.bundles.weights import PACKED, check_head, from_stored, read_safetensors
+from dfkd_ray.bundles.weights import PACKED, check_head, check_values, from_stored, read_safetensors
 from dfkd_ray.bundles.weights import filled as filled
 from dfkd_ray.bundles.weights import load_state as load_state
 from dfkd_ray.bundles.weights import read_state_dicts as read_state_dicts
@@ -102,6 +102,7 @@ class Teacher:
         info = untrusted.validated(BundleInfo, described, name)
         freeze(models.finish(own, IN_MEMORY, num_classes, info.input_shape))
         check_head(own, info.head)
+        check_values(own, name)
         info = info.model_copy(update={"weights_sha256": sha256(safetensors_bytes(own.state_dict()))})
         return cls(own, info, teacher_hash(info), name)
 

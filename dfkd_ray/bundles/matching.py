@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_ray import models
-from dfkd_ray.bundles.weights import check_head, kind_problem, load_state, read_state_dicts, shape_problems
+from dfkd_ray.bundles.weights import check_head, filled, kind_problem, load_state, read_state_dicts, shape_problems
 from dfkd_ray.description import BundleInfo
 from dfkd_ray.text import one_line
 
@@ -78,7 +78,22 @@ def from_file(info: BundleInfo, path: Path, weights_key: str | None = None) -> t
     load_state(network, found.state, str(path))
     models.finish(network, info.architecture, **of)
     check_head(network, info.head)
+    if models.module_of(info.architecture):
+        check_again(network, info, str(path))
     return network, found
+
+
+def check_again(network: nn.Module, info: BundleInfo, where: str) -> None:
+    """`ValueError` if the user's code makes another network of the same weights when it is called again."""
+    again = filled(info, network.state_dict(), where)
+    images = models.adapting.random_images(info.image_shape)
+    with torch.no_grad(), models.adapting.quiet_generator():
+        is_same = torch.equal(network(images).nan_to_num(), again(images).nan_to_num())
+    if not is_same:
+        raise ValueError(
+            f"{models.checks.shown(info.architecture)}: called again, it gives another network, although the weights "
+            "are the same (random values that are no persistent buffers, or counted calls?): no bundle holds them"
+        )
 
 
 def match(
@@ -106,9 +121,7 @@ def match(
             if fit and not any(same(state, other, own) for _, other in fits):
                 fits.append((part, state))
         parts += found
-        if fits:
-            break
-    else:
+    if not fits:
         problem = misfit(own, parts, states, twins)
         raise ValueError(f"{where}: does not fit the architecture or class count{at}: {one_line(problem, 200)}")
     plain = [fit for fit in fits if not is_averaged(fit[0], states[fit[0].key])]

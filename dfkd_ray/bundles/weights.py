@@ -234,6 +234,18 @@ def value_problem(name: str, converted: Tensor, given: Tensor) -> str | None:
     return None
 
 
+def check_values(network: nn.Module, where: str) -> None:
+    """`ValueError` names the first weight or statistic of a network that no trained network has.
+
+    Other buffers may hold anything (masks of transformers hold -inf).
+    """
+    parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+    for name, tensor in network.state_dict().items():
+        problem = value_problem(name, tensor, tensor)
+        if problem and (name in parameters or name.endswith(("running_mean", "running_var"))):
+            raise ValueError(f"{where}: {one_line(name, 80)} {problem}")
+
+
 def kind_of(dtype: torch.dtype) -> str:
     """The usual name of a dtype."""
     return str(dtype).removeprefix("torch.")

@@ -46,6 +46,8 @@ def end(error: BaseException, debug: bool = False, options: Sequence[str] = ()) 
             say(without_secrets(line), error=True)
     if isinstance(error, typer.Exit):
         return error.exit_code
+    if isinstance(error, Exception | SystemExit) and (reason := of_network(error)):
+        return fail(reason, 2)
     if isinstance(error, SystemExit):
         return left(error)
     if isinstance(error, KeyboardInterrupt | typer.Abort) or type(error).__name__ == "BdbQuit":  # from a debugger
@@ -85,6 +87,16 @@ def with_options(message: str, options: Sequence[str]) -> str:
         return name if value is None else f"{name} {value}"
 
     return PARAMETER.sub(option, message)
+
+
+def of_network(error: BaseException) -> str:
+    """What an exception that the user's network raised says; empty for another one."""
+    if "torch" not in sys.modules or isinstance(error, MemoryError | FloatingPointError | TyperException):
+        return ""
+    from dfkd_ray.models.checks import raised_by_network
+    from dfkd_ray.untrusted import reason
+
+    return f"the network's own forward raised {reason(error)}" if raised_by_network(error) else ""
 
 
 def left(error: SystemExit) -> int:

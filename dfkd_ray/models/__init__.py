@@ -79,6 +79,10 @@ def build(
             )
         with guarded(f"{shown(architecture)} has no eval mode"):
             network.eval()
+        with guarded(f"{shown(architecture)} does not take images of {'x'.join(map(str, image_shape))}"):
+            adapting.initialise_lazy(network, image_shape)
+        if own_code:  # a factory may give one object again and again
+            network = adapting.copied(network)
         if finished:
             finish(network, architecture, num_classes, image_shape)
     return network
@@ -100,8 +104,8 @@ def finish(network: nn.Module, architecture: str, num_classes: int, image_shape:
     if len(image_shape) == 2:
         network.register_forward_pre_hook(adapting.as_signals)
         image_shape = (image_shape[0], 1, image_shape[1])
-    with guarded(f"{shown(architecture)} does not take images of {'x'.join(map(str, image_shape))}"):
-        adapting.prepare(network, image_shape)
+    with guarded(f"{shown(architecture)} has weights that cannot be made float32"):
+        adapting.to_float32(network)
     checks.check_state(network, architecture)
     with guarded(f"{shown(architecture)} has weights that cannot be made plain parameters"):
         adapting.bake(network)

@@ -39,10 +39,10 @@ def unwrapped(network: nn.Module) -> nn.Module:
     """The network inside torch.compile's and DataParallel's wrappers."""
     kinds = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
-        inner = network.module if isinstance(network, kinds) else network._modules.get("_orig_mod")
-        if inner is None:
+        is_compiled = type(network).__module__.startswith("torch._dynamo")  # a user's own may have an `_orig_mod` too
+        if not (isinstance(network, kinds) or is_compiled):
             return network
-        network = inner
+        network = network._orig_mod if is_compiled else network.module  # type: ignore[assignment]
 
 
 def copied(network: nn.Module) -> nn.Module:
@@ -63,6 +63,10 @@ def bake(network: nn.Module) -> None:
     found = []
     for path, module in list(network.named_modules()):
         if parametrize.is_parametrized(module):
+            # The class holds the weight's property, which is removed; copies have it in common with the original.
+            kind_of = type(module)
+            own: Any = type(kind_of.__name__, kind_of.__bases__, dict(vars(kind_of)))
+            module.__class__ = own
             computed: Any = module.parametrizations
             for name in list(computed):
                 of_parameters = any(True for _ in computed[name].parameters(recurse=False))
@@ -77,8 +81,21 @@ def bake(network: nn.Module) -> None:
                 found.append(f"{path}.{getattr(hook, 'name', None) or getattr(hook, '_tensor_name', '')}".lstrip("."))
                 hook.remove(module)  # type: ignore[arg-type]
                 del module._forward_pre_hooks[key]
+                remove_state_hooks(module, hook)
     if found:
         add_note(network, f"computed weights are stored as plain ones: {one_line(', '.join(found), 120)}")
+
+
+def remove_state_hooks(module: nn.Module, of: Any) -> None:
+    """Remove the hooks by which PyTorch's old spectral norm saves and loads: they ask for tensors that are gone.
+
+    PyTorch's own removal leaves the second one, which is wrapped.
+    """
+    hooks: tuple[dict[int, Any], ...] = (module._state_dict_hooks, module._load_state_dict_pre_hooks)
+    for registered in hooks:
+        for key, hook in list(registered.items()):
+            if getattr(getattr(hook, "hook", hook), "fn", None) is of:
+                del registered[key]
 
 
 def add_note(network: nn.Module, note: str) -> None:
@@ -113,10 +130,14 @@ def adapt(network: nn.Module, architecture: str, num_classes: int, image_shape: 
         network.register_forward_hook(partial(take_logits, num_classes=num_classes))
     check_copy(network, architecture, images)
     ends_in = last_function(network, images)
-    if ends_in is not None:
-        add_note(network, f"it ends in a {ends_in}, which is undone: the outputs are logits again")
-        network.register_forward_hook({"softmax": take_logarithms, "sigmoid": take_log_odds}[ends_in])
-        setattr(network, ENDS_IN, ends_in)
+    of_training = last_function(copied(network).train(), images)
+    if ends_in is not None or of_training is not None:
+        modes = "" if ends_in == of_training else f" in {'eval' if of_training is None else 'train'} mode"
+        add_note(
+            network, f"it ends in a {ends_in or of_training}{modes}, which is undone: the outputs are logits again"
+        )
+        network.register_forward_hook(partial(undo, ends_in=ends_in, of_training=of_training))
+        setattr(network, ENDS_IN, ends_in or of_training)
     if images.ndim == 4:
         turned = copied(network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         try:
@@ -151,15 +172,17 @@ def take_logits(_module: nn.Module, _given: Any, answer: Any, *, num_classes: in
     return logits
 
 
-def take_logarithms(_module: nn.Module, _given: Any, probabilities: Tensor) -> Tensor:
-    """A forward hook: logarithms, whose softmax are the probabilities again."""
-    return probabilities.float().clamp_min(TINY).log()
+def undo(
+    module: nn.Module, _given: Any, answer: Tensor, *, ends_in: str | None, of_training: str | None
+) -> Tensor | None:
+    """A forward hook that undoes the last function of a network, which may be another one in train mode.
 
-
-def take_log_odds(_module: nn.Module, _given: Any, probabilities: Tensor) -> Tensor:
-    """A forward hook: log odds, whose sigmoid are the probabilities again."""
-    p = probabilities.float()
-    return p.clamp_min(TINY).log() - (1 - p).clamp_min(TINY).log()
+    Of a softmax: logarithms, whose softmax are the probabilities again; of a sigmoid: log odds.
+    """
+    last, p = of_training if module.training else ends_in, answer.float()
+    if last is None:
+        return None
+    return p.clamp_min(TINY).log() - (0 if last == "softmax" else (1 - p).clamp_min(TINY).log())
 
 
 def ends_in(network: nn.Module) -> str | None:
@@ -197,8 +220,9 @@ def check_copy(network: nn.Module, architecture: str, images: Tensor) -> None:
             bound = twin(images).requires_grad
         network.requires_grad_(False)
         with quiet_generator(), guarded(f"{shown(architecture)} cannot be trained"):
-            of_weights = twin.requires_grad_(True)(images).requires_grad
-            of_images = twin.requires_grad_(False)(images.clone().requires_grad_(True)).requires_grad
+            of_images = has_gradient(twin, images.clone().requires_grad_(True))
+            twin.requires_grad_(True)
+            of_weights = has_gradient(twin, images) and has_gradient(twin.train(), images)
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
@@ -214,11 +238,24 @@ def check_copy(network: nn.Module, architecture: str, images: Tensor) -> None:
         )
 
 
-def prepare(network: nn.Module, image_shape: Sequence[int]) -> None:
-    """Give lazy layers their weights, and make all weights float32, in place."""
+def has_gradient(network: nn.Module, images: Tensor) -> bool:
+    """Whether a network's output has a gradient, which is computed (an operation in place may make that fail)."""
+    outputs = network(images)
+    if outputs.requires_grad:
+        wanted = [images] if images.requires_grad else list(network.parameters())
+        torch.autograd.grad(outputs.sum(), wanted, allow_unused=True)
+    return outputs.requires_grad
+
+
+def initialise_lazy(network: nn.Module, image_shape: Sequence[int]) -> None:
+    """Give lazy layers their weights: their state dict has no shapes before."""
     if has_lazy(network):
         with torch.no_grad(), quiet_generator():
             network(random_images(image_shape))
+
+
+def to_float32(network: nn.Module) -> None:
+    """Make all weights float32, in place."""
     others = {p.dtype for p in network.parameters() if p.is_floating_point() and p.dtype != torch.float32}
     if others:
         network.float()

@@ -6,6 +6,7 @@ images gives the sizes of all layer outputs too. The user's own code cannot be c
 
 import json
 import math
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,6 +47,15 @@ def guarded(says: str) -> Iterator[None]:
         yield
     except (Exception, SystemExit) as error:  # noqa: BLE001 - code of the user's may raise anything, or leave
         raise ValueError(f"{says}: {reason(error)}") from None
+
+
+def raised_by_network(error: BaseException) -> bool:
+    """Whether an exception has left a module's `forward` that is neither PyTorch's nor ours."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self") if frame.f_code.co_name == "forward" else None
+        if isinstance(owner, nn.Module) and type(owner).__module__.partition(".")[0] not in ("torch", "dfkd_ray"):
+            return True
+    return False
 
 
 def check_shapes(architecture: str, num_classes: int, image_shape: Sequence[int]) -> None:

@@ -60,7 +60,7 @@ def import_all() -> None:
     import dfkd_ray
 
     own = (module.name for module in pkgutil.walk_packages(dfkd_ray.__path__, "dfkd_ray."))
-    for name in (*FOREIGN_MODULES, *own):
+    for name in (*FOREIGN_MODULES, *own, "oracles"):
         importlib.import_module(name)
     from dfkd_ray.sweep import estimate
 
@@ -82,10 +82,10 @@ def run(case: dict[str, Any]) -> None:
     code = 1
     try:
         inside(case)
-        from dfkd_ray import cli
-
+        module, _, name = case["by"].partition(":")
+        main = getattr(importlib.import_module(module), name)
         try:
-            cli.main()
+            main()
             code = 0
         except SystemExit as left:
             code = left.code if isinstance(left.code, int) else 1

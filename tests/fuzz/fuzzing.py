@@ -48,6 +48,8 @@ class Case:
     secret: str = ""  # is printed nowhere, and written to no file
     encoding: str = "utf-8"
     raw_out: bool = False  # standard output is data: bytes of the user's own
+    by: str = "dfkd_ray.cli:main"  # what runs the command line in the forked process
+    about: Sequence[str] = ()  # what the input is made of, for a failure's message
 
 
 class Desk:
@@ -149,7 +151,7 @@ class Server:
         env |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "AWS_EC2_METADATA_DISABLED": "true"}
         env |= {"AWS_MAX_ATTEMPTS": "1", "AWS_REGION": "us-east-1"} | case.env
         told = {"words": list(case.words), "cwd": str(place / case.cwd), "env": env, "encoding": case.encoding}
-        told |= {"out": str(place / "out"), "err": str(place / "err")}
+        told |= {"by": case.by, "out": str(place / "out"), "err": str(place / "err")}
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(told) + "\n")
         self.process.stdin.flush()
@@ -209,6 +211,7 @@ class Bench:
         said = short((err or out).decode("utf-8", "replace"), 700)
         told = {"words": list(case.words), "cwd": case.cwd, "env": case.env, "encoding": case.encoding}
         (desk.root / "case.json").write_text(json.dumps({"seed": self.seed, "index": index, **told}, indent=1))
+        problems += [f"made of: {'; '.join(case.about)}"] if case.about else []
         return [*problems, f"{command}  (in {desk.root / case.cwd})", f"exit {done['code']}: {said}"], done
 
 

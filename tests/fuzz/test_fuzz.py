@@ -7,8 +7,10 @@ import pytest
 
 from fuzz import fuzzing
 from fuzz.bundle_files import manifests, records, weights
+from fuzz.checkpoints import checkpoints
 from fuzz.command_lines import command_words, odd_names, secret_places, set_words, trials
 from fuzz.image_files import images
+from fuzz.networks import networks
 from fuzz.result_files import caches, leftovers, tables
 from fuzz.sweep_files import config_files, sweep_files
 from fuzz.targets import targets
@@ -17,7 +19,7 @@ from fuzz.weight_files import weight_files
 # Inputs with `-m fuzz`; the default run makes a few of them.
 NUMBERS = {sweep_files: 800, config_files: 320, set_words: 320, command_words: 720, secret_places: 240, targets: 560}
 NUMBERS |= {trials: 400, odd_names: 400, manifests: 480, weights: 480, weight_files: 400, records: 400, tables: 640}
-NUMBERS |= {caches: 360, leftovers: 240, images: 400}
+NUMBERS |= {caches: 360, leftovers: 240, images: 400, networks: 240, checkpoints: 240}
 SHARE = 16  # one input in so many is made by the default run
 
 
