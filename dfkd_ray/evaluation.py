@@ -39,12 +39,19 @@ def logits(network: nn.Module, images: np.ndarray, runtime: Runtime) -> Tensor:
 def accuracy(network: nn.Module, batches: Iterable[Batch], runtime: Runtime, head: Head = SOFTMAX) -> float:
     """Accuracy in [0, 1]; of independent labels (n, classes) the share of right ones.
 
-    `ValueError` for labels outside the network's classes, or if there is no image.
+    `ValueError` for labels of another shape or outside the network's classes, or if there is no image.
     """
     hits = total = 0
     for batch in batches:
         predicted = logits(network, batch.images, runtime)
-        if head is not SOFTMAX:
+        of_one_class = head is SOFTMAX
+        wanted = tuple(predicted.shape)[: 1 if of_one_class else 2]
+        if np.shape(batch.labels) != wanted or not (of_one_class or np.isin(batch.labels, (0, 1)).all()):
+            meaning = "a class for each image" if of_one_class else "0 or 1 for each of its independent labels"
+            raise ValueError(
+                f"the test set has labels of shape {np.shape(batch.labels)}, the network wants {meaning}: {wanted}"
+            )
+        if not of_one_class:
             right = head.agrees(predicted.cpu(), torch.from_numpy(np.array(batch.labels)))
             hits, total = hits + int(right.sum()), total + right.numel()
             continue

@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 import dfkd_ray
-from dfkd_ray import bundles, synthesis
+from dfkd_ray import bundles, devices, evaluation, synthesis
 from dfkd_ray.batches import Batch
 from dfkd_ray.config import DeepInversionConfig, RecordsConfig
 from dfkd_ray.heads import HEADS, SOFTMAX, Sigmoid
-from helpers import CPU, TINY_SETS, refusal
+from dfkd_ray.images import PixelSpace
+from helpers import CPU, TINY_INFO, TINY_SETS, TINY_WORDS, assert_one_error, refusal, tiny_network
 
 SIGMOID = Sigmoid()
 CLASSES, SHAPE = 5, (1, 40)
@@ -112,6 +114,34 @@ def test_a_network_of_independent_labels_is_recovered(last, tmp_path):
     done = dfkd_ray.recover(Labels(last), sparsity=0.5, settings=settings, test=test, progress=False, **DESCRIBED)
     assert done.row["status"] == "finished" and 0 <= done.row["recovered_accuracy"] <= 1
     assert len(json.loads(done.row["class_histogram"])) == CLASSES
+
+
+@pytest.mark.parametrize(
+    ("head", "truth"),
+    [
+        ("sigmoid", np.arange(8) % CLASSES),
+        ("sigmoid", np.full((8, CLASSES), 2)),
+        ("sigmoid", np.zeros((8, CLASSES + 1))),
+        ("softmax", np.eye(CLASSES, dtype=np.int64)[np.arange(8) % CLASSES]),
+        ("softmax", np.zeros(7, np.int64)),
+    ],
+)
+def test_labels_of_another_head_are_refused(head, truth):
+    network = bundles.Teacher.from_network(Labels(), **{**DESCRIBED, "head": head}).network
+    runtime = devices.Runtime(CPU, PixelSpace((0.5,), (0.25,)))
+    test = [Batch(0, np.zeros((8, *SHAPE), np.uint8), truth, "t")]
+    refusal(lambda: evaluation.accuracy(network, test, runtime, HEADS[head]), "labels of shape", str(truth.shape))
+
+
+def test_a_class_folder_is_no_test_set_of_independent_labels(tmp_path, run_cli):
+    folder = tmp_path / "set"
+    for label in range(10):
+        (folder / "test" / str(label)).mkdir(parents=True)
+        Image.new("L", (16, 16), label).save(folder / "test" / str(label) / "0.png")
+    teacher = tmp_path / "teacher"
+    bundles.save(teacher, TINY_INFO.model_copy(update={"head": "sigmoid"}), tiny_network().state_dict())
+    done = run_cli("recover", str(teacher), "--out", str(tmp_path / "r"), "--test-data", str(folder), *TINY_WORDS)
+    assert_one_error(done, 2, "independent labels", "in Python only")
 
 
 def test_records_are_per_class_and_refuse_independent_labels():

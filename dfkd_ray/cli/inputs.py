@@ -31,7 +31,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
     are_sizes = all(part.isascii() and part.isdigit() and 0 < int(part[:7]) < 10**6 for part in parts)
     if len(parts) not in (2, 3) or not are_sizes:
         raise ValueError(
-            f"--input-shape {given(text)}: expected CHANNELSxHEIGHTxWIDTH, as in 3x32x32, or CHANNELSxLENGTH (signals)"
+            f"--image-shape {given(text)}: expected CHANNELSxHEIGHTxWIDTH, as in 3x32x32, or CHANNELSxLENGTH (signals)"
         )
     return tuple(map(int, parts))
 
@@ -74,6 +74,11 @@ def open_for(teacher: "Teacher", name: str, root: Path, *, train: bool, download
     from dfkd_ray import data
 
     info, options = teacher.info, data_options(teacher, name)
+    if info.head == "sigmoid":
+        raise ValueError(
+            f"{named(name)}: its images have one class each, and this teacher has independent labels (head sigmoid); "
+            "such labels are taken in Python only: `dfkd_ray.recover(…, test=…)`"
+        )
     found = data.open_dataset(
         name,
         root,
@@ -127,7 +132,7 @@ def open_test(teacher: "Teacher", name: str, root: Path, download: bool = False)
     """The test batches for reporting, or None."""
     from dfkd_ray import data
 
-    if name == "none" or (name == "auto" and teacher.info.dataset is None):
+    if name == "none" or (name == "auto" and (teacher.info.dataset is None or teacher.info.head == "sigmoid")):
         return None
     if name == "auto":
         info = teacher.info

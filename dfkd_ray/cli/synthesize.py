@@ -73,8 +73,11 @@ def synthesize(
         raise ValueError(f"--gpus-per-synthesizer {gpus_per_synthesizer:g}: no GPU is used with --device cpu")
     num_synthesizers = None if synthesizers == "auto" else number_of(synthesizers)
 
+    import numpy as np
+
     from dfkd_ray import cache as caches
     from dfkd_ray import image_sets, storage, synthesis, targets
+    from dfkd_ray.batches import NO_LABEL
 
     targets.check(out, image_sets.IMAGE_SET)
     cache_root = caches.check_target(cache or caches.default_folder()).uri
@@ -85,8 +88,13 @@ def synthesize(
     counts = {"made": 0, "found": 0}
     progress, start = Progress(), time.monotonic()
 
+    independent = loaded.info.head == "sigmoid"
+    if independent:
+        say("note: its labels are independent, so no image has one class: they are written without labels", error=True)
+
     def on_batch(batch: "Batch", found: bool) -> None:
-        image_sets.write(todo, batch)
+        labels = np.full_like(batch.labels, NO_LABEL) if independent else batch.labels
+        image_sets.write(todo, replace(batch, labels=labels))
         counts["found" if found else "made"] += 1
         terms = {name: value for name, value in batch.terms.items() if isinstance(value, float)}
         progress("synthesising", sum(counts.values()), len(missing), {**terms, "cached": counts["found"]})
