@@ -31,7 +31,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
     are_sizes = all(part.isascii() and part.isdigit() and 0 < int(part[:7]) < 10**6 for part in parts)
     if len(parts) not in (2, 3) or not are_sizes:
         raise ValueError(
-            f"--image-shape {given(text)}: expected CHANNELSxHEIGHTxWIDTH, as in 3x32x32, or CHANNELSxLENGTH (signals)"
+            f"--input-shape {given(text)}: expected CHANNELSxHEIGHTxWIDTH, as in 3x32x32, or CHANNELSxLENGTH (signals)"
         )
     return tuple(map(int, parts))
 
