@@ -163,9 +163,7 @@ def fit_images(images: Tensor, image_shape: Sequence[int]) -> Tensor:
         if images.shape[1] == 1:
             images = images.expand(-1, channels, -1, -1)
         elif images.shape[1] == 3 and channels == 1:
-            from torchvision.transforms.v2.functional import rgb_to_grayscale
-
-            images = rgb_to_grayscale(images)
+            images = luminance(images)
         else:
             raise ValueError(f"images have {images.shape[1]} channels, the network wants {channels}")
     if images.shape[2:] == (28, 28) and (height, width) == (32, 32):
@@ -175,6 +173,12 @@ def fit_images(images: Tensor, image_shape: Sequence[int]) -> Tensor:
 
         images = resize(images, [height, width], antialias=True)
     return images.contiguous()
+
+
+def luminance(images: Tensor) -> Tensor:
+    """uint8 colour images as grey, rounded as in Pillow: grey stays as it is (torchvision makes it darker by 1)."""
+    weights = torch.tensor([19595, 38470, 7471], dtype=torch.int32).view(3, 1, 1)
+    return ((images * weights).sum(dim=1, keepdim=True) + (1 << 15) >> 16).to(torch.uint8)
 
 
 def in_memory(
@@ -333,7 +337,8 @@ def open_folder(folder: Path, image_shape: Sequence[int] | None) -> LabelledImag
     notes = ()
     if found.left_out:
         endings = ", ".join(f"{count} {one_line(ending, 12)}" for ending, count in found.left_out.most_common(4))
-        notes = (f"{one_line(folder, 80)}: {found.left_out.total()} files are no images and left out ({endings})",)
+        count = found.left_out.total()
+        notes = (f"{one_line(folder, 80)}: {count} files are left out, no images or hidden ({endings})",)
     return LabelledImages(
         f"{name}/" if name in OPENERS else name,
         partial(decode_images, tuple(found.files), image_shape=(c, h, w)),

@@ -79,6 +79,14 @@ class BundleInfo(BaseModel):
             return {"input_shape" if name == "image_shape" else name: value for name, value in data.items()}
         return data
 
+    @field_validator("input_shape", mode="before")
+    @classmethod
+    def _of_images_or_signals(cls, shape: Any) -> Any:
+        """`ValueError` for a wrong number of sides."""
+        if not isinstance(shape, list | tuple) or len(shape) not in (2, 3):
+            raise ValueError("expected channels, height and width, or channels and length of signals")
+        return shape
+
     @field_validator("notes")
     @classmethod
     def _notes_that_are_read(cls, notes: dict[str, Any]) -> dict[str, Any]:

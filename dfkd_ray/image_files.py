@@ -35,7 +35,7 @@ NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 class ClassFolders(NamedTuple):
     """The contents of a folder of class folders; `labels` are indices into `names`, one per file.
 
-    `left_out`: number of files that are no images, by ending.
+    `left_out`: number of files that are no images, by ending, and of hidden ones.
     """
 
     names: list[str]
@@ -118,14 +118,15 @@ def class_folders(folder: Path) -> ClassFolders:
     expected = f"{one_line(folder, 120)}: expected class folders with images"
     try:
         with os.scandir(folder) as entries:
-            names = in_order([entry.name for entry in entries if os.path.isdir(entry.path)])
+            folders = [entry.name for entry in entries if os.path.isdir(entry.path)]
+            names = in_order([name for name in folders if not is_hidden(name)])
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{expected} (there is no such folder)") from None
     if not names:
         raise ValueError(f"{expected} (there is none in it)")
     files: list[str] = []
     labels: list[int] = []
-    left_out: Counter[str] = Counter()
+    left_out: Counter[str] = Counter(["hidden"] * (len(folders) - len(names)))
     for label, name in enumerate(names):
         try:
             name.encode()
@@ -140,6 +141,11 @@ def class_folders(folder: Path) -> ClassFolders:
     return ClassFolders(names, files, labels, left_out)
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden."""
+    return name.startswith(".")
+
+
 def in_order(names: list[str]) -> list[str]:
     """Names of class folders, sorted: as numbers if all of them are numbers (2 before 10), otherwise as text."""
     if all(NUMBER.fullmatch(name) for name in names):
@@ -150,7 +156,8 @@ def in_order(names: list[str]) -> list[str]:
 def image_files(folder: str) -> tuple[list[str], Counter[str]]:
     """The image files in a folder and those below it, sorted by folder and name, and the endings of all other files.
 
-    Links are followed. Hidden files are not counted.
+    Links are followed. What is hidden (`.ipynb_checkpoints`, and `._1.png`, where macOS keeps what it knows of 1.png)
+    is left out, and counted if it looks like images.
     """
     found: dict[str, list[str]] = {}
     others: Counter[str] = Counter()
@@ -166,10 +173,13 @@ def image_files(folder: str) -> tuple[list[str], Counter[str]]:
         found[place] = []
         for name in os.listdir(place):
             inner = os.path.join(place, name)
-            if os.path.isdir(inner):  # False for a link to itself, for which DirEntry.is_dir raises
+            if is_hidden(name):
+                if name.lower().endswith(EXTENSIONS) or os.path.isdir(inner):
+                    others["hidden"] += 1
+            elif os.path.isdir(inner):  # False for a link to itself, for which DirEntry.is_dir raises
                 todo.append((inner, above | {itself}))
             elif name.lower().endswith(EXTENSIONS):
                 found[place].append(name)
-            elif not name.startswith("."):
+            else:
                 others[os.path.splitext(name)[1].lower() or "no ending"] += 1
     return [os.path.join(place, name) for place in sorted(found) for name in sorted(found[place])], others

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
@@ -9,19 +10,19 @@ from torch import nn
 
 from dfkd_ray import bundles, trial
 from dfkd_ray.batches import Batch
-from dfkd_ray.bundles import Teacher
+from dfkd_ray.bundles import Numbers, Teacher
 from dfkd_ray.config import TrialConfig, validate, with_overrides
-from dfkd_ray.storage import Where
+from dfkd_ray.storage import Folder, Where
 
 
 class Description(TypedDict, total=False):
     """The description that a network in memory needs: see `Teacher.from_network`."""
 
-    input_shape: Sequence[int]
-    image_shape: Sequence[int]
+    input_shape: Numbers
+    image_shape: Numbers
     num_classes: int
-    mean: float | Sequence[float]
-    std: float | Sequence[float]
+    mean: Numbers
+    std: Numbers
     pixel_range: tuple[float, float]
     head: str
     name: str
@@ -72,6 +73,7 @@ def recover(
     >>> done.images.shape
     (32, 1, 32, 32)
     """
+    check_network(network)
     if isinstance(network, nn.Module):
         given = described.keys() | ({"input_shape"} if "image_shape" in described else set())
         missing = [name for name in ("input_shape", "num_classes", "mean", "std") if name not in given]
@@ -84,6 +86,7 @@ def recover(
         teacher = network if isinstance(network, Teacher) else bundles.load(network, download=download)
     data = with_overrides({"teacher": teacher.name}, {"pruning.sparsity": sparsity, **(settings or {})})
     config = validate(TrialConfig, data, "settings")
+    check_batches(test)
     inputs = trial.Inputs(test, images=trial.Local(cache_root))
     outcome = trial.run(config, teacher, inputs, observer=trial.Observer(progress=bars() if progress else None))
     if outcome.student is None:
@@ -91,6 +94,20 @@ def recover(
     made = outcome.batches[0]
     images = made.images.reshape(len(made.images), *teacher.info.input_shape)
     return Recovered(outcome.student, outcome.row, images, made.labels)
+
+
+def check_network(network: Any) -> None:
+    """`ValueError` for what is no network, nor names one."""
+    if not isinstance(network, nn.Module | Teacher | str | PurePath | Folder):
+        kind = f"the class {network.__name__}" if isinstance(network, type) else f"of type {type(network).__name__}"
+        raise ValueError(f"network is {kind}: expected an nn.Module, a teacher, or the name or folder of a bundle")
+
+
+def check_batches(test: Any) -> None:
+    """`ValueError` for test batches that are none."""
+    for batch in test or ():
+        if not isinstance(batch, Batch):
+            raise ValueError(f"test: expected a list of dfkd_ray.batches.Batch, got a {type(batch).__name__} in it")
 
 
 def bars() -> Any:

@@ -94,7 +94,24 @@ def test_logits_are_taken_out_of_any_output_in_train_and_eval_mode(answer, train
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
+        (lambda y, aux: (y, aux), "tuple (part 1, though part 2 has the same shape)"),
+        (lambda y, aux: (aux[:, :2], y), "tuple (part 2)"),
+        (lambda y, aux: {"age": y, "sex": aux[:, :2]}, "dict (age)"),
+        (lambda y, aux: {"a": y, "b": aux}, "dict (a, though b has the same shape)"),
+        (Named, "Named (logits)"),
+    ],
+)
+def test_the_part_that_is_taken_and_another_of_its_shape_are_named(answer, says):
+    assert f"its logits are taken out of {says};" in adapting.notes(adapted(net_that_gives(answer)))[0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
         (lambda y, _: (y[:, :2],), "gives tuple"),
+        (lambda y, _: y.squeeze(), "drops the axis of a single image"),
+        (lambda y, _: y.mean(), "its forward must return the logits"),
+        (lambda y, _: y[:, :2], "check the class count"),
         (lambda y, _: y.argmax(1), "gives torch.int64"),
         (lambda y, _: {"scores": [y]}, "gives dict"),
         (lambda y, _: y[:1], "for 2 images"),
@@ -105,7 +122,16 @@ def test_an_output_without_logits_is_refused_with_what_was_returned(answer, says
 
 
 def test_an_output_that_is_wrong_in_train_mode_alone_is_refused_at_once():
-    refusal(lambda: adapted(net_that_gives(plain, lambda y, _: [y.sum()])), "train mode")
+    refusal(lambda: adapted(net_that_gives(plain, lambda y, _: [y.sum()])), "in train mode gives list")
+
+
+@pytest.mark.parametrize("answer", [lambda y, _: y[:, :1], lambda y, _: y[:, 0]])
+def test_one_logit_for_two_classes_is_told_how_to_be_two(answer):
+    network = net_that_gives(answer).eval()
+    refusal(lambda: models.finish(network, "in memory", 2, SHAPE), "torch.stack([0 * x, x], 1).flatten(1)")
+    x = answer(Net().eval()(IMAGES), None)
+    two = torch.stack([0 * x, x], 1).flatten(1)
+    torch.testing.assert_close(two.softmax(1)[:, 1], x.flatten().sigmoid())
 
 
 # ---- probabilities ---------------------------------------------------------------------------------------------------
@@ -217,6 +243,43 @@ def test_a_network_that_fails_on_channels_last_runs_contiguous_everywhere():
     assert devices.layout(adapted(Net())) is torch.channels_last
 
 
+class Strided(Net):
+    """RepVGG's stem: it kills the process in channels last (PyTorch 2.14 on a CPU)."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 3, 1)
+        self.stem, self.bn = nn.Conv2d(3, 4, 1, stride=2, bias=False), nn.BatchNorm2d(4)
+
+    def features(self, x):
+        return self.relu(self.bn(self.stem(self.conv(x)))).flatten(1)
+
+
+def test_a_strided_pointwise_convolution_of_few_channels_runs_contiguous():
+    assert devices.layout(adapted(Strided())) is torch.contiguous_format
+    done = dfkd_ray.recover(Strided(), sparsity=0.5, settings=TINY_SETS, progress=False, **DESCRIBED)
+    assert done.row["status"] == "finished"
+
+
+class Volumes(nn.Module):
+    """Convolves the channels of its images as slices of a volume."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv3d(1, 4, 3, padding=1), nn.BatchNorm3d(4), nn.Linear(4, CLASSES)
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.bn(self.conv(x.unsqueeze(1)))).mean((2, 3, 4)))
+
+
+def test_a_network_of_volumes_runs_contiguous_and_is_recovered():
+    network = Volumes().eval()
+    expected = network(IMAGES)
+    torch.testing.assert_close(bundles.Teacher.from_network(network, **DESCRIBED).network(IMAGES), expected)
+    done = dfkd_ray.recover(network, sparsity=0.5, settings=TINY_SETS, progress=False, **DESCRIBED)
+    assert done.row["status"] == "finished"
+
+
 # ---- copies and gradients --------------------------------------------------------------------------------------------
 
 
@@ -257,6 +320,20 @@ def test_a_forward_that_overwrites_what_its_gradient_needs_is_refused():
 
 def test_dropout_that_is_always_on_is_refused():
     refusal(lambda: adapted(net_that_gives(lambda y, _: F.dropout(y, 0.5))), "pass to pass")
+
+
+class InPlace(Net):
+    def forward(self, x):
+        x -= 0.5
+        return self.logits(x.mul_(2))
+
+
+def test_a_network_that_changes_its_images_gets_copies():
+    expected = Net().eval()((IMAGES - 0.5) * 2)
+    network, images = adapted(InPlace()), IMAGES.clone().requires_grad_(True)
+    for _ in range(2):
+        torch.testing.assert_close(network(images), expected)
+    assert torch.equal(images, IMAGES) and "a copy" in adapting.notes(network)[0]
 
 
 def test_what_is_run_to_find_out_changes_neither_weights_nor_the_global_generator():
@@ -315,13 +392,27 @@ def test_lazy_layers_of_a_factory_get_their_weights_and_in_memory_are_refused():
     refusal(lambda: bundles.Teacher.from_network(lazy(), **DESCRIBED), "lazy")
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("make", [torch.jit.script, lambda network: torch.jit.trace(network, IMAGES)])
+def test_torchscript_is_refused_with_what_to_hand_in(make):
+    refusal(lambda: bundles.Teacher.from_network(make(Net().eval()), **DESCRIBED), "TorchScript", "nn.Module")
+
+
 @pytest.mark.parametrize(
-    ("name", "value"), [("bn.running_var", float("nan")), ("bn.running_var", -1.0), ("fc.weight", float("inf"))]
+    ("change", "says"),
+    [
+        (lambda net: net.fc.weight.data.fill_(torch.nan), "fc.weight has values that are not finite"),
+        (lambda net: net.fc.weight.data.fill_(torch.inf), "fc.weight has values that are not finite"),
+        (lambda net: net.bn.running_var.fill_(torch.nan), "bn.running_var has values that are not finite"),
+        (lambda net: net.bn.running_var.fill_(-1.0), "bn.running_var has negative values"),
+        (lambda net: net.to("meta"), "on the meta device"),
+        (lambda net: net.register_buffer("filter", torch.ones(2, dtype=torch.complex64)), "filter in torch.complex64"),
+    ],
 )
-def test_values_that_no_network_has_are_refused_in_memory_too(name, value):
+def test_values_that_no_bundle_holds_are_refused_in_memory_too(change, says):
     network = Net()
-    network.state_dict()[name].view(-1)[0] = value
-    refusal(lambda: bundles.Teacher.from_network(network, **DESCRIBED), name)
+    change(network)
+    refusal(lambda: bundles.Teacher.from_network(network, **DESCRIBED), says)
 
 
 class Shared(Net):
@@ -370,6 +461,36 @@ def test_statistics_that_no_image_gives_are_said(network, changes, says):
     teacher = bundles.Teacher.from_network(network, **{**DESCRIBED, **changes})
     found = doubts(teacher)
     assert (found == []) if says is None else any(says in doubt for doubt in found), found
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, input):
+        return 9 * super().forward(input)
+
+
+class Inner(Net):
+    """Normalises within."""
+
+    def forward(self, x):
+        return self.logits((x + 7) * 3)
+
+
+def test_statistics_of_a_layer_that_sees_no_pixels_or_computes_otherwise_are_not_doubted():
+    network = Net()
+    network.conv = Standardised(1, 4, 3, padding=1)
+    for one in (network, Inner()):
+        one.train()
+        for step in range(60):
+            one((torch.rand(16, *SHAPE, generator=torch.Generator().manual_seed(step)) - 0.5) / 0.25)
+        assert doubts(bundles.Teacher.from_network(one, **DESCRIBED)) == []
+
+
+def test_outputs_between_0_and_1_are_doubted_as_logits():
+    network = trained_like()
+    capsules = net_that_gives(lambda y, _: y.square() / (1 + y.square()))
+    capsules.load_state_dict(network.state_dict())
+    teachers = [bundles.Teacher.from_network(one, **DESCRIBED) for one in (network, capsules)]
+    assert ["between 0 and 1" in str(doubts(teacher)) for teacher in teachers] == [False, True]
 
 
 def test_a_teacher_that_is_sure_of_noise_is_doubted():

@@ -12,6 +12,7 @@ from torch import nn
 
 import dfkd_ray
 from dfkd_ray import recovery
+from dfkd_ray.batches import Batch
 from dfkd_ray.bundles import Teacher
 
 QUICK = {
@@ -80,12 +81,40 @@ def test_two_networks_in_memory_have_two_hashes_and_two_synthesis_keys():
     assert other.hash not in hashes
 
 
+@pytest.mark.parametrize("array", [np.array, torch.tensor, list])
+def test_numbers_of_a_description_may_be_arrays_and_tensors(array):
+    plain = Teacher.from_network(small_network(), **{**SHAPE, "mean": (0.5, 0.25, 0.125)})
+    given = {"mean": array([0.5, 0.25, 0.125]), "std": array([0.25, 0.25, 0.25]), "num_classes": 10}
+    assert Teacher.from_network(small_network(), input_shape=array([3, 32, 32]), **given).hash == plain.hash
+    scalars = {"mean": np.float32(0.5), "std": torch.tensor(0.25)}
+    assert Teacher.from_network(small_network(), **{**SHAPE, **scalars}).info.mean == (0.5, 0.5, 0.5)
+
+
+def test_what_is_no_network_and_no_batch_is_refused_by_its_type():
+    for given, says in (
+        (small_network().state_dict(), "of type OrderedDict"),
+        (nn.Linear, "the class Linear"),
+        (len, "of type builtin_function"),
+    ):
+        with pytest.raises(ValueError, match=f"network is {says}.*: expected an nn.Module"):
+            recovery.check_network(given)
+    with pytest.raises(ValueError, match=r"expected a list of dfkd_ray.batches.Batch, got a tuple"):
+        recovery.check_batches([([0], [0])])
+
+
+def batch_of(*shape):
+    return Batch(0, np.zeros((2, *shape), np.uint8), np.zeros(2, np.int64), "x")
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
         ({"image_shape": (3, 32, 32)}, "needs num_classes, mean, std"),
         ({**SHAPE, "num_classes": 7}, "expected \\(1, 7\\): check the class count"),
         ({**SHAPE, "mean": (0.5, 0.5)}, "mean has 2"),
+        ({**SHAPE, "image_shape": 32}, "input_shape: expected channels, height and width"),
+        ({**SHAPE, "image_shape": (1, 3, 32, 32)}, "input_shape: expected channels, height and width"),
+        ({**SHAPE, "test": [batch_of(3, 16, 16)]}, "images of 3x16x16, the network takes 3x32x32"),
         ({**SHAPE, "image_shape": (1, 32, 32)}, "mean has 3"),
         ({**SHAPE, "std": 0.0}, "std must be above 0"),
         ({**SHAPE, "sparsity": 1.5}, "pruning.sparsity"),

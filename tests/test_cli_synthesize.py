@@ -18,7 +18,7 @@ from dfkd_ray import bundles, fleet, image_sets, synthesis
 from dfkd_ray.cli import synthesize
 from dfkd_ray.config import DeepInversionConfig
 from dfkd_ray.fleet import Node
-from helpers import TINY_TRIAL, assert_one_error
+from helpers import TINY_INFO, TINY_TRIAL, assert_one_error, tiny_network
 
 TINY = ["--set", "num_steps=1", "--set", "synthesis.batch_size=8", "--set", "num_threads=1"]
 TINY_CONFIG = DeepInversionConfig.model_validate(TINY_TRIAL["synthesis"])
@@ -62,6 +62,16 @@ def test_a_folder_holds_what_local_synthesis_makes_and_a_second_run_makes_nothin
     assert again.code == 0, again.err
     assert (record_of(out)["num_made"], record_of(out)["num_found"]) == (0, 2)
     assert {path: path.read_bytes() for path in out.rglob("*.png")} == files
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_images_of_independent_labels_are_written_without_labels_and_it_is_said(run_cli, tmp_path):
+    teacher, out = tmp_path / "teacher", tmp_path / "out"
+    bundles.save(teacher, TINY_INFO.model_copy(update={"head": "sigmoid"}), tiny_network().state_dict())
+    words = ["synthesize", str(teacher), "--out", str(out), "--num-images", "8", *TINY, *CPU]
+    done = run_cli(*words, "--cache", str(tmp_path / "cache"))
+    assert done.code == 0 and "without labels" in done.err, done.err
+    assert {path.parent.name for path in out.rglob("*.png")} == {"unlabelled"}
 
 
 @pytest.mark.usefixtures("ray_session")

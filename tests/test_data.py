@@ -437,7 +437,7 @@ def test_fitting_makes_colour_by_repeating_grey_and_grey_by_luminance():
     assert torch.equal(data.fit_images(grey, (3, 8, 8)), grey.repeat(1, 3, 1, 1))
     red = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
     red[:, 0] = 200
-    assert data.fit_images(red, (1, 4, 4)).unique().tolist() == [59]  # 0.299 of 200, rounded down
+    assert data.fit_images(red, (1, 4, 4)).unique().tolist() == [60]  # 0.299 of 200
 
 
 def test_fitting_resizes_with_antialiasing():

@@ -3,6 +3,7 @@
 import gzip
 import os
 import random
+import shutil
 import struct
 import zlib
 
@@ -198,6 +199,24 @@ def test_files_that_are_no_images_are_counted_in_a_note(folder):
     found = data.open_dataset(str(folder), folder, train=True, image_shape=SHAPE)
     assert len(found) == 2 and len(found.notes) == 1
     assert all(part in found.notes[0] for part in ("4 files", "2 .gif", "1 .txt", "1 no ending"))
+
+
+def test_hidden_files_and_folders_are_left_out_and_counted(folder):
+    for name in (".ipynb_checkpoints", "cat/.ipynb_checkpoints"):
+        (folder / "train" / name).mkdir()
+        shutil.copy(folder / "train" / "dog" / "0.png", folder / "train" / name / "0-checkpoint.png")
+    (folder / "train" / "cat" / "._0.png").write_text("no image")
+    found = data.open_dataset(str(folder), folder, train=True, image_shape=SHAPE)
+    assert found.class_names == ("cat", "dog") and found.files == ("cat/0.png", "dog/0.png")
+    assert "3 hidden" in found.notes[0]
+
+
+def test_grey_images_of_a_grey_network_keep_their_values_and_colour_becomes_pillows(folder):
+    Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(folder / "train" / "cat" / "0.png")
+    assert torch.equal(first(folder, (1, 16, 16)).flatten(), torch.arange(256, dtype=torch.uint8))
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    noise.save(folder / "train" / "cat" / "0.png")
+    assert torch.equal(first(folder, (1, 16, 16))[0], torch.tensor(np.array(noise.convert("L"))))
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.int32])

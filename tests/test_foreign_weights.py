@@ -8,11 +8,15 @@ import struct
 import tarfile
 import zipfile
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from dfkd_ray import bundles
 from helpers import refusal, tiny_network
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
 
 def state_file(path, legacy=False):
@@ -147,6 +151,38 @@ def test_tensors_that_share_a_storage_and_parameters_are_read(tmp_path):
         torch.save(saved, tmp_path / "w.pt", _use_new_zipfile_serialization=not legacy)
         state = bundles.read_state_dicts(tmp_path / "w.pt")[""]
         assert all(torch.equal(tensor, state[name]) for name, tensor in saved.items())
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.bin", "w.safetensors"])
+def test_the_format_is_told_by_the_content_and_not_by_the_ending(tmp_path, name):
+    saved = {"a": torch.ones(2)}
+    safetensors.torch.save_file(saved, tmp_path / name)
+    assert torch.equal(bundles.read_state_dicts(tmp_path / name)[""]["a"], saved["a"])
+    for legacy in (False, True):
+        torch.save(saved, tmp_path / name, _use_new_zipfile_serialization=not legacy)
+        assert torch.equal(bundles.read_state_dicts(tmp_path / name)[""]["a"], saved["a"])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("name", "write", "says"),
+    [
+        ("w.pt", lambda path: torch.jit.script(torch.nn.Linear(1, 1)).save(str(path)), "torch.jit.load"),
+        (
+            "w.pkl",
+            lambda path: path.write_bytes(pickle.dumps({"a": torch.ones(2)})),
+            "a pickle not written by torch.save",
+        ),
+        ("w.npz", lambda path: np.savez(path, a=np.ones(2)), "save network.state_dict() with torch.save"),
+        ("w.pt", lambda path: torch.save({"a": np.ones(2)}, path), "save network.state_dict() with torch.save"),
+        ("w.bin", lambda path: path.write_text(POINTER), "git lfs pull"),
+        ("w.safetensors", lambda path: path.write_text(POINTER), "git lfs pull"),
+        ("model.safetensors.index.json", lambda path: path.write_text("{}"), "an index of several files"),
+    ],
+)
+def test_what_is_taken_for_weights_by_mistake_is_told_what_to_do(tmp_path, name, write, says):
+    write(tmp_path / name)
+    refusal(lambda: bundles.read_state_dicts(tmp_path / name), name, says)
 
 
 def test_a_checkpoint_with_its_optimiser_is_looked_through(tmp_path):

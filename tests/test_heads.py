@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import dfkd_ray
-from dfkd_ray import bundles, image_sets, synthesis
+from dfkd_ray import bundles, devices, evaluation, image_sets, synthesis
 from dfkd_ray.batches import Batch
 from dfkd_ray.cli import inputs
 from dfkd_ray.cli.synthesize import export_of
 from dfkd_ray.config import DeepInversionConfig, RecordsConfig
 from dfkd_ray.heads import HEADS, SOFTMAX, Sigmoid
+from dfkd_ray.images import PixelSpace
 from helpers import CPU, TINY_SETS, TINY_WORDS, assert_one_error, refusal
 
 SIGMOID = Sigmoid()
@@ -202,6 +203,22 @@ def test_a_data_set_with_a_class_an_image_is_refused_for_independent_labels(tmp_
     refusal(lambda: inputs.training_split(teacher, "mnist", tmp_path, False), *says)
     known = replace(teacher, info=teacher.info.model_copy(update={"dataset": "fashion_mnist"}))
     assert inputs.open_test(known, "auto", tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("head", "truth"),
+    [
+        ("sigmoid", np.arange(8) % CLASSES),
+        ("sigmoid", np.zeros((8, CLASSES + 1))),
+        ("softmax", np.eye(CLASSES, dtype=np.int64)[np.arange(8) % CLASSES]),
+        ("softmax", np.zeros(7, np.int64)),
+    ],
+)
+def test_labels_of_another_head_are_refused(head, truth):
+    network = bundles.Teacher.from_network(Labels(), **{**DESCRIBED, "head": head}).network
+    runtime = devices.Runtime(CPU, PixelSpace((0.5,), (0.25,)))
+    test = [Batch(0, np.zeros((8, *SHAPE), np.uint8), truth, "t")]
+    refusal(lambda: evaluation.accuracy(network, test, runtime, HEADS[head]), "labels of shape", str(truth.shape))
 
 
 def test_records_are_per_class_and_refuse_independent_labels():

@@ -1,9 +1,10 @@
 """Checkpoints from elsewhere: one matcher for all endings finds the network's weights, and says where they were."""
 
 import argparse
-import datetime
-from collections import OrderedDict
+import fractions
+from collections import OrderedDict, defaultdict, deque
 from copy import deepcopy
+from datetime import datetime
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -114,6 +115,8 @@ def test_a_prefix_of_the_networks_own_is_put_on(tmp_path, ending, own, prefix):
         lambda state: {"checkpoint": {"state_dict": prefixed(state, "module.")}},
         lambda state: {"ema": state},
         lambda state: {"best_acc": np.float64(0.5), "history": np.zeros(3), "dtype": np.dtype("int8"), "net": state},
+        lambda state: {"log": defaultdict(list, loss=[0.5]), "last": deque([1, 2]), "at": datetime.now(), "net": state},
+        lambda state: defaultdict(dict, net=state),
         lambda state: {**state, "epoch": 3, "name": "run", "best": np.float32(1)},
         lambda state: {"model": state, "state_dict": {name: tensor.clone() for name, tensor in state.items()}},
         lambda state: (state, {"lr": 0.1}),
@@ -129,7 +132,7 @@ def test_a_prefix_of_the_networks_own_is_put_on(tmp_path, ending, own, prefix):
             "callbacks": {},
         },
     ],
-    ids=range(15),
+    ids=range(17),
 )
 @pytest.mark.parametrize("legacy", [False, True])
 def test_of_nested_mappings_the_one_that_fits_is_taken(tmp_path, wrap, legacy):
@@ -366,7 +369,7 @@ class Config:
     [
         (Config(), "test_matching.Config"),
         (nn.Linear(2, 2), "Linear"),
-        (datetime.date(2020, 1, 1), "datetime.date"),
+        (fractions.Fraction(1, 2), "fractions.Fraction"),
         (np.random.default_rng(0), "numpy.random"),
         (len, "len"),  # (Ray puts its own `print` in place: a process that has loaded it cannot pickle that one)
         ({1: {Config()}}, "test_matching.Config"),

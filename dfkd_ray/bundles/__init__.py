@@ -41,6 +41,7 @@ BUNDLED = Path(__file__).parents[1] / "bundled"
 DESCRIPTION, WEIGHTS, RECORDS = "teacher.json", "weights.safetensors", "records"
 ENDING = ".safetensors"
 IN_MEMORY = "in memory"  # the architecture of a teacher that no bundle holds
+Numbers = int | float | Sequence[int | float] | np.number | np.ndarray | Tensor
 MAX_GROWTH = 16  # largest ratio of a weights file's bytes to the bytes of its architecture's tensors
 
 
@@ -64,10 +65,10 @@ class Teacher:
         network: nn.Module,
         *,
         num_classes: int,
-        mean: float | Sequence[float],
-        std: float | Sequence[float],
-        input_shape: Sequence[int] = (),
-        image_shape: Sequence[int] = (),
+        mean: Numbers,
+        std: Numbers,
+        input_shape: Numbers = (),
+        image_shape: Numbers = (),
         pixel_range: tuple[float, float] = (0.0, 1.0),
         head: str = "softmax",
         name: str = "network",
@@ -80,14 +81,16 @@ class Teacher:
         `ValueError` for an invalid description, or if the network's output is not (batch, num_classes) logits.
         """
         network = models.adapting.unwrapped(network)
-        own = freeze(models.adapting.copied(network)).cpu()
+        own = freeze(models.adapting.copied(network))
+        models.checks.check_state(own, IN_MEMORY)
+        own.cpu()
         kind = type(network)
         structure = hashlib.sha256(f"{kind.__module__}.{kind.__qualname__}\n{own!r}".encode()).hexdigest()
-        shape = tuple(input_shape or image_shape)
-        channels = shape[0] if shape else 1
+        shape = plain_numbers(image_shape if np.size(input_shape) == 0 else input_shape)
+        channels = shape[0] if shape and isinstance(shape[0], int) else 1
 
-        def per_channel(values: float | Sequence[float]) -> tuple[float, ...]:
-            return (float(values),) * channels if isinstance(values, int | float) else tuple(map(float, values))
+        def per_channel(values: Numbers) -> tuple[float, ...]:
+            return plain_numbers(values) * (channels if np.ndim(values) == 0 else 1)
 
         described = {
             "architecture": IN_MEMORY,
@@ -100,7 +103,7 @@ class Teacher:
             "head": head,
         }
         info = untrusted.validated(BundleInfo, described, name)
-        freeze(models.finish(own, IN_MEMORY, num_classes, info.input_shape))
+        freeze(models.finish(own, IN_MEMORY, info.num_classes, info.input_shape))
         check_head(own, info.head)
         check_values(own, name)
         info = info.model_copy(update={"weights_sha256": sha256(safetensors_bytes(own.state_dict()))})
@@ -138,6 +141,11 @@ class Teacher:
             layers = format.layer_infos(taps.find(self.network, self.info.image_shape))
             self.records[kind] = format.decode(data, where, self.hash, layers, kind)
         return self.records[kind]
+
+
+def plain_numbers(values: Any) -> tuple[Any, ...]:
+    """A number, or a sequence, array or tensor of numbers, as Python's own."""
+    return tuple(np.asarray(values).ravel().tolist())
 
 
 def teacher_hash(info: BundleInfo) -> str:

@@ -16,6 +16,8 @@ from dfkd_ray.heads import HEADS
 NUM_IMAGES = 16  # of noise
 SURE = 0.9999  # mean probability of the answers on noise, from which a teacher is said to be sure of anything
 SLACK = 1.01  # of a bound, for rounding
+# Subclasses may compute with other weights, or pad otherwise.
+PLAIN = tuple(kind.forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
 
 @torch.no_grad()
@@ -37,6 +39,11 @@ def doubts(teacher: Teacher) -> list[str]:
             found.append(
                 f"it is sure of noise (mean probability of its answers {confidence:.4f}): mean, std or pixel_range may "
                 "not be those that it was trained with"
+            )
+        if info.trained and float(logits.min()) >= 0 and float(logits.max()) <= 1:
+            found.append(
+                "all its outputs on noise lie between 0 and 1, and are taken as logits: if they are probabilities, "
+                "let it return the logits"
             )
     if info.trained:
         found += [*statistics_doubts(network), *first.doubts(low, high)]
@@ -66,10 +73,12 @@ class FirstNormalisation:
         self.network = network
         self.linear: Any = None
         self.output: Tensor | None = None
+        self.sees_images = False
         self.layer: batchnorm.BatchNorm | None = None
 
     def run(self, images: Tensor) -> Tensor:
         """The logits of images; finds the two layers."""
+        self.images = images
         handles = []
         for module in self.network.modules():
             if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
@@ -85,6 +94,7 @@ class FirstNormalisation:
     def _linear(self, module: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
         if self.linear is None and self.output is None:
             self.linear, self.output = module, output
+            self.sees_images = bool(given) and torch.equal(given[0].flatten().float(), self.images.flatten())
 
     def _normalisation(self, layer: nn.Module, given: tuple[Any, ...]) -> None:
         if self.layer is None and self.output is not None and given and given[0] is self.output:
@@ -101,7 +111,9 @@ class FirstNormalisation:
         if layer is None or layer.running_mean is None or layer.running_var is None or batchnorm.is_initial(layer):
             return
         weight = module.weight.double()
-        if weight.ndim == 2 or getattr(module, "groups", 1) != 1 or weight.shape[1] != low.shape[1]:
+        if type(module).forward not in PLAIN or not self.sees_images:
+            return
+        if getattr(module, "groups", 1) != 1 or weight.shape[1] != low.shape[1]:
             return
         padded = any(module.padding) if isinstance(module.padding, tuple) else module.padding != "valid"
         ends = [low.double().flatten(), high.double().flatten()]

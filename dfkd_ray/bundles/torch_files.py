@@ -29,6 +29,7 @@ MAX_GROWTH = 16  # largest expansion of an archive (PyTorch does not compress at
 MAX_ENTRIES = 100_000
 MAX_PICKLE_BYTES = 32 << 20
 MAX_OPERATIONS = 2_000_000  # of a pickle: a training checkpoint with all optimiser counters has fewer
+ADVICE = "save network.state_dict() with torch.save"
 LEGACY_PICKLES = 5  # magic number, protocol, system, the object, the names of its storages
 STORAGE_BYTES = {"Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "ComplexFloat": 8}
 PATHS = ("Posix", "Windows", "PurePosix", "PureWindows")
@@ -36,8 +37,12 @@ PATHS = ("Posix", "Windows", "PurePosix", "PureWindows")
 HARMLESS = (
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
     *("numpy.dtype", "numpy.ndarray", "argparse.Namespace"),
+    *(f"builtins.{kind}" for kind in ("list", "dict", "int", "float", "str")),  # what a defaultdict makes
+    *(f"datetime.{kind}" for kind in ("datetime", "date", "timedelta")),
     *(f"{module}.{kind}Path" for module in ("pathlib", "pathlib._local") for kind in PATHS),
 )
+# Torch fills these two as a dict and a list.
+PLAIN = (((lambda *_: {}), "collections.defaultdict"), ((lambda *_: []), "collections.deque"))
 # How torch's messages name what it does not load.
 NAMED = re.compile(r"(?:GLOBAL|unrecognized function|but got) (<class '[^']+'>|[\w.]+)")
 FORBIDDEN = {("builtins", "bytearray"), ("__builtin__", "bytearray")}  # PyTorch lets it allocate any size
@@ -59,7 +64,7 @@ def load(path: Path, largest: int) -> Any:
             else:
                 raise ValueError(
                     f"{where}: cannot be read as plain tensors (it is empty, cut short, or no file of PyTorch's); "
-                    "save network.state_dict() with torch.save"
+                    f"{ADVICE}"
                 )
         except OSError:
             raise
@@ -68,10 +73,11 @@ def load(path: Path, largest: int) -> Any:
                 raise
             raise refused(where, error) from None
     try:
-        allowed = torch.serialization.safe_globals([(StandIn, name) for name in HARMLESS])
-        with warnings.catch_warnings(), allowed:
+        allowed = torch.serialization.safe_globals([*((StandIn, name) for name in HARMLESS), *PLAIN])
+        # A file and not its path, by whose ending torch chooses a format.
+        with path.open("rb") as file, warnings.catch_warnings(), allowed:
             warnings.simplefilter("ignore")  # about tensor types that are refused anyway
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - any failure means that the foreign file is not usable
         raise refused(where, error) from None
 
@@ -113,7 +119,9 @@ def check_archive(file: Any, where: str, largest: int) -> None:
     check_size(total, largest, where)
     described = [name for name in sizes if name.partition("/")[2] == "data.pkl"]
     if len(described) != 1:
-        raise ValueError(f"{where}: cannot be read as plain tensors: an archive without PyTorch's data.pkl")
+        raise ValueError(f"{where}: cannot be read as plain tensors: an archive without PyTorch's data.pkl; {ADVICE}")
+    if described[0].removesuffix("data.pkl") + "constants.pkl" in sizes:
+        raise ValueError(f"{where}: TorchScript, which is code; save torch.jit.load(…).state_dict() with torch.save")
     check_size(sizes[described[0]], MAX_PICKLE_BYTES, f"{where}: its data.pkl")
     with archive.open(described[0]) as opened:
         data = opened.read(MAX_PICKLE_BYTES)
@@ -133,6 +141,8 @@ def check_legacy(file: Any, where: str) -> None:
     left = MAX_OPERATIONS
     for _ in range(LEGACY_PICKLES):
         left -= count_operations(file, where, left)
+        if file.tell() == num_bytes:
+            raise ValueError(f"{where}: cannot be read as plain tensors: a pickle not written by torch.save; {ADVICE}")
     file.seek(0)
     for _ in range(LEGACY_PICKLES):
         found = storages(file)

@@ -22,6 +22,7 @@ from dfkd_ray.untrusted import read_safetensors
 
 PACKED = "::packed"  # a whole state dict in the form of `packing`
 MASK, VALUES, SHAPE = "::mask", "::values", "::mask::shape"  # a pruned tensor as bundles had it before
+LFS_POINTER = b"version https://git-lfs."
 MAX_NESTING = 8  # of the keys that lead to a state dict
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -39,14 +40,33 @@ def read_state_dicts(path: Path) -> dict[str, dict[str, Tensor]]:
         raise ValueError(f"{where}: no such weights file")
     largest = untrusted.free_bytes() // 2
     untrusted.check_size(found.st_size, largest, str(path))
-    if path.suffix.lower() == ".safetensors":
+    if is_safetensors(path, where):
         return {"": from_stored(read_safetensors(path), str(path), largest)}
     data = torch_files.load(path, largest)
     states = state_dicts(data, where)
     if not states:
         kind = one_line(type(data).__name__, 60)
-        raise ValueError(f"{where}: expected a state dict (name → tensor), got no named tensors ({kind})")
+        raise ValueError(
+            f"{where}: expected a state dict (name → tensor), got no named tensors ({kind}); {torch_files.ADVICE}"
+        )
     return states
+
+
+def is_safetensors(path: Path, where: str) -> bool:
+    """The format of a weights file: by its first bytes, or by its ending if they do not tell.
+
+    `ValueError` for what is found in the place of one: a pointer of Git LFS, an index of several files.
+    """
+    with path.open("rb") as file:
+        head = file.read(len(LFS_POINTER))
+    if head == LFS_POINTER:
+        raise ValueError(f"{where}: a pointer of Git LFS in the place of the file; fetch the file with `git lfs pull`")
+    if path.name.lower().endswith(".index.json"):
+        raise ValueError(f"{where}: an index of several files, expected one file; {torch_files.ADVICE}")
+    if head[8:9] == b"{":
+        return True
+    plain = head.startswith((torch_files.ZIP_HEAD, torch_files.PICKLE_HEAD))
+    return path.suffix.lower() == ".safetensors" and not plain
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:

@@ -140,7 +140,7 @@ def open_test(teacher: "Teacher", name: str, root: Path, download: bool = False)
     """The test batches for reporting, or None."""
     from dfkd_ray import data
 
-    if name == "none" or (name == "auto" and teacher.info.dataset is None):
+    if name == "none" or (name == "auto" and (teacher.info.dataset is None or teacher.info.head == "sigmoid")):
         return None
     if name == "auto":
         info = teacher.info

@@ -87,6 +87,9 @@ def synthesize(
     counts = {"made": 0, "found": 0}
     progress, start = Progress(), time.monotonic()
 
+    if loaded.info.head == "sigmoid":
+        say("note: its labels are independent, so no image has one class: they are written without labels", error=True)
+
     def on_batch(batch: "Batch", found: bool) -> None:
         image_sets.write(todo, batch)
         counts["found" if found else "made"] += 1

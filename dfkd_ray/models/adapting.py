@@ -21,7 +21,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from dfkd_ray.devices import CONTIGUOUS
-from dfkd_ray.models.checks import guarded, is_logits, kind, logits_of, not_logits, shown
+from dfkd_ray.models.checks import guarded, is_logits, logits_of, not_logits, shown, taken_out_of
 from dfkd_ray.text import one_line
 
 NOTES, ENDS_IN = "dfkd_ray_notes", "dfkd_ray_ends_in"  # attributes of an adapted network
@@ -47,6 +47,11 @@ def unwrapped(network: nn.Module) -> nn.Module:
 
 def copied(network: nn.Module) -> nn.Module:
     """A deep copy. Weights that hooks compute are detached first: PyTorch copies no tensor that has a history."""
+    if isinstance(network, torch.jit.ScriptModule):
+        raise ValueError(
+            "the network is TorchScript, whose layers cannot be changed; load its state_dict() into the nn.Module that "
+            "it was made from, and hand that in"
+        )
     if has_lazy(network):
         raise ValueError("the network has lazy layers without weights; run it once on an image before you hand it in")
     for module in network.modules():
@@ -107,24 +112,28 @@ def adapt(network: nn.Module, architecture: str, num_classes: int, image_shape: 
     """Adapt a network in eval mode on the CPU, in place. `ValueError` with the reason if that is not possible."""
     images = random_images(image_shape)
     says = f"{shown(architecture)} does not take two images of {'x'.join(map(str, image_shape))}"
-    in_training = copied(network).train()
     with quiet_generator(), torch.no_grad():
+        given = images.clone()
         with guarded(says):
-            answer = network(images)
+            answer = network(given)
+        if not torch.equal(given, images):
+            network.register_forward_pre_hook(copy_images)
+            add_note(network, "it changes the images that it is given: it is given a copy")
         with guarded(f"{says} in train mode"):
-            trained_answer = in_training(images)
+            trained_answer = copied(network).train()(images)
         for mode, given in (("eval", answer), ("train", trained_answer)):
             if logits_of(given, num_classes, 2) is None:
-                raise ValueError(f"{shown(architecture)} gives {not_logits(given, num_classes, 2)} in {mode} mode")
+                raise ValueError(f"{shown(architecture)} in {mode} mode gives {not_logits(given, num_classes, 2)}")
         again = logits_of(network(images), num_classes, 2)
     logits = logits_of(answer, num_classes, 2)
     assert logits is not None
     if again is None or not torch.equal(logits.nan_to_num(), again.nan_to_num()):
         raise ValueError(
             f"{shown(architecture)} gives other logits for the same images from pass to pass in eval mode (F.dropout "
-            "without training=self.training?): nothing can be compared with it"
+            "without training=self.training, an observer of quantisation?): nothing can be compared with it"
         )
-    others = dict.fromkeys(kind(given) for given in (answer, trained_answer) if not is_logits(given, num_classes, 2))
+    both = (given for given in (answer, trained_answer) if not is_logits(given, num_classes, 2))
+    others = dict.fromkeys(taken_out_of(given, num_classes, 2) for given in both)
     if others:
         add_note(network, f"its logits are taken out of {' and '.join(others)}; the rest is not used")
         network.register_forward_hook(partial(take_logits, num_classes=num_classes))
@@ -138,13 +147,24 @@ def adapt(network: nn.Module, architecture: str, num_classes: int, image_shape: 
         )
         network.register_forward_hook(partial(undo, ends_in=ends_in, of_training=of_training))
         setattr(network, ENDS_IN, ends_in or of_training)
-    if images.ndim == 4:
-        turned = copied(network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if writes_out_of_bounds(network):
+        setattr(network, CONTIGUOUS, True)
+    elif images.ndim == 4:
         try:
+            turned = copied(network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             with torch.no_grad(), quiet_generator():
                 turned(images.contiguous(memory_format=torch.channels_last))
-        except (Exception, SystemExit):  # noqa: BLE001 - often `view` on a convolution's output; it runs contiguous
+        except (Exception, SystemExit):  # noqa: BLE001 - often `view` on a convolution's output, or a Conv3d's weights
             setattr(network, CONTIGUOUS, True)
+
+
+def writes_out_of_bounds(network: nn.Module) -> bool:
+    """Whether a strided 1x1 convolution sees few channels, as in RepVGG and MobileOne.
+
+    On a CPU, PyTorch 2.14 writes out of bounds in its gradient, if it runs in channels last with 3 or 4 channels.
+    """
+    layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+    return any(one.in_channels < 8 and set(one.kernel_size) == {1} and max(one.stride) > 1 for one in layers)
 
 
 def random_images(image_shape: Sequence[int], num_images: int = 2) -> Tensor:
@@ -162,6 +182,11 @@ def quiet_generator() -> Iterator[None]:
 def as_signals(_module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
     """A forward pre-hook: images of height 1 (n, channels, 1, length) as signals (n, channels, length)."""
     return tuple(x.squeeze(2) if isinstance(x, Tensor) and x.ndim == 4 and x.shape[2] == 1 else x for x in given)
+
+
+def copy_images(_module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A forward pre-hook: copies of the images, for a network that changes them in place."""
+    return tuple(x.clone() if isinstance(x, Tensor) else x for x in given)
 
 
 def take_logits(_module: nn.Module, _given: Any, answer: Any, *, num_classes: int) -> Tensor:

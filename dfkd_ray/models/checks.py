@@ -22,6 +22,10 @@ from dfkd_ray.text import one_line
 from dfkd_ray.untrusted import reason, size
 
 MAX_PARAMETERS = 1_000_000_000  # seven times the largest family
+STORED = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+)
 MAX_VALUES = 2**27  # of one layer's output for one image: 0.5 GB in float32
 
 
@@ -177,6 +181,11 @@ def check_state(network: nn.Module, architecture: str) -> None:
             raise ValueError(
                 f"{shown(architecture)} keeps {one_line(name, 60)}, which is no tensor: no bundle holds it"
             )
+        if tensor.dtype not in STORED or tensor.is_quantized:
+            raise ValueError(
+                f"{shown(architecture)} keeps {one_line(name, 60)} in {tensor.dtype}, which no bundle holds (expected "
+                "floating-point numbers of 16 to 64 bits, integers or booleans)"
+            )
         if tensor.is_meta:
             raise ValueError(f"{shown(architecture)}: {one_line(name, 60)} is on the meta device and has no values")
 
@@ -212,21 +221,35 @@ def logits_of(answer: Any, num_classes: int, num_images: int | None = None) -> T
     Of an output object or a dict, `logits` comes first; else the first tensor of that shape is taken. Further axes of
     length 1 are dropped.
     """
-    if isinstance(answer, Mapping):
-        values = [answer[name] for name in ("logits", "out") if name in answer] + list(answer.values())
-    elif isinstance(answer, Tensor):
-        values = [answer]
+    return next((flat for _, flat in all_logits(answer, num_classes, num_images)), None)
+
+
+def all_logits(answer: Any, num_classes: int, num_images: int | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The parts of an output that have the shape of logits, with their names, likeliest first."""
+    if isinstance(answer, Tensor):
+        found = [("", answer)]
+    elif isinstance(answer, Mapping):
+        names = dict.fromkeys([*(name for name in ("logits", "out") if name in answer), *answer])
+        found = [(one_line(name, 30), answer[name]) for name in names]
     else:
-        named = [answer.logits] if hasattr(answer, "logits") else []
-        values = named + (list(answer) if isinstance(answer, tuple | list) else [])
-    for value in values:
-        if is_logits(value, num_classes, num_images):
-            return value
-        if isinstance(value, Tensor) and value.ndim > 2 and set(value.shape[2:]) == {1}:
-            flat = value.flatten(1)
-            if is_logits(flat, num_classes, num_images):
-                return flat
-    return None
+        found = [("logits", answer.logits)] if hasattr(answer, "logits") else []
+        parts = enumerate(answer, 1) if isinstance(answer, tuple | list) else ()
+        found += [(f"part {place}", part) for place, part in parts if not found or part is not found[0][1]]
+    for name, value in found:
+        flat = (
+            value.flatten(1) if isinstance(value, Tensor) and value.ndim > 2 and set(value.shape[2:]) == {1} else value
+        )
+        if is_logits(flat, num_classes, num_images):
+            yield name, flat
+
+
+def taken_out_of(answer: Any, num_classes: int, num_images: int) -> str:
+    """The kind of an output, which of its parts are the logits, and which other part could be."""
+    names = [name for name, _ in all_logits(answer, num_classes, num_images)]
+    if not names[0]:
+        return kind(answer)
+    rival = f", though {names[1]} has the same shape" if len(names) > 1 and names[0] not in ("logits", "out") else ""
+    return f"{kind(answer)} ({names[0]}{rival})"
 
 
 def is_logits(answer: Any, num_classes: int, num_images: int | None = None) -> bool:
@@ -249,7 +272,14 @@ def not_logits(answer: Any, num_classes: int, num_images: int | None = None) -> 
         return f"{what}, expected a tensor of shape {shape}: its forward must return the logits, alone or first"
     if not answer.is_floating_point():
         return f"{answer.dtype}{many}, expected floating-point logits of shape {shape}"
-    return f"{one_line(tuple(answer.shape), 60)}{many}, expected {shape}: check the class count"
+    given = f"{one_line(tuple(answer.shape), 60)}{many}, expected {shape}"
+    if num_images == 1 and tuple(answer.shape) == (num_classes,):
+        return f"{given}: it drops the axis of a single image; name the axes in its squeeze(), or use flatten(1)"
+    if num_classes == 2 and answer.numel() == num_images:
+        return f"{given}: of one logit x for two classes, let forward return torch.stack([0 * x, x], 1).flatten(1)"
+    if answer.ndim != 2 or len(answer) != num_images:
+        return f"{given}: its forward must return the logits, alone or first"
+    return f"{given}: check the class count"
 
 
 def parts(answer: Any, most: int = 4) -> str:
