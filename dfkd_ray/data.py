@@ -166,13 +166,18 @@ def fit_images(images: Tensor, image_shape: Sequence[int]) -> Tensor:
             images = luminance(images)
         else:
             raise ValueError(f"images have {images.shape[1]} channels, the network wants {channels}")
-    if images.shape[2:] == (28, 28) and (height, width) == (32, 32):
+    if is_padded(images.shape[1:], image_shape):
         images = F.pad(images, [2, 2, 2, 2])
     elif images.shape[2:] != (height, width):
         from torchvision.transforms.v2.functional import resize
 
         images = resize(images, [height, width], antialias=True)
     return images.contiguous()
+
+
+def is_padded(given: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Whether images (c, h, w) get a border, as MNIST's do, and are not resized."""
+    return tuple(given[1:]) == (28, 28) and tuple(wanted[1:]) == (32, 32)
 
 
 def luminance(images: Tensor) -> Tensor:
@@ -332,13 +337,19 @@ def open_folder(folder: Path, image_shape: Sequence[int] | None) -> LabelledImag
     Its name is that of the folder above, with a slash if a known data set has that name.
     """
     found = image_files.class_folders(folder)
-    c, h, w = image_shape or image_files.read(found.files[0]).shape
+    first = tuple(image_files.read(found.files[0]).shape)
+    c, h, w = image_shape or first
     name = folder.parent.name or str(folder.parent)
-    notes = ()
+    notes: tuple[str, ...] = ()
+    if first[1:] != (h, w):
+        how = "padded" if is_padded(first, (c, h, w)) else "resized"
+        notes += (
+            f"{one_line(folder, 80)}: its images (the first has {first[1]}x{first[2]} pixels) are {how} to {h}x{w}",
+        )
     if found.left_out:
         endings = ", ".join(f"{count} {one_line(ending, 12)}" for ending, count in found.left_out.most_common(4))
         count = found.left_out.total()
-        notes = (f"{one_line(folder, 80)}: {count} files are left out, no images or hidden ({endings})",)
+        notes += (f"{one_line(folder, 80)}: {count} files are left out, no images or hidden ({endings})",)
     return LabelledImages(
         f"{name}/" if name in OPENERS else name,
         partial(decode_images, tuple(found.files), image_shape=(c, h, w)),

@@ -493,6 +493,12 @@ def test_outputs_between_0_and_1_are_doubted_as_logits():
     assert ["between 0 and 1" in str(doubts(teacher)) for teacher in teachers] == [False, True]
 
 
+def test_shares_of_another_whole_than_1_are_doubted_as_logits():
+    percent = net_that_gives(lambda y, _: 100 * y.softmax(1))
+    percent.load_state_dict(trained_like().state_dict())
+    assert "the same sum for each image" in str(doubts(bundles.Teacher.from_network(percent, **DESCRIBED)))
+
+
 def test_a_teacher_that_is_sure_of_noise_is_doubted():
     network = trained_like()
     with torch.no_grad():

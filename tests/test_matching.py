@@ -192,6 +192,20 @@ def test_averages_in_the_same_state_dict_are_told_from_the_plain_weights(tmp_pat
 
 
 @pytest.mark.parametrize("ending", [".pt", ".safetensors"])
+def test_the_names_as_they_are_come_before_averages_beside_them(tmp_path, ending):
+    network = with_counts()
+    state = network.state_dict()
+    both = {**state, **prefixed(other_values(state), "ema.module.")}
+    found, loaded = found_in(tmp_path, network, both, ending=ending)
+    assert equal(loaded, state) and found.others == ("ema.module",)
+    assert equal(found_in(tmp_path, network, both, "ema", ending)[1], other_values(state))
+    student = {**state, **prefixed(other_values(state), "student.")}
+    refusal(lambda: found_in(tmp_path, network, student, ending=ending), "several sets", "student")
+    foreign = {**both, "aux.weight": torch.ones(2)}  # then it is the state dict of another network
+    assert equal(found_in(tmp_path, network, foreign, ending=ending)[1], other_values(state))
+
+
+@pytest.mark.parametrize("ending", [".pt", ".safetensors"])
 def test_two_sets_that_fit_are_never_guessed_between(tmp_path, ending):
     network = with_counts()
     state = network.state_dict()

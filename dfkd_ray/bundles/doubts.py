@@ -16,6 +16,7 @@ from dfkd_ray.heads import HEADS
 NUM_IMAGES = 16  # of noise
 SURE = 0.9999  # mean probability of the answers on noise, from which a teacher is said to be sure of anything
 SLACK = 1.01  # of a bound, for rounding
+EQUAL = 1e-3  # relative difference of sums, for rounding
 # Subclasses may compute with other weights, or pad otherwise.
 PLAIN = tuple(kind.forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
@@ -40,10 +41,13 @@ def doubts(teacher: Teacher) -> list[str]:
                 f"it is sure of noise (mean probability of its answers {confidence:.4f}): mean, std or pixel_range may "
                 "not be those that it was trained with"
             )
-        if info.trained and float(logits.min()) >= 0 and float(logits.max()) <= 1:
+        sums = logits.sum(dim=1)
+        are_shares = bool((sums / sums.mean() - 1).abs().max() < EQUAL)  # as 100 times a softmax
+        if info.trained and float(logits.min()) >= 0 and (float(logits.max()) <= 1 or are_shares):
+            what = "have the same sum for each image" if are_shares else "lie between 0 and 1"
             found.append(
-                "all its outputs on noise lie between 0 and 1, and are taken as logits: if they are probabilities, "
-                "let it return the logits"
+                f"all its outputs on noise {what}, and are taken as logits: if they are probabilities, let it return "
+                "the logits"
             )
     if info.trained:
         found += [*statistics_doubts(network), *first.doubts(low, high)]

@@ -12,7 +12,7 @@ one name only for tensors that have several (safetensors' `save_model`).
 import difflib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,8 +113,9 @@ def match(
     for respell in (str, respelled):  # `str`: names as they are
         found = [part for key, state in states.items() for part in parts_of(own, key, state, respell)]
         found = [part for part in found if weights_key is None or lies_at(part.place, weights_key)]
-        for part in found:
-            if part.num_extra or len(part.names) < fewest or len(fits) > MAX_FITS:
+        whole = [part for part in found if len(part.names) >= fewest]
+        for part in whole:
+            if len(fits) > MAX_FITS or (part.num_extra and num_left_over(part, whole)):
                 continue
             state = taken(own, part, states[part.key], twins)
             fit = len(state) == len(own) and not shape_problems(own, state)
@@ -163,6 +164,15 @@ def parts_of(
         Part(key, prefix, own_prefix, found, sizes[prefix] - sum(not is_counter(name) for name in found))
         for (prefix, own_prefix), found in names.items()
     ]
+
+
+def num_left_over(part: Part, whole: Sequence[Part]) -> int:
+    """The names below a part's prefix that belong neither to it nor to another whole set of weights below it."""
+    below = [
+        one for one in whole if one.key == part.key and one.prefix != part.prefix and begins(part.prefix)(one.prefix)
+    ]
+    others = {name for one in below for name in one.names.values() if not is_counter(name)}
+    return part.num_extra - len(others - set(part.names.values()))
 
 
 def taken(
