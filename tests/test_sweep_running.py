@@ -415,7 +415,7 @@ class Faulty(nn.Module):
         self.layers = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), *head)
 
     def forward(self, images):
-        if torch.is_grad_enabled() and self.training:  # a student in distillation
+        if torch.is_grad_enabled() and self.training and len(images) > 2:  # a student in distillation, no check
             if self.fault == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError(f"can't allocate memory: pid {os.getpid()} at {hex(id(self))}")

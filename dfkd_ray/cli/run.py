@@ -178,6 +178,7 @@ def sweep(
     stored = None if timings is None else timing_files.read(timings)
     # The GPUs of a cluster's machines are not known before it is joined, and differ from the driver's.
     elsewhere = not dry_run and (address or os.environ.get("RAY_ADDRESS") or "local") != "local"
+    on_gpu = elsewhere or (stored is not None and stored.kind == "GPU")
     settings = sweeps.parse(data, str(file))
     plan = sweeps.prepare(
         settings,
@@ -185,7 +186,7 @@ def sweep(
         overrides,
         tiny=tiny,
         trust_code=tuple(trust_code or ()),
-        on_gpu=elsewhere or (stored is not None and stored.kind == "GPU"),
+        on_gpu=on_gpu,
     )
     uses_real = any(job.config.synthesis.method == "real" for job in plan.jobs)
     if uses_real != (real_data is not None):
@@ -205,7 +206,7 @@ def sweep(
         users = [job.config for job in plan.jobs if (job.teacher.hash, job.config.synthesis) == same]
         return open_real(teacher, real_data, data_root, synthesis, download, images_wanted(users))
 
-    if not elsewhere:
+    if not on_gpu:
         before.say_memory((job.config, job.teacher) for job in plan.known_jobs)
     known = plan.jobs_in(rows)
     own = {job.id for job in known}
