@@ -75,7 +75,7 @@ def say_hours(config: configs.TrialConfig, alone: Alone) -> None:
     """Print how long a long run will take, and fields with which it takes less. Nothing for a short run."""
     if rough_s(config, alone.teacher) < LONG_S:
         return
-    say(f"this may take long; timing a few steps, about {CAP_S:.0f} s …")
+    say(f"this may take long; timing a few steps, {CAP_S:.0f} s or more on a busy machine …")
     values = configs.flat(config.model_dump())
     smaller = {name: number for name, number in FEWER.items() if number < values[name]}
     less = configs.validate(configs.TrialConfig, configs.with_overrides(config.model_dump(), smaller))
