@@ -140,12 +140,10 @@ def open_test(teacher: "Teacher", name: str, root: Path, download: bool = False)
     """The test batches for reporting, or None."""
     from dfkd_ray import data
 
-    if name == "none" or (name == "auto" and (teacher.info.dataset is None or teacher.info.head == "sigmoid")):
+    if name == "none" or (name == "auto" and (teacher.info.dataset is None or not_held(teacher))):
         return None
     if name == "auto":
         info = teacher.info
-        if not_held(teacher):
-            return None
         found = data.bundled_test_set(str(info.dataset), info.image_shape)
         return None if found is None else as_batches(data.by_class_name(found, info.class_names))
     if name == "validation":
