@@ -1,7 +1,7 @@
 """Knowledge distillation into a pruned or new student, on given images.
 
 Every random draw is a function of (seed, step), so a resumed run gives the same numbers as an uninterrupted one. The
-returned student is the one with the best agreement on the reference set (ties: lower KL); test data is never used.
+returned student is the one with the lowest KL divergence on the reference set; test data is never used.
 """
 
 import logging
@@ -295,7 +295,7 @@ def look(
     rate = learning_rate(config, state.step - 1) if state.step else None
     measured = {"step": state.step, "agreement": agreement, "reference_kl": kl, **means}
     state.epochs.append({**measured, "learning_rate": rate, "sparsity": pruning.achieved_sparsity(student)})
-    if candidate and (agreement, -kl) > (state.best_agreement, -state.best_kl):
+    if candidate and (kl < state.best_kl or not state.best):
         state.best_agreement, state.best_kl, state.best_step = agreement, kl, state.step
         state.best = {name: tensor.detach().clone() for name, tensor in student.state_dict().items()}
         state.looks_since_best = 0

@@ -1,4 +1,4 @@
-"""Evaluation of networks: accuracy on given test batches, agreement with the teacher on the reference set.
+"""Evaluation of networks: accuracy on given test batches, distance from the teacher on the reference set.
 
 It takes batches and opens no data set.
 """
@@ -16,10 +16,11 @@ from dfkd_ray import devices
 from dfkd_ray.batches import Batch
 from dfkd_ray.devices import Runtime
 from dfkd_ray.heads import SOFTMAX, Head
-from dfkd_ray.images import decoded
+from dfkd_ray.images import PixelSpace, decoded
 from dfkd_ray.text import one_line
 
 EVALUATION_BATCH = 500
+MIXING_SEED = 0x312
 
 
 @torch.no_grad()
@@ -86,9 +87,26 @@ def test_set(batches: Sequence[Batch]) -> dict[str, Any]:
     return {"name": one_line(batches[0].key, 120), "num_images": num_images, "sha256": digest.hexdigest()}
 
 
+def mixtures(images: np.ndarray, space: PixelSpace) -> np.ndarray:
+    """Each stored image mixed with another one: λ a + (1 - λ) b, λ ~ U(0, 1), as float32 in pixel units.
+
+    The teacher is sure of the images themselves, and every usable student agrees with it on all of them. Between two
+    classes students differ. Pairs and λ depend on the number of images alone: all trials are compared on the same set.
+    """
+    generator = torch.Generator().manual_seed(MIXING_SEED)
+    order = torch.randperm(len(images), generator=generator).numpy()
+    shares = torch.rand(len(images), generator=generator).numpy().reshape(-1, *[1] * (images.ndim - 1))
+    pixels = images.astype(np.float32)
+    if images.dtype == np.uint8:
+        pixels = pixels * np.float32((space.high - space.low) / 255.0) + np.float32(space.low)
+    partners = np.empty_like(pixels)
+    partners[order] = pixels[np.roll(order, 1)]
+    return shares * pixels + (1 - shares) * partners
+
+
 @dataclass(frozen=True)
 class Reference:
-    """The held-out synthetic set, the teacher's float32 logits on it, and the runtime for students."""
+    """The reference images, the teacher's float32 logits on them, and the runtime for students."""
 
     images: np.ndarray
     teacher_logits: Tensor

@@ -25,7 +25,7 @@ class Snapshot:
     to_do: int
     elapsed_s: float
     left_s: float | None
-    best: tuple[float, str] | None  # agreement in [0, 1] and whose it is
+    best: tuple[float, str] | None  # lowest KL on the reference set, and whose it is
     running: tuple[tuple[str, str, float], ...]  # name, stage, seconds
     fleet: Mapping[str, Any] | None
     parts: tuple[Parts, ...] = ()  # of the running ones
@@ -52,7 +52,7 @@ def table(snapshot: Snapshot, title: str, height: int, stopping: bool = False) -
     numbers = (snapshot.done, len(snapshot.running), snapshot.failed, snapshot.to_do)
     counts.add_row(*(str(count) for count in numbers))
     clock = f"{duration(snapshot.elapsed_s)}, left {duration(snapshot.left_s)}"
-    best = "-" if snapshot.best is None else f"agreement {100 * snapshot.best[0]:.2f} %, {snapshot.best[1]}"
+    best = "-" if snapshot.best is None else f"reference KL {snapshot.best[0]:.3g}, {snapshot.best[1]}"
     fleet = "-" if snapshot.fleet is None else fleet_line(snapshot.fleet).removeprefix("fleet: ")
     top = Table.grid(padding=(0, 1), expand=True)
     top.add_column(style="dim", no_wrap=True)

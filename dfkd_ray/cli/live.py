@@ -67,11 +67,11 @@ class View:
 
     def _finished(self, row: Mapping[str, Any]) -> None:
         name: str = row["trial_id"]
-        agreement: Any = row.get("agreement")
+        kl: Any = row.get("reference_kl")
         if name in self.names and has_ended_well(row):
             self.done.add(name)
-            if not is_null(agreement) and (self.best is None or agreement > self.best[0]):
-                self.best = (agreement, self.names[name])
+            if not is_null(kl) and (self.best is None or kl < self.best[0]):
+                self.best = (kl, self.names[name])
 
     def row(self, row: Mapping[str, Any]) -> None:
         """A trial has ended."""
@@ -133,7 +133,9 @@ def row_line(row: Mapping[str, Any], name: str, snapshot: Snapshot, done: int, t
         tested = "" if is_null(accuracy) else f", test accuracy {number(accuracy, 100.0)} %"
         stopped = ", stopped early" if row["status"] == "stopped" else ""
         warned = "" if is_null(row.get("warnings")) else f"; warning: {row['warnings']}"
-        what = f"agreement {number(row.get('agreement'), 100.0)} %{tested}{stopped}{warned}"
+        kl = row.get("reference_kl")
+        distance = "" if is_null(kl) else f"reference KL {kl:.3g}, "
+        what = f"{distance}agreement {number(row.get('agreement'), 100.0)} %{tested}{stopped}{warned}"
     left = f", {duration(snapshot.left_s)} left" if done < total and snapshot.left_s is not None else ""
     return shown(f"[{done}/{total}, {snapshot.elapsed_s:.0f} s{left}] {name}: {what}")
 

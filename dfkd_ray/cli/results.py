@@ -19,7 +19,7 @@ SUFFIXES: dict[str, Format] = {".csv": "csv", ".md": "markdown", ".tex": "latex"
 # The default columns, in addition to the config fields that differ between the rows.
 METRICS = [
     *(rung.accuracy for rung in RUNGS),
-    *("agreement", "stored_bytes", "wall_s"),
+    *("reference_kl", "agreement", "stored_bytes", "wall_s"),
 ]
 HASH_LENGTH = 64  # hex digits; the first twelve are shown
 LATEX = {**{char: f"\\{char}" for char in "&%$#_{}"}, "\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
@@ -50,7 +50,7 @@ def results(
     the fields that differ and the main metrics; csv and json have all columns. In csv, texts that begin with = + - @, a
     tab or a carriage return get an apostrophe, because spreadsheets would evaluate them. Numbers are unchanged.
 
-    dfkd-ray results runs/quickstart --where 'sparsity>=0.75' --where status=finished --sort -agreement --limit 10
+    dfkd-ray results runs/quickstart --where 'sparsity>=0.75' --where status=finished --sort reference_kl --limit 10
     """
     kind = format or (SUFFIXES.get(out.suffix.lower()) if out else "table")
     if kind is None:

@@ -12,10 +12,10 @@ from dfkd_ray.cli.streams import say
 from dfkd_ray.ladder import BN_REESTIMATED, PRUNED, RECOVERED, RUNGS, TEACHER
 from dfkd_ray.text import is_null, shown
 
-TITLE = "best agreement with the teacher first; accuracies in % of the test set"
+TITLE = "closest to the teacher first (KL on the reference set); accuracies in % of the test set"
 LEGEND = (
-    "agreement: on the reference set; BN: BatchNorm re-estimated on synthetic images, no training; kB: stored weights; "
-    "s: wall time of the trial"
+    "KL, agreement: teacher and student on the reference set; BN: BatchNorm re-estimated on synthetic images, untrained; "
+    "kB: stored weights; s: wall time of the trial"
 )
 # heading of the final table: (column, scale, digits, rank); columns of the highest rank are left out first
 MEASURED: dict[str, tuple[str, float, int, int]] = {
@@ -23,7 +23,8 @@ MEASURED: dict[str, tuple[str, float, int, int]] = {
         rung.heading: (rung.accuracy, 100.0, 2, rank)
         for rung, rank in ((TEACHER, 3), (PRUNED, 1), (BN_REESTIMATED, 2), (RECOVERED, 0))
     },
-    "agreement": ("agreement", 100.0, 2, 0),
+    "KL": ("reference_kl", 1.0, 4, 0),
+    "agreement": ("agreement", 100.0, 2, 2),
     "kB": ("stored_bytes", 1e-3, 0, 3),
     "s": ("wall_s", 1.0, 0, 4),
 }
@@ -101,7 +102,7 @@ def made_in(row: Mapping[str, Any]) -> str:
 
 
 def print_trials(rows: Any, place: object = "PLACE") -> None:
-    """Print the final table, best agreement first, with only those config fields that differ between trials."""
+    """Print the final table, lowest KL first, with only those config fields that differ between trials."""
     from rich.console import Console
     from rich.text import Text
 

@@ -104,7 +104,9 @@ class DistillationConfig(BaseModel):
     fast: bool = Field(default=False, description="CUDA: autotuned, non-deterministic kernels")
     eval_every: Count = Field(default=100, ge=1, description="steps between two looks at the reference set")
     patience: Count = Field(
-        default=0, ge=0, description="stop after this many looks without a better agreement; 0: never"
+        default=0,
+        ge=0,
+        description="stop after this many looks without a lower KL divergence on the reference set; 0: never",
     )
     checkpoint_every: Count = Field(
         default=200, ge=1, description="steps between two checkpoints, where a folder is given"
@@ -118,6 +120,9 @@ class ReferenceConfig(BaseModel):
     model_config = STRICT
 
     num_images: Count = Field(default=256, ge=2)
+    mixed: bool = Field(
+        default=True, description="mix the images in pairs; false where a mixture of two inputs has no meaning"
+    )
     synthesis: ReferenceSynthesisConfig = DeepInversionConfig()
 
 

@@ -102,7 +102,7 @@ def build(source: Folder) -> tuple[str, dict[str, bytes]]:
 
 
 def picture_names(rows: Frame, folder: Folder) -> list[str]:
-    """The picture files of these trials: first the best of each network and method, then the rest by agreement."""
+    """The picture files of these trials: first the best of each network and method, then the rest, best first."""
     used = rows.dropna(subset=["synthesis_key"])
     first = used.drop_duplicates(["network", "synthesis.method"])
     keys = pd.concat([first, used]).sort_values("real_data", kind="stable")["synthesis_key"].str[:12]

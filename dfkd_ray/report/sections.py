@@ -80,8 +80,10 @@ def opening(material: Material) -> str:
     items = "".join(f"<li><strong>{escape(label)}</strong> {escape(text)}</li>" for label, text in lines)
     mixed = selecting.mixed(material.rows)
     warning = page.paragraph(f"This page has {mixed}.", "note") if mixed else ""
-    note = "Of several configurations the best is the one of highest agreement with the teacher on held-out synthetic "
-    note += "images, mean over seeds. Test accuracy is reported, never used to choose."
+    note = (
+        "Of several configurations the best is the closest one to the teacher (KL divergence) on mixtures of held-out "
+    )
+    note += "synthetic images, mean over seeds. Test accuracy is reported, never used to choose."
     return f'<div class="lead">{page.paragraph(state)}<ul>{items}</ul></div>{warning}{page.paragraph(note, "note")}'
 
 
@@ -351,7 +353,7 @@ def by_text(empty: Section, table: Frame, column: str, heading: str, note: str) 
 
 def trials(material: Material) -> Section:
     """The table of all trials."""
-    text = "Best agreement first. A click on a heading sorts; of the configuration, only what varies is shown."
+    text = "Closest to the teacher first. A click on a heading sorts; of the configuration, only what varies is shown."
     fields = aggregates.varying(material.rows)
     return Section("trials", "All trials", page.paragraph(text, "note") + page.trials_table(material.rows, fields))
 

@@ -123,7 +123,7 @@ def varied_fields(trials: pd.DataFrame) -> list[str]:
 def fold_seeds(trials: pd.DataFrame) -> pd.DataFrame:
     """Finished trials, grouped over seeds: one row per group with the mean of each number and its std as `<name>_std`.
 
-    The standard deviation is the sample's (n - 1), null for one seed. Best agreement first.
+    The standard deviation is the sample's (n - 1), null for one seed. Lowest `reference_kl` first.
     """
     trials = trials.loc[trials["status"] == "finished"]
     numeric = (pa.float64(), pa.int64())
@@ -143,7 +143,7 @@ def fold_seeds(trials: pd.DataFrame) -> pd.DataFrame:
     folded[NUM_SEEDS] = groups.size()
     order = [column for name in numbers for column in (name, name + STD)]
     folded: Any = folded[[*first, NUM_SEEDS, *order, *fields]]
-    return folded.sort_values(["agreement", "reference_kl"], ascending=[False, True]).reset_index(drop=True)
+    return folded.sort_values(["reference_kl", "agreement"], ascending=[True, False]).reset_index(drop=True)
 
 
 def mixtures(frame: pd.DataFrame) -> list[str]:

@@ -33,9 +33,9 @@ LEFTOVER_S = 600.0  # a part is written in seconds: an older temporary file belo
 NUM_THREADS = 16  # for reading: parts are small, and on an object store each costs a network round trip
 ATTEMPTS = 20
 FINAL = ("finished", "stopped")  # statuses of trials that are not run again
-# "Best" means agreement on the reference set, never test accuracy.
+# "Best" means closest to the teacher on the reference set, never test accuracy.
 ORDERS: dict[str, dict[str, bool]] = {
-    "trials": {"agreement": False, "reference_kl": True, "trial_id": True},
+    "trials": {"reference_kl": True, "agreement": False, "trial_id": True},
     "epochs": {"trial_id": True, "step": True},
     "synthesis": {"synthesis_key": True, "batch_index": True},
 }
@@ -44,8 +44,8 @@ ORDERS: dict[str, dict[str, bool]] = {
 def read(place: Where, table: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
     """Read a table of a place, all columns or some, without duplicates, in the table's order.
 
-    `trials`: best agreement first, failed last. `epochs`: by trial and step. `synthesis`: by key and batch index.
-    `ValueError` if the table or a column does not exist, or if a part is damaged or of a newer version.
+    `trials`: lowest `reference_kl` first, failed last. `epochs`: by trial and step. `synthesis`: by key and batch
+    index. `ValueError` if the table or a column does not exist, or if a part is damaged or of a newer version.
     """
     schemas.known(table, columns or ())
     needed = None if columns is None else list(dict.fromkeys([*columns, *_bookkeeping(table)]))

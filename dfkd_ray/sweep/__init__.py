@@ -21,7 +21,7 @@
 >>> len(results.read(folder / "grid", "trials"))
 2
 
-A search has domains instead of values. With `stop`, trials with low agreement end early (status `stopped`):
+A search has domains instead of values. With `stop`, trials far from their teacher end early (status `stopped`):
 
 >>> settings = sweep.parse({
 ...     "base": settings.base,

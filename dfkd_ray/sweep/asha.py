@@ -9,7 +9,7 @@ from typing import Any
 
 from dfkd_ray.config import TrialConfig
 from dfkd_ray.sweep.search import StopConfig
-from dfkd_ray.sweep.tune_reports import METRIC
+from dfkd_ray.sweep.tune_reports import METRIC, MODE
 
 
 def scheduler(stop: StopConfig, configs: Sequence[TrialConfig]) -> Any:
@@ -23,7 +23,7 @@ def scheduler(stop: StopConfig, configs: Sequence[TrialConfig]) -> Any:
             super().__init__(
                 time_attr="step",
                 metric=METRIC,
-                mode="max",
+                mode=MODE,
                 max_t=max(config.distillation.num_steps for config in configs),
                 grace_period=stop.asha.grace_looks * configs[0].distillation.eval_every,
                 reduction_factor=stop.asha.reduction_factor,
@@ -44,11 +44,11 @@ def scheduler(stop: StopConfig, configs: Sequence[TrialConfig]) -> Any:
 
 
 def prime(asha: Any, looks: Iterable[tuple[str, int, float]]) -> None:
-    """Give a new scheduler the (trial, step, best agreement so far) of an earlier run, trials in any order."""
+    """Give a new scheduler the (trial, step, best metric so far) of an earlier run, trials in any order."""
     trials: dict[str, Any] = {}
-    for name, step, agreement in looks:
+    for name, step, best in looks:
         if name not in trials:
             trials[name] = SimpleNamespace(trial_id=name)
             asha.on_trial_add(None, trials[name])
-        asha.on_trial_result(None, trials[name], {"step": step, METRIC: agreement})
+        asha.on_trial_result(None, trials[name], {"step": step, METRIC: best})
     asha.cut.clear()

@@ -10,7 +10,7 @@ from typing import Any
 
 from dfkd_ray.batches import mix_seed
 from dfkd_ray.sweep.search import Domain, Point, SearchConfig
-from dfkd_ray.sweep.tune_reports import METRIC
+from dfkd_ray.sweep.tune_reports import METRIC, MODE
 from dfkd_ray.text import is_null
 
 MOST_ASKED = 200  # points in a row that give no new trial, before a space counts as exhausted
@@ -53,7 +53,7 @@ class Suggestions:
         seed = mix_seed(self.config.seed, len(known)) % 2**32
         # Running trials count as bad ones (constant liar), so that concurrent trials differ.
         sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
-        self.study = optuna.create_study(direction="maximize", sampler=sampler)
+        self.study = optuna.create_study(direction="minimize", sampler=sampler)
         distributions = {name: distribution(values) for name, values in self.domains.items()}
         for point, row in known:
             failed = row["status"] == "failed" or is_null(row[METRIC])
@@ -86,15 +86,15 @@ class Suggestions:
             self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
         return None
 
-    def tell(self, job_id: str, agreement: float | None) -> None:
-        """Report a job's agreement to Optuna; None if the job failed."""
+    def tell(self, job_id: str, value: float | None) -> None:
+        """Report a job's metric to Optuna; None if the job failed."""
         import optuna
 
         trial = self.asked.pop(job_id)
-        if agreement is None:
+        if value is None:
             self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
         else:
-            self.study.tell(trial, agreement)
+            self.study.tell(trial, value)
 
     def point(self, parameters: Mapping[str, Any]) -> Point:
         """The point for Optuna's parameters. A choice is stored there as an index: Optuna takes only plain values."""
@@ -170,7 +170,7 @@ def searcher(suggestions: Suggestions, add: Callable[[Any], int]) -> Any:
         """Maps Tune's trial ids to job ids."""
 
         def __init__(self):
-            super().__init__(metric=METRIC, mode="max")
+            super().__init__(metric=METRIC, mode=MODE)
             self.jobs: dict[str, str] = {}
 
         def set_search_properties(self, *_args: Any, **_options: Any) -> bool:

@@ -7,6 +7,7 @@ from dfkd_ray import evaluation, results
 from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.storage import Folder
 from dfkd_ray.sweep.jobs import Job
+from dfkd_ray.sweep.tune_reports import METRIC
 from dfkd_ray.text import is_null
 
 
@@ -18,12 +19,12 @@ def rows_in(place: Folder, columns: Sequence[str] | None = None) -> list[dict[st
 
 
 def looks_in(place: Folder, trial_ids: set[str]) -> list[tuple[str, int, float]]:
-    """(trial, step, best agreement so far) for each evaluation of these trials on the reference set."""
+    """(trial, step, best metric so far) for each evaluation of these trials on the reference set."""
     if not trial_ids:
         return []
-    looks = results.read(place, "epochs", ["trial_id", "step", "agreement"])
-    looks = looks.loc[looks["trial_id"].isin(list(trial_ids)) & looks["step"].notna() & looks["agreement"].notna()]
-    best = looks.groupby("trial_id")["agreement"].cummax()
+    looks = results.read(place, "epochs", ["trial_id", "step", METRIC])
+    looks = looks.loc[looks["trial_id"].isin(list(trial_ids)) & looks["step"].notna() & looks[METRIC].notna()]
+    best = looks.groupby("trial_id")[METRIC].cummin()
     return list(zip(looks["trial_id"], looks["step"].astype(int), best, strict=True))
 
 

@@ -202,7 +202,7 @@ class AshaConfig(BaseModel):
 
 
 class StopConfig(BaseModel):
-    """Early stopping: ends trials whose agreement is lower than that of other trials at the same distillation step."""
+    """Early stopping: ends trials that are farther from the teacher than others at the same distillation step."""
 
     model_config = STRICT
 

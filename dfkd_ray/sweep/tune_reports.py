@@ -1,6 +1,7 @@
-"""Builds the dicts a trial reports to Ray Tune (metric: agreement) and an early-stopped trial's row. Sends nothing.
+"""Builds the dicts a trial reports to Ray Tune, and an early-stopped trial's row. Sends nothing.
 
-The metric is agreement with the teacher on the reference set; nothing in a report is measured on test data.
+The metric is KL(teacher || student) on the reference set, to be minimised; nothing in a report is measured on test
+data.
 """
 
 import json
@@ -12,7 +13,8 @@ from dfkd_ray.distillation import State
 from dfkd_ray.ladder import BEFORE
 from dfkd_ray.sweep.search import StopConfig
 
-METRIC = "agreement"
+METRIC, MODE = "reference_kl", "min"
+WORST = 1e9  # of a failed trial
 # Columns that a running trial reports, for its row in case it is stopped early.
 SO_FAR = (
     "synthesis_key",
@@ -29,14 +31,14 @@ SO_FAR = (
 
 
 def final(row: Mapping[str, Any] | None, num_steps: int) -> dict[str, Any]:
-    """The final report of a trial to Tune. A failed trial, or one without a row, gets agreement 0."""
+    """The final report of a trial to Tune. A failed trial, or one without a row, gets `WORST`."""
     if row is None or row["status"] == "failed":
-        return {"step": 0, METRIC: 0.0, "failed": 1}
-    return {"step": num_steps, METRIC: row["agreement"], "failed": 0}
+        return {"step": 0, METRIC: WORST, "failed": 1}
+    return {"step": num_steps, METRIC: row[METRIC], "failed": 0}
 
 
 def evaluation(row: Mapping[str, Any], state: State) -> dict[str, Any]:
-    """The report to Tune at an evaluation on the reference set: the step, and the best agreement so far.
+    """The report to Tune at an evaluation on the reference set: the step, and the best value so far.
 
     It carries, as JSON, the columns of a row in case the trial is stopped here, and all evaluations so far.
     """
@@ -44,7 +46,7 @@ def evaluation(row: Mapping[str, Any], state: State) -> dict[str, Any]:
     so_far |= {"agreement": state.best_agreement, "reference_kl": state.best_kl, "best_step": state.best_step}
     return {
         "step": state.step,
-        METRIC: state.best_agreement,
+        METRIC: min(state.best_kl, WORST),
         "so_far": json.dumps(so_far),
         "looks": json.dumps(state.epochs),
     }
@@ -58,7 +60,7 @@ def may_stop(state: State, num_steps: int) -> bool:
 def stopped_row(job: Any, report: Mapping[str, Any], stop: StopConfig) -> dict[str, Any]:
     """The row of a trial stopped after the `report`: its numbers so far, none of them from test data."""
     reason = (
-        f"stopped early at step {report['step']}: agreement {report[METRIC]:.4f} was not among the best "
+        f"stopped early at step {report['step']}: reference KL {report[METRIC]:.4g} was not among the best "
         f"1/{stop.asha.reduction_factor:g} of the trials that came so far"
     )
     so_far = json.loads(report["so_far"])

@@ -203,7 +203,10 @@ def steps(
         held_out = gather_reference(config, teacher, device, inputs.images, report)
         row["reference_wall_s"] = wall_s(held_out.rows)
         head = HEADS[teacher.info.head]
-        reference = evaluation.reference(network, held_out.pool.images, runtime, head)
+        compared = held_out.pool.images[: config.reference.num_images]
+        if config.reference.mixed:
+            compared = evaluation.mixtures(compared, runtime.space)
+        reference = evaluation.reference(network, compared, runtime, head)
         first = Round(teacher, config.synthesis, device, student=config.student)
         source = Injected(inputs.real) if inputs.real and config.synthesis.method == "real" else inputs.images
         rounds = Rounds(config, first, source, checkpoint, report, row["trial_id"], reestimates)
@@ -216,7 +219,7 @@ def steps(
         first_pool = rounds.first_pool()
         pool = rounds.pool()
         count_images(pool)
-        ranks: dict[ladder.Rung, tuple[float, float]] = {}  # higher is better: agreement, then lower KL
+        measured: dict[ladder.Rung, tuple[float, float]] = {}  # KL divergence, agreement
 
         def measure(rung: ladder.Rung, net: nn.Module) -> None:
             report("evaluating", 0, 1, {})
@@ -226,7 +229,7 @@ def steps(
                 row[rung.accuracy] = evaluation.accuracy(net, test, runtime, head)
             if rung in ladder.BEFORE:
                 agreement, kl = reference.compare(net)
-                row[str(rung.agreement)], ranks[rung] = agreement, (agreement, -kl)
+                row[str(rung.agreement)], measured[rung] = agreement, (kl, agreement)
 
         row |= test_columns(test)
         measure(ladder.TEACHER, network)
@@ -257,8 +260,9 @@ def steps(
             observer=observer,
         )
         row["distillation_wall_s"] = time.perf_counter() - distillation_start
-        ranks[ladder.RECOVERED] = (state.best_agreement, -state.best_kl)
-        selected = max((ladder.RECOVERED, *ranks), key=lambda rung: ranks[rung])  # the first of equals: distillation
+        measured[ladder.RECOVERED] = (state.best_kl, state.best_agreement)
+        # The first of equals: distillation.
+        selected = min((ladder.RECOVERED, *measured), key=lambda rung: measured[rung][0])
         if selected is not ladder.RECOVERED:
             student = starting_student(config, teacher, device, inputs.trust_code)
             pruning.apply(student, pruned_masks)
@@ -269,10 +273,10 @@ def steps(
             pool = rounds.pool()
             count_images(pool)
 
-    agreement, negative_kl = ranks[selected]
+    kl, agreement = measured[selected]
     row |= {
         "agreement": agreement,
-        "reference_kl": -negative_kl,
+        "reference_kl": kl,
         "best_step": state.best_step if selected is ladder.RECOVERED else 0,
         "selected": selected_name(selected, state.best_step, config, reestimates),
         "status": "finished",

@@ -66,6 +66,6 @@ def warnings_of(
         )
     if row.get("selected") == PRUNED.name and config.distillation.num_steps > 0:
         yield (
-            "plain pruning agrees best with the teacher and is the student: training on the images did not improve it "
+            "plain pruning is closest to the teacher and is the student: training on the images did not improve it "
             "(more or better images, or a lower distillation.learning_rate, may)"
         )
