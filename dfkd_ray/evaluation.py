@@ -4,6 +4,7 @@ It takes batches and opens no data set.
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,10 +115,14 @@ class Reference:
     head: Head = SOFTMAX
 
     def compare(self, network: nn.Module) -> tuple[float, float]:
-        """Agreement (share of equal argmax, in [0, 1]) and KL(teacher || network) in nats at temperature 1."""
+        """Agreement (share of equal argmax, in [0, 1]) and KL(teacher || network) in nats at temperature 1.
+
+        The KL is infinite where it is not a number: the lowest one selects, and no number is lower than NaN.
+        """
         student = logits(network, self.images, self.runtime)
         same = self.head.agreement(student, self.teacher_logits)
-        return same, float(self.head.kl(student, self.teacher_logits, 1.0))
+        kl = float(self.head.kl(student, self.teacher_logits, 1.0))
+        return same, math.inf if math.isnan(kl) else kl
 
 
 def reference(teacher: nn.Module, images: np.ndarray, runtime: Runtime, head: Head = SOFTMAX) -> Reference:

@@ -156,7 +156,7 @@ def extend(run: Folder, size: int, events: Sequence[Event]) -> None:
 
 
 def write_sweep(place: str | Path | Folder, configs: Iterable[TrialConfig]) -> None:
-    """Define the hparams view: the fields that differ between trials, with agreement and accuracy.
+    """Define the hparams view: the fields that differ between trials, with KL, agreement and accuracy.
 
     It covers the trials of all sweeps in this place. TensorBoard accepts only one definition, so the values of all
     fields so far are stored beside it.
@@ -167,7 +167,7 @@ def write_sweep(place: str | Path | Folder, configs: Iterable[TrialConfig]) -> N
     columns = [hparams.HParam(name, hparams.Discrete(shown)) for name, shown in varying(values).items()]
     metrics = [
         hparams.Metric(f"trial/{name}", display_name=name, description=METRICS[name][2])
-        for name in ("agreement", "recovered_accuracy")
+        for name in ("reference_kl", "agreement", "recovered_accuracy")
     ]
     summary = hparams.hparams_config_pb(columns, metrics)
     root.write(SWEEP, encoded([event(0, *summary.value)]))

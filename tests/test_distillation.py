@@ -5,6 +5,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from torch import nn
 from dfkd_ray import batchnorm, bundles, devices, distillation, evaluation, storage
 from dfkd_ray.compression import pruning
 from dfkd_ray.config import PruningConfig
+from dfkd_ray.heads import SOFTMAX
 from helpers import SMALL_DISTILLATION, distilled, same_weights
 
 
@@ -106,7 +108,7 @@ def test_the_teacher_is_bit_identical_after_distillation(teacher):
 
 
 def test_the_selected_student_is_the_best_look_not_the_last(teacher, monkeypatch):
-    scores = iter([(0.2, 1.0), (0.9, 1.0), (0.5, 1.0), (0.9, 2.0)])
+    scores = iter([(0.9, 2.0), (0.2, 0.5), (0.95, 1.0), (0.2, 0.5)])  # agreement, KL: the lowest KL selects
     monkeypatch.setattr(evaluation.Reference, "compare", lambda self, *a: next(scores))
     snapshots = {}
     student = deepcopy(teacher.network).requires_grad_(True)
@@ -115,12 +117,26 @@ def test_the_selected_student_is_the_best_look_not_the_last(teacher, monkeypatch
         snapshots[done] = deepcopy(student)
 
     selected, state = distilled(teacher, student=student, progress=watch)
-    assert state.best_step == 2 and state.best_agreement == 0.9
+    assert (state.best_step, state.best_agreement, state.best_kl) == (2, 0.2, 0.5)
     assert same_weights(selected, snapshots[2]) and not same_weights(selected, snapshots[6])
 
 
-def test_patience_stops_early(teacher, monkeypatch):
-    scores = iter([(0.9, 1.0)] + [(0.1, 1.0)] * 10)
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_look_without_a_number_is_left_behind_by_the_first_with_one(teacher, monkeypatch, broken):
+    distances = iter([broken, 2.0, broken, 1.0])
+    monkeypatch.setattr(SOFTMAX, "kl", lambda *_arguments: torch.tensor(next(distances)), raising=True)
+    images = np.zeros((2, 1, 16, 16), np.uint8)
+    runtime = devices.Runtime(torch.device("cpu"), teacher.info.space, "float32", 1)
+    reference = evaluation.reference(teacher.network, images, runtime)
+    state = distillation.State()
+    for step in range(4):
+        state.step = step
+        distillation.look(state, teacher.network, SMALL_DISTILLATION, reference, {})
+    assert (state.best_step, state.best_kl) == (3, 1.0)
+
+
+def test_patience_counts_looks_without_a_lower_kl_and_stops_early(teacher, monkeypatch):
+    scores = iter([(0.1, 1.0)] + [(0.9, 1.0)] * 10)
     monkeypatch.setattr(evaluation.Reference, "compare", lambda self, *a: next(scores))
     _, state = distilled(teacher, config=SMALL_DISTILLATION.model_copy(update={"patience": 1}))
     assert state.step == 2 and state.best_step == 0
@@ -190,8 +206,8 @@ def test_cubic_schedule_never_selects_a_student_that_is_too_dense(teacher, monke
 )
 def test_every_option_changes_the_student(teacher, change, monkeypatch):
     steps = iter(range(1000))
-    # Agreement that always rises selects the last student, whatever the option did.
-    monkeypatch.setattr(evaluation.Reference, "compare", lambda self, *a: (next(steps) / 1000, 1.0))
+    # A KL that always falls selects the last student, whatever the option did.
+    monkeypatch.setattr(evaluation.Reference, "compare", lambda self, *a: (1.0, 1 - next(steps) / 1000))
     base = SMALL_DISTILLATION.model_copy(update={"num_steps": 2})
     one, other = (distilled(teacher, config=settings)[0] for settings in (base, base.model_copy(update=change)))
     alike = "precision" in change and not devices.has_bfloat16(torch.device("cpu"))

@@ -401,7 +401,7 @@ def test_a_command_that_there_is_not_is_found(line):
     "line",
     [
         "dfkd-ray recover NAME --out=OUT --set FIELD=VALUE  # not --sparcity",
-        "dfkd-ray results PLACE --where 'sparsity>=0.75' --sort -agreement",
+        "dfkd-ray results PLACE --where 'sparsity>=0.75' --sort reference_kl",
         "dfkd-ray --debug cache ls && other --option",
         "dfkd-ray sweep FILE --no-download > file.txt",
         'dfkd-ray teacher train resnet18 --arguments \'{"stem": "cifar"}\' --dataset D --set image_size=28 --out O',

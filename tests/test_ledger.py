@@ -33,7 +33,12 @@ def ledger_of(jobs: list[sweep.Job], place: Path, on_row=None, **more) -> ledger
 def final(job: sweep.Job, status: str = "finished") -> dict:
     """A final row of a job."""
     provenance = trial.provenance(job.config, job.teacher)
-    return provenance | {"status": status, "agreement": 0.5, "reason": "early" if status == "stopped" else None}
+    return provenance | {
+        "status": status,
+        "agreement": 0.5,
+        "reference_kl": 0.25,
+        "reason": "early" if status == "stopped" else None,
+    }
 
 
 @pytest.mark.parametrize("error", RAISED, ids=lambda error: type(error).__name__)
@@ -126,4 +131,4 @@ def test_an_attempt_after_one_that_left_its_row_hands_that_on_and_computes_nothi
     shared = worker.Shared(str(tmp_path), None, (), None, None, {}, {}, {})
     told = worker.in_worker(job.id, job.config, job.teacher.hash, shared)
     row = json.loads(told["row"])
-    assert (row["trial_id"], row["status"], told["agreement"], told["failed"]) == (job.id, "finished", 0.5, 0)
+    assert (row["trial_id"], row["status"], told["reference_kl"], told["failed"]) == (job.id, "finished", 0.25, 0)

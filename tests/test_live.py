@@ -30,13 +30,15 @@ STATUS = {
 }
 
 
-def row(name: str, agreement: float = 0.9, wall_s: float = 10.0, **more) -> dict:
-    values = {"status": "finished", "agreement": agreement, "wall_s": wall_s, "recovered_accuracy": None}
-    return {"trial_id": name, **values, **more}
+def row(name: str, kl: float = 0.1, wall_s: float = 10.0, **more) -> dict:
+    values = {"status": "finished", "reference_kl": kl, "wall_s": wall_s, "recovered_accuracy": None}
+    return {"trial_id": name, "agreement": 0.9, **values, **more}
 
 
 def failed(name: str) -> dict:
-    return row(name, status="failed", reason="FloatingPointError: the loss is inf", agreement=float("nan"))
+    return row(
+        name, status="failed", reason="FloatingPointError: the loss is inf", kl=float("nan"), agreement=float("nan")
+    )
 
 
 def shown(snapshot: live.Snapshot, width: int = 100, height: int = 30, **options) -> str:
@@ -66,10 +68,10 @@ def test_every_trial_is_in_exactly_one_of_done_running_failed_and_to_do():
 
 
 def test_rows_of_an_earlier_run_count_as_done_those_of_other_sweeps_and_failed_ones_do_not():
-    view = live.View(NAMES, [row("a", 0.8), failed("b"), row("of another file", 0.99)], now=0.0)
+    view = live.View(NAMES, [row("a", 0.2), failed("b"), row("of another file", 0.01)], now=0.0)
     snapshot = view.snapshot(0.0)
     assert (snapshot.done, snapshot.failed, snapshot.to_do) == (1, 0, 3)
-    assert snapshot.best == (0.8, NAMES["a"])
+    assert snapshot.best == (0.2, NAMES["a"])
 
 
 def test_time_left_is_unknown_until_a_trial_of_this_run_has_finished():
@@ -91,11 +93,13 @@ def test_time_left_is_what_finished_trials_took_over_those_that_run_at_once():
     assert view.snapshot(100.0).left_s == 4 * 15 / 2
 
 
-def test_best_is_by_agreement_alone():
-    view = live.View(NAMES, [], now=0.0)
-    view.row(row("a", 0.9, recovered_accuracy=0.1))
-    view.row(row("b", 0.8, recovered_accuracy=0.99))
-    assert view.snapshot(1.0).best == (0.9, NAMES["a"])
+def test_best_is_by_the_lowest_kl_alone():
+    rows = [row("a", 0.1, agreement=0.8, recovered_accuracy=0.1), row("b", 0.2, agreement=0.9, recovered_accuracy=0.99)]
+    for order in (rows, rows[::-1]):
+        view = live.View(NAMES, [], now=0.0)
+        for one in order:
+            view.row(one)
+        assert view.snapshot(1.0).best == (0.1, NAMES["a"])
 
 
 def test_running_seconds_go_on_over_stages():
@@ -128,10 +132,17 @@ def test_durations_read_well(seconds, text):
 def test_the_table_holds_counts_time_left_best_fleet_and_running_trials():
     view = live.View(NAMES, [], now=0.0)
     view.stages({"a": ("starting", 0, 0), "b": ("synthesising", 3, 8)}, 0.0)
-    view.row(row("a", 0.875, wall_s=30.0))
+    view.row(row("a", 0.0875, wall_s=30.0))
     view.fleet(STATUS)
     text = shown(view.snapshot(31.0))
-    for part in ("small.yaml", "87.50 %, net sparsity 0.5", "synthesising 3/8", "12.3 images/s", "31 s", "2/2 synth"):
+    for part in (
+        "small.yaml",
+        "reference KL 0.0875, net sparsity 0.5",
+        "synthesising 3/8",
+        "12.3 images/s",
+        "31 s",
+        "2/2 synth",
+    ):
         assert part in text, (part, text)
     assert "-" in shown(live.View(NAMES, [], 0.0).snapshot(0.0))
 
@@ -216,7 +227,10 @@ def test_elsewhere_there_are_plain_lines(capsys):
         screen.row(failed("b"), 2, 4)
         screen.fleet(STATUS)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "[1/4, 50 s, 30 s left] net sparsity 0.5: agreement 50.00 %, test accuracy 25.00 %"
+    assert (
+        lines[0]
+        == "[1/4, 50 s, 30 s left] net sparsity 0.5: reference KL 0.5, agreement 90.00 %, test accuracy 25.00 %"
+    )
     assert lines[1].endswith("net sparsity 0.7: FAILED: FloatingPointError: the loss is inf")
     assert lines[2].startswith("fleet: 2/2 synthesizers up") and len(lines) == 3
     assert cast(io.StringIO, console.file).getvalue() == ""

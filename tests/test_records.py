@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from dfkd_ray import bundles, synthesis, trial
+from dfkd_ray import bundles, evaluation, synthesis, trial
 from dfkd_ray.config import RecordsConfig, TrialConfig, validate
 from dfkd_ray.records import fitting, format, taps
 from dfkd_ray.synthesis import reconstruction
@@ -406,7 +406,9 @@ def test_a_teacher_with_batchnorm_and_a_record_uses_both(tmp_path, tiny_teacher)
         synthesis.source(bundles.load(str(tmp_path / "l")), plain, CPU)
 
 
-def test_a_trial_is_named_by_its_record_and_another_record_is_another_trial(teacher, tmp_path):
+def test_a_trial_is_named_by_its_record_compared_on_its_mixtures_and_another_record_is_another_trial(
+    teacher, tmp_path, monkeypatch
+):
     settings = {"method": "records", "record": "top", "batch_size": 8, "num_steps": 3, "num_threads": 1}
     config = validate(
         TrialConfig,
@@ -421,7 +423,14 @@ def test_a_trial_is_named_by_its_record_and_another_record_is_another_trial(teac
             "device": "cpu",
         },
     )
+    compared, real = [], evaluation.reference
+    monkeypatch.setattr(evaluation, "reference", lambda *words: compared.append(words[1]) or real(*words))
     outcome = trial.run(config, teacher)
+    (made,) = [row for row in outcome.synthesis if row["domain"] == "reference"]
+    wanted = trial.Round(teacher, trial.pinned(config, teacher).reference.synthesis, CPU, "reference")
+    ((batch, _),) = trial.Local().read(wanted, [0])
+    assert made["method"] == "records" and compared[0].dtype == np.float32
+    np.testing.assert_array_equal(compared[0], evaluation.mixtures(batch.images, teacher.info.space))
     sha256 = teacher.record("top").sha256
     assert outcome.row["status"] == "finished" and outcome.row["synthesis.record_sha256"] == sha256
     assert outcome.row["trial_id"] == trial.trial_id(trial.pinned(config, teacher), teacher)

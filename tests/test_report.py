@@ -63,7 +63,7 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("sweeps") / "everything"
     rows = grid()
     failed = [full_row(len(rows) + n, status="failed", reason=f"FloatingPointError: NaN in batch {n}", agreement=None,
-                    recovered_accuracy=None, bn_weight=9.0, synthesis_key=None) for n in range(2)]  # fmt: skip
+                    reference_kl=None, recovered_accuracy=None, bn_weight=9.0, synthesis_key=None) for n in range(2)]  # fmt: skip
     write(place, "trials", rows + failed)
     write(place, "synthesis", batch_rows(rows))
     for row in rows[:4]:
@@ -73,10 +73,10 @@ def place(tmp_path_factory):
 
 
 def frame(rows):
-    """Trials as they are read: best agreement first."""
+    """Trials as they are read: lowest KL first."""
     schema = results.schema("trials").names
     table = pd.DataFrame([{name: row.get(name) for name in schema} for row in rows])
-    return aggregates.prepared(table.sort_values("agreement", ascending=False, na_position="last"))
+    return aggregates.prepared(table.sort_values("reference_kl", na_position="last"))
 
 
 class Page(HTMLParser):
@@ -147,18 +147,38 @@ def test_configurations_are_means_and_sample_deviations_over_seeds():
         assert config["at_recovered"] == pytest.approx(np.mean(values))
         assert config["at_recovered_std"] == pytest.approx(np.std(values, ddof=1))
         assert config["lost"] == pytest.approx(0.94 - np.mean(values))
-        assert config["trial_id"] == own.loc[own["agreement"].idxmax(), "trial_id"]
+        assert config["trial_id"] == own.loc[own["reference_kl"].idxmin(), "trial_id"]
 
 
-def test_the_best_is_chosen_by_agreement_and_never_by_test_accuracy():
-    rows = [full_row(1, temperature=2.0, agreement=0.9, recovered_accuracy=0.5)]
-    rows += [full_row(2, temperature=6.0, agreement=0.8, recovered_accuracy=0.9)]
+def test_the_best_is_chosen_by_kl_and_never_by_agreement_or_test_accuracy():
+    rows = [full_row(1, temperature=2.0, reference_kl=0.1, agreement=0.8, recovered_accuracy=0.5)]
+    rows += [full_row(2, temperature=6.0, reference_kl=0.2, agreement=0.9, recovered_accuracy=0.9)]
     best = aggregates.best(aggregates.configurations(frame(rows)))
     assert best["trial_id"].tolist() == ["t-000000000001"]
 
 
+def test_the_best_is_never_of_an_older_version_or_of_plain_reference_images_where_there_are_others(tmp_path, no_png):
+    new = [full_row(n, temperature=2.0 * n, trial_version=3, reference_kl=0.1 * n) for n in (2, 3)]
+    old = full_row(4, temperature=2.0, trial_version=2, reference_kl=0.001, agreement=0.99)
+    plain = full_row(5, trial_version=3, reference_kl=0.002, agreement=0.98, **{"reference.mixed": False})
+    for rows in ([*new, old], [*new, plain], [*new, old, plain]):
+        best = aggregates.best(aggregates.configurations(frame(rows)))
+        assert best["trial_id"].tolist() == ["t-000000000002"]
+    write(tmp_path, "trials", [*new, old | {"reference.mixed": None}])
+    page, html, _ = build(tmp_path)
+    says = "KL and agreement on two kinds of reference images cannot be compared (mixed: 2 rows, plain: 1 row)"
+    assert says in page.words and "2 versions of the trial's algorithms (3: 2 rows, 2: 1 row)" in page.words
+    table = json.loads(next(script for script in page.scripts if '"columns"' in script))
+    assert table["rows"] == 3 and ">version</button>" in html
+    (versions,) = [part["values"] for part in table["columns"] if part.get("values") == [3, 3, 2]]
+    assert versions == [3, 3, 2], "the newest first"
+    write(tmp_path, "trials", new)
+    page, html, _ = build(tmp_path)
+    assert "cannot be compared" not in page.words and ">version</button>" not in html
+
+
 def test_real_data_is_the_bound_and_never_the_answer():
-    rows = [full_row(1), full_row(2, method="real", agreement=0.999, recovered_accuracy=0.939)]
+    rows = [full_row(1), full_row(2, method="real", reference_kl=0.001, recovered_accuracy=0.939)]
     answers = aggregates.answers(aggregates.best(aggregates.configurations(frame(rows))))
     assert answers["trial_id"].tolist() == ["t-000000000001"]
     assert answers["bound_lost"].tolist() == pytest.approx([0.001])
@@ -372,7 +392,17 @@ def test_text_from_data_is_never_markup(tmp_path, no_png):
         full_row(n, seed=n, teacher_architecture=SECRETLY_MARKUP, teacher=SECRETLY_MARKUP, host=SECRETLY_MARKUP)
         for n in range(2)
     ]
-    rows += [full_row(5, status="failed", reason=SECRETLY_MARKUP, agreement=None, recovered_accuracy=None, seed=5)]
+    rows += [
+        full_row(
+            5,
+            status="failed",
+            reason=SECRETLY_MARKUP,
+            reference_kl=None,
+            agreement=None,
+            recovered_accuracy=None,
+            seed=5,
+        )
+    ]
     place = tmp_path / "<b>&amp;"
     write(place, "trials", rows)
     write(place, "synthesis", batch_rows(rows))
@@ -400,7 +430,7 @@ def test_text_from_data_is_never_markup(tmp_path, no_png):
         ("failures", {"failures"}, "no trial failed"),
         ("weights", {"heatmap"}, "vary neither the BN weight nor the temperature"),
         ("accuracy", set(), "no test data was given"),
-        ("sweep.yaml", set(), "agreement"),
+        ("sweep.yaml", set(), "KL divergence"),
     ],
 )
 def test_what_is_missing_is_left_out_with_a_reason(tmp_path, missing, gone, words, no_png):
@@ -409,7 +439,11 @@ def test_what_is_missing_is_left_out_with_a_reason(tmp_path, missing, gone, word
     if missing == "accuracy":
         rows = [row | {name: None for name in row if name.endswith("_accuracy")} for row in rows]
     if missing != "failures":
-        rows.append(full_row(999, status="failed", reason="OSError: full", agreement=None, recovered_accuracy=None))
+        rows.append(
+            full_row(
+                999, status="failed", reason="OSError: full", reference_kl=None, agreement=None, recovered_accuracy=None
+            )
+        )
     write(tmp_path, "trials", rows)
     if missing != "synthesis":
         write(tmp_path, "synthesis", batch_rows(rows))
@@ -434,7 +468,7 @@ def test_one_trial_has_a_report_without_spread(tmp_path, no_png):
 
 def test_a_sweep_that_failed_whole_says_so_and_why(tmp_path):
     empty: dict[str, Any] = {
-        name: None for name in full_row(0) if name.endswith(("_accuracy", "agreement", "_s", "_bytes"))
+        name: None for name in full_row(0) if name.endswith(("_accuracy", "agreement", "_kl", "_s", "_bytes"))
     }
     rows = [full_row(n, **empty, status="failed", reason="RuntimeError: no", synthesis_key=None) for n in range(3)]
     write(tmp_path, "trials", rows)

@@ -111,21 +111,36 @@ def test_the_schema_survives_the_file(tmp_path):
     assert pq.read_schema(tmp_path / "trials" / "a.parquet").equals(results.schema("trials"), check_metadata=True)
 
 
-def test_trials_are_read_best_agreement_first_and_failed_last(tmp_path):
+def test_trials_are_read_lowest_kl_first_and_failed_last(tmp_path):
     rows = [
-        row("t-1", agreement=0.8, reference_kl=0.2),
+        row("t-1", agreement=0.9, reference_kl=0.2),
         row("t-2", agreement=None, reference_kl=None, status="failed"),
-        row("t-3", agreement=0.9, reference_kl=0.3),
-        row("t-4", agreement=0.9, reference_kl=0.1),
-        row("t-5", agreement=0.8, reference_kl=0.2),
+        row("t-3", agreement=0.95, reference_kl=0.3),
+        row("t-4", agreement=0.8, reference_kl=0.1),
+        row("t-5", agreement=0.9, reference_kl=0.2),
+        row("t-6", agreement=0.91, reference_kl=0.2),
     ]
     for index, one in enumerate(rows):
         results.write(tmp_path, "trials", [one], f"part-{index}")
-    assert results.read(tmp_path, "trials")["trial_id"].tolist() == ["t-4", "t-3", "t-1", "t-5", "t-2"]
+    assert results.read(tmp_path, "trials")["trial_id"].tolist() == ["t-4", "t-6", "t-1", "t-5", "t-3", "t-2"]
+
+
+def test_trials_of_the_newest_version_are_read_first_then_mixed_references_and_failed_ones_of_any_last(tmp_path):
+    made = [("t-1", 3, True, 0.3), ("t-2", 2, None, 0.01), ("t-3", None, None, 0.02), ("t-4", 3, True, 0.2)]
+    made += [("t-5", 3, False, 0.1), ("t-6", 3, True, None), ("t-7", 2, None, None)]
+    for name, version, mixed, kl in made:
+        status = "failed" if kl is None else "finished"
+        values = {"trial_version": version, "reference.mixed": mixed, "reference_kl": kl, "status": status}
+        results.write(tmp_path, "trials", [row(name, **values, agreement=None if kl is None else 1 - kl)], name)
+    expected = ["t-4", "t-1", "t-5", "t-2", "t-3", "t-6", "t-7"]
+    assert results.read(tmp_path, "trials")["trial_id"].tolist() == expected
+    assert results.read(tmp_path, "trials", ["trial_id"])["trial_id"].tolist() == expected
+    results.compact(tmp_path)
+    assert results.read(tmp_path, "trials")["trial_id"].tolist() == expected
 
 
 def test_the_order_does_not_look_at_test_accuracy(tmp_path):
-    rows = [row("t-1", agreement=0.8, recovered_accuracy=0.99), row("t-2", agreement=0.9, recovered_accuracy=0.1)]
+    rows = [row("t-1", reference_kl=0.2, recovered_accuracy=0.99), row("t-2", reference_kl=0.1, recovered_accuracy=0.1)]
     results.write(tmp_path, "trials", rows, "a")
     assert results.read(tmp_path, "trials")["trial_id"].tolist() == ["t-2", "t-1"]
 

@@ -15,6 +15,7 @@ from dfkd_ray.results import rows, selecting
 from dfkd_ray.sweep import worker
 from dfkd_ray.trial import identity
 from helpers import TINY_NOISE, TINY_TRIAL, tiny_trial
+from table_rows import trial_row
 
 FIELDS = {"synthesis": TINY_NOISE, "reference.synthesis": TINY_NOISE, "distillation.eval_every": 1}
 HUGE, HALF = 10**5000, "r\ud800seau"
@@ -125,6 +126,41 @@ def test_results_say_which_versions_are_mixed_and_nothing_where_none_are(tmp_pat
     assert "made differently" not in csv and len(csv.splitlines()) == 5
     folded = results.fold_seeds(results.read(tmp_path, "trials"))
     assert sorted(folded["num_seeds"]) == [1, 3], "rows of two algorithms are no repetitions of each other"
+
+
+@pytest.mark.parametrize("mean_std", [[], ["--mean-std"]], ids=["rows", "folded"])
+def test_results_show_older_versions_last_and_say_that_their_kl_is_on_other_images(tmp_path, run_cli, mean_std):
+    made = [("t-1", 3, True, 0.3), ("t-2", 2, None, 0.01), ("t-3", 2, None, 0.02), ("t-4", 3, True, 0.2)]
+    rows = [
+        trial_row(0, sparsity, 0, trial_id=name, trial_version=version, reference_kl=kl, **{"reference.mixed": mixed})
+        for sparsity, (name, version, mixed, kl) in zip((0.5, 0.75, 0.9, 0.95), made, strict=True)
+    ]
+    results.write(tmp_path, "trials", rows, "a")
+    words = ["results", str(tmp_path), *mean_std]
+    lines = run_cli(*words).out.splitlines()
+    heading = lines[0].split()
+    assert {"trial_version", "reference_kl"} <= set(heading)
+    version, kl = (heading.index(name) for name in ("trial_version", "reference_kl"))
+    shown = [(line.split()[version], line.split()[kl]) for line in lines[2:6]]
+    assert shown == [("3", "0.2"), ("3", "0.3"), ("2", "0.01"), ("2", "0.02")]
+    says = "KL and agreement on two kinds of reference images cannot be compared (mixed: 2 rows, plain: 2 rows)"
+    assert lines[-1].endswith(says) and "(3: 2 rows, 2: 2 rows)" in lines[-1]
+    for version in (2, 3):
+        out = run_cli(*words, "--where", f"trial_version={version}").out
+        assert "compared" not in out and "trial_version" not in out
+
+
+def test_reference_sets_are_told_apart_within_one_version_too_and_failed_trials_have_none():
+    rows = [trial_row(0, 0.5, seed, trial_version=3) for seed in (0, 1)]
+    assert rows[0]["reference.mixed"] is True
+    plain = trial_row(0, 0.5, 2, trial_version=3, **{"reference.mixed": False})
+    failed = trial_row(0, 0.5, 2, status="failed", trial_version=2)
+    assert results.mixed(pd.DataFrame(rows)) is None
+    assert selecting.reference_sets(pd.DataFrame([*rows, plain])) == {"mixed": 2, "plain": 1}
+    says = "KL and agreement on two kinds of reference images cannot be compared (mixed: 2 rows, plain: 1 row)"
+    assert results.mixed(pd.DataFrame([*rows, plain])) == says
+    assert selecting.reference_sets(pd.DataFrame([*rows, failed])) == {"mixed": 2}
+    assert "compared" not in str(results.mixed(pd.DataFrame([*rows, failed])))
 
 
 # ---- rows that do not fit ------------------------------------------------------------------------------------------

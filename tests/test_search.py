@@ -1,12 +1,13 @@
 """Search: domains, points, what Ray Tune and Optuna are told, early stopping, resuming from rows; estimates."""
 
+import itertools
 import json
 import math
 import subprocess
 import sys
 from collections import Counter
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import pytest
@@ -186,32 +187,38 @@ class Report(dict):
 
 def test_nothing_measured_on_test_data_reaches_tune_or_optuna():
     columns = {name: 0.5 for name in results.schema("trials").names}
-    row = Sealed(columns | {"status": "finished", "agreement": 0.75, "recovered_accuracy": 0.99})
+    row = Sealed(columns | {"status": "finished", "reference_kl": 0.1, "recovered_accuracy": 0.99})
     state = State(step=2, best_agreement=0.75, best_kl=0.1, best_step=1)
     told = [
         tune_reports.final(row, 6),
         tune_reports.final(Sealed(row | {"status": "failed"}), 6),
         tune_reports.evaluation(row, state),
     ]
-    assert {key for report in told for key in report} == {"step", "agreement", "failed", "so_far", "looks"}
+    assert {key for report in told for key in report} == {"step", "reference_kl", "failed", "so_far", "looks"}
     assert not any("accuracy" in name or "test" in name for name in json.loads(told[2]["so_far"]))
-    assert told[0]["agreement"] == told[2]["agreement"] == 0.75 and told[1]["agreement"] == 0.0
-    assert tune_reports.final(None, 6) == told[1] and tune_reports.METRIC == "agreement"
+    assert told[0]["reference_kl"] == told[2]["reference_kl"] == 0.1 and told[1]["reference_kl"] == tune_reports.WORST
+    assert tune_reports.final(None, 6) == told[1] and (tune_reports.METRIC, tune_reports.MODE) == (
+        "reference_kl",
+        "min",
+    )
+    no_number = tune_reports.evaluation(row, State(step=2, best_agreement=0.0, best_kl=math.inf))
+    assert no_number["reference_kl"] == tune_reports.WORST, "Tune takes finite numbers"
 
 
-def test_searcher_and_scheduler_are_given_agreement_as_their_metric(tiny_teacher):
+def test_searcher_and_scheduler_are_given_the_kl_to_be_minimised(tiny_teacher):
     plan = sweep.prepare(settings_of(tiny_teacher, algorithm="optuna", stop={"asha": {}}), bundles.load)
     assert plan.search is not None and plan.stop is not None
     jobs = []
     searcher = optuna.searcher(plan.search, lambda job: jobs.append(job) or len(jobs) - 1)
     stopper = asha.scheduler(plan.stop, [job.config for job in plan.search.probes])
-    assert (searcher.metric, searcher.mode, stopper.metric) == ("agreement", "max", "agreement")
+    assert (searcher.metric, searcher.mode, stopper.metric) == ("reference_kl", "min", "reference_kl")
     plan.search.begin([])
     point = searcher.suggest("one")
-    report = Report(step=6, agreement=0.25, failed=0, row="a row with its accuracies")
+    report = Report(step=6, reference_kl=0.25, failed=0, row="a row with its accuracies")
     searcher.on_trial_complete("one", report)
-    assert report.read == {"agreement", "failed"}
+    assert report.read == {"reference_kl", "failed"}
     assert [t.value for t in plan.search.study.get_trials()] == [0.25]
+    assert plan.search.study.direction.name == "MINIMIZE"
     assert json.loads(point["config"])["teacher"] == str(tiny_teacher) and point["id"] == jobs[point["job"]].id
 
 
@@ -225,7 +232,9 @@ def test_a_trial_reports_each_look_and_its_numbers_do_not_depend_on_being_asked(
 
     told = trial.run(config, teacher, observer=trial.Observer(look=look))
     assert [step for step, _ in seen] == [0, 1, 2, 3, 4, 5, 6]
-    assert seen[-1][1]["agreement"] == told.row["agreement"]
+    looks = [look["reference_kl"] for look in told.epochs]
+    assert [report["reference_kl"] for _, report in seen] == list(itertools.accumulate(cast(list[float], looks), min))
+    assert told.row["reference_kl"] <= seen[-1][1]["reference_kl"]
     assert json.loads(seen[1][1]["so_far"])["synthesis_key"] == told.row["synthesis_key"]
     assert json.loads(seen[-1][1]["looks"]) == list(told.epochs)
     silent = trial.run(config, teacher)
@@ -244,37 +253,39 @@ def asha_of(num_steps=6, **options):
     return asha.scheduler(stop, sweep.expand(sweep.parse({"base": data, "grid": {"pruning.sparsity": [0.5]}}), {}))
 
 
-def ask(stopper, name, step, agreement, **more) -> str:
+def ask(stopper, name, step, kl, **more) -> str:
     if name not in stopper._trial_info:
         stopper.on_trial_add(None, SimpleNamespace(trial_id=name))
-    report = Report(step=step, agreement=agreement, row="a row with its accuracies", **more)
+    report = Report(step=step, reference_kl=kl, row="a row with its accuracies", **more)
     decision = stopper.on_trial_result(None, SimpleNamespace(trial_id=name), report)
-    assert report.read <= {"step", "agreement"}
+    assert report.read <= {"step", "reference_kl"}
     return decision
 
 
 def test_a_trial_that_lags_behind_at_a_rung_is_stopped_and_one_at_its_end_is_not():
     stopper = asha_of(grace_looks=2, reduction_factor=2)
-    assert ask(stopper, "best", 2, 0.9) == "CONTINUE"
-    assert ask(stopper, "early", 1, 0.1) == "CONTINUE", "before the first rung"
-    assert ask(stopper, "worse", 2, 0.3) == "STOP" and stopper.cut == {"worse"}
-    assert ask(stopper, "at its end", 6, 0.1, failed=0) == "CONTINUE" and stopper.cut == {"worse"}
+    assert ask(stopper, "best", 2, 0.1) == "CONTINUE"
+    assert ask(stopper, "early", 1, 0.9) == "CONTINUE", "before the first rung"
+    assert ask(stopper, "worse", 2, 0.7) == "STOP" and stopper.cut == {"worse"}
+    assert ask(stopper, "better", 2, 0.05) == "CONTINUE"
+    assert ask(stopper, "at its end", 6, 0.9, failed=0) == "CONTINUE" and stopper.cut == {"worse"}
 
 
 def test_the_rungs_are_rebuilt_from_earlier_looks():
     stopper, again = asha_of(), asha_of()
-    ask(stopper, "best", 1, 0.9)
-    asha.prime(again, [("best", 1, 0.9), ("lost", 1, 0.2)])
+    ask(stopper, "best", 1, 0.1)
+    asha.prime(again, [("best", 1, 0.1), ("lost", 1, 0.8)])
     assert again.cut == set()
-    assert ask(stopper, "new", 1, 0.3) == ask(again, "new", 1, 0.3) == "STOP"
-    assert ask(asha_of(), "new", 1, 0.3) == "CONTINUE", "with no earlier trials it is the best"
+    assert ask(stopper, "new", 1, 0.7) == ask(again, "new", 1, 0.7) == "STOP"
+    assert ask(asha_of(), "new", 1, 0.7) == "CONTINUE", "with no earlier trials it is the best"
 
 
 # ---- Optuna --------------------------------------------------------------------------------------------------------
 
 
 def objective(config) -> float:
-    return 1 - abs(config.pruning.sparsity - 0.6) - 0.02 * config.distillation.temperature
+    """To be minimised."""
+    return abs(config.pruning.sparsity - 0.6) + 0.02 * config.distillation.temperature
 
 
 def optimised(plan, rows, num) -> list:
@@ -288,24 +299,23 @@ def optimised(plan, rows, num) -> list:
 
 
 def row_of(job, **values):
-    return (
-        trial.provenance(job.config, job.teacher) | {"status": "finished", "agreement": objective(job.config)} | values
-    )
+    measured = {"status": "finished", "reference_kl": objective(job.config)}
+    return trial.provenance(job.config, job.teacher) | measured | values
 
 
 def test_optuna_finds_better_points_than_it_starts_with(tiny_teacher):
     plan = sweep.prepare(settings_of(tiny_teacher, algorithm="optuna", num_trials=40), bundles.load)
     values = [objective(job.config) for job in optimised(plan, [], 40)]
-    assert sum(values[-10:]) / 10 > sum(values[:10]) / 10 + 0.05
+    assert sum(values[-10:]) / 10 < sum(values[:10]) / 10 - 0.05
 
 
 def test_a_resumed_search_knows_the_rows_and_tries_no_point_again(tiny_teacher, tmp_path):
     plan = sweep.prepare(settings_of(tiny_teacher, algorithm="optuna", num_trials=8), bundles.load)
     jobs = optimised(plan, [], 5)
     written = [row_of(job) for job in jobs[:3]]
-    written += [row_of(jobs[3], status="stopped"), row_of(jobs[4], status="failed", agreement=None)]
+    written += [row_of(jobs[3], status="stopped"), row_of(jobs[4], status="failed", reference_kl=None)]
     foreign = trial.provenance(jobs[0].config, jobs[0].teacher) | {"trial_id": "t-0", "status": "finished"}
-    for row in [*written, {**foreign, "agreement": 0.5}]:
+    for row in [*written, {**foreign, "reference_kl": 0.5}]:
         results.write(tmp_path, "trials", [row], row["trial_id"])
     rows = sweep.rows_in(storage.folder(tmp_path))
     again = sweep.prepare(settings_of(tiny_teacher, algorithm="optuna", num_trials=8), bundles.load)
@@ -314,7 +324,7 @@ def test_a_resumed_search_knows_the_rows_and_tries_no_point_again(tiny_teacher, 
     states = Counter(t.state.name for t in again.search.study.get_trials())
     assert states == {"COMPLETE": 4, "FAIL": 1}
     assert {job.id for job in again.jobs_in(rows)} == {job.id for job in jobs}
-    assert {t.value for t in again.search.study.get_trials()} == {row["agreement"] for row in written}
+    assert {t.value for t in again.search.study.get_trials()} == {row["reference_kl"] for row in written}
     assert not {job.id for job in optimised(again, rows, 4)} & {job.id for job in jobs[:4]}
     changed = settings_of(
         tiny_teacher,
@@ -400,15 +410,18 @@ def test_a_stopped_trial_leaves_its_numbers_so_far_and_no_student(ran):
     folder, _, _ = ran
     rows = [row for name in ("search", "optuna") for row in sweep.rows_in(storage.folder(folder / name))]
     looks = pd.concat(results.read(folder / name, "epochs") for name in ("search", "optuna"))
-    by_trial: Any = looks.groupby("trial_id")["agreement"].max()
-    last = by_trial.to_dict()
+    by_trial: Any = looks.groupby("trial_id")["reference_kl"].min()
+    lowest = by_trial.to_dict()
     assert any(row["status"] == "finished" for row in rows)
     for row in rows:
         students = [folder / name / "students" / row["trial_id"] for name in ("search", "optuna")]
         assert any(student.exists() for student in students) == (row["status"] == "finished")
         assert 0 <= row["agreement"] <= 1 and len(row["images_sha256"]) == 64
         assert row["status"] == "finished" or "stopped early at step" in row["reason"]
-        assert last[row["trial_id"]] == row["agreement"]
+        if row["selected"] == "pruned":  # a rung that is no look
+            assert row["reference_kl"] < lowest[row["trial_id"]]
+        else:
+            assert row["reference_kl"] == lowest[row["trial_id"]]
         assert not (folder / "optuna" / "checkpoints" / row["trial_id"]).exists()
 
 

@@ -68,9 +68,13 @@ def test_every_look_of_a_finished_trial_is_a_row_of_epochs_and_ends_as_the_trial
     for name, own in epochs.groupby("trial_id"):
         assert own["step"].tolist() == [0, 2] and own["loss"].notna().tolist() == [False, True]
         best = own[own["step"] == rows.loc[name, "best_step"]].iloc[0]
-        selected = rows.loc[name, "selected"]
-        ends = best["agreement"] if selected == "recovered" else rows.loc[name, f"{selected}_agreement"]
-        assert rows.loc[name, "agreement"] == ends >= best["agreement"]
+        selected, row = rows.loc[name, "selected"], rows.loc[name]
+        ends = best["agreement"] if selected == "recovered" else row[f"{selected}_agreement"]
+        assert row["agreement"] == ends
+        if selected == "pruned":  # a rung that is no look
+            assert row["reference_kl"] < own["reference_kl"].min()
+        else:
+            assert row["reference_kl"] == own["reference_kl"].min() == best["reference_kl"]
         assert best["sparsity"] == rows.loc[name, "achieved_sparsity"]
 
 
@@ -84,15 +88,15 @@ def test_a_sweep_leaves_its_finished_rows_in_one_file_of_each_table(finished_swe
 
 def test_the_final_table_is_printed_and_output_is_quiet(finished_sweep):
     _, (first, _) = finished_sweep
-    assert "agreement" in first.stdout
+    assert "closest to the teacher first" in first.stdout and "agreement" in first.stdout
     noise = [line for line in first.stderr.splitlines() if "error:" not in line]
     assert len(noise) <= 3, first.stderr
 
 
 def test_finished_trials_are_not_run_again(finished_sweep):
-    _, (_, second) = finished_sweep
+    _, (first, second) = finished_sweep
     assert "2 already finished" in second.stdout and "[1/1" in second.stdout
-    assert ": agreement" not in second.stdout
+    assert ": reference KL" in first.stdout and ": reference KL" not in second.stdout
 
 
 def test_plain_pandas_reads_the_table(finished_sweep):

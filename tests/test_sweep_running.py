@@ -17,7 +17,7 @@ from dfkd_ray import bundles, config, distillation, fleet, models, results, stor
 from dfkd_ray.cli.live import descendants
 from dfkd_ray.fleet import node_check
 from dfkd_ray.sweep import ledger as ledgers
-from dfkd_ray.sweep import places, worker
+from dfkd_ray.sweep import places, tune_reports, worker
 from helpers import ABOUT, TINY_TRIAL, jobs_of, tiny_sweep, write_yaml
 
 LOOKS = {"distillation.num_steps": 12, "distillation.eval_every": 2, "distillation.checkpoint_every": 2}
@@ -171,7 +171,7 @@ def test_in_its_process_a_trial_tells_its_row_and_stages_or_why_not(tiny_teacher
     broken = bundles.to_arrays(job.teacher)
     broken["state"] = dict(list(broken["state"].items())[1:])
     told = worker.in_worker(job.id, job.config, job.teacher.hash, shared_with(tmp_path, job.teacher, arrays=broken))
-    judged = {"step": 0, "agreement": 0.0, "failed": 1}  # as bad as can be
+    judged = {"step": 0, "reference_kl": tune_reports.WORST, "failed": 1}  # as bad as can be
     assert set(told) == {"reason", *judged} and told["reason"].startswith("ValueError: ") and "/" not in told["reason"]
 
     class Remote:

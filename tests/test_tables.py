@@ -40,6 +40,7 @@ def frame(num_extra: int = 0, **changes) -> pd.DataFrame:
             "wall_s": 17.0 + index,
         }
         row |= {"recovered_accuracy": 0.9 - index / 77, "agreement": 0.97 - index / 71, "stored_bytes": 275_123 + index}
+        row |= {"reference_kl": 0.03 + index / 73}
     rows[0] |= changes
     return pd.DataFrame([{**dict.fromkeys(COLUMNS), **row} for row in rows])
 
@@ -71,16 +72,21 @@ def test_a_trial_takes_one_line_with_every_value_that_varies_and_what_came_of_it
         values = [show.text_of(row[name]) for name in results.varied_fields(rows)]
         assert cells[1 : 1 + len(values)] == values
         assert f"{100 * row['recovered_accuracy']:.2f}" in cells and f"{100 * row['agreement']:.2f}" in cells
+        assert f"{row['reference_kl']:.4f}" in cells
         assert f"{100 * row['teacher_accuracy']:.2f}" in (notes if width == 80 else line + notes)
 
 
 @pytest.mark.parametrize("width", [80, 100, 140])
 def test_the_quickstarts_columns_are_all_there_at_every_width(width):
-    heading, lines, notes = printed(frame(), width)
-    assert "not shown" not in notes and "shortened" not in notes and len(lines[0].split()) in (11, 12)
-    joined = "".join(heading).replace(" ", "")
-    for name in ("network", "sparsity", "method", "kB"):
-        assert name in joined
+    rows = frame()
+    _, lines, notes = printed(rows, width)
+    assert "not shown" not in notes.replace(show.LEGEND, "") and "shortened" not in notes
+    table, _ = show.trials_table(rows, results.varied_fields(rows), width)
+    headings = [str(column.header).replace("-\n", "").replace("\n", "") for column in table.columns]
+    fields = ["network", "sparsity", "method", "bn_weight", "temperature"]
+    measured = ["teacher"] * ("accuracy of the teacher" not in notes)
+    measured += ["pruned", "BN", "recovered", "KL", "agreement", "kB", "s"]
+    assert headings == fields + measured and len(lines[0].split()) == len(headings)
 
 
 def test_what_is_not_shown_or_shortened_is_said_with_how_to_see_it():
@@ -116,25 +122,30 @@ HOSTILE = [
 @pytest.mark.parametrize("width", [10, 40, 80, 140])
 def test_hostile_names_stay_text_within_the_width(width, name):
     rows = frame(teacher=name, **{"synthesis.method": name, "student.arguments": name})
-    _, lines, _ = printed(rows, width)
+    _, lines, notes = printed(rows, width)
     text = "".join(lines)
     assert "\x1b" not in text and "\u202e" not in text
     if width >= 80:
         assert len(lines) <= 2 * 18
-        if len(name) < 13:
+        if len(name) < 13 and (width > 80 or len(show.shown(name)) < 13):
             assert show.shown(name) in text
+        else:
+            assert show.shown(name) in text or "shortened: " in notes
 
 
 @pytest.mark.parametrize("width", [60, 80, 140])
 def test_failed_and_stopped_trials_are_told(width):
     rows = frame()
-    metrics = ["recovered_accuracy", "agreement", "teacher_accuracy", "stored_bytes", "wall_s", "pruned_accuracy"]
+    metrics = ["recovered_accuracy", "agreement", "reference_kl"]
+    metrics += ["teacher_accuracy", "stored_bytes", "wall_s", "pruned_accuracy"]
     rows.loc[3, metrics], rows.loc[3, "status"] = None, "failed"
     rows.loc[5, "recovered_accuracy"], rows.loc[5, "status"] = None, "stopped"
-    _, lines, _ = printed(rows, width)
+    _, lines, notes = printed(rows, width)
     assert len(lines) == 18 and "FAILED" in lines[3] and "stopped" in lines[5]
     assert sum("FAILED" in line or "stopped" in line for line in lines) == 2
-    assert f"{100 * rows.loc[5, 'agreement']:.2f}" in lines[5]
+    assert f"{rows.loc[5, 'reference_kl']:.4f}" in lines[5]
+    said = notes.partition("not shown: ")[2].partition(";")[0]
+    assert f"{100 * rows.loc[5, 'agreement']:.2f}" in lines[5] or (width == 60 and "agreement" in said)
 
 
 def test_a_pipe_gets_the_whole_table_however_wide(capsys, monkeypatch):

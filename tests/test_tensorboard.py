@@ -182,7 +182,8 @@ def test_the_hparams_view_has_the_fields_that_vary_and_two_metrics(tmp_path):
     }
     assert shown["pruning.sparsity"].type == API.DATA_TYPE_FLOAT64
     assert [value.number_value for value in shown["pruning.sparsity"].domain_discrete.values] == [0.75, 0.9]
-    assert [info.name.tag for info in experiment.metric_infos] == ["trial/agreement", "trial/recovered_accuracy"]
+    tags = [info.name.tag for info in experiment.metric_infos]
+    assert tags == ["trial/reference_kl", "trial/agreement", "trial/recovered_accuracy"]
 
 
 def test_a_place_on_a_uri_holds_the_same_points(tmp_path, monkeypatch):
@@ -387,4 +388,4 @@ def test_tensorboard_serves_runs_points_and_hparams_of_a_results_place(finished)
         [group] = ask("/data/plugin/hparams/session_groups", wanted)["sessionGroups"]
         assert group["hparams"]["pruning.sparsity"] == 0.5
         values = {value["name"]["tag"]: value["value"] for value in group["metricValues"]}
-        assert values == {"trial/agreement": pytest.approx(row["agreement"])}
+        assert values == {f"trial/{name}": pytest.approx(row[name]) for name in ("reference_kl", "agreement")}

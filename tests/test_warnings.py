@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import dfkd_ray
-from dfkd_ray import bundles, trial
+from dfkd_ray import bundles, evaluation, trial
 from dfkd_ray.bundles.doubts import doubts
 from dfkd_ray.compression import pruning
 from dfkd_ray.config import TrialConfig, validate, with_overrides
@@ -27,14 +27,45 @@ def recovered(**settings):
 # ---- which rung ------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def compared(monkeypatch):
+    """(agreement, KL) of every comparison with the teacher, in order: plain pruning, re-estimated, each look."""
+    found, real = [], evaluation.Reference.compare
+
+    def compare(reference, network):
+        found.append(real(reference, network))
+        return found[-1]
+
+    monkeypatch.setattr(evaluation.Reference, "compare", compare)
+    return found
+
+
 @pytest.mark.parametrize("bn_mode", ["trained", "frozen", "reestimated"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9])
-def test_no_student_agrees_less_than_plain_pruning(bn_mode, sparsity):
+def test_no_student_is_farther_from_the_teacher_than_plain_pruning_or_any_look(bn_mode, sparsity, compared):
     done = recovered(
         **{"pruning.sparsity": sparsity, "distillation.bn_mode": bn_mode, "distillation.learning_rate": 5.0}
     )
-    rungs = [done.row["pruned_agreement"], done.row["bn_reestimated_agreement"], done.row["agreement"]]
-    assert done.row["agreement"] == max(rungs)
+    agreements, distances = zip(*compared, strict=True)
+    assert len(distances) == 4, "two rungs and two looks"
+    assert done.row["reference_kl"] == min(distances)
+    assert done.row["agreement"] in [a for a, kl in compared if kl == min(distances)]
+    assert agreements[:2] == (done.row["pruned_agreement"], done.row["bn_reestimated_agreement"])
+
+
+def test_of_students_that_agree_alike_the_one_of_lowest_kl_is_kept(monkeypatch):
+    for distances, selected in (([3.0, 2.0, 2.5, 1.0], "recovered"), ([1.0, 2.0, 2.5, 3.0], "pruned")):
+        told = iter(distances)
+        monkeypatch.setattr(evaluation.Reference, "compare", lambda *_arguments, told=told: (0.875, next(told)))
+        row = recovered(**{"pruning.sparsity": 0.5}).row
+        assert (row["selected"], row["reference_kl"], row["agreement"]) == (selected, 1.0, 0.875)
+
+
+def test_a_student_of_higher_agreement_and_higher_kl_is_not_kept(monkeypatch):
+    told = iter([(0.9, 3.0), (0.95, 2.0), (1.0, 2.5), (0.5, 1.0)])
+    monkeypatch.setattr(evaluation.Reference, "compare", lambda *_arguments: next(told))
+    row = recovered(**{"pruning.sparsity": 0.5}).row
+    assert (row["selected"], row["best_step"], row["reference_kl"], row["agreement"]) == ("recovered", 2, 1.0, 0.5)
 
 
 def test_where_training_ruins_a_student_the_pruned_one_is_kept_and_said():

@@ -135,6 +135,7 @@ def main_columns(rows: Any, table: str) -> list[str]:
         folded = "num_seeds" in rows.columns
         fields = [name for name in varied_fields(rows) if not (folded and name in SEEDS)]
         names = ["num_seeds"] if folded else ["trial_id"]
+        names += [name for name in ("trial_version", "reference.mixed") if rows[name].nunique(dropna=False) > 1]
         names = ["teacher", *fields, *names, *METRICS]
         if not folded and (rows["status"] != "finished").any():
             names += ["status", "reason"]

@@ -12,7 +12,7 @@ from dfkd_ray.cli.streams import say
 from dfkd_ray.ladder import BN_REESTIMATED, PRUNED, RECOVERED, RUNGS, TEACHER
 from dfkd_ray.text import is_null, shown
 
-TITLE = "closest to the teacher first (KL on the reference set); accuracies in % of the test set"
+TITLE = "closest to the teacher first (reference KL); accuracies in % of the test set"
 LEGEND = (
     "KL, agreement: teacher and student on the reference set; BN: BatchNorm re-estimated on synthetic images, untrained; "
     "kB: stored weights; s: wall time of the trial"

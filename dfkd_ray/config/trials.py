@@ -120,10 +120,10 @@ class ReferenceConfig(BaseModel):
     model_config = STRICT
 
     num_images: Count = Field(default=256, ge=2)
+    synthesis: ReferenceSynthesisConfig = DeepInversionConfig()
     mixed: bool = Field(
         default=True, description="mix the images in pairs; false where a mixture of two inputs has no meaning"
     )
-    synthesis: ReferenceSynthesisConfig = DeepInversionConfig()
 
 
 class TrialConfig(BaseModel):

@@ -1,8 +1,8 @@
 """The report's tables, as pure functions of the frames `trials` and `synthesis`. No figures, no HTML.
 
 A *configuration* is a group of trials that differ only in seeds. *Best* always means the lowest KL divergence
-from the teacher on the synthetic reference set; test accuracy is shown, never used to select. Standard deviations are
-sample standard deviations (n - 1), null for one trial.
+from the teacher on the synthetic reference set, among trials of the newest version; test accuracy is shown, never used
+to select. Standard deviations are sample standard deviations (n - 1), null for one trial.
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ import pandas as pd
 from dfkd_ray.config import TrialConfig
 from dfkd_ray.ladder import BEFORE, RUNGS, STUDENTS
 from dfkd_ray.report.wording import Frame, Series
-from dfkd_ray.results.schemas import SEEDS, config_columns
+from dfkd_ray.results.schemas import BEST_FIRST, SEEDS, config_columns
 
 # The network's label covers the first three; the last is what was requested, not what was used.
 NOT_CONFIGURATION = ("teacher", "student.architecture", "student.arguments", "device", *SEEDS)
@@ -101,13 +101,9 @@ def configurations(rows: Frame) -> Frame:
 
 
 def best(configs: Frame) -> Frame:
-    """The configuration of lowest mean KL for each network and sparsity, data-free and real separately.
-
-    Rows of newer algorithms win: those of another version may be measured on other reference images.
-    """
-    newest = ["trial_version"] if "trial_version" in configs else []
-    by = [*newest, "reference_kl", "agreement"]
-    order = configs.sort_values(by, ascending=[name == "reference_kl" for name in by], kind="stable")
+    """The first configuration by `BEST_FIRST` for each network and sparsity, data-free and real separately."""
+    by = [name for name in BEST_FIRST if name in configs]
+    order = configs.sort_values(by, ascending=[BEST_FIRST[name] for name in by], kind="stable")
     chosen = order.drop_duplicates(["network", "real_data", "level"])
     return chosen.sort_values(["network", "real_data", "level"], kind="stable").reset_index(drop=True)
 

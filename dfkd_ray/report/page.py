@@ -124,6 +124,7 @@ def trial_columns(rows: Frame, fields: Sequence[str]) -> list[Column]:
         *(Column(name, names[name], name) for name in fields),
         *(Column(name, "seed" if len(seeds) == 1 else name, name) for name in seeds),
         Column("status", "status"),
+        Column("trial_version", "version", "of the trial's algorithms; KL and agreement compare within one alone"),
         Column("measure", "measure", "what teacher, pruned, BN and recovered count"),
         *(Column(f"at_{rung.name}", rung.heading, f"{rung.how}, {measured}", 100.0, 2) for rung in RUNGS),
         Column("lost", "lost", "points lost against the teacher", 100.0, 2),
@@ -135,7 +136,7 @@ def trial_columns(rows: Frame, fields: Sequence[str]) -> list[Column]:
         Column("trial_id", "trial", "students/<trial> is its student"),
         Column("reason", "reason", "why it failed", long=True),
     ]
-    same = {name for name in ("status", "measure") if rows[name].nunique(dropna=False) == 1}
+    same = {name for name in ("status", "measure", "trial_version") if rows[name].nunique(dropna=False) == 1}
     if rows["measure"].eq("agreement").all():
         same |= {"at_teacher", "agreement"}  # 100 %, and the recovered one
     return [column for column in columns if column.name not in same and rows[column.name].notna().any()]

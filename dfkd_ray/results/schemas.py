@@ -34,6 +34,9 @@ KEYS = {"trials": ["trial_id"], "epochs": ["trial_id", "step"], "synthesis": ["s
 WRITTEN_AT = "written_at_s"
 # The seeds that differ between repetitions of a trial.
 SEEDS = ("synthesis.seed", "distillation.seed")
+# The order of trials, nulls last: column -> ascending. Numbers on other reference images are no better or worse, so
+# trials of the newest version come first, mixed images before plain ones, and the lowest KL within each.
+BEST_FIRST = {"trial_version": False, "reference.mixed": False, "reference_kl": True, "agreement": False}
 
 SYNTHESIS_VERSION_MEANING = "of the algorithms that make images; null in rows from before it was counted"
 WRITING: Columns = {WRITTEN_AT: (pa.float64(), False, "when the row was written, seconds since 1970")}

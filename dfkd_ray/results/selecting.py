@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 
 from dfkd_ray.config import follows
-from dfkd_ray.results.schemas import METRICS, SEEDS, WRITTEN_AT, close_to, schema
+from dfkd_ray.results.schemas import BEST_FIRST, METRICS, SEEDS, WRITTEN_AT, close_to, schema
 from dfkd_ray.text import shortened
 
 COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
@@ -34,6 +34,7 @@ MADE_BY = {
     "torch_version": "versions of torch",
     "numerics": "numerics classes",
 }
+MIXED_SINCE = 3  # trial_version
 NUM_MIXED = 3  # values of one kind that are named
 STD = "_std"
 
@@ -123,7 +124,7 @@ def varied_fields(trials: pd.DataFrame) -> list[str]:
 def fold_seeds(trials: pd.DataFrame) -> pd.DataFrame:
     """Finished trials, grouped over seeds: one row per group with the mean of each number and its std as `<name>_std`.
 
-    The standard deviation is the sample's (n - 1), null for one seed. Lowest `reference_kl` first.
+    The standard deviation is the sample's (n - 1), null for one seed. The order is `BEST_FIRST`.
     """
     trials = trials.loc[trials["status"] == "finished"]
     numeric = (pa.float64(), pa.int64())
@@ -143,7 +144,7 @@ def fold_seeds(trials: pd.DataFrame) -> pd.DataFrame:
     folded[NUM_SEEDS] = groups.size()
     order = [column for name in numbers for column in (name, name + STD)]
     folded: Any = folded[[*first, NUM_SEEDS, *order, *fields]]
-    return folded.sort_values(["reference_kl", "agreement"], ascending=[True, False]).reset_index(drop=True)
+    return folded.sort_values(list(BEST_FIRST), ascending=list(BEST_FIRST.values())).reset_index(drop=True)
 
 
 def mixtures(frame: pd.DataFrame) -> list[str]:
@@ -165,9 +166,24 @@ def mixtures(frame: pd.DataFrame) -> list[str]:
 
 
 def mixed(frame: pd.DataFrame) -> str | None:
-    """`mixtures` as one line of text; None if nothing is mixed."""
-    found = mixtures(frame)
-    return f"rows that were made differently: {'; '.join(found)}; their numbers may differ for it" if found else None
+    """`mixtures` as one line of text, and whether KL and agreement can be compared; None if nothing is mixed."""
+    found, sets = mixtures(frame), reference_sets(frame)
+    says = [f"rows that were made differently: {'; '.join(found)}; their numbers may differ for it"] if found else []
+    if len(sets) > 1:
+        numbers = ", ".join(f"{what}: {num} row{'' if num == 1 else 's'}" for what, num in sets.items())
+        says.append(f"KL and agreement on two kinds of reference images cannot be compared ({numbers})")
+    return "; ".join(says) or None
+
+
+def reference_sets(frame: pd.DataFrame) -> dict[str, int]:
+    """Number of rows by their reference images, `mixed` or `plain`: plain ones until version 3, or where asked for."""
+    if "trial_version" not in frame or "reference.mixed" not in frame:
+        return {}
+    measured = frame.loc[frame["status"] != "failed"] if "status" in frame else frame
+    is_new = measured["trial_version"].fillna(0) >= MIXED_SINCE
+    is_mixed = is_new & measured["reference.mixed"].map(lambda value: not pd.isna(value) and bool(value))
+    counts = {"mixed": int(is_mixed.sum()), "plain": int((~is_mixed).sum())}
+    return {name: num for name, num in counts.items() if num}
 
 
 def value_shown(value: Any) -> str:

@@ -35,7 +35,7 @@ ATTEMPTS = 20
 FINAL = ("finished", "stopped")  # statuses of trials that are not run again
 # "Best" means closest to the teacher on the reference set, never test accuracy.
 ORDERS: dict[str, dict[str, bool]] = {
-    "trials": {"reference_kl": True, "agreement": False, "trial_id": True},
+    "trials": {**schemas.BEST_FIRST, "trial_id": True},
     "epochs": {"trial_id": True, "step": True},
     "synthesis": {"synthesis_key": True, "batch_index": True},
 }
@@ -44,8 +44,9 @@ ORDERS: dict[str, dict[str, bool]] = {
 def read(place: Where, table: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
     """Read a table of a place, all columns or some, without duplicates, in the table's order.
 
-    `trials`: lowest `reference_kl` first, failed last. `epochs`: by trial and step. `synthesis`: by key and batch
-    index. `ValueError` if the table or a column does not exist, or if a part is damaged or of a newer version.
+    `trials`: `BEST_FIRST` (lowest `reference_kl` within a version), failed last. `epochs`: by trial and step.
+    `synthesis`: by key and batch index. `ValueError` if the table or a column does not exist, or if a part is damaged
+    or of a newer version.
     """
     schemas.known(table, columns or ())
     needed = None if columns is None else list(dict.fromkeys([*columns, *_bookkeeping(table)]))
@@ -216,6 +217,9 @@ def distinct(rows: pa.Table, table: str) -> pa.Table:
     known = rows.select(_bookkeeping(table)).to_pandas()
     known = known.sort_values(schemas.WRITTEN_AT, kind="stable", na_position="first")
     known = known.drop_duplicates(schemas.KEYS[table], keep="last")
+    if table == "trials":  # a failed trial of the newest version comes after what an older one has found
+        has_result = known["reference_kl"].notna() | known["agreement"].notna()
+        known = known.assign(**{name: known[name].where(has_result) for name in schemas.BEST_FIRST})
     known = known.sort_values(list(order), ascending=list(order.values()), na_position="last")
     return rows.take(pa.array(known.index.to_numpy()))
 
