@@ -62,8 +62,13 @@ def place(tmp_path_factory):
     """A results place with everything in it."""
     place = tmp_path_factory.mktemp("sweeps") / "everything"
     rows = grid()
-    failed = [full_row(len(rows) + n, status="failed", reason=f"FloatingPointError: NaN in batch {n}", agreement=None,
-                    reference_kl=None, recovered_accuracy=None, bn_weight=9.0, synthesis_key=None) for n in range(2)]  # fmt: skip
+    nothing = dict.fromkeys(("agreement", "reference_kl", "recovered_accuracy", "synthesis_key"))
+    failed = [
+        full_row(
+            len(rows) + n, status="failed", reason=f"FloatingPointError: NaN in batch {n}", bn_weight=9.0, **nothing
+        )
+        for n in range(2)
+    ]
     write(place, "trials", rows + failed)
     write(place, "synthesis", batch_rows(rows))
     for row in rows[:4]:

@@ -396,7 +396,8 @@ def test_the_default_references_key_and_columns_are_those_of_before():
         "reference.synthesis.batch_size",
     ]
     fields = {*DeepInversionConfig.model_fields, *RecordsConfig.model_fields, *NoiseConfig.model_fields}
-    assert set(names) == {"reference.num_images", *(f"reference.synthesis.{field}" for field in fields)}
+    own = {"reference.num_images", "reference.mixed"}
+    assert set(names) == own | {*(f"reference.synthesis.{field}" for field in fields)}
     assert len(names) == len(set(names))
     assert json.loads(str(results.schema("trials").metadata[b"dfkd_ray.schema"].rpartition(b"/")[2].decode())) == 4
 

@@ -179,9 +179,9 @@ def reference_sets(frame: pd.DataFrame) -> dict[str, int]:
     """Number of rows by their reference images, `mixed` or `plain`: plain ones until version 3, or where asked for."""
     if "trial_version" not in frame or "reference.mixed" not in frame:
         return {}
-    measured = frame.loc[frame["status"] != "failed"] if "status" in frame else frame
+    measured: Any = frame.loc[frame["status"] != "failed"] if "status" in frame else frame
     is_new = measured["trial_version"].fillna(0) >= MIXED_SINCE
-    is_mixed = is_new & measured["reference.mixed"].map(lambda value: not pd.isna(value) and bool(value))
+    is_mixed: Any = is_new & measured["reference.mixed"].map(lambda value: not pd.isna(value) and bool(value))
     counts = {"mixed": int(is_mixed.sum()), "plain": int((~is_mixed).sum())}
     return {name: num for name, num in counts.items() if num}
 
