@@ -52,6 +52,15 @@ BN_REESTIMATED = Rung(
     "the same after BatchNorm re-estimation",
     (("color", "#d9822b"), ("marker", "s"), ("linestyle", "-.")),
 )
+RECONSTRUCTED = Rung(
+    "reconstructed",
+    "reconstructed",
+    "recon.",
+    "after layer-wise reconstruction",
+    "after layer-wise reconstruction, no training; null where it is left out",
+    "the same after layer-wise reconstruction",
+    (("color", "#7a5195"), ("marker", "D"), ("linestyle", "--")),
+)
 RECOVERED = Rung(
     "recovered",
     "recovered",
@@ -61,6 +70,6 @@ RECOVERED = Rung(
     "the same for the selected student: what trials are ranked by",
     (("color", "#0b5cad"), ("marker", "o"), ("linestyle", "-"), ("linewidth", 2.0)),
 )
-RUNGS = (TEACHER, PRUNED, BN_REESTIMATED, RECOVERED)
+RUNGS = (TEACHER, PRUNED, BN_REESTIMATED, RECONSTRUCTED, RECOVERED)
 STUDENTS = RUNGS[1:]
 BEFORE = RUNGS[1:-1]  # of the student, before it is trained

@@ -235,7 +235,7 @@ def recovery(
         for sparsity, (our_accuracy, our_wall) in zip(sparsities, ours, strict=True):
             start = time.perf_counter()
             student = deepcopy(plain)
-            masks = pruning.masks(student, PruningConfig(sparsity=sparsity))
+            masks = pruning.masks(student, PruningConfig(criterion="global_magnitude", sparsity=sparsity))
             pruning.apply(student, masks)
             epochs = max(1, round(RECIPE["num_epochs"] * scale))
             reference_distillation(student, plain, images, masks, epochs, seed)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from dfkd_ray.config import PruningConfig
+from dfkd_ray.config import FROM_IMAGES, PruningConfig
 
 Weights = dict[str, Tensor]
 Masks = dict[str, Tensor]
@@ -57,19 +57,25 @@ def magnitude_scores(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: weight.detach().abs() for name, weight in weights.items()}
 
 
-def lamp_scores(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """w² over the sum of squares of the layer's weights that are at least as large.
+def squares(weights: Mapping[str, Tensor]) -> Weights:
+    """w², float64."""
+    return {name: weight.detach().double().square() for name, weight in weights.items()}
 
-    Source: Lee et al. 2021, arXiv 2010.07611, equation 3. The largest weight of a layer scores 1: none is emptied.
+
+def lamp_scores(saliencies: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A weight's saliency over the sum of those of the layer's weights that are at least as large.
+
+    Source: Lee et al. 2021, arXiv 2010.07611, equation 3, where the saliency is w². The largest of a layer scores 1: no
+    layer is emptied.
     """
     scores = {}
-    for name, weight in weights.items():
-        squares = weight.detach().double().square().flatten()
+    for name, saliency in saliencies.items():
+        squares = saliency.detach().double().flatten()
         order = torch.argsort(squares, stable=True)
         remaining = squares[order].flip(0).cumsum(0).flip(0)
         score = torch.empty_like(squares)
         score[order] = squares[order] / remaining.clamp_min(torch.finfo(squares.dtype).tiny)
-        scores[name] = score.view_as(weight)
+        scores[name] = score.view_as(saliency)
     return scores
 
 
@@ -88,8 +94,8 @@ def global_magnitude(weights: Mapping[str, Tensor], num_zeros: int) -> Masks:
 
 
 def lamp(weights: Mapping[str, Tensor], num_zeros: int) -> Masks:
-    """Lowest LAMP scores over all layers."""
-    return lowest(lamp_scores(weights), num_zeros)
+    """Lowest LAMP scores of w² over all layers."""
+    return lowest(lamp_scores(squares(weights)), num_zeros)
 
 
 def uniform(weights: Mapping[str, Tensor], num_zeros: int) -> Masks:
@@ -101,20 +107,57 @@ def uniform(weights: Mapping[str, Tensor], num_zeros: int) -> Masks:
     by_remainder = sorted(sizes, key=lambda name: counts[name] - exact[name])
     for name in by_remainder[: num_zeros - sum(counts.values())]:
         counts[name] += 1
+    return smallest(weights, counts)
+
+
+def smallest(weights: Mapping[str, Tensor], counts: Mapping[str, int]) -> Masks:
+    """Masks that drop the `counts` smallest magnitudes of each layer."""
     scores = magnitude_scores(weights)
     return {name: lowest({name: scores[name]}, counts[name])[name] for name in weights}
+
+
+def erk(weights: Mapping[str, Tensor], num_zeros: int) -> Masks:
+    """Smallest magnitudes in each layer; a layer's density is proportional to the sum of its sizes over their product.
+
+    Source: Evci et al. 2020, arXiv 1911.11134, section 3 (Erdős–Rényi kernel). Layers that would be denser than dense
+    stay dense. Rounding falls on the largest layers.
+    """
+    sizes = {name: weight.numel() for name, weight in weights.items()}
+    ratio = {name: sum(weight.shape) / weight.numel() for name, weight in weights.items()}
+    num_kept, dense = sum(sizes.values()) - num_zeros, set[str]()
+    while True:
+        open_layers = [name for name in weights if name not in dense]
+        rest = num_kept - sum(sizes[name] for name in dense)
+        share = rest / max(1e-30, sum(ratio[name] * sizes[name] for name in open_layers))
+        too_dense = {name for name in open_layers if share * ratio[name] > 1}
+        if not too_dense:
+            break
+        dense |= too_dense
+    kept = {name: sizes[name] if name in dense else int(share * ratio[name] * sizes[name]) for name in weights}
+    missing = num_kept - sum(kept.values())
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        more = min(missing, sizes[name] - kept[name])
+        kept[name], missing = kept[name] + more, missing - more
+    return smallest(weights, {name: sizes[name] - kept[name] for name in weights})
 
 
 CRITERIA: dict[str, Callable[[Mapping[str, Tensor], int], Masks]] = {
     "global_magnitude": global_magnitude,
     "uniform": uniform,
     "lamp": lamp,
+    "erk": erk,
 }
 
 
-def masks(network: nn.Module, config: PruningConfig, sparsity: float | None = None) -> Masks:
+def masks(
+    network: nn.Module,
+    config: PruningConfig,
+    sparsity: float | None = None,
+    saliencies: Mapping[str, Tensor] | None = None,
+) -> Masks:
     """The masks for `sparsity` (default: the config's) on the network's current weights; the network is not changed.
 
+    `saliencies`: of every prunable weight, for a criterion that scores with images; LAMP scores of them are compared.
     `ValueError` if the layers that are not spared have too few weights, or if nothing is prunable.
     """
     sparsity = config.sparsity if sparsity is None else sparsity
@@ -136,6 +179,9 @@ def masks(network: nn.Module, config: PruningConfig, sparsity: float | None = No
             f"pruning.sparsity={sparsity}: {num_zeros} of {total} weights must go, but only {available} are not spared"
         )
     result = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+    if config.criterion in FROM_IMAGES:
+        assert saliencies is not None, "this criterion scores with images"
+        return result | lowest(lamp_scores({name: saliencies[name] for name in chosen}), num_zeros)
     return result | CRITERIA[config.criterion](chosen, num_zeros)
 
 

@@ -30,6 +30,7 @@ from dfkd_ray.config.methods import (
 )
 from dfkd_ray.config.parsing import parse_overrides, read_yaml
 from dfkd_ray.config.trials import (
+    FROM_IMAGES,
     DistillationConfig,
     PruningConfig,
     ReferenceConfig,
@@ -40,6 +41,7 @@ from dfkd_ray.config.trials import (
 from dfkd_ray.plain import with_overrides
 
 __all__ = [
+    "FROM_IMAGES",
     "METHODS",
     "STRICT",
     "SYNTHESIS_VERSION",

@@ -15,7 +15,8 @@ from dfkd_ray.config.trials import TrialConfig
 # (pruning, BatchNorm re-estimation, distillation, evaluation). Raise neither for a new config field: it changes keys
 # and ids by itself.
 SYNTHESIS_VERSION = 2  # 2: with more classes than images in a batch, labels in a random order
-# 2: distils on distillation.num_images alone; plain pruning is a candidate. 3: the lowest KL divergence selects.
+# 2: distils on distillation.num_images alone; plain pruning is a candidate. 3: the lowest KL divergence selects; layers
+# are reconstructed.
 TRIAL_VERSION = 3
 
 

@@ -21,15 +21,18 @@ from dfkd_ray.config.fields import (
 )
 from dfkd_ray.config.methods import METHODS, DeepInversionConfig, ReferenceSynthesisConfig, SynthesisConfig
 
+FROM_IMAGES = ("wanda", "obs")  # criteria that score weights with the synthetic images
+
 
 class PruningConfig(BaseModel):
     """Unstructured pruning of the student's convolution and linear weights."""
 
     model_config = STRICT
 
-    criterion: Literal["global_magnitude", "uniform", "lamp"] = Field(
-        default="global_magnitude",
-        description="what is pruned first: smallest |w| overall, per layer, or by LAMP score",
+    criterion: Literal["global_magnitude", "uniform", "lamp", "erk", "wanda", "obs"] = Field(
+        default="lamp",
+        description="what is pruned first: smallest |w| overall, or per layer (uniform or ERK shares), or lowest LAMP "
+        "score of |w|, or of Wanda or OBS scores from the synthetic images",
     )
     sparsity: Number = Field(default=0.75, ge=0, lt=1, description="share of zeros over all Conv and Linear weights")
     schedule: Literal["one_shot", "cubic"] = Field(
@@ -49,6 +52,28 @@ class PruningConfig(BaseModel):
         if info.data.get("schedule") == "one_shot" and value != cls.model_fields[name].default:
             raise ValueError(f"{name} acts with schedule=cubic only; leave it out or set schedule=cubic")
         return value
+
+    @model_validator(mode="after")
+    def _scores_from_images_are_taken_once(self) -> "PruningConfig":
+        if self.criterion in FROM_IMAGES and self.schedule == "cubic":
+            raise ValueError(f"criterion={self.criterion} scores the dense network once; set schedule=one_shot")
+        return self
+
+
+class ReconstructionConfig(BaseModel):
+    """Least squares for the kept weights, layer by layer, before distillation: `dfkd_ray.compression.layerwise`.
+
+    It is left out for another architecture, `pruning.schedule=cubic` and `distillation.bn_mode=frozen`.
+    """
+
+    model_config = STRICT
+
+    num_images: Count = Field(
+        default=1024,
+        ge=0,
+        description="half of them as they are, half shifted, flipped and mixed as in distillation; 0 leaves it out",
+    )
+    ridge: Number = Field(default=0.01, gt=0, description="pull towards the teacher's weights, of the mean input power")
 
 
 class StudentConfig(BaseModel):
@@ -142,6 +167,7 @@ class TrialConfig(BaseModel):
     )
     distillation: DistillationConfig = DistillationConfig()
     reference: ReferenceConfig = ReferenceConfig()
+    reconstruction: ReconstructionConfig = ReconstructionConfig()
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     @model_validator(mode="after")

@@ -24,8 +24,9 @@ SCHEMA = b"dfkd_ray.schema"
 # One entry per step from a version to the next: the columns renamed in it. Columns added with a version or a config
 # field are null in older rows. A new config field does not raise the version, a new metric does.
 RENAMED: dict[str, list[Mapping[str, str]]] = {
-    # 2: written_at_s; 3: trial_version, synthesis_version; 4: selected, warnings, test_set, test_sha256
-    "trials": [{}, {}, {}],
+    # 2: written_at_s; 3: trial_version, synthesis_version; 4: selected, warnings, test_set, test_sha256; 5: the rung
+    # "reconstructed"
+    "trials": [{}, {}, {}, {}],
     "epochs": [],
     "synthesis": [{}, {}, {}, {}],  # 2: written_at_s; 3: record; 4: synthesis_version; 5: round
 }
@@ -54,7 +55,7 @@ METRICS: Columns = {
     **{str(rung.agreement): (pa.float64(), True, str(rung.agreement_meaning)) for rung in STUDENTS},
     "reference_kl": (pa.float64(), True, "KL(teacher || student) on the reference set, nats"),
     "best_step": (pa.int64(), True, "distillation step of the selected student; 0: from before the first"),
-    "selected": (pa.string(), True, "the rung of the selected student: pruned, bn_reestimated or recovered"),
+    "selected": (pa.string(), True, "the rung of the selected student, the stem of its columns"),
     "warnings": (pa.string(), True, "what looks wrong, and what to change; null where nothing does"),
     "test_set": (pa.string(), True, "name of the test set behind the accuracies; null without one"),
     "num_test_images": (pa.int64(), True, "test images behind the accuracies"),
@@ -73,6 +74,7 @@ METRICS: Columns = {
     "class_histogram": (pa.string(), True, "teacher's argmax over the images, counts as JSON"),
     "synthesis_wall_s": (pa.float64(), False, "seconds of making the images, summed over batches, cached or not"),
     "reference_wall_s": (pa.float64(), False, "the same for the reference set"),
+    "reconstruction_wall_s": (pa.float64(), True, "seconds of layer-wise reconstruction; null where it is left out"),
     "distillation_wall_s": (pa.float64(), False, "seconds of distillation"),
     "wall_s": (pa.float64(), False, "seconds of the whole trial"),
     "num_cached_batches": (pa.int64(), False, "batches that were there: in the cache, or made for another trial"),

@@ -1,4 +1,4 @@
-"""Runs one whole trial on one machine, without Ray: prune, re-estimate BatchNorm (if any), distil, evaluate.
+"""Runs one whole trial on one machine, without Ray: prune, re-estimate BatchNorm, reconstruct, distil, evaluate.
 
 The result is a row. Real data is passed in as arguments: test batches (for reporting) and, if a config asks for `real`
 images, a source of them. This module opens no data set.
@@ -24,6 +24,7 @@ from dfkd_ray.distillation import NOBODY, Observer, Pool
 from dfkd_ray.heads import HEADS
 from dfkd_ray.images import decoded
 from dfkd_ray.storage import Folder, Where
+from dfkd_ray.trial import reconstruction
 from dfkd_ray.trial.identity import (
     CHECKPOINTS,
     TRIAL_ID,
@@ -191,13 +192,7 @@ def steps(
     report = observer.progress or (lambda _stage, _done, _total, _shown: None)
 
     with runtime.numerics():
-        # The student on the rungs before training.
         student = starting_student(config, teacher, device, inputs.trust_code)
-        masks: pruning.Masks = {}
-        if config.pruning.sparsity > 0:
-            masks = pruning.masks(student, config.pruning)
-        dense = deepcopy(student)
-        pruning.apply(student, masks)
         reestimates = bool(batchnorm.layers(student))
 
         held_out = gather_reference(config, teacher, device, inputs.images, report)
@@ -219,7 +214,13 @@ def steps(
         first_pool = rounds.first_pool()
         pool = rounds.pool()
         count_images(pool)
+
+        # The student on the rungs before training.
+        masks = reconstruction.masks(student, config, first_pool, runtime)
+        dense = deepcopy(student)
+        pruning.apply(student, masks)
         measured: dict[ladder.Rung, tuple[float, float]] = {}  # KL divergence, agreement
+        states: dict[ladder.Rung, dict[str, torch.Tensor]] = {}
 
         def measure(rung: ladder.Rung, net: nn.Module) -> None:
             report("evaluating", 0, 1, {})
@@ -230,6 +231,11 @@ def steps(
             if rung in ladder.BEFORE:
                 agreement, kl = reference.compare(net)
                 row[str(rung.agreement)], measured[rung] = agreement, (kl, agreement)
+                states[rung] = deepcopy(net.state_dict())
+
+        def leave_out(rung: ladder.Rung) -> None:
+            """A rung that does not exist is null: the numbers of the one before would suggest that it does."""
+            row.update({rung.accuracy: None, str(rung.agreement): None})
 
         row |= test_columns(test)
         measure(ladder.TEACHER, network)
@@ -237,17 +243,30 @@ def steps(
         if reestimates:
             reestimate(student, config, first_pool, runtime)
             measure(ladder.BN_REESTIMATED, student)
-        else:  # this rung does not exist: repeating the numbers of `pruned` would suggest that it does
-            row |= {ladder.BN_REESTIMATED.accuracy: None, str(ladder.BN_REESTIMATED.agreement): None}
+        else:
+            leave_out(ladder.BN_REESTIMATED)
+        warned: list[str] = []
+        start = ladder.BN_REESTIMATED if reestimates else ladder.PRUNED
+        if reconstruction.applies(config):
+            report("reconstructing", 0, 1, {})
+            reconstruction_start = time.perf_counter()
+            student.load_state_dict(states[ladder.PRUNED])
+            warning = reconstruction.reconstruct(student, network, config, first_pool, runtime, masks)
+            row["reconstruction_wall_s"] = time.perf_counter() - reconstruction_start
+            warned += [warning] if warning else []
+            measure(ladder.RECONSTRUCTED, student)
+            start = min((ladder.RECONSTRUCTED, start), key=lambda rung: measured[rung][0])
+            student.load_state_dict(states[start])
+        else:
+            leave_out(ladder.RECONSTRUCTED)
 
-        pruned_masks = masks
         # Frozen BatchNorm keeps the teacher's statistics. The cubic schedule starts dense and makes its own masks.
         if config.pruning.schedule == "cubic":
             student = dense
             masks = {name: torch.ones_like(mask) for name, mask in masks.items()}
         elif kd.bn_mode == "frozen":
             pruning.apply(dense, masks)
-            student = dense
+            student, start = dense, ladder.PRUNED
         distillation_start = time.perf_counter()
         state = distillation.distil(
             student,
@@ -264,10 +283,8 @@ def steps(
         # The first of equals: distillation.
         selected = min((ladder.RECOVERED, *measured), key=lambda rung: measured[rung][0])
         if selected is not ladder.RECOVERED:
-            student = starting_student(config, teacher, device, inputs.trust_code)
-            pruning.apply(student, pruned_masks)
-            if selected is ladder.BN_REESTIMATED:
-                reestimate(student, config, first_pool, runtime)
+            student.load_state_dict(states[selected])
+            student.eval()
         measure(ladder.RECOVERED, student)
         if rounds.num_rounds > 1:
             pool = rounds.pool()
@@ -278,13 +295,14 @@ def steps(
         "agreement": agreement,
         "reference_kl": kl,
         "best_step": state.best_step if selected is ladder.RECOVERED else 0,
-        "selected": selected_name(selected, state.best_step, config, reestimates),
+        # Distillation may have kept what it began with.
+        "selected": (start if selected is ladder.RECOVERED and state.best_step == 0 else selected).name,
         "status": "finished",
     }
     student = devices.place(student, torch.device("cpu"), channels_last=False)
     pruned = tuple(pruning.prunable(student)) if config.pruning.sparsity > 0 else ()
     row |= size_columns(student, pruned)
-    row["warnings"] = "; ".join(warnings_of(config, teacher, row, rounds.rows, pool)) or None
+    row["warnings"] = "; ".join([*warned, *warnings_of(config, teacher, row, rounds.rows, pool)]) or None
     missing = config.pruning.sparsity - row["achieved_sparsity"]
     if missing * num_prunable(student) >= 1:
         reason = (
@@ -296,14 +314,6 @@ def steps(
     images = Batch(0, pool.images, pool.labels, rounds.key)
     rows = (*held_out.rows, *rounds.rows)
     return Outcome(row, student.requires_grad_(False), info, pruned, (images,), tuple(state.epochs), rows)
-
-
-def selected_name(selected: ladder.Rung, best_step: int, config: TrialConfig, reestimates: bool) -> str:
-    """The name of the rung that the student of a trial stands on; distillation may have kept what it began with."""
-    if selected is not ladder.RECOVERED or best_step > 0:
-        return selected.name
-    begins_reestimated = reestimates and config.distillation.bn_mode != "frozen"
-    return (ladder.BN_REESTIMATED if begins_reestimated else ladder.PRUNED).name
 
 
 def num_prunable(student: nn.Module) -> int:
