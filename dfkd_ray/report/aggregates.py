@@ -122,6 +122,45 @@ def answers(chosen: Frame) -> Frame:
     return pd.concat(frames, ignore_index=True) if frames else joined
 
 
+def regret(rows: Frame) -> Frame:
+    """By network: how well the choice without data does, over finished, data-free trials with test accuracy.
+
+    `num_trials`; `correlation`: Spearman's rank correlation of `reference_kl` with the points lost; `within`: the same
+    at one sparsity, mean over sparsities with at least three trials; `regret`: accuracy that the trial of the lowest KL
+    loses against the best at its sparsity, mean over sparsities with at least two trials; `largest`: the largest. Of
+    several versions or kinds of reference images, only the first by `BEST_FIRST` counts. Null where nothing is defined.
+    """
+    told = rows[~rows["real_data"] & (rows["measure"] == "accuracy") & rows["reference_kl"].notna()]
+    told = told[told["lost"].notna()]
+    found = []
+    for network, own in told.groupby("network", sort=False):
+        kinds = [name for name in ("trial_version", "reference.mixed") if name in own]
+        if kinds:
+            order = own.sort_values(kinds, ascending=[BEST_FIRST[name] for name in kinds], kind="stable")
+            first = order[kinds].iloc[0]
+            own = own[[bool(row.equals(first)) for _, row in own[kinds].iterrows()]]
+        levels = [level for _, level in own.groupby("level") if len(level) > 1]
+        costs = [level.loc[level["reference_kl"].idxmin(), "lost"] - level["lost"].min() for level in levels]
+        within = [rank_correlation(level) for level in levels if len(level) > 2]
+        found.append(
+            {
+                "network": network,
+                "num_trials": len(own),
+                "correlation": rank_correlation(own),
+                "within": pd.Series(within, dtype=float).mean(),
+                "regret": pd.Series(costs, dtype=float).mean(),
+                "largest": pd.Series(costs, dtype=float).max(),
+            }
+        )
+    columns = ["network", "num_trials", "correlation", "within", "regret", "largest"]
+    return pd.DataFrame(found, columns=columns)
+
+
+def rank_correlation(rows: Frame) -> float:
+    """Spearman's rank correlation of `reference_kl` and `lost`; NaN if one of them does not vary."""
+    return float(rows["reference_kl"].rank().corr(rows["lost"].rank())) if len(rows) > 1 else float("nan")
+
+
 def heat_maps(rows: Frame, network: str) -> dict[float, Frame]:
     """Sparsity → mean of `at_recovered` over data-free trials, with BN weights as rows and temperatures as columns.
 

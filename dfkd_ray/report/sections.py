@@ -324,6 +324,33 @@ def class_numbers(histogram: Any) -> str:
     return "".join(f"<li>{index}</li>" for index in range(num_classes)) if num_classes <= 20 else ""
 
 
+def choice(material: Material) -> Section:
+    """What the choice without data costs, where test accuracy is known."""
+    name, title = "choice", "The choice without data"
+    table = aggregates.regret(material.done)
+    table = table[table["num_trials"] > 1]
+    if table.empty:
+        return Section(name, title, why_not="no network has two finished trials with test accuracy.")
+    cells = [
+        [
+            row["network"],
+            row["num_trials"],
+            number(row["correlation"]),
+            number(row["within"]),
+            number(row["regret"], 2, 100.0),
+            number(row["largest"], 2, 100.0),
+        ]
+        for row in dicts(table)[:NUM_ROWS]
+    ]
+    headings = ["network", "trials", "rank correlation", "at one sparsity", "regret", "largest regret"]
+    note = (
+        "Rank correlation (Spearman) of the reference KL with the points of test accuracy lost, over all trials and at "
+        "one sparsity. Regret: points that the trial of the lowest KL loses against the best trial of its sparsity."
+    )
+    html = page.table(headings, cells, numbers=headings[1:])
+    return Section(name, title, html + page.paragraph(note + more(len(table), len(cells), "network"), "note"))
+
+
 def failed(material: Material) -> Section:
     """Failures with their reasons."""
     note = "The same command runs failed trials again; those that finished are kept."
@@ -388,6 +415,7 @@ def origin(material: Material) -> Section:
 
 SECTIONS: tuple[Callable[[Material], Section], ...] = (
     answer,
+    choice,
     recovery,
     weights,
     sizes,
