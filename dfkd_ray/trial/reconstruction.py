@@ -41,11 +41,11 @@ def masks(student: nn.Module, config: TrialConfig, pool: Pool, runtime: Runtime)
 
 
 def fitting_images(student: nn.Module, config: TrialConfig, pool: Pool, runtime: Runtime) -> Callable[[int], Tensor]:
-    """A function of n: n images, the first half as they are, the other half shifted, flipped and mixed."""
+    """A function of n: n images, up to half of them each as it is, the others shifted, flipped and mixed."""
 
     def images(n: int) -> Tensor:
-        plain = np.arange((n + 1) // 2) % len(pool.labels)
-        others = torch.from_numpy((len(plain) + np.arange(n // 2)) % len(pool.labels))
+        plain = np.arange(min((n + 1) // 2, len(pool.labels)))
+        others = torch.from_numpy(np.arange(len(plain), n) % len(pool.labels))
         generator = torch.Generator().manual_seed(mix_seed(config.distillation.seed, 4))
         parts = [decode(pool.images[plain], runtime.space, runtime.device)]
         if len(others):
