@@ -11,7 +11,7 @@ from torch import nn
 from dfkd_ray import bundles, trial
 from dfkd_ray.batches import Batch
 from dfkd_ray.bundles import Numbers, Teacher
-from dfkd_ray.config import TrialConfig, validate, with_overrides
+from dfkd_ray.config import Effort, TrialConfig, validate, with_effort, with_overrides
 from dfkd_ray.storage import Folder, Where
 
 
@@ -46,6 +46,7 @@ def recover(
     network: nn.Module | Teacher | str,
     *,
     sparsity: float = 0.75,
+    effort: Effort = "standard",
     settings: Mapping[str, Any] | None = None,
     test: Sequence[Batch] | None = None,
     cache_root: Where | None = None,
@@ -57,8 +58,9 @@ def recover(
 
     `network`: a module in memory, which needs `input_shape`, `num_classes`, `mean` and `std` (see
     `Teacher.from_network`); or a teacher; or the name or folder of a bundle; or a library's network
-    (`"timm:resnet18"`), whose weights are fetched only with `download`. It is not modified. `settings`: further
-    fields of a `TrialConfig` by dotted name, such as `{"distillation.num_steps": 100}`. `test`: test batches, for
+    (`"timm:resnet18"`), whose weights are fetched only with `download`. It is not modified. `effort`: a first answer
+    (`fast`), the defaults (`standard`), or a night's work (`thorough`). `settings`: further fields of a `TrialConfig`
+    by dotted name, such as `{"distillation.num_steps": 100}`; they go before the effort's. `test`: test batches, for
     reporting only. `cache_root`: the cache folder for images; None caches nothing. `progress`: show progress.
 
     `ValueError` for invalid arguments, `RuntimeError` with the reason if the recovery fails.
@@ -85,7 +87,7 @@ def recover(
     else:
         teacher = network if isinstance(network, Teacher) else bundles.load(network, download=download)
     data = with_overrides({"teacher": teacher.name}, {"pruning.sparsity": sparsity, **(settings or {})})
-    config = validate(TrialConfig, data, "settings")
+    config = validate(TrialConfig, with_effort(data, effort), "settings")
     check_batches(test)
     inputs = trial.Inputs(test, images=trial.Local(cache_root))
     outcome = trial.run(config, teacher, inputs, observer=trial.Observer(progress=bars() if progress else None))

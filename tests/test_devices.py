@@ -65,13 +65,13 @@ def test_numerics_hold_inside_and_are_restored_after_an_error():
     assert settings() == before
 
 
-@pytest.mark.parametrize(("fast", "benchmark", "deterministic"), [(False, False, True), (True, True, False)])
-def test_on_cuda_only_fast_is_autotuned_and_only_tf32_rounds(fast, benchmark, deterministic):
+@pytest.mark.parametrize(("fast", "autotuned", "deterministic"), [(False, False, True), (True, True, False)])
+def test_on_cuda_only_fast_is_autotuned_and_only_tf32_rounds(fast, autotuned, deterministic):
     before = settings()
     for precision in ("tf32", "float32", "bfloat16"):
         with devices.numerics(precision, torch.device("cuda"), before[0], fast):
             tf32 = precision == "tf32"
-            assert settings() == (before[0], tf32, tf32, benchmark, deterministic)
+            assert settings() == (before[0], tf32, tf32, autotuned, deterministic)
     assert settings() == before
 
 

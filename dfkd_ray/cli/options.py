@@ -64,6 +64,10 @@ GpusPerSynthesizer = Annotated[float | None, typer.Option(help="a fraction, or w
 BatchTimeout = Annotated[
     float, typer.Option(min=1.0, help="seconds after which a batch that is being made is given to another synthesizer")
 ]
+Effort = Annotated[
+    configs.Effort | None,
+    typer.Option(help="fast: a first answer; standard: the defaults; thorough: a night's work"),
+]
 
 
 def settled(

@@ -18,6 +18,7 @@ from dfkd_ray.cli.options import (
     Cache,
     DataRoot,
     Download,
+    Effort,
     GpusPerSynthesizer,
     Out,
     Set,
@@ -56,6 +57,7 @@ def recover(
         str | None, typer.Option(help="deepinversion, records, noise, or real (with --real-data)")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="of synthesis and distillation")] = None,
+    effort: Effort = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with a trial config")] = None,
     set_: Set = None,
     test_data: TestData = "auto",
@@ -79,7 +81,8 @@ def recover(
         "--seed": {"synthesis.seed": seed, "distillation.seed": seed},
         "--device": {"device": device},
     }
-    settings = configs.validate(configs.TrialConfig, settled(data, options, set_, config))
+    data = settled(data, options, set_, config)
+    settings = configs.validate(configs.TrialConfig, configs.with_effort(data, effort or "standard"))
     if (settings.synthesis.method == "real") != (real_data is not None):
         raise ValueError("--method real and --real-data NAME go together: real images are used only when asked for")
 
@@ -127,6 +130,7 @@ def sweep(
         str | None, typer.Option(help="folder or URI (s3://, gs://, …) for tables, students, pictures")
     ] = None,
     set_: Set = None,
+    effort: Effort = None,
     teachers: Annotated[
         str | None, typer.Option(help="folder or URI in which the file's teachers are looked for first, by name")
     ] = None,
@@ -179,6 +183,8 @@ def sweep(
     # The GPUs of a cluster's machines are not known before it is joined, and differ from the driver's.
     elsewhere = not dry_run and (address or os.environ.get("RAY_ADDRESS") or "local") != "local"
     on_gpu = elsewhere or (stored is not None and stored.kind == "GPU")
+    if effort is not None and isinstance(data.setdefault("base", {}), dict):
+        data["base"] = configs.with_effort(data["base"], effort)
     settings = sweeps.parse(data, str(file))
     plan = sweeps.prepare(
         settings,

@@ -4,6 +4,7 @@ A config file and assignments `a.b=c` are merged into one dict and validated onc
 one line each, with the field's path. Imports pydantic but not torch, so that help and validation are fast.
 """
 
+from dfkd_ray.config.efforts import EFFORTS, Effort, with_effort
 from dfkd_ray.config.fields import STRICT, field_paths, nested_models, validate
 from dfkd_ray.config.hashes import (
     SYNTHESIS_VERSION,
@@ -41,6 +42,7 @@ from dfkd_ray.config.trials import (
 from dfkd_ray.plain import with_overrides
 
 __all__ = [
+    "EFFORTS",
     "FROM_IMAGES",
     "METHODS",
     "STRICT",
@@ -48,6 +50,7 @@ __all__ = [
     "TRIAL_VERSION",
     "DeepInversionConfig",
     "DistillationConfig",
+    "Effort",
     "Method",
     "NoiseConfig",
     "PruningConfig",
@@ -73,5 +76,6 @@ __all__ = [
     "synthesis_key",
     "validate",
     "versions",
+    "with_effort",
     "with_overrides",
 ]
