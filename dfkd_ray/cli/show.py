@@ -14,8 +14,8 @@ from dfkd_ray.text import is_null, shown
 
 TITLE = "closest to the teacher first (reference KL); accuracies in % of the test set"
 LEGEND = (
-    "KL, agreement: with the teacher on the reference set; BN: BatchNorm re-estimated on synthetic images, recon.: layers "
-    "reconstructed on them, both without training; kB: stored weights; s: wall time of the trial"
+    "KL, agreement: with the teacher on the reference set; BN: BatchNorm re-estimated on synthetic images, recon.: "
+    "layers reconstructed on them, both without training; kB: stored weights; s: wall time of the trial"
 )
 # heading of the final table: (column, scale, digits, rank); columns of the highest rank are left out first
 MEASURED: dict[str, tuple[str, float, int, int]] = {
