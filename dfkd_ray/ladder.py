@@ -59,7 +59,7 @@ RECONSTRUCTED = Rung(
     "after layer-wise reconstruction",
     "after layer-wise reconstruction, no training; null where it is left out",
     "the same after layer-wise reconstruction",
-    (("color", "#7a5195"), ("marker", "D"), ("linestyle", "--")),
+    (("color", "#5b2a86"), ("marker", "^"), ("linestyle", (0, (5, 1, 1, 1, 1, 1)))),
 )
 RECOVERED = Rung(
     "recovered",

@@ -41,7 +41,7 @@ SECTIONS = {"loss": "losses", "kl": "losses", "label": "losses", "feature": "los
 SECTIONS |= {"agreement": "reference", "reference_kl": "reference"}  # all other columns are in the section `training`
 LOOKS = ("losses/", "reference/", "training/")
 RUNGS = tuple(rung.name for rung in ladder.RUNGS)
-LADDER = "Set smoothing to 0. Steps: 0 teacher, 1 pruned, 2 BatchNorm re-estimated without training, 3 recovered"
+LADDER = f"Set smoothing to 0. Steps: {', '.join(f'{step} {rung.label}' for step, rung in enumerate(ladder.RUNGS))}"
 RESULTS = (*(f"{rung}_accuracy" for rung in RUNGS), "agreement", "reference_kl", "achieved_sparsity", "stored_bytes")
 LARGEST_PX = 1024
 

@@ -18,7 +18,8 @@ from PIL import Image
 
 from devtools import CHROMIUM, Browser
 from dfkd_ray import report, results
-from dfkd_ray.report import aggregates, figures, pictures, wording
+from dfkd_ray.report import aggregates, figures, pictures, sections, wording
+from dfkd_ray.report.page import trial_columns
 from dfkd_ray.storage import folder
 from table_rows import batch_rows, full_row
 
@@ -279,10 +280,11 @@ def test_the_ladder_shows_means_with_deviations_of_every_rung_and_the_bound():
     own, real = best[~best["real_data"]], best[best["real_data"]]
     for axes in figure.axes:
         lines = lines_of(axes)
-        assert set(lines) == {"pruned", "BN re-estimated", "recovered", "real images (bound)"}
+        assert set(lines) == {"pruned", "BN re-estimated", "reconstructed", "recovered", "real images (bound)"}
         for label, part, name in [
             ("pruned", own, "at_pruned"),
             ("BN re-estimated", own, "at_bn_reestimated"),
+            ("reconstructed", own, "at_reconstructed"),
             ("recovered", own, "at_recovered"),
             ("real images (bound)", real, "at_recovered"),
         ]:
@@ -290,6 +292,38 @@ def test_the_ladder_shows_means_with_deviations_of_every_rung_and_the_bound():
             assert lines[label][1] == pytest.approx((100 * part[f"{name}_std"]).tolist(), abs=1e-9)
         (teacher,) = [line for line in axes.lines if line.get_label() == "teacher"]
         assert np.asarray(teacher.get_ydata())[0] == pytest.approx(94.0)
+
+
+def test_every_line_of_the_ladder_has_a_colour_a_marker_and_a_dash_of_its_own():
+    for kind in ("color", "marker"):
+        assert len({look[kind] for look in figures.LOOKS.values()}) == len(figures.LOOKS) > 4, kind
+    assert len({look["linestyle"] for name, look in figures.LOOKS.items() if name != "bound"}) == len(figures.LOOKS) - 1
+
+
+def test_a_rung_that_no_trial_has_takes_no_line_and_no_column():
+    rows = grid(networks=("resnet20",))
+    rows = frame([row | {"reconstructed_accuracy": None, "reconstructed_agreement": None} for row in rows])
+    figure = figures.ladder(aggregates.best(aggregates.configurations(rows)), "resnet20")
+    assert all("reconstructed" not in lines_of(axes) and "recovered" in lines_of(axes) for axes in figure.axes)
+    names = [column.name for column in trial_columns(rows, [])]
+    assert "at_reconstructed" not in names and "at_bn_reestimated" in names
+
+
+@pytest.mark.parametrize(("heading", "rung"), [("BN only", "bn_reestimated"), ("reconstruction only", "reconstructed")])
+def test_the_answer_says_what_is_lost_without_training_where_a_trial_has_that_rung(heading, rung):
+    rows = [full_row(number, sparsity=level) for number, level in enumerate((0.5, 0.9))]
+    older = [row | {f"{rung}_accuracy": None, f"{rung}_agreement": None} for row in rows]
+
+    def answer(*rows) -> tuple[list[str], str]:
+        parsed = Page(sections.answer(sections.Material(frame(rows), None, "", {}, {}, 0)).body)
+        return parsed.text, parsed.words
+
+    texts, words = answer(rows[0], older[1])
+    lost = f"{100 * (0.94 - rows[0][f'{rung}_accuracy']):.2f}"
+    assert texts.count(heading) == 1 and lost in texts and "–" in texts, "a new trial beside an older one"
+    assert f"{heading}, after " in words
+    texts, words = answer(*older)
+    assert heading not in words and lost not in texts and "–" not in texts
 
 
 def test_the_close_view_holds_the_recovered_rung_and_its_bars_whole():
@@ -386,10 +420,8 @@ def test_the_table_on_the_page_is_the_table(place, built):
 
 
 def columns_of(place):
-    from dfkd_ray.report import page
-
     rows = aggregates.prepared(results.read(place, "trials"))
-    return page.trial_columns(rows, aggregates.varying(rows))
+    return trial_columns(rows, aggregates.varying(rows))
 
 
 def test_text_from_data_is_never_markup(tmp_path, no_png):

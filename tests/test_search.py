@@ -452,11 +452,15 @@ def test_the_keys_and_batches_of_an_estimate_are_those_of_a_real_run(tiny_teache
     assert planned == real and len(planned) == 3
 
 
-def test_an_estimate_adds_up(tiny_teacher):
-    jobs = grid_jobs(tiny_teacher, grid={"pruning.sparsity": [0.5, 0.7, 0.9]})
+@pytest.mark.parametrize("num_fitted", [0, 16])
+def test_an_estimate_adds_up(tiny_teacher, num_fitted):
+    fields = {"pruning.sparsity": [0.5, 0.7, 0.9], "reconstruction.num_images": [num_fitted]}
+    jobs = grid_jobs(tiny_teacher, grid=fields)
     costs = costs_of(jobs)
     one = estimated(jobs, costs, 1)
-    images = 8 * (3 + 7) + 8 + 8  # reference: teacher, two rungs and seven looks; pool; BatchNorm
+    before = 3 if num_fitted else 2  # rungs before training
+    images = 8 * (1 + before + 7) + 8 + 8  # reference: teacher, these rungs and seven looks; pool; BatchNorm
+    images += estimate.RECONSTRUCTION * 2 * num_fitted
     synthesis_s, trials_s = 2 * 4.0, 3 * (6 * 2.0 + 0.1 * images)
     assert one.synthesis_h * 3600 == pytest.approx(synthesis_s) and one.trials_h * 3600 == pytest.approx(trials_s)
     assert one.unshared_h * 3600 == pytest.approx(3 * synthesis_s)
@@ -465,7 +469,7 @@ def test_an_estimate_adds_up(tiny_teacher):
     assert (many.synthesis_h, many.trials_h) == (one.synthesis_h, one.trials_h)
     assert many.wall_s == pytest.approx(estimate.START_S + synthesis_s + trials_s / 3), "no sooner than a trial"
     tested = estimated(jobs, costs, 1, num_test_images=100)
-    assert tested.trials_h * 3600 == pytest.approx(trials_s + 3 * 3 * 100 * 0.1)
+    assert tested.trials_h * 3600 == pytest.approx(trials_s + 3 * (before + 1) * 100 * 0.1)
     cached = estimated(jobs, costs, 1, num_cached=9)
     assert cached.synthesis_h == 0 and cached.trials_h == one.trials_h and cached.unshared_h == one.unshared_h
 

@@ -157,6 +157,21 @@ def test_paper_pruning_is_eight_families_by_four_sparsities_by_three_seeds_on_on
     assert len({(t.teacher, t.synthesis.model_dump_json()) for t in trials}) == 24
     assert {t.pruning.sparsity for t in trials} == {0.5, 0.75, 0.9, 0.95}
     assert all(t.pruning.criterion == "global_magnitude" and t.pruning.schedule == "one_shot" for t in trials)
+    assert all(t.reconstruction.num_images == 0 for t in trials)
+
+
+def test_families_are_those_of_the_paper_by_two_sparsities_by_three_seeds_with_the_defaults():
+    trials = sweep.expand(settings_of("families"), {})
+    assert len(trials) == 8 * 2 * 3 and {t.pruning.sparsity for t in trials} == {0.75, 0.9}
+    assert {t.teacher for t in trials} == {t.teacher for t in sweep.expand(settings_of("paper_pruning"), {})}
+    plain = config.TrialConfig(teacher="t")
+    assert all(t.pruning.criterion == plain.pruning.criterion for t in trials)
+    assert all(t.reconstruction == plain.reconstruction for t in trials)
+    widths = {words[2]: json.loads(option(words, "--arguments", "")) for words in teacher_commands("families", "train")}
+    assert {name: given["width_multiplier"] for name, given in widths.items()} == {
+        **{"resnet18": 0.5, "resnet34": 0.25, "resnet50": 0.25, "wide_resnet50_2": 0.25},
+        **{"mobilenet_v2": 0.5, "vgg19_bn": 0.25, "densenet121": 0.25, "shufflenet_v2_x1_0": 0.5},
+    }
 
 
 def test_compress_trains_new_students_and_prunes_nothing():

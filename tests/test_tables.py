@@ -37,6 +37,7 @@ def frame(num_extra: int = 0, **changes) -> pd.DataFrame:
         row |= {
             "pruned_accuracy": 0.3 + index / 99,
             "bn_reestimated_accuracy": 0.5 + index / 97,
+            "reconstructed_accuracy": 0.7 + index / 99,
             "wall_s": 17.0 + index,
         }
         row |= {"recovered_accuracy": 0.9 - index / 77, "agreement": 0.97 - index / 71, "stored_bytes": 275_123 + index}
@@ -76,17 +77,36 @@ def test_a_trial_takes_one_line_with_every_value_that_varies_and_what_came_of_it
         assert f"{100 * row['teacher_accuracy']:.2f}" in (notes if width == 80 else line + notes)
 
 
+def headings_of(rows: pd.DataFrame, width: int) -> list[str]:
+    table, _ = show.trials_table(rows, results.varied_fields(rows), width)
+    return [str(column.header).replace("-\n", "").replace("\n", "") for column in table.columns]
+
+
 @pytest.mark.parametrize("width", [80, 100, 140])
-def test_the_quickstarts_columns_are_all_there_at_every_width(width):
+def test_the_quickstarts_columns_are_all_there_but_for_size_and_time_at_80_columns(width):
     rows = frame()
     _, lines, notes = printed(rows, width)
-    assert "not shown" not in notes.replace(show.LEGEND, "") and "shortened" not in notes
-    table, _ = show.trials_table(rows, results.varied_fields(rows), width)
-    headings = [str(column.header).replace("-\n", "").replace("\n", "") for column in table.columns]
+    said = notes.replace(show.LEGEND, "")
+    assert ("not shown: kB, s;" in said) == ("not shown" in said) == (width == 80) and "shortened" not in notes
     fields = ["network", "sparsity", "method", "bn_weight", "temperature"]
     measured = ["teacher"] * ("accuracy of the teacher" not in notes)
-    measured += ["pruned", "BN", "recovered", "KL", "agreement", "kB", "s"]
+    measured += ["pruned", "BN", "recon.", "recovered", "KL", "agreement"] + ["kB", "s"] * (width > 80)
+    headings = headings_of(rows, width)
     assert headings == fields + measured and len(lines[0].split()) == len(headings)
+
+
+@pytest.mark.parametrize("heading", ["pruned", "BN", "recon."])
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_a_rung_that_no_row_has_takes_no_column_and_leaves_room_for_the_others(width, heading):
+    rows, name = frame(), show.MEASURED[heading][0]
+    rows[name] = None
+    headings, (_, lines, notes) = headings_of(rows, width), printed(rows, width)
+    assert heading not in headings and {"kB", "s"} < set(headings) and "not shown" not in notes
+    assert len(lines) == 18
+    rows.loc[4, name] = 0.5  # as where rows of an earlier version stand beside a new one
+    assert heading in headings_of(rows, width)
+    _, lines, _ = printed(rows, width)
+    assert len(lines) == 18 and [index for index, line in enumerate(lines) if " - " not in line] == [4]
 
 
 def test_what_is_not_shown_or_shortened_is_said_with_how_to_see_it():

@@ -96,7 +96,7 @@ def test_a_finished_trials_losses_and_agreement_are_those_of_its_looks(finished)
 def test_ladder_results_and_picture_are_those_of_the_row_and_the_place(finished):
     place, row, _ = finished
     run = read(place / "tensorboard" / row["trial_id"])
-    rungs = [row["pruned_agreement"], row["bn_reestimated_agreement"], row["agreement"]]
+    rungs = [row[f"{rung}_agreement"] for rung in ("pruned", "bn_reestimated", "reconstructed")] + [row["agreement"]]
     assert scalars(run, "ladder/agreement") == [(i + 1, pytest.approx(value)) for i, value in enumerate(rungs)]
     assert "ladder/accuracy" not in run.Tags()["scalars"], "there was no test data"
     for name in ("agreement", "achieved_sparsity", "stored_bytes"):
@@ -105,12 +105,16 @@ def test_ladder_results_and_picture_are_those_of_the_row_and_the_place(finished)
     assert picture.encoded_image_string == (place / "images" / f"{row['synthesis_key'][:12]}.png").read_bytes()
 
 
-def test_the_accuracy_ladder_has_a_step_for_each_rung_and_says_which(tmp_path):
+@pytest.mark.parametrize("reconstructed", [0.5625, None])
+def test_the_accuracy_ladder_has_a_step_for_each_rung_and_says_which(tmp_path, reconstructed):
     accuracies = {"teacher_accuracy": 0.75, "pruned_accuracy": 0.125, "bn_reestimated_accuracy": 0.5}
-    tensorboard.write_trial(tmp_path, a_row(**accuracies, recovered_accuracy=0.625), ())
+    accuracies |= {"reconstructed_accuracy": reconstructed, "recovered_accuracy": 0.625}
+    tensorboard.write_trial(tmp_path, a_row(**accuracies), ())
     run = read(tmp_path / "tensorboard" / "t-1")
-    assert scalars(run, "ladder/accuracy") == [(0, 0.75), (1, 0.125), (2, 0.5), (3, 0.625)]
-    assert "2 BatchNorm" in run.SummaryMetadata("ladder/accuracy").summary_description
+    before = [(0, 0.75), (1, 0.125), (2, 0.5), *([(3, reconstructed)] if reconstructed else [])]
+    assert scalars(run, "ladder/accuracy") == [*before, (4, 0.625)], "a rung left out leaves its step out"
+    said = run.SummaryMetadata("ladder/accuracy").summary_description
+    assert said.endswith("0 teacher, 1 pruned, 2 BN re-estimated, 3 reconstructed, 4 recovered")
     assert scalars(run, "trial/recovered_accuracy") == [(10, 0.625)]
 
 
@@ -155,7 +159,7 @@ def test_hparams_of_a_trial_are_its_config_fields(finished):
     start = hparams_of(read(place / "tensorboard" / row["trial_id"]), "session_start_info").session_start_info
     assert start.group_name == row["trial_id"]
     assert start.hparams["pruning.sparsity"].number_value == 0.5
-    assert start.hparams["pruning.criterion"].string_value == "global_magnitude"
+    assert start.hparams["pruning.criterion"].string_value == "lamp"
     assert start.hparams["distillation.flip"].bool_value is True
     assert "student.architecture" not in start.hparams, "null has no value"
 

@@ -21,7 +21,7 @@ from dfkd_ray import report, results
 from dfkd_ray.batches import Batch
 from dfkd_ray.config import TrialConfig, columns_of
 from dfkd_ray.images import PixelSpace, class_grid
-from dfkd_ray.ladder import BN_REESTIMATED
+from dfkd_ray.ladder import BN_REESTIMATED, RECONSTRUCTED
 
 NETWORKS = ("resnet8", "resnet20", "resnet32", "resnet56", "wrn_16_1", "wrn_40_2", "vgg11", "mobilenet_v2")
 SPARSITIES = (0.5, 0.75, 0.9, 0.95)
@@ -44,7 +44,7 @@ def made_up_rows(num_rows: int, seed: int = 0) -> list[dict[str, Any]]:
             config |= {"synthesis.bn_weight": weight}
             config |= {"synthesis.seed": trial_seed, "distillation.seed": trial_seed}
             rungs = {"teacher": 0.94, "pruned": 0.4 - 0.3 * sparsity, BN_REESTIMATED.name: 0.8 - 5 * wobble}
-            rungs |= {"recovered": 0.93 - 0.03 * sparsity - wobble}
+            rungs |= {RECONSTRUCTED.name: 0.9 - 3 * wobble, "recovered": 0.93 - 0.03 * sparsity - wobble}
             rows.append(
                 plain
                 | config
@@ -58,7 +58,7 @@ def made_up_rows(num_rows: int, seed: int = 0) -> list[dict[str, Any]]:
                     "real_data": False,
                     "agreement": rungs["recovered"],
                     "pruned_agreement": rungs["pruned"],
-                    str(BN_REESTIMATED.agreement): rungs[BN_REESTIMATED.name],
+                    **{str(rung.agreement): rungs[rung.name] for rung in (BN_REESTIMATED, RECONSTRUCTED)},
                     "reference_kl": wobble,
                     "achieved_sparsity": sparsity,
                     "num_parameters": 270_000,

@@ -9,24 +9,24 @@ from typing import Any
 
 from dfkd_ray.cli import tables
 from dfkd_ray.cli.streams import say
-from dfkd_ray.ladder import BN_REESTIMATED, PRUNED, RECOVERED, RUNGS, TEACHER
+from dfkd_ray.ladder import BEFORE, BN_REESTIMATED, PRUNED, RECONSTRUCTED, RECOVERED, RUNGS, TEACHER
 from dfkd_ray.text import is_null, shown
 
 TITLE = "closest to the teacher first (reference KL); accuracies in % of the test set"
 LEGEND = (
-    "KL, agreement: with the teacher on the reference set; BN: BatchNorm re-estimated on synthetic images, no "
-    "training; kB: stored weights; s: wall time of the trial"
+    "KL, agreement: with the teacher on the reference set; BN: BatchNorm re-estimated on synthetic images, recon.: "
+    "layers reconstructed on them, both without training; kB: stored weights; s: wall time of the trial"
 )
 # heading of the final table: (column, scale, digits, rank); columns of the highest rank are left out first
 MEASURED: dict[str, tuple[str, float, int, int]] = {
     **{
         rung.heading: (rung.accuracy, 100.0, 2, rank)
-        for rung, rank in ((TEACHER, 3), (PRUNED, 1), (BN_REESTIMATED, 2), (RECOVERED, 0))
+        for rung, rank in ((TEACHER, 4), (PRUNED, 1), (BN_REESTIMATED, 3), (RECONSTRUCTED, 1), (RECOVERED, 0))
     },
     "KL": ("reference_kl", 1.0, 4, 0),
     "agreement": ("agreement", 100.0, 2, 2),
-    "kB": ("stored_bytes", 1e-3, 0, 3),
-    "s": ("wall_s", 1.0, 0, 4),
+    "kB": ("stored_bytes", 1e-3, 0, 4),
+    "s": ("wall_s", 1.0, 0, 5),
 }
 
 
@@ -145,7 +145,7 @@ def trials_table(rows: Any, fields: Sequence[str], width: int | None, place: obj
 
 
 def trial_columns(rows: Any, fields: Sequence[str]) -> list[tables.Column]:
-    """All columns of the final table."""
+    """All columns of the final table; of the rungs before training those that some row has."""
     named = [("network", [Path(text_of(name)).name for name in rows["teacher"]])]
     for name, field in zip(short_names(fields), fields, strict=True):
         named.append((name, [text_of(value) for value in rows[field]]))
@@ -154,7 +154,10 @@ def trial_columns(rows: Any, fields: Sequence[str]) -> list[tables.Column]:
         texts = tuple(shown(cell) for cell in cells)
         columns.append(tables.Column(shown(name), texts, tables.is_text(texts), is_field=True))
     statuses = [text_of(status) for status in rows["status"]]
+    unmeasured = {rung.heading for rung in BEFORE if rows[rung.accuracy].isna().all()}
     for heading, (name, scale, digits, rank) in MEASURED.items():
+        if heading in unmeasured:
+            continue
         cells = [number(value, scale, digits) for value in rows[name]]
         for index, status in enumerate(statuses):
             if status not in ("finished", "stopped"):  # the reason is printed below the table

@@ -22,7 +22,7 @@ AS_THEY_ARE = ((3, 0),)
 ROOMY = ((3, 0), (3, 1), (2, 0), (2, 1), (2, 2))
 TIGHT = (*ROOMY, (1, 1), (1, 2), (1, 3))
 # (highest rank of columns that stay, width to which texts may be shortened)
-SACRIFICES = ((4, None), (3, None), (2, None), (2, 8), (1, 8), (0, 7))
+SACRIFICES = ((5, None), (4, None), (3, None), (2, None), (2, 8), (1, 8), (0, 7))
 # Break points within words of headings; other words are broken before a consonant that a vowel follows.
 WORDS = "agree-ment bright-ness con-trast cri-te-rion de-cay im-ages learn-ing meth-od mo-men-tum net-work prun-ed "
 WORDS += "re-cov-ered se-lec-tion spar-sity stu-dent syn-thesis teach-er tem-per-ature"

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from dfkd_ray.ladder import RUNGS
-from dfkd_ray.report.wording import Frame, Series, count, short_names
+from dfkd_ray.report.wording import Frame, Series, count, listed, short_names
 from dfkd_ray.text import shown
 
 GENERATOR = '<meta name="generator" content="dfkd_ray report">'  # identifies our pages
@@ -125,7 +125,7 @@ def trial_columns(rows: Frame, fields: Sequence[str]) -> list[Column]:
         *(Column(name, "seed" if len(seeds) == 1 else name, name) for name in seeds),
         Column("status", "status"),
         Column("trial_version", "version", "of the trial's algorithms; KL and agreement compare within one alone"),
-        Column("measure", "measure", "what teacher, pruned, BN and recovered count"),
+        Column("measure", "measure", f"what {listed([rung.heading for rung in RUNGS])} count"),
         *(Column(f"at_{rung.name}", rung.heading, f"{rung.how}, {measured}", 100.0, 2) for rung in RUNGS),
         Column("lost", "lost", "points lost against the teacher", 100.0, 2),
         Column("agreement", "agreement", "with the teacher on the synthetic reference set, %", 100.0, 2),

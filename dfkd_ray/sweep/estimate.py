@@ -24,6 +24,11 @@ START_S = 15.0  # Ray, the fleet and the first trial's process; measured on two 
 CAP_S = 20.0
 SMALL = 2  # images of a first timing
 MOST_STEPS = 8
+# Seconds of layer-wise reconstruction, over those of its images once through teacher and student. Most of the rest are
+# normal equations. Measured in CPU seconds of one thread (AMD EPYC, AVX2): 2.9 with 512 images and 2.5 with 1,024 for
+# the bundled ResNet-20, 3.2 and 4.0 with 1,024 for the ResNet-8 and a ResNet-18 of width 32. It is more where bfloat16
+# is faster than float32, which reconstruction takes; there it was not measured, nor on a GPU.
+RECONSTRUCTION = 3.0
 Unit = str  # what decides how long a piece of work takes, as text: `unit_of`
 Kind = Literal["GPU", "CPU core"]
 Seconds = Annotated[float, Field(ge=0)]
@@ -127,10 +132,14 @@ def unit_of(one: Work) -> Unit:
 def trial_s(job: Job, costs: Costs, num_test_images: int) -> float:
     """Seconds of a trial: its distillation steps, and images that go through a network once beside them."""
     config, kd, cost = job.config, job.config.distillation, costs[unit_of(job)]
-    looks = 1 + -(-kd.num_steps // kd.eval_every)
-    rungs = 3 * num_test_images  # pruned, BatchNorm re-estimated, recovered; the teacher's is known after the first
-    # The reference set: the teacher's answers, two rungs and the looks. The pool: teacher's answers, re-estimation.
-    num_images = rungs + (3 + looks) * config.reference.num_images + kd.num_images + config.bn_num_images
+    looks, before = 1 + -(-kd.num_steps // kd.eval_every), 2  # rungs before training: pruned, BatchNorm re-estimated
+    num_images = kd.num_images + config.bn_num_images  # the pool: the teacher's answers, re-estimation
+    if trial.reconstruction.applies(config):
+        before += 1
+        num_images += round(RECONSTRUCTION * 2 * config.reconstruction.num_images)
+    # The reference set: the teacher's answers, the rungs before training and the looks.
+    num_images += (1 + before + looks) * config.reference.num_images
+    num_images += (before + 1) * num_test_images  # these and recovered; the teacher's is known after the first
     return kd.num_steps * cost.step_s + num_images * cost.image_s
 
 

@@ -21,6 +21,7 @@ SO_FAR = (
     "num_cached_batches",
     "synthesis_wall_s",
     "reference_wall_s",
+    "reconstruction_wall_s",
     "num_images",
     "images_sha256",
     "image_confidence",
