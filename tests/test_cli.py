@@ -54,8 +54,9 @@ def test_recover_writes_student_row_and_picture_and_prints_the_ladder(run_cli, t
     out = tmp_path / "out"
     done = run_cli("recover", str(tiny_teacher), "--sparsity", "0.9", "--out", str(out), *TINY)
     assert done.code == 0, done.err
-    for rung in ("teacher", "pruned", "BN re-estimated", "recovered"):
+    for rung in ("teacher", "pruned", "BN re-estimated", "reconstructed", "recovered"):
         assert rung in done.out
+    assert ", reconstructed in " in done.out
     assert json.loads((out / "row.json").read_text())["pruning.sparsity"] == 0.9
     assert (out / "images.png").read_bytes().startswith(b"\x89PNG")
     assert bundles.load(str(out / "student")).info.num_classes == 10

@@ -418,6 +418,7 @@ def test_a_stopped_trial_leaves_its_numbers_so_far_and_no_student(ran):
         assert any(student.exists() for student in students) == (row["status"] == "finished")
         assert 0 <= row["agreement"] <= 1 and len(row["images_sha256"]) == 64
         assert row["status"] == "finished" or "stopped early at step" in row["reason"]
+        assert row["reconstructed_agreement"] is not None and row["reconstruction_wall_s"] > 0
         if row["selected"] == "pruned":  # a rung that is no look
             assert row["reference_kl"] < lowest[row["trial_id"]]
         else:

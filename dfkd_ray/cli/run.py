@@ -71,7 +71,8 @@ def recover(
     """Prune a network and recover its accuracy without data: one trial, without Ray.
 
     Writes OUT/student (a bundle), OUT/row.json, OUT/images.png. Prints the accuracy of the stages teacher, pruned,
-    BatchNorm re-estimated, recovered. After an interruption, the same command resumes from its checkpoint.
+    BatchNorm re-estimated, reconstructed layer by layer, recovered. After an interruption, the same command resumes
+    from its checkpoint.
     """
     data = configs.read_yaml(config) if config else {}
     options = {

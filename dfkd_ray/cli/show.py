@@ -82,8 +82,10 @@ def print_ladder(row: Mapping[str, Any], out: Path) -> None:
     if not is_null(row.get("test_set")):
         say(f"tested on {row['test_set']}, {row['num_test_images']:,} images (sha256 {str(row['test_sha256'])[:12]})")
     stored, dense = (number(row.get(f"{kind}_bytes"), 1.0, 0, ",") for kind in ("stored", "dense"))
+    reconstruction_s = row.get("reconstruction_wall_s")
+    fitted = "" if is_null(reconstruction_s) else f"reconstructed in {number(reconstruction_s, 1.0, 0)} s, "
     say(
-        f"{number(row.get('num_images'), 1.0, 0)} images {made_in(row)}, distilled "
+        f"{number(row.get('num_images'), 1.0, 0)} images {made_in(row)}, {fitted}distilled "
         f"in {number(row.get('distillation_wall_s'), 1.0, 0)} s; {stored} bytes stored, {dense} dense"
     )
     if not is_null(row.get("warnings")):

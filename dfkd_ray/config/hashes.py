@@ -12,8 +12,8 @@ from dfkd_ray.config.trials import TrialConfig
 # Versions of the algorithms. They are part of keys and ids, so results of another version are not found but recomputed.
 # Raise SYNTHESIS_VERSION with a change that gives other images for the same synthesis config (a method, its seeds, the
 # storage of images). Raise TRIAL_VERSION with a change that gives other numbers for the same trial on the same images
-# (pruning, BatchNorm re-estimation, distillation, evaluation). Raise neither for a new config field: it changes keys
-# and ids by itself.
+# (pruning, BatchNorm re-estimation, reconstruction, distillation, evaluation). Raise neither for a new config field: it
+# changes keys and ids by itself.
 SYNTHESIS_VERSION = 2  # 2: with more classes than images in a batch, labels in a random order
 # 2: distils on distillation.num_images alone; plain pruning is a candidate. 3: the lowest KL divergence selects; layers
 # are reconstructed.

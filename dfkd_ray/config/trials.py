@@ -102,7 +102,9 @@ class DistillationConfig(BaseModel):
     seed: Seed = Field(default=0, description="seed of order, augmentation and a new student's weights")
     num_images: Count = Field(default=1024, ge=1, description="distinct images; taken as whole batches, rounded up")
     num_steps: Count = Field(
-        default=300, ge=0, description="optimiser steps; 0 leaves the student as BatchNorm re-estimation left it"
+        default=300,
+        ge=0,
+        description="optimiser steps; 0: the student as it was before, on the rung nearest the teacher",
     )
     batch_size: BatchSize = Field(default=128)
     learning_rate: Number = Field(default=0.05, gt=0, description="peak SGD learning rate, cosine to zero")
@@ -152,7 +154,7 @@ class ReferenceConfig(BaseModel):
 
 
 class TrialConfig(BaseModel):
-    """One trial: prune, re-estimate BatchNorm, distil, evaluate."""
+    """One trial: prune, re-estimate BatchNorm, reconstruct layers, distil, evaluate."""
 
     model_config = STRICT
 
