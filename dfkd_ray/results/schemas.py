@@ -74,7 +74,7 @@ METRICS: Columns = {
     "class_histogram": (pa.string(), True, "teacher's argmax over the images, counts as JSON"),
     "synthesis_wall_s": (pa.float64(), False, "seconds of making the images, summed over batches, cached or not"),
     "reference_wall_s": (pa.float64(), False, "the same for the reference set"),
-    "reconstruction_wall_s": (pa.float64(), True, "seconds of layer-wise reconstruction; null where it is left out"),
+    "reconstruction_wall_s": (pa.float64(), False, "seconds of layer-wise reconstruction; null where it is left out"),
     "distillation_wall_s": (pa.float64(), False, "seconds of distillation"),
     "wall_s": (pa.float64(), False, "seconds of the whole trial"),
     "num_cached_batches": (pa.int64(), False, "batches that were there: in the cache, or made for another trial"),
