@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from dfkd_ray.compression import pruning
+from dfkd_ray.compression import moments, pruning, saliency
 from dfkd_ray.compression.pruning import CRITERIA
-from dfkd_ray.config import PruningConfig
-from helpers import tiny_network
+from dfkd_ray.config import FROM_IMAGES, PruningConfig, validate
+from helpers import refusal, tiny_network
 
 
 def total(network):
@@ -77,14 +77,15 @@ def test_ties_are_broken_by_position_and_so_the_same_each_time(criterion):
 
 def test_of_equal_weights_the_first_ones_go():
     network = fill(tiny_network(), "equal")
-    flat = torch.cat([mask.flatten() for mask in pruning.masks(network, PruningConfig(sparsity=0.25)).values()])
+    config = PruningConfig(criterion="global_magnitude", sparsity=0.25)
+    flat = torch.cat([mask.flatten() for mask in pruning.masks(network, config).values()])
     num_zeros = round(0.25 * total(network))
     assert not flat[:num_zeros].any() and flat[num_zeros:].all()
 
 
 def test_global_magnitude_drops_the_smallest_weights_of_all():
     network = fill(tiny_network(), "random")
-    masks = pruning.masks(network, PruningConfig(sparsity=0.7))
+    masks = pruning.masks(network, PruningConfig(criterion="global_magnitude", sparsity=0.7))
     weights = pruning.prunable(network)
     dropped = torch.cat([weights[name][~mask].abs() for name, mask in masks.items()])
     kept = torch.cat([weights[name][mask].abs() for name, mask in masks.items()])
@@ -113,13 +114,13 @@ def slow_lamp(weight):
 def test_lamp_scores_equal_a_slow_reference():
     generator = torch.Generator().manual_seed(0)
     weights = {"a": torch.randn(6, 3, 3, 3, generator=generator), "b": torch.randn(5, 7, generator=generator) * 1e-4}
-    for name, score in pruning.lamp_scores(weights).items():
+    for name, score in pruning.lamp_scores(pruning.squares(weights)).items():
         torch.testing.assert_close(score, slow_lamp(weights[name].double()), rtol=1e-9, atol=0)
 
 
 def test_lamp_scores_are_blind_to_a_layers_scale():
     weight = torch.randn(40, generator=torch.Generator().manual_seed(0))
-    scores = pruning.lamp_scores({"a": weight, "b": weight * 2**-30})
+    scores = pruning.lamp_scores(pruning.squares({"a": weight, "b": weight * 2**-30}))
     torch.testing.assert_close(scores["a"], scores["b"], rtol=1e-9, atol=0)
 
 
@@ -136,6 +137,176 @@ def test_lamp_empties_no_layer():
     assert min(layer_sizes(network, "global_magnitude", 0.5)) == 0
     assert min(layer_sizes(network, "lamp", sparsity)) >= 1
     assert sum(layer_sizes(network, "lamp", sparsity)) == 10
+
+
+# ---- ERK -------------------------------------------------------------------------------------------------------------
+
+SHAPES = {
+    "resnet": {"a": (8, 1, 3, 3), "b": (8, 8, 3, 3), "c": (32, 16, 3, 3), "d": (32, 16, 1, 1), "e": (10, 32)},
+    "linear": {"a": (300, 20), "b": (20, 20), "c": (3, 20)},
+    "one": {"a": (7, 11)},
+    "tiny": {"a": (1, 1), "b": (1, 1, 1, 1), "c": (2, 3)},
+    "3-D": {"a": (4, 2, 3, 3, 3), "b": (4, 1, 5), "c": (64, 64)},
+}
+
+
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+def test_erk_keeps_the_exact_number_in_shares_of_its_formula(shapes):
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    size = sum(weight.numel() for weight in weights.values())
+    for num_zeros in sorted({0, 1, size - 1, size, *range(0, size, max(1, size // 37))}):
+        masks = pruning.erk(weights, num_zeros)
+        assert zeros_of(masks) == num_zeros
+        densities = {name: int(mask.sum()) / mask.numel() for name, mask in masks.items()}
+        ratios = {name: sum(shape) / weights[name].numel() for name, shape in shapes.items()}
+        largest = max(weights, key=lambda name: weights[name].numel())
+        open_layers = [name for name in weights if densities[name] < 1 and name != largest]
+        for name, other in itertools.pairwise(open_layers):  # each count is rounded down: one weight less at most
+            share, other_share = (densities[each] / ratios[each] for each in (name, other))
+            slack = sum(1 / (weights[each].numel() * ratios[each]) for each in (name, other))
+            assert abs(share - other_share) <= slack + 1e-9
+        for name, mask in masks.items():
+            weight = weights[name].abs()
+            if 0 < densities[name] < 1:
+                assert weight[~mask].max() <= weight[mask].min()
+
+
+def test_erk_by_hand():
+    weights = {"a": torch.arange(1.0, 101).view(10, 10), "b": torch.arange(1.0, 13).view(4, 3)}
+    # Ratios are 20/100 and 7/12, of 27 units of kept weights: with 27 kept of 112, 20 and 7.
+    masks = pruning.erk(weights, 112 - 27)
+    assert [int(mask.sum()) for mask in masks.values()] == [20, 7]
+    # With 54 kept, b would keep 14 of 12: it stays dense, and a keeps the other 42.
+    masks = pruning.erk(weights, 112 - 54)
+    assert masks["b"].all() and int(masks["a"].sum()) == 42
+    assert torch.equal(masks["a"].flatten(), torch.arange(100) >= 58)
+
+
+def test_erk_empties_no_layer_of_a_resnet8_at_a_sparsity_of_98_percent():
+    assert min(layer_sizes(fill(tiny_network(), "random"), "erk", 0.98)) >= 1
+
+
+# ---- scores from images ----------------------------------------------------------------------------------------------
+
+
+def one_linear(weights):
+    network = nn.Sequential(nn.Linear(len(weights), 1, bias=False))
+    network.get_parameter("0.weight").data = torch.tensor([weights])
+    return network
+
+
+def images_with(moments):
+    """Images (n, d) whose second moments about zero are these."""
+    factor = torch.linalg.cholesky(torch.tensor(moments, dtype=torch.float64))
+    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=len(moments))), dtype=torch.float64)
+    return (signs @ factor.T).float()
+
+
+CORRELATED = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.9], [0.0, 0.9, 1.0]]
+
+
+def test_obs_drops_one_of_two_correlated_inputs_before_a_smaller_weight(monkeypatch):
+    monkeypatch.setattr(saliency, "DAMPING", 1e-9)
+    network = one_linear([0.95, 1.0, 1.0])
+    scores = saliency.saliencies(network, images_with(CORRELATED), "obs")
+    torch.testing.assert_close(scores["0.weight"], torch.tensor([[0.9025, 0.19, 0.19]]).double(), rtol=1e-5, atol=0)
+    wanda = saliency.saliencies(network, images_with(CORRELATED), "wanda")["0.weight"]
+    torch.testing.assert_close(wanda, torch.tensor([[0.9025, 1.0, 1.0]]).double(), rtol=1e-5, atol=0)
+    for criterion, dropped in (("obs", (1, 2)), ("wanda", (0,))):
+        found = saliency.saliencies(network, images_with(CORRELATED), criterion)
+        config = PruningConfig.model_validate({"criterion": criterion, "sparsity": 1 / 3})
+        (mask,) = pruning.masks(network, config, saliencies=found).values()
+        assert [int(index) for index in (~mask).flatten().nonzero()] in [[each] for each in dropped]
+
+
+def test_the_damping_of_obs_is_a_share_of_the_mean_power():
+    network = one_linear([0.95, 1.0, 1.0])
+    inverse = torch.linalg.inv(torch.tensor(CORRELATED).double() + saliency.DAMPING * torch.eye(3))
+    expected = torch.tensor([[0.95, 1.0, 1.0]]).double().square() / inverse.diagonal()
+    found = saliency.saliencies(network, images_with(CORRELATED), "obs")["0.weight"]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+
+
+def test_wanda_is_the_squared_weight_times_the_mean_squared_input():
+    network = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 25, 4))
+    images = torch.randn(8, 2, 5, 5, generator=torch.Generator().manual_seed(0)) + 1
+    scores = saliency.saliencies(network, images, "wanda")
+    weights = pruning.prunable(network)
+    assert list(scores) == list(weights)
+    power = nn.functional.unfold(images, 3, padding=1).square().mean(dim=(0, 2)).view(1, 2, 3, 3)
+    expected = weights["0.weight"].double().square() * power
+    torch.testing.assert_close(scores["0.weight"], expected, rtol=1e-4, atol=1e-7)
+    with torch.no_grad():
+        inner = network[:3](images).square().mean(dim=0)
+    torch.testing.assert_close(scores["3.weight"], weights["3.weight"].double().square() * inner, rtol=1e-4, atol=1e-7)
+
+
+LAYERS = {
+    "grouped": (nn.Conv2d(4, 6, 3, groups=2), (4, 6, 6)),
+    "depthwise": (nn.Conv2d(4, 4, 3, groups=4), (4, 6, 6)),
+    "transposed": (nn.ConvTranspose2d(4, 6, 3, stride=2), (4, 6, 6)),
+    "transposed, grouped": (nn.ConvTranspose2d(4, 6, 3, groups=2), (4, 6, 6)),
+    "1-D": (nn.Conv1d(4, 6, 3), (4, 9)),
+    "tokens": (nn.Linear(5, 3), (4, 5)),
+}
+
+
+@pytest.mark.parametrize("criterion", FROM_IMAGES)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_scores_from_images_have_the_weights_shape_and_weigh_its_own_inputs(criterion, kind):
+    layer, shape = LAYERS[kind]
+    network = nn.Sequential(copy.deepcopy(layer))
+    images = torch.randn(6, *shape, generator=torch.Generator().manual_seed(0))
+    axis = 1 if kind == "tokens" else 0
+    images.select(axis + 1, 0).zero_()  # the first input is dead
+    scores = saliency.saliencies(network, images, criterion)["0.weight"]
+    weight = network.get_parameter("0.weight")
+    assert scores.shape == weight.shape and scores.dtype == torch.float64 and (scores >= 0).all()
+    with torch.no_grad():
+        before = network(images)
+        weight[scores < 1e-2 * scores.mean()] = 0.0  # what the dead input meets, and hardly more
+        assert int((weight == 0).sum()) > 0
+        assert float((network(images) - before).abs().max()) < 0.5 * float(before.abs().max())
+
+
+@pytest.mark.parametrize("criterion", FROM_IMAGES)
+@pytest.mark.parametrize("sparsity", [0.333, 0.9, 0.98])
+def test_scores_from_images_give_the_exact_number_of_zeros_and_empty_no_layer(criterion, sparsity):
+    network = fill(tiny_network(), "random")
+    images = torch.randn(8, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    scores = saliency.saliencies(network, images, criterion)
+    config = PruningConfig.model_validate({"criterion": criterion, "sparsity": sparsity, "spare_last": True})
+    masks = pruning.masks(network, config, saliencies=scores)
+    assert zeros_of(masks) == round(sparsity * total(network))
+    assert masks["fc.weight"].all() and all(mask.any() for mask in masks.values())
+
+
+@pytest.mark.parametrize("criterion", FROM_IMAGES)
+def test_layers_whose_inputs_are_not_seen_are_left_out(criterion, monkeypatch):
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.unused = nn.Linear(8, 8), nn.Linear(3, 3)
+            self.attention, self.large = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = self.a(x)
+            return self.large(self.attention(x, x, x, need_weights=False)[0])
+
+    images = torch.randn(6, 4, 8, generator=torch.Generator().manual_seed(0))
+    assert set(saliency.saliencies(Attends(), images, criterion)) == {"a.weight", "large.weight"}
+    monkeypatch.setattr(moments, "LARGEST", 8 * 7 * 7)
+    assert saliency.saliencies(Attends(), images, criterion) == {}
+
+
+@pytest.mark.parametrize("criterion", FROM_IMAGES)
+def test_scores_from_images_and_the_cubic_schedule_are_refused_in_one_line(criterion):
+    data = {"criterion": criterion, "sparsity": 0.5, "schedule": "cubic"}
+    refusal(lambda: validate(PruningConfig, data), f"criterion={criterion}", "schedule=one_shot")
+
+
+# ---- masks -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

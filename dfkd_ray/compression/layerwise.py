@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from dfkd_ray import batchnorm
 from dfkd_ray.compression import pruning
 from dfkd_ray.compression.moments import LAYERS, Arguments, Geometry, Moments
+from dfkd_ray.text import one_line
 
 SUMS = {torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__}
 SUMS |= {torch.Tensor.add_, torch.Tensor.__iadd__}
@@ -43,6 +44,7 @@ class Call:
     """A layer's call in a forward pass: `skip` is the index of the operation that made the other summand."""
 
     index: int
+    layer: str
     batch_norm: Any = None
     skip: int | None = None
 
@@ -64,7 +66,7 @@ class Look(TorchFunctionMode):
 
     def __init__(self, network: nn.Module):
         super().__init__()
-        self.layers = {id(weight) for weight in pruning.prunable(network).values()}
+        self.layers = {id(weight): name for name, weight in pruning.prunable(network).items()}
         self.norms = {id(layer.running_mean): layer for layer in batchnorm.layers(network)}
         self.plan, self.index = Plan(), 0
         self.made: dict[int, tuple[int, Tensor, int]] = {}  # id of a tensor → operation, tensor, its version then
@@ -72,13 +74,14 @@ class Look(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
-        before = [(self.made.get(id(each)), self.ends.get(id(each))) for each in args[:2]]
+        before = [(self.unchanged(each), self.ends.get(id(each))) for each in args[:2]]
         result = func(*args, **given)
         index, self.index = self.index, self.index + 1
         if not isinstance(result, Tensor):
             return result
-        if func in LAYERS and id(Arguments.of(args, given).weight) in self.layers:
-            self.ends[id(result)] = self.plan.calls[index] = Call(index)
+        name = self.layers.get(id(Arguments.of(args, given).weight)) if func in LAYERS else None
+        if name is not None:
+            self.ends[id(result)] = self.plan.calls[index] = Call(index, name)
         elif func is F.batch_norm:
             self.batch_norm(result, args, given)
         elif func in SUMS and len(args) == 2 and not given:
@@ -87,6 +90,11 @@ class Look(TorchFunctionMode):
         if result.ndim > 1:
             self.plan.largest = max(self.plan.largest, result[0].numel() * result.element_size())
         return result
+
+    def unchanged(self, given: Any) -> int | None:
+        """The operation that made a tensor, unless it was changed in place since then."""
+        index, made, version = self.made.get(id(given), (None, None, None))
+        return index if made is not None and made._version == version else None
 
     def batch_norm(self, result: Tensor, args: Any, given: Any) -> None:
         """A layer is followed by BatchNorm."""
@@ -101,13 +109,13 @@ class Look(TorchFunctionMode):
         if not all(isinstance(each, Tensor) and each.shape == result.shape for each in args):
             return
         (left, left_call), (right, right_call) = before
-        ends = [(call, other) for call, other in ((left_call, right), (right_call, left)) if call and other]
+        pairs = ((left_call, right), (right_call, left))
+        ends = [(call, other) for call, other in pairs if call is not None and other is not None]
         if not ends:
             return
-        call, (made, other, version) = max(ends, key=lambda end: end[0].index)
-        unchanged = other is result or other._version == version
-        if call.skip is None and made < call.index and unchanged:
-            call.skip = made
+        call, other = max(ends, key=lambda end: end[0].index)
+        if call.skip is None and other < call.index:
+            call.skip = other
 
 
 @torch.no_grad()
@@ -124,8 +132,18 @@ class Fit(TorchFunctionMode):
     The first half of every activation is the teacher's, the second half the student's.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, masks: pruning.Masks, plan: Plan, ridge: float):
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        masks: pruning.Masks,
+        plan: Plan,
+        ridge: float,
+        batch: int,
+    ):
         super().__init__()
+        self.batch = batch
+        self.too_large: list[str] = []
         theirs = dict(teacher.named_parameters(remove_duplicate=False))
         self.masks, self.plan, self.ridge = masks, plan, ridge
         self.weights = {id(weight): (name, theirs[name]) for name, weight in pruning.prunable(student).items()}
@@ -137,7 +155,8 @@ class Fit(TorchFunctionMode):
         }
         self.last_uses = {call.skip: index for index, call in plan.calls.items() if call.skip is not None}
         self.index = 0
-        self.fitted: set[str] = set()
+        self.seen: set[str] = set()
+        self.set_norms: set[int] = set()
         self.summands: dict[int, Tensor] = {}
         self.targets: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # id of an output → it, its target's mean, variance
 
@@ -161,25 +180,31 @@ class Fit(TorchFunctionMode):
         if id(call.weight) not in self.weights or (bias is not None and id(bias) not in self.biases):
             return func(*args, **given)
         name, dense = self.weights[id(call.weight)]
+        if len(call.input) % self.batch:
+            raise ValueError(f"{name} has an input of {len(call.input):,} in a batch of {self.batch:,}")
         theirs, own = call.input.chunk(2)
         aim = func(theirs, dense, None if bias is None else self.biases[id(bias)], *call.rest, **call.named)
         planned = self.plan.calls.get(index)
+        if planned is None or planned.layer != name:
+            raise ValueError(f"{name} runs at another place than for two images")
         lacking = self.lacking(planned, aim)
         target = aim if lacking is None else aim + lacking
-        if name not in self.fitted:
-            self.fitted.add(name)
-            centred = bias is not None or (planned is not None and planned.batch_norm is not None)
-            geometry = Geometry.of(func, call)
-            moments = geometry.moments(own, target, len(self.fitted))
+        geometry = Geometry.of(func, call)
+        if name not in self.seen and geometry.too_large(own):
+            self.too_large.append(name)
+        elif name not in self.seen:
+            centred = bias is not None or planned.batch_norm is not None
+            moments = geometry.moments(own, target, len(self.seen) + 1)
             self.fit(name, call, dense, geometry, moments if centred else moments.uncentred())
+        self.seen.add(name)
         result = torch.cat([aim, func(own, call.weight, bias, *call.rest, **call.named)])
-        if lacking is not None and planned is not None and planned.batch_norm is not None:
+        if lacking is not None and planned.batch_norm is not None:
             self.targets[id(result)] = (result, *batchnorm.channel_moments(target.float()))
         return result
 
-    def lacking(self, planned: Call | None, aim: Tensor) -> Tensor | None:
+    def lacking(self, planned: Call, aim: Tensor) -> Tensor | None:
         """What a layer's target adds to the teacher's output: what the student's other summand lacks."""
-        if planned is None or planned.skip is None or planned.skip not in self.summands:
+        if planned.skip is None or planned.skip not in self.summands:
             return None
         theirs, own = self.summands[planned.skip].chunk(2)
         if self.last_uses[planned.skip] == planned.index:
@@ -207,7 +232,7 @@ class Fit(TorchFunctionMode):
             call.bias.copy_(offset.flatten())
 
     def batch_norm(self, args: Any, given: Any) -> Tensor:
-        """Set a layer's statistics, and run it with the teacher's on one half and the student's on the other."""
+        """Set a layer's statistics at its first call, and run it, with the teacher's on the first half."""
         bound = batchnorm.BATCH_NORM.bind(*args, **given)
         bound.apply_defaults()
         arguments = dict(bound.arguments)
@@ -217,11 +242,13 @@ class Fit(TorchFunctionMode):
         layer, teacher = found
         theirs, own = arguments["input"].chunk(2)
         known = self.targets.pop(id(arguments["input"]), None)
-        aim_mean, aim_variance = known[1:] if known else batchnorm.channel_moments(theirs.float())
-        mean, variance = batchnorm.channel_moments(own.float())
-        ratio = ((variance + layer.eps) / (aim_variance + layer.eps)).sqrt()
-        layer.running_mean.copy_(mean + (teacher.running_mean - aim_mean) * ratio)
-        layer.running_var.copy_(((teacher.running_var + layer.eps) * ratio.square() - layer.eps).clamp_min(0))
+        if id(layer) not in self.set_norms:
+            self.set_norms.add(id(layer))
+            aim_mean, aim_variance = known[1:] if known else batchnorm.channel_moments(theirs.float())
+            mean, variance = batchnorm.channel_moments(own.float())
+            ratio = ((variance + layer.eps) / (aim_variance + layer.eps)).sqrt()
+            layer.running_mean.copy_(mean + (teacher.running_mean - aim_mean) * ratio)
+            layer.running_var.copy_(((teacher.running_var + layer.eps) * ratio.square() - layer.eps).clamp_min(0))
         statistics = {"running_mean": teacher.running_mean, "running_var": teacher.running_var}
         first = F.batch_norm(**{**arguments, **statistics, "input": theirs})
         return torch.cat([first, F.batch_norm(**{**arguments, "input": own})])
@@ -257,6 +284,14 @@ def solve(moments: Moments, dense: Tensor, kept: Tensor, ridge: float) -> Tensor
     return result
 
 
+@dataclass(frozen=True)
+class Done:
+    """How many images a reconstruction has used, as memory allows, and the layers that were too large to be fitted."""
+
+    num_images: int
+    too_large: tuple[str, ...] = ()
+
+
 @torch.no_grad()
 def reconstruct(
     student: nn.Module,
@@ -266,8 +301,8 @@ def reconstruct(
     masks: pruning.Masks,
     *,
     ridge: float = 0.01,
-) -> int:
-    """Fit the pruned `student`, a copy of `teacher`, in place; returns how many images were used, as memory allows.
+) -> Done:
+    """Fit the pruned `student`, a copy of `teacher`, in place.
 
     `images(n)` makes n normalised images on the student's device, in the layout that it takes. Both networks end in
     eval mode. `ValueError` if they cannot run as two halves of one batch, such as a network that computes a layer's
@@ -276,16 +311,42 @@ def reconstruct(
     student.eval()
     teacher.eval()
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    used = look_at(student, images(2)).num_images(num_images)
-    given = images(used)
-    # Autocast would go on with its first copy of each weight, made before the weight is fitted.
-    with torch.autocast(given.device.type, enabled=False):
-        plan = look_at(student, given[:2])
-        expected = teacher(given[:16]).float()
-        with Fit(student, teacher, masks, plan, ridge) as fit:
-            found = student(torch.cat([given, given]))[: len(expected)].float()
-    close = torch.allclose(found, expected, rtol=0.0, atol=TOLERANCE * float(expected.abs().max()) + 1e-6)
-    if not fit.fitted or not close:
+    try:
+        done = fitted(student, teacher, images, num_images, masks, ridge)
+    except torch.OutOfMemoryError:
+        raise
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         student.load_state_dict(before)
+        raise ValueError(f"it does not run as one batch with its teacher: {one_line(str(error), 160)}") from error
+    infinite = [name for name, tensor in student.state_dict().items() if not tensor.isfinite().all()]
+    infinite = [name for name in infinite if before[name].isfinite().all()]
+    if done is None or infinite:
+        student.load_state_dict(before)
+    if done is None:
         raise ValueError("its teacher's logits change when both run as one batch: its layers are not fitted")
-    return used
+    if infinite:
+        raise ValueError(f"{infinite[0]} would not be finite")
+    return done
+
+
+def fitted(
+    student: nn.Module,
+    teacher: nn.Module,
+    images: Callable[[int], Tensor],
+    num_images: int,
+    masks: pruning.Masks,
+    ridge: float,
+) -> Done | None:
+    """Fit the student; None if the teacher's logits change in the common pass."""
+    some = images(2)
+    # Autocast would go on with its first copy of each weight, made before the weight is fitted.
+    with torch.autocast(some.device.type, enabled=False):
+        plan = look_at(student, some)
+        given = images(plan.num_images(num_images))
+        expected = teacher(given[:16]).float()
+        both = torch.cat([given, given])
+        with Fit(student, teacher, masks, plan, ridge, len(both)) as fit:
+            answer = student(both)  # nothing else: operations are counted from here, as in the plan
+        found = answer[: len(expected)].float()
+    close = torch.allclose(found, expected, rtol=0.0, atol=TOLERANCE * float(expected.abs().max()) + 1e-6)
+    return Done(len(given), tuple(fit.too_large)) if fit.seen and close else None

@@ -21,6 +21,7 @@ TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 LAYERS = {*CONVOLUTIONS, *TRANSPOSED, F.linear}
 POSITIONS = 8  # sampled output positions per input of a row …
 LEAST_POSITIONS = 16_384  # … and at least so many, if there are
+LARGEST = 512 << 20  # bytes of a layer's covariances: 8,192 inputs
 PART = 4096  # positions whose patches exist at once
 
 
@@ -127,6 +128,10 @@ class Geometry:
         if not self.kernel:
             return inputs.shape[-1]
         return inputs.shape[1] // self.groups * math.prod(self.kernel)
+
+    def too_large(self, inputs: Tensor) -> bool:
+        """Whether the covariances would take over `LARGEST` bytes; several tensors of that size exist at once."""
+        return 8 * self.groups * self.num_inputs(inputs) ** 2 > LARGEST
 
     def moments(self, inputs: Tensor, target: Tensor, seed: int) -> Moments:
         """Moments over sampled output positions: `POSITIONS` per input, at least `LEAST_POSITIONS`, if there are.

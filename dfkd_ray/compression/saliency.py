@@ -28,7 +28,8 @@ class Watch(TorchFunctionMode):
             name = self.names.get(id(call.weight))
             if name is not None and name not in self.found:
                 geometry = Geometry.of(func, call)
-                self.found[name] = geometry, geometry.moments(call.input, result, len(self.found)).uncentred()
+                if not geometry.too_large(call.input):
+                    self.found[name] = geometry, geometry.moments(call.input, result, len(self.found)).uncentred()
         return result
 
 
@@ -37,7 +38,9 @@ def saliencies(network: nn.Module, images: Tensor, criterion: str) -> pruning.We
     """`wanda`: w² E[x²]; `obs`: w² / [H⁻¹]_jj with H = E[x xᵀ], damped. Float64, by name, of every prunable weight.
 
     Sources: Sun et al. 2023, arXiv 2306.11695, equation 1 (squared here); Hassibi and Stork 1993, equation 5.
-    A layer that does not run scores zero. `images` are normalised; the network runs in eval mode.
+    Left out are layers with too many inputs, and those whose inputs are not seen: they do not run, or PyTorch runs them
+    inside a function of several layers (`F.multi_head_attention_forward`). `images` are normalised; the network runs in
+    eval mode.
     """
     network.eval()
     with Watch(network) as watch:
@@ -45,7 +48,6 @@ def saliencies(network: nn.Module, images: Tensor, criterion: str) -> pruning.We
     scores = {}
     for name, weight in pruning.prunable(network).items():
         if name not in watch.found:
-            scores[name] = torch.zeros_like(weight, dtype=torch.float64)
             continue
         geometry, moments = watch.found[name]
         diagonal = moments.gram.diagonal(dim1=1, dim2=2)

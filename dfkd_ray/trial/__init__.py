@@ -216,7 +216,7 @@ def steps(
         count_images(pool)
 
         # The student on the rungs before training.
-        masks = reconstruction.masks(student, config, first_pool, runtime)
+        masks, warning = reconstruction.masks(student, config, first_pool, runtime)
         dense = deepcopy(student)
         pruning.apply(student, masks)
         measured: dict[ladder.Rung, tuple[float, float]] = {}  # KL divergence, agreement
@@ -245,19 +245,21 @@ def steps(
             measure(ladder.BN_REESTIMATED, student)
         else:
             leave_out(ladder.BN_REESTIMATED)
-        warned: list[str] = []
+        warned = [warning] if warning else []
         start = ladder.BN_REESTIMATED if reestimates else ladder.PRUNED
+        reconstructed = False
         if reconstruction.applies(config):
             report("reconstructing", 0, 1, {})
             reconstruction_start = time.perf_counter()
             student.load_state_dict(states[ladder.PRUNED])
-            warning = reconstruction.reconstruct(student, network, config, first_pool, runtime, masks)
-            row["reconstruction_wall_s"] = time.perf_counter() - reconstruction_start
-            warned += [warning] if warning else []
-            measure(ladder.RECONSTRUCTED, student)
-            start = min((ladder.RECONSTRUCTED, start), key=lambda rung: measured[rung][0])
+            reconstructed, said = reconstruction.reconstruct(student, network, config, first_pool, runtime, masks)
+            warned += said
+            if reconstructed:
+                row["reconstruction_wall_s"] = time.perf_counter() - reconstruction_start
+                measure(ladder.RECONSTRUCTED, student)
+                start = min((ladder.RECONSTRUCTED, start), key=lambda rung: measured[rung][0])
             student.load_state_dict(states[start])
-        else:
+        if not reconstructed:
             leave_out(ladder.RECONSTRUCTED)
 
         # Frozen BatchNorm keeps the teacher's statistics. The cubic schedule starts dense and makes its own masks.

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from dfkd_ray import devices, distillation
 from dfkd_ray.batches import mix_seed
-from dfkd_ray.compression import layerwise, pruning, saliency
+from dfkd_ray.compression import layerwise, moments, pruning, saliency
 from dfkd_ray.config import FROM_IMAGES, TrialConfig
 from dfkd_ray.devices import Runtime
 from dfkd_ray.distillation import Pool
 from dfkd_ray.images import decode
+from dfkd_ray.text import one_line
 
 NUM_SCORING = 512  # images for the scores of a criterion
 
@@ -28,16 +29,22 @@ def applies(config: TrialConfig) -> bool:
     )
 
 
-def masks(student: nn.Module, config: TrialConfig, pool: Pool, runtime: Runtime) -> pruning.Masks:
-    """The masks of a dense student; empty without pruning."""
+def masks(student: nn.Module, config: TrialConfig, pool: Pool, runtime: Runtime) -> tuple[pruning.Masks, str | None]:
+    """The masks of a dense student, empty without pruning; and a warning, or None."""
+    criterion = config.pruning.criterion
     if config.pruning.sparsity == 0:
-        return {}
-    scores = None
-    if config.pruning.criterion in FROM_IMAGES:
-        scores = saliency.saliencies(
-            student, fitting_images(student, config, pool, runtime)(512), config.pruning.criterion
-        )
-    return pruning.masks(student, config.pruning, saliencies=scores)
+        return {}, None
+    if criterion not in FROM_IMAGES:
+        return pruning.masks(student, config.pruning), None
+    images = fitting_images(student, config, pool, runtime)
+    num_images = layerwise.look_at(student.eval(), images(2)).num_images(NUM_SCORING)
+    scores = saliency.saliencies(student, images(num_images), criterion)
+    squares = pruning.squares(pruning.prunable(student))
+    unseen = ", ".join(name for name in squares if name not in scores)
+    warning = None
+    if unseen:
+        warning = f"pruning.criterion={criterion} sees no inputs, or too many, of {one_line(unseen, 120)}: scored by w²"
+    return pruning.masks(student, config.pruning, saliencies=squares | scores), warning
 
 
 def fitting_images(student: nn.Module, config: TrialConfig, pool: Pool, runtime: Runtime) -> Callable[[int], Tensor]:
@@ -57,23 +64,23 @@ def fitting_images(student: nn.Module, config: TrialConfig, pool: Pool, runtime:
 
 def reconstruct(
     student: nn.Module, teacher: nn.Module, config: TrialConfig, pool: Pool, runtime: Runtime, masks: pruning.Masks
-) -> str | None:
-    """Reconstruct a pruned student in place; returns a warning, or None. A student that cannot be is left as it was."""
+) -> tuple[bool, list[str]]:
+    """Reconstruct a pruned student in place; whether it was, and warnings. One that cannot be is left as it was."""
     settings = config.reconstruction
+    images = fitting_images(student, config, pool, runtime)
     try:
-        used = layerwise.reconstruct(
-            student,
-            teacher,
-            fitting_images(student, config, pool, runtime),
-            settings.num_images,
-            masks,
-            ridge=settings.ridge,
-        )
+        done = layerwise.reconstruct(student, teacher, images, settings.num_images, masks, ridge=settings.ridge)
     except ValueError as error:
-        return f"no layer-wise reconstruction: {error}"
-    if used < settings.num_images:
-        return (
-            f"layer-wise reconstruction took {used:,} of reconstruction.num_images={settings.num_images:,}: more would "
-            f"take over {layerwise.MEMORY >> 30} GiB"
+        return False, [f"no layer-wise reconstruction: {error}"]
+    warnings = []
+    if done.num_images < settings.num_images:
+        warnings.append(
+            f"layer-wise reconstruction took {done.num_images:,} of reconstruction.num_images="
+            f"{settings.num_images:,}: more would take over {layerwise.MEMORY / (1 << 30):.3g} GiB"
         )
-    return None
+    if done.too_large:
+        warnings.append(
+            f"layer-wise reconstruction left out {one_line(', '.join(done.too_large), 120)}: too many inputs for "
+            f"{moments.LARGEST / (1 << 30):.3g} GiB"
+        )
+    return True, warnings
