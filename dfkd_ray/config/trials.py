@@ -71,7 +71,8 @@ class ReconstructionConfig(BaseModel):
     num_images: Count = Field(
         default=1024,
         ge=0,
-        description="half of them as they are, half shifted, flipped and mixed as in distillation; 0 leaves it out",
+        description="half of them as they are, half shifted, flipped and mixed as in distillation; at most four for "
+        "each synthetic image; 0 leaves it out",
     )
     ridge: Number = Field(default=0.01, gt=0, description="pull towards the teacher's weights, of the mean input power")
 

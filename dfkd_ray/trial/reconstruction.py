@@ -16,6 +16,7 @@ from dfkd_ray.images import decode
 from dfkd_ray.text import one_line
 
 NUM_SCORING = 512  # images for the scores of a criterion
+MOST_REPEATS = 4  # times that an image is taken for reconstruction: once as it is, the others shifted, flipped, mixed
 
 
 def applies(config: TrialConfig) -> bool:
@@ -67,16 +68,17 @@ def reconstruct(
 ) -> tuple[bool, list[str]]:
     """Reconstruct a pruned student in place; whether it was, and warnings. One that cannot be is left as it was."""
     settings = config.reconstruction
+    wanted = min(settings.num_images, MOST_REPEATS * len(pool.labels))
     images = fitting_images(student, config, pool, runtime)
     try:
-        done = layerwise.reconstruct(student, teacher, images, settings.num_images, masks, ridge=settings.ridge)
+        done = layerwise.reconstruct(student, teacher, images, wanted, masks, ridge=settings.ridge)
     except ValueError as error:
         return False, [f"no layer-wise reconstruction: {error}"]
     warnings = []
-    if done.num_images < settings.num_images:
+    if done.num_images < wanted:
         warnings.append(
-            f"layer-wise reconstruction took {done.num_images:,} of reconstruction.num_images="
-            f"{settings.num_images:,}: more would take over {layerwise.MEMORY / (1 << 30):.3g} GiB"
+            f"layer-wise reconstruction took {done.num_images:,} of {wanted:,} images: more would take over "
+            f"{layerwise.MEMORY / (1 << 30):.3g} GiB"
         )
     if done.too_large:
         warnings.append(
