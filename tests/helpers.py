@@ -26,6 +26,7 @@ TINY_TRIAL: dict[str, Any] = {
     "bn_num_images": 8,
     "device": "cpu",
     "synthesis": {"batch_size": 8, "num_steps": 1, "num_threads": 1},
+    "reconstruction": {"num_images": 16},
     "distillation": {"num_images": 8, "num_steps": 2, "batch_size": 8, "num_threads": 1},
     "reference": {"num_images": 8, "synthesis": {"batch_size": 8, "num_steps": 1, "num_threads": 1}},
 }
