@@ -11,9 +11,9 @@ from torch import nn
 
 from dfkd_ray import bundles, evaluation, results, trial
 from dfkd_ray.batches import Batch
-from dfkd_ray.compression import pruning
-from dfkd_ray.config import TrialConfig, validate
-from helpers import tiny_trial
+from dfkd_ray.compression import layerwise, moments, pruning
+from dfkd_ray.config import FROM_IMAGES, TrialConfig, validate
+from helpers import same_weights, tiny_trial
 
 FIELDS = {"synthesis.num_steps": 2, "distillation.num_images": 16, "distillation.num_steps": 3}
 FIELDS |= {"distillation.eval_every": 2}
@@ -48,7 +48,7 @@ def test_a_trial_fills_its_row_and_its_student_has_the_sparsity(teacher, tiny_te
     outcome = trial.run(config_of(tiny_teacher, **{"pruning.sparsity": 0.9}), teacher, trial.Inputs(test=a_test_set()))
     row = outcome.row
     assert row["status"] == "finished" and not row["real_data"] and row["num_images"] == 16
-    for rung in ("teacher", "pruned", "bn_reestimated", "recovered"):
+    for rung in ("teacher", "pruned", "bn_reestimated", "reconstructed", "recovered"):
         assert 0 <= row[f"{rung}_accuracy"] <= 1
     assert row["num_test_images"] == 20 and sum(json.loads(row["class_histogram"])) == 16
     total = sum(weight.numel() for weight in pruning.prunable(teacher.network).values())
@@ -94,7 +94,8 @@ def test_the_whole_trial_leaves_the_teacher_bit_identical(teacher, tiny_teacher)
 
 
 def test_batchnorm_reestimation_is_a_step_of_its_own_and_changes_the_student(teacher, tiny_teacher):
-    config = config_of(tiny_teacher, **{"pruning.sparsity": 0.7, "distillation.num_steps": 0})
+    settings = {"pruning.sparsity": 0.7, "distillation.num_steps": 0, "reconstruction.num_images": 0}
+    config = config_of(tiny_teacher, **settings)
     outcome = trial.run(config, teacher, trial.Inputs(test=a_test_set()))
     assert outcome.row["selected"] == "bn_reestimated"
     assert outcome.row["bn_reestimated_accuracy"] == outcome.row["recovered_accuracy"]
@@ -106,6 +107,104 @@ def test_batchnorm_reestimation_is_a_step_of_its_own_and_changes_the_student(tea
         if name.endswith("running_mean")
     ]
     assert all(moved)
+
+
+RECONSTRUCTED = ("reconstructed_accuracy", "reconstructed_agreement", "reconstruction_wall_s")
+
+
+def test_reconstruction_is_a_rung_of_its_own_and_without_distillation_the_student(teacher, tiny_teacher):
+    settings = {"pruning.sparsity": 0.8, "distillation.num_steps": 0, "reconstruction.num_images": 64}
+    outcome = trial.run(config_of(tiny_teacher, **settings), teacher, trial.Inputs(test=a_test_set()))
+    row, plain = outcome.row, trial.run(config_of(tiny_teacher, **settings | {"reconstruction.num_images": 0}), teacher)
+    assert row["selected"] == "reconstructed" and row["best_step"] == 0 and row["warnings"] != ""
+    assert row["reconstructed_accuracy"] == row["recovered_accuracy"]
+    assert row["reconstructed_agreement"] == row["agreement"] and row["reconstruction_wall_s"] > 0
+    assert row["reference_kl"] < 0.5 * plain.row["reference_kl"], "of the best of the other rungs"
+    assert outcome.student is not None
+    assert pruning.achieved_sparsity(outcome.student) == plain.row["achieved_sparsity"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"reconstruction.num_images": 0},
+        {"student": {"architecture": "wrn_10_1"}},
+        {"pruning.schedule": "cubic"},
+        {"distillation.bn_mode": "frozen"},
+        {"pruning.sparsity": 0.0},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_where_reconstruction_is_left_out_its_columns_are_null(teacher, tiny_teacher, settings):
+    config = config_of(tiny_teacher, **{"pruning.sparsity": 0.5} | settings)
+    row = trial.run(config, teacher, trial.Inputs(test=a_test_set())).row
+    assert row["status"] == "finished" and row["selected"] != "reconstructed"
+    assert [row.get(name) for name in RECONSTRUCTED] == [None, None, None]
+    assert row["pruned_accuracy"] is not None and "reconstruction" not in (row["warnings"] or "")
+
+
+def test_a_network_that_cannot_be_reconstructed_has_no_such_rung_and_its_row_says_why(tiny_teacher):
+    class Standardised(nn.Conv2d):
+        def forward(self, input):
+            return nn.functional.conv2d(input, self.weight - self.weight.mean(dim=(1, 2, 3), keepdim=True))
+
+    torch.manual_seed(0)
+    parts = (nn.Conv2d(1, 4, 3), Standardised(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten())
+    network = nn.Sequential(*parts, nn.Linear(8 * 144, 10))
+    about = {"image_shape": (1, 16, 16), "num_classes": 10, "mean": 0.5, "std": 0.25}
+    found = bundles.Teacher.from_network(network, **about)
+    outcome = trial.run(config_of(tiny_teacher, **{"pruning.sparsity": 0.5}), found, trial.Inputs(test=a_test_set()))
+    row = outcome.row
+    assert row["status"] == "finished" and row["selected"] != "reconstructed"
+    assert [row.get(name) for name in RECONSTRUCTED] == [None, None, None]
+    assert "no layer-wise reconstruction: its teacher's logits change" in row["warnings"]
+
+
+def test_fewer_images_than_wanted_are_told_and_so_are_layers_left_out(teacher, tiny_teacher, monkeypatch):
+    settings = {"pruning.sparsity": 0.5, "reconstruction.num_images": 64}
+    assert "layer-wise" not in (trial.run(config_of(tiny_teacher, **settings), teacher).row["warnings"] or "")
+    monkeypatch.setattr(layerwise, "MEMORY", 1 << 10)
+    monkeypatch.setattr(moments, "LARGEST", 8 * 144**2)
+    told = trial.run(config_of(tiny_teacher, **settings), teacher).row["warnings"]
+    assert "layer-wise reconstruction took 16 of reconstruction.num_images=64" in told
+    assert "layer-wise reconstruction left out" in told and "conv2.weight" in told and "fc.weight" not in told
+
+
+@pytest.mark.parametrize("criterion", FROM_IMAGES)
+def test_criteria_that_score_with_images_reach_the_sparsity(teacher, tiny_teacher, criterion):
+    settings = {"pruning.criterion": criterion, "pruning.sparsity": 0.8}
+    rows = [trial.run(config_of(tiny_teacher, **settings), teacher).row for _ in range(2)]
+    total = sum(weight.numel() for weight in pruning.prunable(teacher.network).values())
+    assert rows[0]["achieved_sparsity"] == round(0.8 * total) / total
+    columns = results.deterministic_columns()
+    assert {c: rows[0].get(c) for c in columns} == {c: rows[1].get(c) for c in columns}
+
+
+def test_layers_that_such_a_criterion_cannot_score_are_told(teacher, tiny_teacher, monkeypatch):
+    monkeypatch.setattr(moments, "LARGEST", 8 * 144**2)
+    settings = {"pruning.criterion": "wanda", "pruning.sparsity": 0.8, "reconstruction.num_images": 0}
+    told = trial.run(config_of(tiny_teacher, **settings), teacher).row["warnings"]
+    assert "pruning.criterion=wanda sees no inputs, or too many, of " in told and "conv2.weight" in told
+
+
+@pytest.mark.parametrize("criterion", ["lamp", "obs"])
+def test_a_trial_that_is_stopped_and_resumed_gives_the_same_row(teacher, tiny_teacher, tmp_path, criterion):
+    settings = {"pruning.criterion": criterion, "pruning.sparsity": 0.7, "distillation.num_steps": 6}
+    settings |= {"distillation.eval_every": 1, "distillation.checkpoint_every": 1}
+    config, inputs = config_of(tiny_teacher, **settings), trial.Inputs(test=a_test_set())
+
+    def stop(stage, done, *_rest):
+        if (stage, done) == ("distilling", 4):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trial.run(config, teacher, inputs, checkpoint=tmp_path, observer=trial.Observer(progress=stop))
+    assert list(tmp_path.glob("t-*/*.safetensors"))
+    resumed, undisturbed = trial.run(config, teacher, inputs, checkpoint=tmp_path), trial.run(config, teacher, inputs)
+    columns = results.deterministic_columns()
+    assert {c: resumed.row.get(c) for c in columns} == {c: undisturbed.row.get(c) for c in columns}
+    assert resumed.student is not None and undisturbed.student is not None
+    assert same_weights(resumed.student, undisturbed.student)
 
 
 @pytest.mark.parametrize("mode", ["frozen", "reestimated"])
@@ -191,13 +290,14 @@ def test_every_family_recovers_at_tiny_size(family, tmp_path, run_cli):
     assert done.code == 0, done.err
     tiny = ["synthesis.batch_size=4", "synthesis.num_steps=1", "distillation.num_images=4", "bn_num_images=4"]
     tiny += ["distillation.num_steps=1", "distillation.batch_size=4", "reference.num_images=4"]
-    tiny += ["reference.synthesis.batch_size=4", "reference.synthesis.num_steps=1"]
+    tiny += ["reference.synthesis.batch_size=4", "reference.synthesis.num_steps=1", "reconstruction.num_images=16"]
     # Two threads that wait for each other take ten times as long as one does.
     tiny += [f"{part}.num_threads=1" for part in ("synthesis", "distillation", "reference.synthesis")]
     sets = [word for field in tiny for word in ("--set", field)]
     done = run_cli("recover", str(tmp_path / "t"), "--sparsity", "0.9", "--out", str(tmp_path / "out"), *sets)
     assert done.code == 0, done.err
     row = json.loads((tmp_path / "out" / "row.json").read_text())
+    assert 0 <= row["reconstructed_agreement"] <= 1 and "layer-wise" not in (row["warnings"] or "")
     assert row["achieved_sparsity"] == pytest.approx(0.9, abs=1e-3)
     assert row["stored_bytes"] < 0.7 * row["dense_bytes"]  # at this width BatchNorm is half of the file
     assert (tmp_path / "out" / "images.png").stat().st_size > 0

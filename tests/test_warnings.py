@@ -29,7 +29,7 @@ def recovered(**settings):
 
 @pytest.fixture
 def compared(monkeypatch):
-    """(agreement, KL) of every comparison with the teacher, in order: plain pruning, re-estimated, each look."""
+    """(agreement, KL) of every comparison with the teacher, in order: the rungs before training, each look."""
     found, real = [], evaluation.Reference.compare
 
     def compare(reference, network):
@@ -47,14 +47,22 @@ def test_no_student_is_farther_from_the_teacher_than_plain_pruning_or_any_look(b
         **{"pruning.sparsity": sparsity, "distillation.bn_mode": bn_mode, "distillation.learning_rate": 5.0}
     )
     agreements, distances = zip(*compared, strict=True)
-    assert len(distances) == 4, "two rungs and two looks"
+    has_rung = bn_mode != "frozen" and sparsity > 0
+    assert len(distances) == 4 + has_rung, "two rungs, reconstruction where there is one, and two looks"
     assert done.row["reference_kl"] == min(distances)
     assert done.row["agreement"] in [a for a, kl in compared if kl == min(distances)]
-    assert agreements[:2] == (done.row["pruned_agreement"], done.row["bn_reestimated_agreement"])
+    rungs = ("pruned", "bn_reestimated", "reconstructed")[: 2 + has_rung]
+    assert agreements[: len(rungs)] == tuple(done.row[f"{rung}_agreement"] for rung in rungs)
 
 
 def test_of_students_that_agree_alike_the_one_of_lowest_kl_is_kept(monkeypatch):
-    for distances, selected in (([3.0, 2.0, 2.5, 1.0], "recovered"), ([1.0, 2.0, 2.5, 3.0], "pruned")):
+    of_rungs = {
+        "recovered": [3.0, 2.0, 2.0, 2.5, 1.0],
+        "pruned": [1.0, 2.0, 2.0, 2.5, 3.0],
+        "bn_reestimated": [2.0, 1.0, 3.0, 2.5, 3.0],
+        "reconstructed": [2.0, 3.0, 1.0, 2.5, 3.0],
+    }
+    for selected, distances in of_rungs.items():
         told = iter(distances)
         monkeypatch.setattr(evaluation.Reference, "compare", lambda *_arguments, told=told: (0.875, next(told)))
         row = recovered(**{"pruning.sparsity": 0.5}).row
@@ -62,7 +70,7 @@ def test_of_students_that_agree_alike_the_one_of_lowest_kl_is_kept(monkeypatch):
 
 
 def test_a_student_of_higher_agreement_and_higher_kl_is_not_kept(monkeypatch):
-    told = iter([(0.9, 3.0), (0.95, 2.0), (1.0, 2.5), (0.5, 1.0)])
+    told = iter([(0.9, 3.0), (0.95, 2.0), (0.8, 2.0), (1.0, 2.5), (0.5, 1.0)])
     monkeypatch.setattr(evaluation.Reference, "compare", lambda *_arguments: next(told))
     row = recovered(**{"pruning.sparsity": 0.5}).row
     assert (row["selected"], row["best_step"], row["reference_kl"], row["agreement"]) == ("recovered", 2, 1.0, 0.5)
@@ -70,6 +78,7 @@ def test_a_student_of_higher_agreement_and_higher_kl_is_not_kept(monkeypatch):
 
 def test_where_training_ruins_a_student_the_pruned_one_is_kept_and_said():
     settings = {"pruning.sparsity": 0.3, "distillation.learning_rate": 50.0, "distillation.clip_norm": 100.0}
+    settings["reconstruction.num_images"] = 0
     done = recovered(**settings)
     assert done.row["selected"] == "pruned" and done.row["best_step"] == 0
     network = tiny_network()
