@@ -22,6 +22,7 @@ QUICK = {
     **{f"distillation.{name}": value for name, value in {"num_images": 16, "num_steps": 3, "batch_size": 8}.items()},
     **{f"reference.synthesis.{name}": value for name, value in {"batch_size": 8, "num_steps": 1}.items()},
     "reference.num_images": 8,
+    "reconstruction.num_images": 16,
 }
 SHAPE = {"image_shape": (3, 32, 32), "num_classes": 10, "mean": (0.5, 0.5, 0.5), "std": 0.25}
 

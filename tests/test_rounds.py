@@ -31,6 +31,7 @@ def config_of(teacher: Path, **synthesis) -> dict:
         "bn_num_images": 16,
         "device": "cpu",
         "pruning": {"sparsity": 0.5},
+        "reconstruction": {"num_images": 16},
         "synthesis": {"method": "toy_rounds", **synthesis},
         "distillation": {**DISTILLATION, "checkpoint_every": 1},
         "reference": REFERENCE,

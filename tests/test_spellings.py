@@ -131,9 +131,11 @@ def test_the_row_of_another_arithmetic_is_within_noise(spelling):
     assert plain["status"] == other["status"] == "finished"
     counts = ("achieved_sparsity", "num_nonzero", "num_images", "class_histogram", "stored_bytes")
     assert [plain[name] for name in counts] == [other[name] for name in counts]
-    for name in ("image_bn", "image_confidence", "reference_kl"):
+    for name in ("image_bn", "image_confidence"):
         assert plain[name] == pytest.approx(other[name], rel=0.02), name
-    for name in ("pruned_agreement", "bn_reestimated_agreement", "agreement"):
+    # Reconstruction sets no statistics of a layer that does not call F.batch_norm: the teacher's stay.
+    assert plain["reference_kl"] == pytest.approx(other["reference_kl"], rel=0.1)
+    for name in ("pruned_agreement", "bn_reestimated_agreement", "reconstructed_agreement", "agreement"):
         assert abs(plain[name] - other[name]) <= 1 / 32, name
 
 

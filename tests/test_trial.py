@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from dfkd_ray import bundles, evaluation, results, trial
+from dfkd_ray import batchnorm, bundles, evaluation, models, results, trial
 from dfkd_ray.batches import Batch
 from dfkd_ray.compression import layerwise, moments, pruning
 from dfkd_ray.config import FROM_IMAGES, TrialConfig, validate
-from helpers import same_weights, tiny_trial
+from helpers import TINY_NOISE, randomise_statistics, same_weights, tiny_trial
 
 FIELDS = {"synthesis.num_steps": 2, "distillation.num_images": 16, "distillation.num_steps": 3}
 FIELDS |= {"distillation.eval_every": 2}
@@ -166,7 +166,7 @@ def test_fewer_images_than_wanted_are_told_and_so_are_layers_left_out(teacher, t
     monkeypatch.setattr(layerwise, "MEMORY", 1 << 10)
     monkeypatch.setattr(moments, "LARGEST", 8 * 144**2)
     told = trial.run(config_of(tiny_teacher, **settings), teacher).row["warnings"]
-    assert "layer-wise reconstruction took 16 of reconstruction.num_images=64" in told
+    assert "layer-wise reconstruction took 16 of 64 images" in told
     assert "layer-wise reconstruction left out" in told and "conv2.weight" in told and "fc.weight" not in told
 
 
@@ -302,3 +302,53 @@ def test_every_family_recovers_at_tiny_size(family, tmp_path, run_cli):
     assert row["stored_bytes"] < 0.7 * row["dense_bytes"]  # at this width BatchNorm is half of the file
     assert (tmp_path / "out" / "images.png").stat().st_size > 0
     assert bundles.load(str(tmp_path / "out" / "student")).info.architecture == family
+
+
+# Networks that are here and networks of timm: with what arguments, on images of which size, and what the row says if
+# they cannot run beside their teacher.
+FROM_ELSEWHERE = {
+    "resnet20": ({"width_multiplier": 0.25}, (1, 16, 16), None),
+    "wrn_10_1": ({}, (1, 16, 16), None),
+    "hinton_800": ({}, (1, 28, 28), None),
+    "lenet5": ({}, (1, 32, 32), None),
+    "lenet5_half": ({}, (1, 32, 32), None),
+    "timm:test_resnet": ({}, (3, 32, 32), None),
+    "timm:test_byobnet": ({}, (3, 32, 32), None),
+    "timm:test_efficientnet": ({}, (3, 32, 32), None),
+    "timm:test_efficientnet_gn": ({}, (3, 32, 32), None),
+    "timm:test_convnext": ({}, (3, 32, 32), None),
+    "timm:test_vit": ({"img_size": 32}, (3, 32, 32), None),
+    "timm:mobilenetv3_small_050": ({}, (3, 32, 32), None),
+    "timm:densenet121": ({"growth_rate": 8, "block_config": [2, 2]}, (3, 32, 32), None),
+    "timm:test_nfnet": ({}, (3, 32, 32), "its teacher's logits change"),
+    "timm:test_vit_relpos": ({"img_size": 32}, (3, 32, 32), "rel_pos.mlp.fc1.weight has an input of"),
+}
+
+
+@pytest.mark.parametrize("name", FROM_ELSEWHERE)
+def test_networks_of_every_kind_are_reconstructed_or_their_row_says_why_not(name, monkeypatch):
+    arguments, shape, says = FROM_ELSEWHERE[name]
+    torch.manual_seed(0)
+    network = models.build(name, arguments, num_classes=10, image_shape=shape)
+    randomise_statistics(network)
+    teacher = bundles.Teacher.from_network(network, image_shape=shape, num_classes=10, mean=0.5, std=0.25)
+    distances, compare = [], evaluation.Reference.compare
+
+    def compared(reference, student):
+        found = compare(reference, student)
+        distances.append(found[1])
+        return found
+
+    monkeypatch.setattr(evaluation.Reference, "compare", compared)
+    settings = {"distillation.num_steps": 0, "reference.num_images": 32, "reconstruction.num_images": 64}
+    settings |= {"synthesis": TINY_NOISE, "reference.synthesis": TINY_NOISE, "pruning.sparsity": 0.5}
+    row = trial.run(validate(TrialConfig, tiny_trial("t", **settings)), teacher).row
+    warnings = row["warnings"] or ""
+    assert row["status"] == "finished" and row["reference_kl"] == min(distances)
+    if says is not None:
+        assert row["reconstructed_agreement"] is None and "no layer-wise reconstruction: " in warnings
+        assert says in warnings
+    else:
+        assert 0 <= row["reconstructed_agreement"] <= 1 and "layer-wise" not in warnings
+        if batchnorm.layers(network):  # untrained networks without it give nearly constant logits
+            assert distances[2] < 0.5 * min(distances[:2])

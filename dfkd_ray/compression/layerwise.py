@@ -35,6 +35,7 @@ SUMS |= {torch.Tensor.add_, torch.Tensor.__iadd__}
 MEMORY = 2 << 30  # bytes of activations; images that do not fit are left out
 LIVE = 4  # activations of the largest size that exist at once, in each half
 SOLVED_AT_ONCE = 1 << 25  # entries of the matrices of one batch of rows
+MOST_OPERATIONS = 5e11  # of the factors of a layer's rows: half a minute or less of two slow cores; else it is left out
 TOLERANCE = 0.01  # of the teacher's logits in the common pass, relative to the largest
 SMALLEST_SCALE = 0.01  # of a BatchNorm channel, relative to the mean, through which a sum's error is passed back
 
@@ -190,12 +191,14 @@ class Fit(TorchFunctionMode):
         lacking = self.lacking(planned, aim)
         target = aim if lacking is None else aim + lacking
         geometry = Geometry.of(func, call)
-        if name not in self.seen and geometry.too_large(own):
+        rows, mask = geometry.rows(dense), self.masks.get(name)
+        kept = torch.ones_like(rows, dtype=torch.bool) if mask is None else geometry.rows(mask)
+        if name not in self.seen and (geometry.too_large(own) or num_operations(kept) > MOST_OPERATIONS):
             self.too_large.append(name)
         elif name not in self.seen:
             centred = bias is not None or planned.batch_norm is not None
             moments = geometry.moments(own, target, len(self.seen) + 1)
-            self.fit(name, call, dense, geometry, moments if centred else moments.uncentred())
+            self.fit(call, dense, kept, geometry, moments if centred else moments.uncentred())
         self.seen.add(name)
         result = torch.cat([aim, func(own, call.weight, bias, *call.rest, **call.named)])
         if lacking is not None and planned.batch_norm is not None:
@@ -221,11 +224,9 @@ class Fit(TorchFunctionMode):
         inverse = torch.where(usable, 1 / torch.where(usable, scale, 1.0), 0.0)
         return lacking * inverse.view(1, -1, *[1] * (aim.ndim - 2))
 
-    def fit(self, name: str, call: Arguments, dense: Tensor, geometry: Geometry, moments: Moments) -> None:
+    def fit(self, call: Arguments, dense: Tensor, kept: Tensor, geometry: Geometry, moments: Moments) -> None:
         """Set a layer's weights and its bias."""
-        rows, mask = geometry.rows(dense).double(), self.masks.get(name)
-        kept = torch.ones_like(rows, dtype=torch.bool) if mask is None else geometry.rows(mask)
-        solved = solve(moments, rows, kept, self.ridge)
+        solved = solve(moments, geometry.rows(dense).double(), kept, self.ridge)
         call.weight.copy_(geometry.unrows(solved.to(dense.dtype), dense))
         if call.bias is not None:
             offset = moments.target_mean - torch.einsum("goi,gi->go", solved, moments.mean)
@@ -252,6 +253,11 @@ class Fit(TorchFunctionMode):
         statistics = {"running_mean": teacher.running_mean, "running_var": teacher.running_var}
         first = F.batch_norm(**{**arguments, **statistics, "input": theirs})
         return torch.cat([first, F.batch_norm(**{**arguments, "input": own})])
+
+
+def num_operations(kept: Tensor) -> float:
+    """Floating-point operations of the factors of all rows."""
+    return float(kept.sum(2).double().pow(3).sum()) / 3
 
 
 def solve(moments: Moments, dense: Tensor, kept: Tensor, ridge: float) -> Tensor:

@@ -21,7 +21,7 @@ TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 LAYERS = {*CONVOLUTIONS, *TRANSPOSED, F.linear}
 POSITIONS = 8  # sampled output positions per input of a row …
 LEAST_POSITIONS = 16_384  # … and at least so many, if there are
-LARGEST = 512 << 20  # bytes of a layer's covariances: 8,192 inputs
+LARGEST = 192 << 20  # bytes of a layer's covariances: 5,016 inputs, more than ResNet-18 has in any layer
 PART = 4096  # positions whose patches exist at once
 
 

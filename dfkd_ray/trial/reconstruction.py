@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dfkd_ray import devices, distillation
 from dfkd_ray.batches import mix_seed
-from dfkd_ray.compression import layerwise, moments, pruning, saliency
+from dfkd_ray.compression import layerwise, pruning, saliency
 from dfkd_ray.config import FROM_IMAGES, TrialConfig
 from dfkd_ray.devices import Runtime
 from dfkd_ray.distillation import Pool
@@ -82,7 +82,6 @@ def reconstruct(
         )
     if done.too_large:
         warnings.append(
-            f"layer-wise reconstruction left out {one_line(', '.join(done.too_large), 120)}: too many inputs for "
-            f"{moments.LARGEST / (1 << 30):.3g} GiB"
+            f"layer-wise reconstruction left out {one_line(', '.join(done.too_large), 120)}: too many inputs or outputs"
         )
     return True, warnings
