@@ -361,6 +361,7 @@ def test_a_report_has_every_section_and_opens_with_the_answer(built):
     page, _, drawn = built
     assert page.titles() == [
         "answer",
+        "choice",
         "recovery",
         "heatmap",
         "pareto",
@@ -466,7 +467,7 @@ def test_text_from_data_is_never_markup(tmp_path, no_png):
         ("images", {"images"}, "no picture of these trials"),
         ("failures", {"failures"}, "no trial failed"),
         ("weights", {"heatmap"}, "vary neither the BN weight nor the temperature"),
-        ("accuracy", set(), "no test data was given"),
+        ("accuracy", {"choice"}, "no test data was given"),
         ("sweep.yaml", set(), "KL divergence"),
     ],
 )
@@ -487,7 +488,18 @@ def test_what_is_missing_is_left_out_with_a_reason(tmp_path, missing, gone, word
     if missing != "images":
         picture(tmp_path / "images" / f"{rows[0]['synthesis_key'][:12]}.png")
     page, _, _ = build(tmp_path)
-    every = {"answer", "recovery", "heatmap", "pareto", "synthesis", "images", "failures", "trials", "provenance"}
+    every = {
+        "answer",
+        "choice",
+        "recovery",
+        "heatmap",
+        "pareto",
+        "synthesis",
+        "images",
+        "failures",
+        "trials",
+        "provenance",
+    }
     assert set(page.titles()) == every - gone and words in page.words
     if missing == "accuracy":
         assert "test accuracy, %" not in page.words and "agreement with the teacher" in page.words

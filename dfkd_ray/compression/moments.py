@@ -168,7 +168,10 @@ class Geometry:
         """Input patches (n, groups, inputs) and targets (n, groups, outputs) at flat output positions."""
         sizes = target.shape[2:]
         image = chosen // target[0, 0].numel()
-        place = torch.unravel_index(chosen % target[0, 0].numel(), sizes)
+        place, rest = [], chosen % target[0, 0].numel()
+        for size in reversed(sizes):  # torch.unravel_index would import sympy
+            place.insert(0, rest % size)
+            rest = rest // size
         aims = target[(image, slice(None), *place)].reshape(len(chosen), self.groups, -1)
         offsets = torch.tensor(
             list(product(*map(range, self.kernel))), device=inputs.device
