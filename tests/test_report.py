@@ -356,21 +356,23 @@ def test_a_search_over_many_values_draws_no_heat_map():
 
 # The page
 
+SECTIONS = [
+    "answer",
+    "choice",
+    "recovery",
+    "heatmap",
+    "pareto",
+    "synthesis",
+    "images",
+    "failures",
+    "trials",
+    "provenance",
+]
+
 
 def test_a_report_has_every_section_and_opens_with_the_answer(built):
     page, _, drawn = built
-    assert page.titles() == [
-        "answer",
-        "choice",
-        "recovery",
-        "heatmap",
-        "pareto",
-        "synthesis",
-        "images",
-        "failures",
-        "trials",
-        "provenance",
-    ]
+    assert page.titles() == SECTIONS
     names = {
         "accuracy-resnet20",
         "accuracy-resnet8",
@@ -488,19 +490,7 @@ def test_what_is_missing_is_left_out_with_a_reason(tmp_path, missing, gone, word
     if missing != "images":
         picture(tmp_path / "images" / f"{rows[0]['synthesis_key'][:12]}.png")
     page, _, _ = build(tmp_path)
-    every = {
-        "answer",
-        "choice",
-        "recovery",
-        "heatmap",
-        "pareto",
-        "synthesis",
-        "images",
-        "failures",
-        "trials",
-        "provenance",
-    }
-    assert set(page.titles()) == every - gone and words in page.words
+    assert set(page.titles()) == set(SECTIONS) - gone and words in page.words
     if missing == "accuracy":
         assert "test accuracy, %" not in page.words and "agreement with the teacher" in page.words
 

@@ -190,16 +190,9 @@ class Fit(TorchFunctionMode):
             raise ValueError(f"{name} runs at another place than for two images")
         lacking = self.lacking(planned, aim)
         target = aim if lacking is None else aim + lacking
-        geometry = Geometry.of(func, call)
-        rows, mask = geometry.rows(dense), self.masks.get(name)
-        kept = torch.ones_like(rows, dtype=torch.bool) if mask is None else geometry.rows(mask)
-        if name not in self.seen and (geometry.too_large(own) or num_operations(kept) > MOST_OPERATIONS):
-            self.too_large.append(name)
-        elif name not in self.seen:
-            centred = bias is not None or planned.batch_norm is not None
-            moments = geometry.moments(own, target, len(self.seen) + 1)
-            self.fit(call, dense, kept, geometry, moments if centred else moments.uncentred())
-        self.seen.add(name)
+        if name not in self.seen:
+            self.seen.add(name)
+            self.fit(name, Geometry.of(func, call), call, dense, target, planned)
         result = torch.cat([aim, func(own, call.weight, bias, *call.rest, **call.named)])
         if lacking is not None and planned.batch_norm is not None:
             self.targets[id(result)] = (result, *batchnorm.channel_moments(target.float()))
@@ -224,9 +217,17 @@ class Fit(TorchFunctionMode):
         inverse = torch.where(usable, 1 / torch.where(usable, scale, 1.0), 0.0)
         return lacking * inverse.view(1, -1, *[1] * (aim.ndim - 2))
 
-    def fit(self, call: Arguments, dense: Tensor, kept: Tensor, geometry: Geometry, moments: Moments) -> None:
-        """Set a layer's weights and its bias."""
-        solved = solve(moments, geometry.rows(dense).double(), kept, self.ridge)
+    def fit(self, name: str, geometry: Geometry, call: Arguments, dense: Tensor, target: Tensor, planned: Call) -> None:
+        """Set a layer's weights and its bias; one that is too large is noted and left as it is."""
+        rows, mask, own = geometry.rows(dense), self.masks.get(name), call.input.chunk(2)[1]
+        kept = torch.ones_like(rows, dtype=torch.bool) if mask is None else geometry.rows(mask)
+        if geometry.too_large(own) or num_operations(kept) > MOST_OPERATIONS:
+            self.too_large.append(name)
+            return
+        moments = geometry.moments(own, target, len(self.seen))
+        if call.bias is None and planned.batch_norm is None:  # nothing here can add a constant
+            moments = moments.uncentred()
+        solved = solve(moments, rows.double(), kept, self.ridge)
         call.weight.copy_(geometry.unrows(solved.to(dense.dtype), dense))
         if call.bias is not None:
             offset = moments.target_mean - torch.einsum("goi,gi->go", solved, moments.mean)
