@@ -1,6 +1,11 @@
 """What several test files share: the environment, and a tiny untrained teacher."""
 
 import os
+
+# torch reads it at import, here and in each process that a test starts. A trial has two threads by default; on a busy
+# machine they would wait for each other in loops, which cost up to ten times the work itself.
+os.environ["OMP_WAIT_POLICY"] = "passive"
+
 import signal
 import sys
 import tempfile

@@ -20,6 +20,7 @@ QUICK = {
     "device": "cpu",
     **{f"synthesis.{name}": value for name, value in {"batch_size": 8, "num_steps": 2, "num_threads": 1}.items()},
     **{f"distillation.{name}": value for name, value in {"num_images": 16, "num_steps": 3, "batch_size": 8}.items()},
+    **{f"{name}.num_threads": 1 for name in ("distillation", "reference.synthesis")},
     **{f"reference.synthesis.{name}": value for name, value in {"batch_size": 8, "num_steps": 1}.items()},
     "reference.num_images": 8,
     "reconstruction.num_images": 16,
@@ -42,7 +43,7 @@ def small_network(seed: int = 0) -> nn.Module:
 def test_a_notebook_goes_from_a_torchvision_network_in_memory_to_a_recovered_one(capfd):
     torch.manual_seed(0)
     # ---- what stands in the notebook
-    network = torchvision.models.mobilenet_v2(num_classes=10)
+    network = torchvision.models.mobilenet_v2(num_classes=10, width_mult=0.25)
     done = dfkd_ray.recover(
         network, image_shape=(3, 32, 32), num_classes=10, mean=0.5, std=0.25, sparsity=0.9, settings=QUICK
     )

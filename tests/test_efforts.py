@@ -54,7 +54,7 @@ def test_an_unknown_effort_is_one_line(run_cli):
 
 @pytest.mark.parametrize("base", ["base: {teacher: fashion_mnist_resnet8, distillation: {num_steps: 9}}", ""])
 def test_a_sweep_has_the_effort_beneath_its_file(base, run_cli, tmp_path, monkeypatch):
-    monkeypatch.setattr(estimate, "CAP_S", 0.5)
+    monkeypatch.setattr(estimate, "calibrate", lambda units, *_: dict.fromkeys(units, estimate.Cost(1.0)))
     file = tmp_path / "s.yaml"
     file.write_text(f"{base}\ngrid: {{teacher: [fashion_mnist_resnet8], pruning.sparsity: [0.5]}}\n")
     # 1,024 images in batches of 256 and a reference set of one batch; fast: one batch each.
