@@ -9,6 +9,7 @@ there, with exit code `STARTS_RAY`: all that is checked before has passed.
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -166,6 +167,8 @@ def main(writable: str) -> None:
     """Answer a line for each case that comes in, until there are no more."""
     locked = lock_up(writable)
     import_all()
+    gc.collect()
+    gc.freeze()  # a child's collector leaves it alone, and so its pages shared
     held = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
     answer({"locked": locked, "held_bytes": held})
     for line in sys.stdin:
