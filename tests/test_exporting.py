@@ -18,7 +18,7 @@ import dfkd_ray
 from dfkd_ray import bundles, exporting, storage
 from dfkd_ray.batches import Batch
 from dfkd_ray.bundles import Teacher
-from dfkd_ray.exporting import comparison, images, metadata, onnx_files, source_code, torch_files
+from dfkd_ray.exporting import comparison, images, int8, metadata, onnx_files, source_code, torch_files
 from dfkd_ray.exporting.code_layout import call, flat, laid_out, sequence, text
 from dfkd_ray.heads import SOFTMAX
 from helpers import assert_one_error, randomise_statistics, refusal
@@ -187,6 +187,12 @@ def test_int8_agrees_and_its_file_says_so(kind, format_, tmp_path):
     assert 0 < done.comparison.largest_difference < 2 * done.comparison.spread
     about = metadata.read(exporting.FORMATS[format_].read(done.path))
     assert about["precision"] == "int8" and about["format"] == format_
+    if format_ == "onnx":
+        import onnx
+
+        model = onnx.load(done.path)
+        assert {each.domain: each.version for each in model.opset_import}[""] == about["opset"]
+        assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in model.graph.node}
 
 
 def test_an_int8_file_of_a_network_with_weights_is_a_quarter(tmp_path):
@@ -195,6 +201,19 @@ def test_an_int8_file_of_a_network_with_weights_is_a_quarter(tmp_path):
     done = dfkd_ray.export(teacher, tmp_path / "net.onnx", int8=True)
     assert 0.2 < done.size_bytes / done.float32_bytes < 0.4
     assert done.float32_bytes == pytest.approx(done.dense_bytes, rel=0.1)
+
+
+def test_after_the_correction_of_biases_the_mean_logits_are_those_of_the_network(tmp_path, monkeypatch):
+    teacher, found = TEACHERS["residual, depthwise, grouped"](), []
+    calibration = made_of_noise(teacher, True).calibration
+    assert calibration is not None
+    expected = torch_files.runs(teacher.network)(calibration).mean(0)
+    corrected = int8.corrected
+    for number, change in enumerate((lambda model, _float, _images: model, corrected)):
+        monkeypatch.setattr(int8, "corrected", change)
+        path = dfkd_ray.export(teacher, tmp_path / f"{number}.onnx", int8=True).path
+        found.append(np.abs(onnx_files.open_model(path)(calibration).mean(0) - expected).max())
+    assert found[1] < found[0] / 2
 
 
 def test_accuracies_of_file_and_network_are_measured_on_given_batches(tmp_path):
