@@ -165,7 +165,7 @@ def export(
             raise ValueError(
                 f"{teacher.name}: its logits on synthetic images are not finite numbers; nothing to compare"
             )
-        files, float32_bytes = converted(teacher, row, format, made.calibration)
+        files, float32_bytes = converted(teacher, row, format, made.calibration if int8 else None)
         with beside(path, row, files) as written:
             run = row.open(written)
             compared = comparison.compared(run, made.compared, expected, head, int8)

@@ -6,9 +6,10 @@ DequantizeLinear (QDQ) around float32 operators, which a runtime fuses into its 
 
 Rounding shifts the mean of a layer's outputs. Layer by layer in the order of the graph, b += mean(y_float - y_int8) per
 output channel, over calibration images and positions, with all earlier layers quantised and corrected. Source: Nagel et
-al. 2019, arXiv 1906.04721, section 4.2 (empirical form). Measured on the bundled networks (128 mixed images, and the
-agreement on 5,000 validation images): ResNet-8 KL 0.00125 -> 0.00092, 99.40 -> 99.68 %. All layers at once was 15 times
-worse: it counts the shift of an early layer again in each later one. Ranges from percentiles or entropy were no better.
+al. 2019, arXiv 1906.04721 (the empirical form of its bias correction). Measured on the bundled ResNet-8: KL on 128
+mixed images 0.00125 -> 0.00092, agreement on 5,000 validation images 99.40 -> 99.68 %. Corrected all at once, KL was
+0.019: the shift of an early layer counts again in each later one. Ranges from entropy were those of the extremes;
+ranges of 99.999 % of the values gave 0.00093 and 99.60 % without correction, of 99.99 % 0.00102 and 99.40 %.
 """
 
 import tempfile
