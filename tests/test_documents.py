@@ -270,6 +270,7 @@ def test_every_page_is_looked_at():
         "dfkd_ray/fleet/README.md",
         "dfkd_ray/fleet/CLUSTER.md",
         "dfkd_ray/records/README.md",
+        "dfkd_ray/exporting/README.md",
     }
     assert {
         "README.md",
@@ -314,6 +315,7 @@ def test_every_page_can_be_reached_from_the_readme():
 def test_a_wheel_has_the_pages_beside_the_code_and_the_files_that_they_speak_of():
     held = {file.distribution_path for file in WheelBuilder(str(ROOT)).recurse_included_files()}
     wanted = [
+        "exporting/README.md",
         "fleet/CLUSTER.md",
         "fleet/hosts.yaml",
         "fleet/rayjob.yaml",

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dfkd_ray.cli import bench, cache, dry_run, errors, report, results, run, streams, synthesize, teacher
+from dfkd_ray.cli import bench, cache, dry_run, errors, export, report, results, run, streams, synthesize, teacher
 from dfkd_ray.text import shown
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ app.command()(results.results)
 app.command()(report.report)
 app.command()(dry_run.schema)
 app.command()(synthesize.synthesize)
+app.command()(export.export)
 app.add_typer(teacher.app, name="teacher")
 app.add_typer(bench.app, name="bench")
 app.add_typer(cache.app, name="cache")

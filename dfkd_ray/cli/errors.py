@@ -24,7 +24,7 @@ from dfkd_ray.text import shortened, shown
 MOST_LINES = 40
 MOST_SIGNS = 300  # of a line
 MOST_FILES = 20  # of tracebacks; the oldest go
-PARAMETER = re.compile(r"`([a-z][a-z_]*)(?:=([^`]*))?`")
+PARAMETER = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]*))?`")
 INTERRUPTED = "interrupted; the same command goes on from what is on disk"
 # Error number of the system → advice.
 ADVICE = {

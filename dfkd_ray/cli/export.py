@@ -1,0 +1,73 @@
+"""`dfkd-ray export`: a network as a file for other programs."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dfkd_ray.cli.inputs import load_teacher, open_test
+from dfkd_ray.cli.options import Cache, DataRoot, Download, TeacherName, TestData, Trust
+from dfkd_ray.cli.show import Progress
+from dfkd_ray.cli.streams import say
+
+
+def export(
+    student: TeacherName,
+    out: Annotated[Path, typer.Option(help="file to write: .onnx, .pt2, .xml; for format torch a folder")],
+    format_: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="onnx; torch-export (for torch.export.load); openvino (.xml and .bin); torch (a folder: readable "
+            "source code and safetensors, for PyTorch alone)",
+        ),
+    ] = "onnx",
+    int8: Annotated[
+        bool, typer.Option("--int8", help="with onnx, openvino: int8 weights and activations, on synthetic images")
+    ] = False,
+    test_data: TestData = "none",
+    data_root: DataRoot = Path("data"),
+    download: Download = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda; where synthetic images are made")] = "auto",
+    cache: Cache = None,
+    trust_code: Trust = None,
+) -> None:
+    """Write a network for programs without this package, and compare the written file with it.
+
+    The file takes normalised images, (pixel - mean) / std, float32, in batches of any size, and gives logits. Mean,
+    std, classes and more are in its metadata. It is kept only if it answers as the network on synthetic images.
+    """
+    from dfkd_ray import cache as caches
+    from dfkd_ray import exporting
+
+    path = exporting.check(out, format_, int8, device)
+    root = caches.check_target(cache or caches.default_folder()).uri
+    loaded = load_teacher(student, trust_code, download=download)
+    test = open_test(loaded, test_data, data_root, download)
+    done = exporting.export(
+        loaded, path, format=format_, int8=int8, test=test, device=device, cache_root=root, progress=Progress()
+    )
+    for line in lines(done):
+        say(line)
+    if done.warning:
+        say(f"warning: {done.warning}", error=True)
+
+
+def lines(done: Any) -> list[str]:
+    """The result, in lines of at most 80 columns but for the path."""
+    found, kind = done.comparison, f"{done.format}, {'int8' if done.is_int8 else 'float32'}"
+    told = [
+        f"written: {done.path}",
+        f"{kind}: {done.size_bytes:,} bytes, {done.size_bytes / done.dense_bytes:.2f} of the dense float32 weights",
+    ]
+    if done.is_int8:
+        told.append(f"{done.size_bytes / done.float32_bytes:.2f} of the float32 file ({done.float32_bytes:,} bytes)")
+    told += [
+        f"compared on {found.num_images} mixed images,",
+        f"  {done.images}:",
+        f"  agreement {100 * found.agreement:.2f} %, KL {found.kl:.2g} nats",
+        f"  logits differ by up to {found.largest_difference:.2g} (their standard deviation: {found.spread:.2g})",
+    ]
+    if done.accuracy is not None:
+        told.append(f"accuracy {100 * done.accuracy:.2f} %, of the network {100 * done.network_accuracy:.2f} %")
+    return told

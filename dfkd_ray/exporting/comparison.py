@@ -1,0 +1,81 @@
+"""Runs a written file on images, and decides whether it computes what its network computes.
+
+A float32 file must: what differs is the order of summation. An int8 file need not: how much it differs is a property of
+the network, which the result states. Only a file that answers differently on every tenth image is refused: it is of no
+use, or the runtime computes it wrongly.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dfkd_ray import evaluation
+from dfkd_ray.batches import Batch
+from dfkd_ray.heads import Head
+
+Run = Callable[[np.ndarray], np.ndarray]  # normalised float32 images (n, *input_shape) → logits (n, classes)
+BATCHES = (1, 7)  # sizes of the batches that a file is run on, in turn: its batch size must be free
+AGREEMENT, AGREEMENT_INT8 = 0.999, 0.9  # the least
+AIM_INT8 = 0.99  # below it the result has a warning
+# The largest difference of a float32 file's logits: a share of their standard deviation, and of their largest value.
+OF_SPREAD, OF_LARGEST = 1e-3, 1e-5
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A file's logits against the network's on the same images.
+
+    `largest_difference` and `spread`, the standard deviation of the network's logits, are in units of logits, `kl` is
+    KL(network || file) in nats, `agreement` the share of equal answers in [0, 1].
+    """
+
+    num_images: int
+    largest_difference: float
+    spread: float
+    agreement: float
+    kl: float
+
+
+def compared(run: Run, images: np.ndarray, expected: np.ndarray, head: Head, is_int8: bool) -> Comparison:
+    """Run a file and compare it. `FloatingPointError` if it does not compute what the network computes."""
+    found = in_batches(run, images)
+    if found.shape != expected.shape:
+        raise FloatingPointError(
+            f"the written file gives outputs of shape {found.shape}, the network {expected.shape}; it was not kept"
+        )
+    own, other = torch.from_numpy(expected), torch.from_numpy(found)
+    largest = float(np.abs(found - expected).max())
+    spread, agreement = float(expected.std()), head.agreement(other, own)
+    bound = OF_SPREAD * spread + OF_LARGEST * float(np.abs(expected).max())
+    least = AGREEMENT_INT8 if is_int8 else AGREEMENT
+    # `not <=`: a difference that is not a number is a mismatch too.
+    if not np.isfinite(found).all() or agreement < least or not (is_int8 or largest <= bound):
+        limit = "" if is_int8 else f" and a difference of at most {bound:.2g}"
+        raise FloatingPointError(
+            f"the written file is not the network: on {len(images)} images it agrees on {100 * agreement:.1f} %, and "
+            f"its logits differ by up to {largest:.2g}; expected {100 * least:g} %{limit}; it was not kept"
+        )
+    return Comparison(len(images), largest, spread, agreement, max(0.0, float(head.kl(other, own, 1.0))))
+
+
+def in_batches(run: Run, images: np.ndarray) -> np.ndarray:
+    """Float32 logits of all images, each run once, in batches of `BATCHES` in turn."""
+    parts, start, turn = [], 0, 0
+    while start < len(images):
+        size = BATCHES[turn % len(BATCHES)]
+        parts.append(np.asarray(run(images[start : start + size]), np.float32))
+        start, turn = start + size, turn + 1
+    return np.concatenate(parts)
+
+
+def accuracy(run: Run, test: Iterable[tuple[Batch, np.ndarray]], head: Head) -> float:
+    """Accuracy of a file in [0, 1] on test batches with their normalised images; labels have been checked."""
+    hits = total = 0
+    for batch, images in test:
+        step = evaluation.EVALUATION_BATCH // 5
+        logits = np.concatenate([run(images[start : start + step]) for start in range(0, len(images), step)])
+        right = head.agrees(torch.from_numpy(logits), torch.from_numpy(np.array(batch.labels)))
+        hits, total = hits + int(right.sum()), total + right.numel()
+    return hits / total
