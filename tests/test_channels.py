@@ -5,6 +5,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from dfkd_ray.compression.channels import Choice
 from dfkd_ray.compression.moments import Moments
 from dfkd_ray.config import PruningConfig, TrialConfig, columns_of, validate
 from dfkd_ray.description import ShapeEdit
+from dfkd_ray.report import aggregates
 from helpers import TINY_WORDS, randomise_statistics, refusal, same_weights, tiny_network, tiny_trial
 
 CIFAR = {"width_multiplier": 0.125, "stem": "cifar"}
@@ -504,6 +506,12 @@ def test_the_command_line_prunes_channels(tiny_teacher, tmp_path, run_cli):
     row = json.loads((tmp_path / "out" / "row.json").read_text())
     assert row["num_parameters"] < row["teacher_num_parameters"]
     assert num_parameters(bundles.load(tmp_path / "out" / "student").network) == row["num_parameters"]
+
+
+def test_tables_of_the_report_name_the_structure():
+    both = pd.DataFrame({"pruning.structure": ["channels", None], "teacher_hash": "h", "teacher": "t"})
+    both = both.assign(**{"student.architecture": None, "student.arguments": "{}", "teacher_architecture": "resnet20"})
+    assert list(aggregates.network_labels(both)) == ["resnet20, channels", "resnet20"]
 
 
 # ---- config ----------------------------------------------------------------------------------------------------------

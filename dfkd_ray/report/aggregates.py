@@ -70,7 +70,8 @@ def network_labels(trials: Frame) -> Series:
         known.loc[clash, "label"] = (known["label"] + known[more])[clash].str.rstrip()
     labels = keys.merge(known, on=["identity", "student", "arguments"], how="left")["label"].set_axis(trials.index)
     # A sparsity of channels is a share of parameters, so no table puts it beside one of single weights.
-    return labels + (trials["pruning.structure"] == "channels").map({True: ", channels", False: ""})
+    structure = trials.get("pruning.structure", pd.Series(index=trials.index, dtype=object))
+    return labels + structure.eq("channels").fillna(False).map({True: ", channels", False: ""})
 
 
 def finished(rows: Frame) -> Frame:
