@@ -2,16 +2,25 @@
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from dfkd_ray.config import STRICT
 from dfkd_ray.images import PixelSpace
 from dfkd_ray.text import one_line
 
 SCHEMA = "dfkd_ray.bundle/1"
+WITH_EDITS = "dfkd_ray.bundle/2"  # of bundles with shape edits; others stay readable for older versions
 MAX_CLASSES = 1_000_000
 MAX_IMAGE_VALUES = 2**26  # channels x height x width: 0.25 GB in float32
 DATA_OPTIONS = {"attribute": str, "equal_classes": bool}  # of a data set, under notes.data
@@ -44,12 +53,31 @@ class SetNote(BaseModel):
     held_out: tuple[Annotated[str, Field(pattern="^[0-9]{1,18}-[0-9a-f]{16}$")], ...] = ()
 
 
+class ShapeEdit(BaseModel):
+    """The channels that one dimension of a layer keeps: see `compression.shape_edits`."""
+
+    model_config = STRICT
+
+    module: Name = Field(description="the layer's path in the network")
+    dimension: Literal["out", "in"]
+    kept: tuple[Annotated[int, Field(strict=True, ge=0, lt=MAX_IMAGE_VALUES)], ...] = Field(
+        min_length=1, description="indices of the architecture's channels, ascending"
+    )
+
+    @field_validator("kept")
+    @classmethod
+    def _ascending(cls, kept: tuple[int, ...]) -> tuple[int, ...]:
+        if any(index >= after for index, after in pairwise(kept)):
+            raise ValueError("expected ascending channels, each once")
+        return kept
+
+
 class BundleInfo(BaseModel):
     """The contents of `teacher.json`."""
 
     model_config = STRICT
 
-    schema_version: Name = SCHEMA
+    schema_version: Literal["dfkd_ray.bundle/1", "dfkd_ray.bundle/2"] = SCHEMA
     architecture: Name = Field(
         description="a name of models.FAMILIES, wrn_<d>_<k>, timm:NAME, … or package.module:factory"
     )
@@ -70,6 +98,15 @@ class BundleInfo(BaseModel):
     trained: bool = Field(default=True, description="false: random weights, for tests")
     weights_sha256: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
     notes: dict[str, Any] = Field(default_factory=dict, description="how it was made: command, seed, epochs, …")
+    shape_edits: tuple[ShapeEdit, ...] = Field(default=(), description="what structured pruning kept of its layers")
+
+    @model_serializer(mode="wrap")
+    def _without_empty_edits(self, plain: Any) -> dict[str, Any]:
+        """Schema 1, which older versions read, has no field for edits."""
+        data = plain(self)
+        if not self.shape_edits:
+            data.pop("shape_edits", None)
+        return data
 
     @model_validator(mode="before")
     @classmethod
@@ -109,6 +146,8 @@ class BundleInfo(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "BundleInfo":
+        if (self.schema_version == WITH_EDITS) != bool(self.shape_edits):
+            raise ValueError(f"schema_version is {self.schema_version} with {len(self.shape_edits)} shape_edits")
         channels, num_values = self.input_shape[0], math.prod(self.input_shape)
         if min(self.input_shape) < 1:
             raise ValueError("input_shape must be sizes of at least 1: channels, height, width, or channels, length")

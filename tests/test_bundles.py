@@ -14,6 +14,7 @@ from dfkd_ray import bundles, trial
 from dfkd_ray.bundles import BundleInfo
 from dfkd_ray.compression import pruning
 from dfkd_ray.config import PruningConfig, TrialConfig, validate
+from dfkd_ray.description import ShapeEdit
 from helpers import TINY_INFO, earlier_form, tiny_network
 
 MODULE = """
@@ -129,6 +130,7 @@ def test_the_teacher_hash_changes_with_what_is_computed_and_nothing_else():
         "test_accuracy": 0.5,
         "notes": {"a": 1},
         "trained": True,
+        "shape_edits": (ShapeEdit(module="conv1", dimension="out", kept=(0,)),),  # the weights have the shape
     }
     for name, value in same.items():
         assert bundles.teacher_hash(TINY_INFO.model_copy(update={name: value})) == base, name
@@ -193,7 +195,7 @@ def test_a_bundled_teacher_is_found_by_name(tmp_path, monkeypatch):
         (b"{", "not valid JSON"),
         (b"\xff\xfe", "not valid JSON"),
         (b"[]", "schema_version is 'list'"),
-        (b'{"schema_version": "dfkd_ray.bundle/2"}', "schema_version is 'dfkd_ray.bundle/2', this version reads"),
+        (b'{"schema_version": "dfkd_ray.bundle/3"}', "schema_version is 'dfkd_ray.bundle/3', this version reads"),
     ],
 )
 def test_a_broken_or_newer_description_is_refused(tmp_path, content, says):

@@ -2,9 +2,10 @@
 
 A bundle has `teacher.json` (schema version, architecture and arguments, class count, image shape, mean / std / pixel
 range, test accuracy if known, SHA-256 of the weights) and `weights.safetensors`. A pruned student is a bundle too: its
-weights are stored compressed (`packing`) and come back bit for bit. The folder is on a disk or at any URI that
-`storage` opens. Files are read only when needed. An architecture given by import path is imported only if the user has
-named that module.
+weights are stored compressed (`packing`) and come back bit for bit. One pruned by channels has schema 2 with
+`shape_edits`: the architecture is built dense, and keeps the channels that they name. The folder is on a disk or at any
+URI that `storage` opens. Files are read only when needed. An architecture given by import path is imported only if the
+user has named that module.
 """
 
 import hashlib
@@ -31,7 +32,7 @@ from dfkd_ray.bundles.weights import filled as filled
 from dfkd_ray.bundles.weights import load_state as load_state
 from dfkd_ray.bundles.weights import read_state_dicts as read_state_dicts
 from dfkd_ray.config import stable_hash
-from dfkd_ray.description import SCHEMA, BundleInfo
+from dfkd_ray.description import SCHEMA, WITH_EDITS, BundleInfo
 from dfkd_ray.records import format, taps
 from dfkd_ray.records.format import Record
 from dfkd_ray.storage import Folder, Where
@@ -231,9 +232,10 @@ def read_info(where: Where) -> BundleInfo:
     if text is None:
         raise ValueError(f"{path}: no such file")
     data = untrusted.parse_json(text, str(path))
-    if not isinstance(data, dict) or data.get("schema_version") != SCHEMA:
+    if not isinstance(data, dict) or data.get("schema_version") not in (SCHEMA, WITH_EDITS):
         found = data.get("schema_version") if isinstance(data, dict) else type(data).__name__
-        raise ValueError(f"{path}: schema_version is {one_line(repr(found), 60)}, this version reads {SCHEMA!r}")
+        known = f"{SCHEMA!r} and {WITH_EDITS!r}"
+        raise ValueError(f"{path}: schema_version is {one_line(repr(found), 60)}, this version reads {known}")
     return untrusted.validated(BundleInfo, data, str(path))
 
 

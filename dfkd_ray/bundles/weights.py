@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dfkd_ray import models, untrusted
 from dfkd_ray.bundles import packing, torch_files
+from dfkd_ray.compression import shape_edits
 from dfkd_ray.description import BundleInfo
 from dfkd_ray.text import one_line
 from dfkd_ray.untrusted import read_safetensors
@@ -170,10 +171,12 @@ def filled(info: BundleInfo, state: Mapping[str, Tensor], where: str) -> nn.Modu
     network = models.build(info.architecture, info.arguments, finished=False, **of)
     is_own = set(state) == set(network.state_dict())
     if is_own:
-        load_state(network, state, where)
+        load_state(shape_edits.replay(network, info.shape_edits), state, where)
     models.finish(network, info.architecture, **of)
     if not is_own:
-        load_state(network, state, where)
+        load_state(shape_edits.replay(network, info.shape_edits), state, where)
+    if info.shape_edits:
+        models.check_output(network, info.architecture, info.num_classes, info.image_shape)
     check_head(network, info.head)
     return network
 

@@ -66,7 +66,9 @@ def print_ladder(row: Mapping[str, Any], out: Path) -> None:
     from rich.text import Text
 
     sparsity, method = number(row.get("achieved_sparsity"), 1.0, 4), text_of(row.get("synthesis.method"))
-    table = Table(title=Text(shown(f"{text_of(row.get('teacher'))}, sparsity {sparsity}, {method} images")))
+    by_channels = row.get("pruning.structure") == "channels"
+    removed = f"{sparsity} of the parameters removed by channels" if by_channels else f"sparsity {sparsity}"
+    table = Table(title=Text(shown(f"{text_of(row.get('teacher'))}, {removed}, {method} images")))
     for heading in ("rung", "test accuracy %", "points lost", "agreement % (reference set)"):
         table.add_column(heading, justify="left" if heading == "rung" else "right")
     teacher = row.get(TEACHER.accuracy)

@@ -147,6 +147,7 @@ class Fit(TorchFunctionMode):
         self.too_large: list[str] = []
         theirs = dict(teacher.named_parameters(remove_duplicate=False))
         self.masks, self.plan, self.ridge = masks, plan, ridge
+        self.shared = bool(masks) and all(map(of_channels, masks.values()))
         self.weights = {id(weight): (name, theirs[name]) for name, weight in pruning.prunable(student).items()}
         self.biases = {id(bias): theirs[name] for name, bias in student.named_parameters() if bias.ndim == 1}
         twins = dict(teacher.named_modules(remove_duplicate=False))
@@ -221,13 +222,14 @@ class Fit(TorchFunctionMode):
         """Set a layer's weights and its bias; one that is too large is noted and left as it is."""
         rows, mask, own = geometry.rows(dense), self.masks.get(name), call.input.chunk(2)[1]
         kept = torch.ones_like(rows, dtype=torch.bool) if mask is None else geometry.rows(mask)
-        if geometry.too_large(own) or num_operations(kept) > MOST_OPERATIONS:
+        operations = num_operations(kept.any(1, keepdim=True) if self.shared else kept)
+        if geometry.too_large(own) or operations > MOST_OPERATIONS:
             self.too_large.append(name)
             return
         moments = geometry.moments(own, target, len(self.seen))
         if call.bias is None and planned.batch_norm is None:  # nothing here can add a constant
             moments = moments.uncentred()
-        solved = solve(moments, rows.double(), kept, self.ridge)
+        solved = (solve_together if self.shared else solve)(moments, rows.double(), kept, self.ridge)
         call.weight.copy_(geometry.unrows(solved.to(dense.dtype), dense))
         if call.bias is not None:
             offset = moments.target_mean - torch.einsum("goi,gi->go", solved, moments.mean)
@@ -289,6 +291,30 @@ def solve(moments: Moments, dense: Tensor, kept: Tensor, ridge: float) -> Tensor
         solution = torch.where(good[:, None], solution, dense[group, row].gather(1, order)) * real
         result[group, row] = torch.zeros_like(result[group, row]).scatter_(1, order, solution)
     return result
+
+
+def of_channels(mask: Tensor) -> bool:
+    """Whether a mask (rows, …) keeps or drops whole rows, and of the others the same weights in each."""
+    rows = mask.flatten(1)
+    some = rows[rows.any(1)]
+    return bool((some == some[:1]).all())
+
+
+def solve_together(moments: Moments, dense: Tensor, kept: Tensor, ridge: float) -> Tensor:
+    """As `solve` where the rows of a group keep the same inputs, or none: one factor serves all rows of the group.
+
+    A group that cannot be solved keeps the teacher's weights.
+    """
+    damping = ridge * moments.gram.diagonal(dim1=1, dim2=2).mean(1)  # (groups,)
+    inputs = kept.any(1)  # (groups, inputs)
+    real = inputs & (damping > 0)[:, None]
+    matrix = moments.gram * (real[:, :, None] & real[:, None])
+    matrix.diagonal(dim1=1, dim2=2).add_(torch.where(real, damping[:, None], 1.0))
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    right = (moments.cross + damping[:, None, None] * dense) * real[:, None]
+    solution = torch.cholesky_solve(right.mT, factor).mT
+    good = real.any(1) & (failed == 0) & solution.isfinite().all(2).all(1)
+    return torch.where(good[:, None, None], solution, dense) * kept
 
 
 @dataclass(frozen=True)

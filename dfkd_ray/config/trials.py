@@ -2,7 +2,13 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from dfkd_ray.config.fields import (
     STRICT,
@@ -24,17 +30,30 @@ from dfkd_ray.config.methods import METHODS, DeepInversionConfig, ReferenceSynth
 FROM_IMAGES = ("wanda", "obs")  # criteria that score weights with the synthetic images
 
 
+OF_WEIGHTS = ("criterion", "schedule", "schedule_end", "schedule_every", "spare_first", "spare_last")
+OF_CHANNELS = ("target", "importance", "round_to")
+
+
 class PruningConfig(BaseModel):
-    """Unstructured pruning of the student's convolution and linear weights."""
+    """Pruning of the student: single weights of its convolution and linear layers become zero, or channels go."""
 
     model_config = STRICT
 
+    structure: Literal["unstructured", "channels"] = Field(
+        default="unstructured",
+        description="zeros in layers of the same size, or whole channels, so that the network is smaller",
+    )
     criterion: Literal["global_magnitude", "uniform", "lamp", "erk", "wanda", "obs"] = Field(
         default="lamp",
         description="what is pruned first: smallest |w| overall, or per layer (uniform or ERK shares), or lowest LAMP "
         "score of |w|, or of Wanda or OBS scores from the synthetic images",
     )
-    sparsity: Number = Field(default=0.75, ge=0, lt=1, description="share of zeros over all Conv and Linear weights")
+    sparsity: Number = Field(
+        default=0.75,
+        ge=0,
+        lt=1,
+        description="share of zeros over all Conv and Linear weights; channels: share of the target that is removed",
+    )
     schedule: Literal["one_shot", "cubic"] = Field(
         default="one_shot", description="all at once before distillation, or cubic during it (Zhu and Gupta 2017)"
     )
@@ -44,6 +63,31 @@ class PruningConfig(BaseModel):
     schedule_every: Count = Field(default=10, ge=1, description="cubic: steps between two prunings")
     spare_first: bool = Field(default=False, description="leave the first convolution dense")
     spare_last: bool = Field(default=False, description="leave the last linear layer dense")
+    target: Literal["parameters", "macs"] = Field(
+        default="parameters", description="channels: what sparsity is the removed share of; macs: multiplications"
+    )
+    importance: Literal["magnitude", "batchnorm_scale", "activations"] = Field(
+        default="activations",
+        description="channels: lowest first by weights, by BatchNorm's scales, or by what the synthetic images show",
+    )
+    round_to: Count = Field(
+        default=1, ge=1, le=1024, description="channels: a layer keeps a multiple of this number, for fast kernels"
+    )
+
+    @model_serializer(mode="wrap")
+    def _fields_that_act(self, plain: Any) -> dict[str, Any]:
+        """Without the fields that cannot act: trials from before there was a structure keep their ids."""
+        left_out = OF_WEIGHTS if self.structure == "channels" else ("structure", *OF_CHANNELS)
+        return {name: value for name, value in plain(self).items() if name not in left_out}
+
+    @field_validator(*OF_WEIGHTS, *OF_CHANNELS)
+    @classmethod
+    def _acts_with_one_structure(cls, value: Any, info: Any) -> Any:
+        name = str(info.field_name)
+        needed = "unstructured" if name in OF_WEIGHTS else "channels"
+        if info.data.get("structure", needed) != needed and value != cls.model_fields[name].default:
+            raise ValueError(f"{name} acts with structure={needed} only; leave it out or set structure={needed}")
+        return value
 
     @field_validator("schedule_end", "schedule_every")
     @classmethod
@@ -185,6 +229,17 @@ class TrialConfig(BaseModel):
                 f"synthesis.num_rounds={self.synthesis.num_rounds} needs a step of distillation each; "
                 f"distillation.num_steps is {self.distillation.num_steps}"
             )
+        if self.pruning.structure == "channels" and self.pruning.sparsity > 0:
+            if self.distillation.feature_weight:
+                raise ValueError(
+                    "distillation.feature_weight compares inputs of the last linear layer, of which "
+                    "pruning.structure=channels removes some; set it to 0"
+                )
+            if not METHODS[method].is_stationary:
+                raise ValueError(
+                    f"synthesis.method={method} makes images with the student, whose shape pruning.structure=channels "
+                    "changes; use another method"
+                )
         new_student = self.student.architecture is not None
         if new_student and self.distillation.bn_mode != "trained":
             raise ValueError("a student from scratch has no BatchNorm statistics yet; set distillation.bn_mode=trained")

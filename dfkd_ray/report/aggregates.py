@@ -53,7 +53,7 @@ def prepared(trials: Frame) -> Frame:
 
 
 def network_labels(trials: Frame) -> Series:
-    """A label per row, equal for equal teacher (by hash) and student: `resnet20`, `resnet34 → resnet18`.
+    """A label per row, equal for equal teacher (by hash), student and structure: `resnet20`, `resnet34 → resnet18`.
 
     To tell equal labels apart, the teacher's name, the student's arguments and the teacher's hash are appended.
     """
@@ -68,7 +68,10 @@ def network_labels(trials: Frame) -> Series:
     for more in ("name", "with", "hash"):
         clash = known["label"].duplicated(keep=False)
         known.loc[clash, "label"] = (known["label"] + known[more])[clash].str.rstrip()
-    return keys.merge(known, on=["identity", "student", "arguments"], how="left")["label"].set_axis(trials.index)
+    labels = keys.merge(known, on=["identity", "student", "arguments"], how="left")["label"].set_axis(trials.index)
+    # A sparsity of channels is a share of parameters, so no table puts it beside one of single weights.
+    structure = trials.get("pruning.structure", pd.Series(index=trials.index, dtype=object))
+    return labels + structure.eq("channels").fillna(False).map({True: ", channels", False: ""})
 
 
 def finished(rows: Frame) -> Frame:

@@ -130,7 +130,9 @@ def trial_columns(rows: Frame, fields: Sequence[str]) -> list[Column]:
         Column("lost", "lost", "points lost against the teacher", 100.0, 2),
         Column("agreement", "agreement", "with the teacher on the synthetic reference set, %", 100.0, 2),
         Column("reference_kl", "KL", "teacher to student on the reference set, nats", 1.0, 4),
-        Column("achieved_sparsity", "zeros", "of all Conv and Linear weights, %", 100.0, 2),
+        Column(
+            "achieved_sparsity", "removed", "zeros of Conv and Linear weights; channels: of all parameters, %", 100.0, 2
+        ),
         Column("stored_bytes", "kB", "stored weights", 1e-3, 0),
         Column("wall_s", "s", "seconds of the whole trial", 1.0, 0),
         Column("trial_id", "trial", "students/<trial> is its student"),

@@ -25,8 +25,8 @@ SCHEMA = b"dfkd_ray.schema"
 # field are null in older rows. A new config field does not raise the version, a new metric does.
 RENAMED: dict[str, list[Mapping[str, str]]] = {
     # 2: written_at_s; 3: trial_version, synthesis_version; 4: selected, warnings, test_set, test_sha256; 5: the rung
-    # "reconstructed"
-    "trials": [{}, {}, {}, {}],
+    # "reconstructed"; 6: num_macs, teacher_num_parameters, teacher_num_macs, channels
+    "trials": [{}, {}, {}, {}, {}],
     "epochs": [],
     "synthesis": [{}, {}, {}, {}],  # 2: written_at_s; 3: record; 4: synthesis_version; 5: round
 }
@@ -60,8 +60,16 @@ METRICS: Columns = {
     "test_set": (pa.string(), True, "name of the test set behind the accuracies; null without one"),
     "num_test_images": (pa.int64(), True, "test images behind the accuracies"),
     "test_sha256": (pa.string(), True, "of the test images, as stored, and their labels"),
-    "achieved_sparsity": (pa.float64(), True, "zeros over all Conv and Linear weights"),
+    "achieved_sparsity": (
+        pa.float64(),
+        True,
+        "zeros over all Conv and Linear weights; with pruning.structure=channels the removed share of all parameters",
+    ),
     "num_parameters": (pa.int64(), True, "of the student"),
+    "num_macs": (pa.int64(), True, "multiply-accumulate operations of the student's Conv and Linear layers, an image"),
+    "teacher_num_parameters": (pa.int64(), True, "of the teacher"),
+    "teacher_num_macs": (pa.int64(), True, "as num_macs, of the teacher"),
+    "channels": (pa.string(), True, "JSON: layer -> [channels kept, before]; null where none were removed"),
     "num_nonzero": (pa.int64(), True, "non-zero parameters of the student"),
     "dense_bytes": (pa.int64(), True, "float32 bytes of the student's state"),
     "stored_bytes": (pa.int64(), True, "bytes of its weights file"),

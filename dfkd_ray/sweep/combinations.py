@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from dfkd_ray.config import (
     METHODS,
     DeepInversionConfig,
+    PruningConfig,
     ReferenceConfig,
     TrialConfig,
     flat,
@@ -271,7 +272,10 @@ def filled(data: Mapping[str, Any]) -> dict[str, Any]:
 def defaults_of(method: str, reference_method: str) -> dict[str, Any]:
     """The defaults of all fields of a trial with these synthesis methods. Cached: do not modify the result."""
     reference = ReferenceConfig.model_construct(synthesis=METHODS[reference_method].config())
-    return TrialConfig.model_construct(synthesis=METHODS[method].config(), reference=reference).model_dump(mode="json")
+    config = TrialConfig.model_construct(synthesis=METHODS[method].config(), reference=reference)
+    # Of pruning also the fields that a dump leaves out because they do not act.
+    pruning = {name: field.default for name, field in PruningConfig.model_fields.items()}
+    return config.model_dump(mode="json") | {"pruning": pruning}
 
 
 def defaults(*methods: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ The result is a row. Real data is passed in as arguments: test batches (for repo
 images, a source of them. This module opens no data set.
 """
 
+import json
 import logging
 import time
 from collections.abc import Sequence
@@ -17,14 +18,14 @@ from torch import nn
 from dfkd_ray import batchnorm, bundles, devices, distillation, evaluation, ladder, models, storage, synthesis
 from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.bundles import Teacher
-from dfkd_ray.compression import pruning
+from dfkd_ray.compression import channels, pruning
 from dfkd_ray.config import TrialConfig
 from dfkd_ray.devices import Runtime
 from dfkd_ray.distillation import NOBODY, Observer, Pool
 from dfkd_ray.heads import HEADS
 from dfkd_ray.images import decoded
 from dfkd_ray.storage import Folder, Where
-from dfkd_ray.trial import reconstruction
+from dfkd_ray.trial import reconstruction, structure
 from dfkd_ray.trial.identity import (
     CHECKPOINTS,
     TRIAL_ID,
@@ -47,7 +48,7 @@ from dfkd_ray.trial.images import (
     gather,
     wall_s,
 )
-from dfkd_ray.trial.row import image_columns, size_columns, student_info, test_columns
+from dfkd_ray.trial.row import cost_columns, image_columns, size_columns, student_info, test_columns
 from dfkd_ray.trial.warnings import warnings_of
 
 __all__ = [
@@ -194,6 +195,8 @@ def steps(
     with runtime.numerics():
         student = starting_student(config, teacher, device, inputs.trust_code)
         reestimates = bool(batchnorm.layers(student))
+        removable = structure.prepared(student, config, teacher)
+        num_before = num_parameters(student)
 
         held_out = gather_reference(config, teacher, device, inputs.images, report)
         row["reference_wall_s"] = wall_s(held_out.rows)
@@ -216,7 +219,13 @@ def steps(
         count_images(pool)
 
         # The student on the rungs before training.
-        masks, warning = reconstruction.masks(student, config, first_pool, runtime)
+        choice = None
+        if removable is not None:
+            choice = structure.chosen(student, removable, config, first_pool, runtime)
+            masks, warned = choice.masks, list(choice.warnings)
+        else:
+            masks, warning = reconstruction.masks(student, config, first_pool, runtime)
+            warned = [warning] if warning else []
         dense = deepcopy(student)
         pruning.apply(student, masks)
         measured: dict[ladder.Rung, tuple[float, float]] = {}  # KL divergence, agreement
@@ -245,7 +254,6 @@ def steps(
             measure(ladder.BN_REESTIMATED, student)
         else:
             leave_out(ladder.BN_REESTIMATED)
-        warned = [warning] if warning else []
         start = ladder.BN_REESTIMATED if reestimates else ladder.PRUNED
         reconstructed = False
         if reconstruction.applies(config):
@@ -269,6 +277,10 @@ def steps(
         elif kd.bn_mode == "frozen":
             pruning.apply(dense, masks)
             student, start = dense, ladder.PRUNED
+        if choice is not None:  # the channels that were masked go
+            images = reconstruction.fitting_images(student, config, first_pool, runtime)(channels.NUM_TRIED)
+            student, states = structure.small(student, states, choice, images)
+            masks = {}
         distillation_start = time.perf_counter()
         state = distillation.distil(
             student,
@@ -302,20 +314,28 @@ def steps(
         "status": "finished",
     }
     student = devices.place(student, torch.device("cpu"), channels_last=False)
-    pruned = tuple(pruning.prunable(student)) if config.pruning.sparsity > 0 else ()
-    row |= size_columns(student, pruned)
+    pruned = tuple(pruning.prunable(student)) if config.pruning.sparsity > 0 and choice is None else ()
+    row |= size_columns(student, pruned) | cost_columns(student, teacher)
+    if choice is not None:
+        removed = 1 - row["num_parameters"] / num_before
+        row |= {"achieved_sparsity": removed, "channels": json.dumps(choice.widths)}
     row["warnings"] = "; ".join([*warned, *warnings_of(config, teacher, row, rounds.rows, pool)]) or None
     missing = config.pruning.sparsity - row["achieved_sparsity"]
-    if missing * num_prunable(student) >= 1:
+    if choice is None and missing * num_prunable(student) >= 1:
         reason = (
             f"sparsity {row['achieved_sparsity']:.4f} instead of pruning.sparsity={config.pruning.sparsity}: "
             "pruned weights do not stay zero in this network"
         )
         return Outcome({**row, "status": "failed", "reason": reason})
-    info = student_info(config, teacher, row)
+    info = student_info(config, teacher, row, () if choice is None else choice.edits)
     images = Batch(0, pool.images, pool.labels, rounds.key)
     rows = (*held_out.rows, *rounds.rows)
     return Outcome(row, student.requires_grad_(False), info, pruned, (images,), tuple(state.epochs), rows)
+
+
+def num_parameters(network: nn.Module) -> int:
+    """Parameters of a whole network."""
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def num_prunable(student: nn.Module) -> int:

@@ -5,13 +5,15 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from dfkd_ray import bundles, evaluation
 from dfkd_ray.batches import Batch
 from dfkd_ray.bundles import Teacher
-from dfkd_ray.compression import pruning
+from dfkd_ray.compression import operations, pruning, shape_edits
 from dfkd_ray.config import TrialConfig
+from dfkd_ray.description import SCHEMA, WITH_EDITS, ShapeEdit
 from dfkd_ray.devices import Runtime
 from dfkd_ray.distillation import Pool
 from dfkd_ray.heads import Head
@@ -53,8 +55,22 @@ def size_columns(student: nn.Module, pruned: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def student_info(config: TrialConfig, teacher: Teacher, row: Mapping[str, Any]) -> bundles.BundleInfo:
-    """The student's `teacher.json`: the teacher's, with the student's architecture, accuracy and notes.
+def cost_columns(student: nn.Module, teacher: Teacher) -> dict[str, Any]:
+    """Multiplications of a student on the CPU, and parameters and multiplications of its teacher."""
+    image = torch.zeros(1, *teacher.info.image_shape)
+    return {
+        "num_macs": sum(operations.macs(student, image).values()),
+        "teacher_num_parameters": sum(parameter.numel() for parameter in teacher.network.parameters()),
+        "teacher_num_macs": sum(operations.macs(teacher.network, image).values()),
+    }
+
+
+def student_info(
+    config: TrialConfig, teacher: Teacher, row: Mapping[str, Any], edits: Sequence[ShapeEdit] = ()
+) -> bundles.BundleInfo:
+    """The student's `teacher.json`: the teacher's, with the student's architecture, shape, accuracy and notes.
+
+    `edits`: the channels that the trial kept of the network that it began with.
 
     A student of an untrained teacher is untrained too: it has learned random weights.
     The accuracy is the student's own, with a note on the test set, or none. The notes on the teacher's training set
@@ -70,4 +86,7 @@ def student_info(config: TrialConfig, teacher: Teacher, row: Mapping[str, Any]) 
     if config.student.architecture is not None:
         architecture, arguments = libraries.structure(config.student.architecture, config.student.arguments)
         changes |= {"architecture": architecture, "arguments": arguments}
+    else:
+        edits = shape_edits.composed(teacher.info.shape_edits, edits)
+    changes |= {"shape_edits": tuple(edits), "schema_version": WITH_EDITS if edits else SCHEMA}
     return teacher.info.model_copy(update=changes)

@@ -1,0 +1,55 @@
+"""Structured pruning in a trial: which channels go, and the small network in the place of the masked one."""
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from dfkd_ray import devices
+from dfkd_ray.bundles import Teacher
+from dfkd_ray.compression import channels, layerwise
+from dfkd_ray.compression.channels import Choice, Prepared
+from dfkd_ray.config import TrialConfig
+from dfkd_ray.devices import Runtime
+from dfkd_ray.distillation import Pool
+from dfkd_ray.trial.reconstruction import NUM_SCORING, fitting_images
+
+Key = TypeVar("Key")
+
+
+def applies(config: TrialConfig) -> bool:
+    """Whether a trial removes channels."""
+    return config.pruning.structure == "channels" and config.pruning.sparsity > 0
+
+
+def prepared(student: nn.Module, config: TrialConfig, teacher: Teacher) -> Prepared | None:
+    """What can be removed from a student, found before there are images; None without structured pruning.
+
+    `ValueError` if nothing can be.
+    """
+    if not applies(config):
+        return None
+    return channels.prepare(student, teacher.info.image_shape, config.pruning.importance)
+
+
+def chosen(student: nn.Module, found: Prepared, config: TrialConfig, pool: Pool, runtime: Runtime) -> Choice:
+    """The channels to remove from a dense student. `ValueError` if so many cannot be."""
+    images = None
+    if config.pruning.importance == "activations":
+        make = fitting_images(student, config, pool, runtime)
+        images = make(layerwise.look_at(student.eval(), make(2)).num_images(NUM_SCORING))
+    return channels.choose(student, found, config.pruning, images)
+
+
+def small(
+    masked: nn.Module, states: Mapping[Key, Mapping[str, Tensor]], choice: Choice, images: Tensor
+) -> tuple[nn.Module, dict[Key, dict[str, Tensor]]]:
+    """The network without the masked channels, and states of the masked one in its shape.
+
+    `ValueError` if its logits on the images are not the same, to rounding.
+    """
+    network = channels.sliced(masked, choice.edits)
+    masked.eval()
+    channels.check_equal(masked, network.eval(), images)
+    smaller = {key: channels.sliced(masked, choice.edits, state).state_dict() for key, state in states.items()}
+    return devices.place(network, images.device), smaller
