@@ -128,9 +128,14 @@ class Server:
         (folder / "home").mkdir(parents=True)
         root = Path(dfkd_ray.__file__).parents[1]
         # What is imported reads its environment once: there is nothing in it that a case's does not have.
-        env = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        env["OMP_WAIT_POLICY"] = "passive"
-        env |= {"PYTHONPATH": str(root), "HOME": str(folder / "home"), "TMPDIR": str(folder), "COLUMNS": "160"}
+        env: dict[str, str] = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        env |= {
+            "OMP_WAIT_POLICY": "passive",
+            "PYTHONPATH": str(root),
+            "HOME": str(folder / "home"),
+            "TMPDIR": str(folder),
+        }
+        env["COLUMNS"] = "160"
         env |= {name: os.environ[name] for name in ("PATH", "FUZZ_IDLE_S") if name in os.environ}
         words = [sys.executable, str(SERVER), str(folder)]
         pipe = subprocess.PIPE
