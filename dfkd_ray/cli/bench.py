@@ -65,6 +65,21 @@ def bench_recovery(
     recipe.recovery(loaded, settings, test, sparsity or [0.75, 0.9], scale=scale, seed=seed, progress=Progress())
 
 
+@app.command("latency")
+def bench_latency(
+    teacher: TeacherName,
+    students: Annotated[list[str] | None, typer.Argument(help="bundles, measured against the teacher")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="also each network in int8, on ONNX Runtime")] = False,
+    repeats: Annotated[int, typer.Option(min=3, help="alternating runs; the median counts")] = 15,
+    trust_code: Trust = None,
+) -> None:
+    """Seconds per batch of a teacher and students: ONNX Runtime and PyTorch, one and all threads, batch 1 and 32."""
+    from dfkd_ray.bench import latency
+
+    networks = [load_teacher(name, trust_code) for name in (teacher, *(students or ()))]
+    latency.run(networks, repeats=repeats, with_int8=int8)
+
+
 @app.command("fleet")
 def bench_fleet(
     teacher: Annotated[str, typer.Argument(help="bundle folder or bundled teacher")] = "fashion_mnist_resnet8",
