@@ -540,7 +540,7 @@ def test_a_trial_without_channels_has_the_fields_and_so_the_id_that_it_had():
         *(
             (
                 {"pruning.structure": "channels", f"pruning.{name}": value},
-                f"{name} acts with structure=unstructured only",
+                f"{name} acts with structure=unstructured",
             )
             for name, value in (
                 ("criterion", "obs"),

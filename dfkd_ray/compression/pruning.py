@@ -1,4 +1,4 @@
-"""Unstructured pruning: criteria, masks with an exact number of zeros, and the cubic schedule.
+"""Pruning of single weights: criteria, masks with an exact number of zeros, N:M patterns, and the cubic schedule.
 
 A criterion scores every prunable weight. The lowest scores are pruned first, ties by position, so the number of zeros
 is exact. Sparsity is the fraction of zeros over all Conv and Linear weights, including the layers that are spared.
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from dfkd_ray.config import FROM_IMAGES, PruningConfig
 
@@ -141,6 +142,36 @@ def erk(weights: Mapping[str, Tensor], num_zeros: int) -> Masks:
     return smallest(weights, {name: sizes[name] - kept[name] for name in weights})
 
 
+def neighbours(weight: Tensor, name: str, network: nn.Module) -> Tensor:
+    """A weight with its input channels last; those of a convolution's group are neighbours."""
+    module = network.get_submodule(name.rpartition(".")[0])
+    if not isinstance(module, _ConvTransposeNd):
+        return weight.movedim(1, -1)
+    split = weight.reshape(module.groups, -1, *weight.shape[1:])  # (groups, inputs, outputs, …)
+    return split.movedim(1, -1)
+
+
+def n_of_m(network: nn.Module, scores: Mapping[str, Tensor], kept: int, of: int) -> tuple[Masks, list[str]]:
+    """Masks that keep the `kept` highest scores of each `of` neighbours along a layer's inputs; ties by position.
+
+    Also the layers that stay dense, because their inputs are no multiple of `of`. Source of 2:4: Mishra et al. 2021,
+    arXiv 2104.08378, section 3.
+    """
+    masks, dense = {}, []
+    for name, score in scores.items():
+        if neighbours(score, name, network).shape[-1] % of:
+            dense.append(name.rpartition(".")[0])
+            masks[name] = torch.ones_like(score, dtype=torch.bool)
+            continue
+        mask = torch.zeros_like(score, dtype=torch.bool)
+        view = neighbours(mask, name, network)  # a view: what is written there is in the mask
+        groups = neighbours(score, name, network).unflatten(-1, (-1, of))
+        best = torch.argsort(groups, dim=-1, descending=True, stable=True)[..., :kept]
+        view.copy_(torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, True).flatten(-2))
+        masks[name] = mask
+    return masks, dense
+
+
 CRITERIA: dict[str, Callable[[Mapping[str, Tensor], int], Masks]] = {
     "global_magnitude": global_magnitude,
     "uniform": uniform,
@@ -162,17 +193,9 @@ def masks(
     """
     sparsity = config.sparsity if sparsity is None else sparsity
     weights = prunable(network)
-    if not weights:
-        raise ValueError("the network has no Conv or Linear weight to prune")
+    chosen = not_spared(weights, config)
     total = sum(weight.numel() for weight in weights.values())
     num_zeros = round(sparsity * total)
-    chosen = dict(weights)
-    convolutions = [name for name, weight in weights.items() if weight.ndim > 2]
-    linears = [name for name, weight in weights.items() if weight.ndim == 2]
-    if config.spare_first and convolutions:
-        chosen.pop(convolutions[0], None)
-    if config.spare_last and linears:
-        chosen.pop(linears[-1], None)
     available = sum(weight.numel() for weight in chosen.values())
     if num_zeros > available:
         raise ValueError(
@@ -183,6 +206,40 @@ def masks(
         assert saliencies is not None, "this criterion scores with images"
         return result | lowest(lamp_scores({name: saliencies[name] for name in chosen}), num_zeros)
     return result | CRITERIA[config.criterion](chosen, num_zeros)
+
+
+def not_spared(weights: Mapping[str, Tensor], config: PruningConfig) -> Weights:
+    """The weights that may be pruned. `ValueError` if there are none."""
+    if not weights:
+        raise ValueError("the network has no Conv or Linear weight to prune")
+    chosen = dict(weights)
+    convolutions = [name for name, weight in weights.items() if weight.ndim > 2]
+    linears = [name for name, weight in weights.items() if weight.ndim == 2]
+    if config.spare_first and convolutions:
+        chosen.pop(convolutions[0], None)
+    if config.spare_last and linears:
+        chosen.pop(linears[-1], None)
+    return chosen
+
+
+def pattern_masks(
+    network: nn.Module, config: PruningConfig, saliencies: Mapping[str, Tensor] | None = None
+) -> tuple[Masks, list[str]]:
+    """The masks of `structure=n_of_m` on the network's current weights, and the layers that stay dense.
+
+    `saliencies`: of every prunable weight, for a criterion that scores with images; else |w| decides. `ValueError` if
+    no layer can have the pattern.
+    """
+    weights = prunable(network)
+    chosen = not_spared(weights, config)
+    scores = magnitude_scores(chosen) if saliencies is None else {name: saliencies[name] for name in chosen}
+    found, dense = n_of_m(network, scores, *config.kept_of)
+    if len(dense) == len(chosen):
+        raise ValueError(
+            f"pruning.pattern={config.pattern}: no layer of this network has a multiple of {config.kept_of[1]} input "
+            "channels; take pruning.structure=unstructured"
+        )
+    return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()} | found, dense
 
 
 @torch.no_grad()

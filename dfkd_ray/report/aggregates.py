@@ -69,9 +69,11 @@ def network_labels(trials: Frame) -> Series:
         clash = known["label"].duplicated(keep=False)
         known.loc[clash, "label"] = (known["label"] + known[more])[clash].str.rstrip()
     labels = keys.merge(known, on=["identity", "student", "arguments"], how="left")["label"].set_axis(trials.index)
-    # A sparsity of channels is a share of parameters, so no table puts it beside one of single weights.
-    structure = trials.get("pruning.structure", pd.Series(index=trials.index, dtype=object))
-    return labels + structure.eq("channels").fillna(False).map({True: ", channels", False: ""})
+    # A sparsity of channels is a share of parameters, and a pattern costs more accuracy: no table mixes them.
+    none = pd.Series(index=trials.index, dtype=object)
+    structure, pattern = trials.get("pruning.structure", none), trials.get("pruning.pattern", none)
+    endings = structure.map({"channels": ", channels"}).fillna("")
+    return labels + endings.mask(structure.eq("n_of_m").fillna(False), ", " + pattern.fillna("").astype(str))
 
 
 def finished(rows: Frame) -> Frame:

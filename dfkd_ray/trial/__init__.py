@@ -224,8 +224,7 @@ def steps(
             choice = structure.chosen(student, removable, config, first_pool, runtime)
             masks, warned = choice.masks, list(choice.warnings)
         else:
-            masks, warning = reconstruction.masks(student, config, first_pool, runtime)
-            warned = [warning] if warning else []
+            masks, warned = reconstruction.masks(student, config, first_pool, runtime)
         dense = deepcopy(student)
         pruning.apply(student, masks)
         measured: dict[ladder.Rung, tuple[float, float]] = {}  # KL divergence, agreement
@@ -321,7 +320,7 @@ def steps(
         row |= {"achieved_sparsity": removed, "channels": json.dumps(choice.widths)}
     row["warnings"] = "; ".join([*warned, *warnings_of(config, teacher, row, rounds.rows, pool)]) or None
     missing = config.pruning.sparsity - row["achieved_sparsity"]
-    if choice is None and missing * num_prunable(student) >= 1:
+    if config.pruning.structure == "unstructured" and missing * num_prunable(student) >= 1:
         reason = (
             f"sparsity {row['achieved_sparsity']:.4f} instead of pruning.sparsity={config.pruning.sparsity}: "
             "pruned weights do not stay zero in this network"

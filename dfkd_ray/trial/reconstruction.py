@@ -16,6 +16,10 @@ from dfkd_ray.images import decode
 from dfkd_ray.text import one_line
 
 NUM_SCORING = 512  # images for the scores of a criterion
+NO_FASTER = (
+    "N:M zeros save time only where a runtime has kernels for them: linear layers on NVIDIA GPUs since Ampere (2:4); "
+    "exported files are dense"
+)
 MOST_REPEATS = 4  # times that an image is taken for reconstruction: once as it is, the others shifted, flipped, mixed
 
 
@@ -30,22 +34,37 @@ def applies(config: TrialConfig) -> bool:
     )
 
 
-def masks(student: nn.Module, config: TrialConfig, pool: Pool, runtime: Runtime) -> tuple[pruning.Masks, str | None]:
-    """The masks of a dense student, empty without pruning; and a warning, or None."""
-    criterion = config.pruning.criterion
+def masks(student: nn.Module, config: TrialConfig, pool: Pool, runtime: Runtime) -> tuple[pruning.Masks, list[str]]:
+    """The masks of a dense student, empty without pruning; and warnings."""
     if config.pruning.sparsity == 0:
-        return {}, None
+        return {}, []
+    scores, warnings = scored(student, config, pool, runtime)
+    if config.pruning.structure != "n_of_m":
+        return pruning.masks(student, config.pruning, saliencies=scores), warnings
+    found, dense = pruning.pattern_masks(student, config.pruning, scores)
+    warnings.append(NO_FASTER)
+    if dense:
+        names = one_line(", ".join(dense), 120)
+        warnings.append(f"dense, as their inputs are no multiple of {config.pruning.kept_of[1]}: {names}")
+    return found, warnings
+
+
+def scored(
+    student: nn.Module, config: TrialConfig, pool: Pool, runtime: Runtime
+) -> tuple[pruning.Weights | None, list[str]]:
+    """The scores of weights from images, and warnings; None for a criterion that needs none."""
+    criterion = config.pruning.criterion
     if criterion not in FROM_IMAGES:
-        return pruning.masks(student, config.pruning), None
+        return None, []
     images = fitting_images(student, config, pool, runtime)
     num_images = layerwise.look_at(student.eval(), images(2)).num_images(NUM_SCORING)
     scores = saliency.saliencies(student, images(num_images), criterion)
     squares = pruning.squares(pruning.prunable(student))
     unseen = ", ".join(name for name in squares if name not in scores)
-    warning = None
-    if unseen:
-        warning = f"pruning.criterion={criterion} sees no inputs, or too many, of {one_line(unseen, 120)}: scored by w²"
-    return pruning.masks(student, config.pruning, saliencies=squares | scores), warning
+    if not unseen:
+        return squares | scores, []
+    warning = f"pruning.criterion={criterion} sees no inputs, or too many, of {one_line(unseen, 120)}: scored by w²"
+    return squares | scores, [warning]
 
 
 def fitting_images(student: nn.Module, config: TrialConfig, pool: Pool, runtime: Runtime) -> Callable[[int], Tensor]:
