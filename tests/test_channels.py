@@ -242,20 +242,35 @@ def test_channels_that_cannot_go_alone_stay_and_are_named(kind):
 class Stored(nn.Module):
     """A network that keeps its shape in an attribute."""
 
-    def __init__(self):
+    def __init__(self, error: type[Exception]):
         super().__init__()
-        self.first, self.width, self.head = nn.Conv2d(3, 8, 1), 8, nn.Linear(8, 5)
+        self.first, self.width, self.head, self.error = nn.Conv2d(3, 8, 1), 8, nn.Linear(8, 5), error
 
     def forward(self, x):
         x = self.first(x)
         if x.shape[1] != self.width:
-            raise RuntimeError("another width")
+            raise self.error("another width")
         return self.head(x.mean((2, 3)))
 
 
-def test_a_network_of_which_nothing_can_be_removed_is_refused():
-    text = refusal(lambda: channels.prepare(Stored().eval(), (3, 4, 4)), "no channel of this network can be removed")
+@pytest.mark.parametrize("error", [RuntimeError, AssertionError, AttributeError])
+def test_a_network_of_which_nothing_can_be_removed_is_refused(error):
+    text = refusal(
+        lambda: channels.prepare(Stored(error).eval(), (3, 4, 4)), "no channel of this network can be removed"
+    )
     assert "another width" in text
+
+
+def test_memory_that_runs_out_is_not_taken_for_a_network_that_cannot_be_sliced(monkeypatch):
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(channels, "check_equal", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        channels.prepare(tiny_network().eval(), (1, 8, 8))
+
+
+def test_a_network_of_one_layer_is_refused():
     only_head = nn.Sequential(nn.Flatten(), nn.Linear(48, 5)).eval()
     refusal(lambda: channels.prepare(only_head, (3, 4, 4)), "no channel of this network can be removed")
 
@@ -372,6 +387,25 @@ def test_edits_compose():
     small = channels.sliced(network, first.edits)
     second = chosen(small, shape, wants(0.3))
     at_once = channels.sliced(network, shape_edits.composed(first.edits, second.edits))
+    assert same_weights(channels.sliced(small, second.edits), at_once)
+
+
+@pytest.mark.parametrize("num_outputs", [8, 16])
+def test_a_grouped_convolution_with_one_channel_left_in_each_group_stays_grouped(num_outputs):
+    """It looks depthwise then. To remove whole groups would be no edit of its architecture, which has more of each."""
+
+    def grouped() -> nn.Module:
+        torch.manual_seed(0)
+        ends = nn.Conv2d(num_outputs, 8, 1), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(32, 5)
+        return nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, num_outputs, 1, groups=4), *ends).eval()
+
+    step = num_outputs // 4
+    of_groups = [edit("1", "out", tuple(range(0, num_outputs, step))), edit("1", "in", (0, 2, 4, 6))]
+    around = [edit("0", "out", (0, 2, 4, 6)), edit("2", "in", tuple(range(0, num_outputs, step)))]
+    first = [*around, *of_groups]
+    small = shape_edits.replay(grouped(), first)
+    second = chosen(small, (3, 2, 2), wants(0.2))
+    at_once = channels.sliced(grouped(), shape_edits.composed(first, second.edits))
     assert same_weights(channels.sliced(small, second.edits), at_once)
 
 

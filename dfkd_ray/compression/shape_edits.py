@@ -20,6 +20,8 @@ from dfkd_ray.compression.pruning import KINDS
 from dfkd_ray.description import ShapeEdit
 from dfkd_ray.text import one_line
 
+GROUPED = "dfkd_ray_grouped"  # attribute of a sliced convolution whose architecture is not depthwise
+
 
 @dataclass(frozen=True)
 class Dimension:
@@ -84,8 +86,12 @@ def dimensions(module: nn.Module) -> Mapping[str, Dimension]:
 
 
 def is_depthwise(module: _ConvNd) -> bool:
-    """Whether each channel of a convolution is made from the same one of its input."""
-    return module.groups == module.in_channels == module.out_channels > 1
+    """Whether each channel of a convolution is made from the same one of its input.
+
+    Not one that slices have made so: its architecture has more channels in each group, and edits count those.
+    """
+    is_own = not getattr(module, GROUPED, False)
+    return is_own and module.groups == module.in_channels == module.out_channels > 1
 
 
 def of_convolution(module: _ConvNd) -> Mapping[str, Dimension]:
@@ -103,10 +109,12 @@ def of_convolution(module: _ConvNd) -> Mapping[str, Dimension]:
         keep(module, "weight", kept, 1 if transposed else 0, module.groups if transposed else 1)
         keep(module, "bias", kept)
         module.out_channels = len(kept)
+        setattr(module, GROUPED, True)
 
     def into(kept: Tensor) -> None:
         keep(module, "weight", kept, 0 if transposed else 1, 1 if transposed else module.groups)
         module.in_channels = len(kept)
+        setattr(module, GROUPED, True)
 
     made = {"out": Dimension(module.out_channels, out, module.groups)}
     # A layer with a group for each input channel would lose the group, and with it outputs.
