@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dfkd_ray import bundles, models, trial
+from dfkd_ray.cli import names
 from dfkd_ray.compression import channels, dependencies, layerwise, operations, pruning, shape_edits
 from dfkd_ray.compression.channel_scores import SCORES, squared_norms
 from dfkd_ray.compression.channels import Choice
@@ -18,6 +19,7 @@ from dfkd_ray.compression.moments import Moments
 from dfkd_ray.config import PruningConfig, TrialConfig, columns_of, validate
 from dfkd_ray.description import ShapeEdit
 from dfkd_ray.report import aggregates
+from dfkd_ray.results.selecting import matching
 from helpers import TINY_WORDS, randomise_statistics, refusal, same_weights, tiny_network, tiny_trial
 
 CIFAR = {"width_multiplier": 0.125, "stem": "cifar"}
@@ -36,6 +38,7 @@ NETWORKS = {
     "timm:test_vit": {},
 }
 SHAPE = (3, 16, 16)
+STRUCTURES = ("unstructured", "channels")
 
 
 def built(name: str, arguments: dict[str, Any] | None = None) -> tuple[nn.Module, tuple[int, int, int]]:
@@ -540,6 +543,15 @@ def test_the_command_line_prunes_channels(tiny_teacher, tmp_path, run_cli):
     row = json.loads((tmp_path / "out" / "row.json").read_text())
     assert row["num_parameters"] < row["teacher_num_parameters"]
     assert num_parameters(bundles.load(tmp_path / "out" / "student").network) == row["num_parameters"]
+
+
+def test_names_and_conditions_tell_structures_apart_where_a_row_has_none():
+    both = {name: validate(TrialConfig, tiny_trial("t", **{"pruning.structure": name})) for name in STRUCTURES}
+    assert {names.name_from(parts).split(" structure ")[1] for parts in names.parts_of(both).values()} == set(both)
+    frame = pd.DataFrame([columns_of(config) for config in both.values()], index=list(both))
+    for name in STRUCTURES:
+        assert list(frame.index[matching(frame, f"structure={name}")]) == [name]
+        assert list(frame.index[~matching(frame, f"structure!={name}")]) == [name]
 
 
 def test_tables_of_the_report_name_the_structure():

@@ -336,6 +336,25 @@ def test_a_resumed_search_knows_the_rows_and_tries_no_point_again(tiny_teacher, 
     assert other.search is not None and other.search.begin(rows) == 8, "rows of another base are of no use"
 
 
+def test_a_resumed_search_over_structures_knows_the_rows_in_which_fields_that_do_not_act_are_null(
+    tiny_teacher, tmp_path
+):
+    space = {
+        "pruning.structure": ["unstructured", "channels"],
+        "pruning.criterion": ["lamp", "erk"],
+        "pruning.sparsity": {"uniform": [0.1, 0.6]},
+    }
+    no_trial = [{"pruning.structure": "channels", "pruning.criterion": "erk"}]
+    settings = settings_of(tiny_teacher, space=space, exclude=no_trial, algorithm="optuna", num_trials=30)
+    plan = sweep.prepare(settings, bundles.load)
+    jobs = optimised(plan, [], 12)
+    assert {job.config.pruning.structure for job in jobs} == {"unstructured", "channels"}
+    for row in map(row_of, jobs):
+        results.write(tmp_path, "trials", [row], row["trial_id"])
+    assert plan.search is not None
+    assert plan.search.begin(sweep.rows_in(storage.folder(tmp_path))) == 30 - 12
+
+
 def test_a_space_that_is_used_up_ends_the_search(tiny_teacher):
     space = {"pruning.sparsity": [0.5, 0.7, 0.9]}
     exclude = [{"pruning.sparsity": 0.7}]

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from dfkd_ray.cli import tables
-from dfkd_ray.config import TrialConfig, flat, follows
+from dfkd_ray.config import LEFT_OUT, TrialConfig, flat, follows
 from dfkd_ray.text import shown
 
 Parts = Mapping[str, str]  # heading → text, in the order of the name
 NAMED = ("teacher", "synthesis.method", "pruning.sparsity")
+STRUCTURE = "pruning.structure"
 
 
 def name_of(values: Mapping[str, Any], differing: Sequence[str]) -> str:
@@ -27,7 +28,9 @@ def name_from(parts: Parts) -> str:
 
 def parts_of(trials: Mapping[str, TrialConfig]) -> dict[str, Parts]:
     """The parts of each trial's name."""
-    plain = {name: flat(config.model_dump(mode="json")) for name, config in trials.items()}
+    # One without channels leaves its structure out.
+    structure = {STRUCTURE: LEFT_OUT[STRUCTURE]}
+    plain = {name: structure | flat(config.model_dump(mode="json")) for name, config in trials.items()}
     fields = dict.fromkeys(field for values in plain.values() for field in values)
     differing = [
         field

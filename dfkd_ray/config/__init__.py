@@ -32,6 +32,7 @@ from dfkd_ray.config.methods import (
 from dfkd_ray.config.parsing import parse_overrides, read_yaml
 from dfkd_ray.config.trials import (
     FROM_IMAGES,
+    LEFT_OUT,
     DistillationConfig,
     PruningConfig,
     ReferenceConfig,
@@ -44,6 +45,7 @@ from dfkd_ray.plain import with_overrides
 __all__ = [
     "EFFORTS",
     "FROM_IMAGES",
+    "LEFT_OUT",
     "METHODS",
     "STRICT",
     "SYNTHESIS_VERSION",

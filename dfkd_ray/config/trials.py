@@ -144,6 +144,11 @@ class PruningConfig(BaseModel):
         return self
 
 
+# Dotted field → default, of the fields that a dump leaves out where they do not act: what their absence stands for.
+LEFT_OUT = {f"pruning.{name}": PruningConfig.model_fields[name].default for name in (*OF_WEIGHTS, *OF_CHANNELS)}
+LEFT_OUT |= {"pruning.structure": PruningConfig.model_fields["structure"].default}
+
+
 class ReconstructionConfig(BaseModel):
     """Least squares for the kept weights, layer by layer, before distillation: `dfkd_ray.compression.layerwise`.
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from dfkd_ray.config import follows
+from dfkd_ray.config import LEFT_OUT, follows
 from dfkd_ray.results.schemas import BEST_FIRST, METRICS, SEEDS, WRITTEN_AT, close_to, schema
 from dfkd_ray.text import shortened
 
@@ -68,6 +68,8 @@ def matching(frame: pd.DataFrame, condition: str) -> pd.Series:
         if not equality:
             raise ValueError(f"{condition!r}: null has no order; expected = or !=")
         return column.notna() if sign == "!=" else column.isna()
+    if name == "pruning.structure":  # rows of trials without channels leave it out
+        column = column.fillna(LEFT_OUT[name])
     value: Any = text
     there = column.dropna()
     if len(there) and all(type(one) in (bool, np.bool_) for one in there):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from dfkd_ray.batches import mix_seed
+from dfkd_ray.config import LEFT_OUT
 from dfkd_ray.sweep.search import Domain, Point, SearchConfig
 from dfkd_ray.sweep.tune_reports import METRIC, MODE
 from dfkd_ray.text import is_null
@@ -117,6 +118,7 @@ class Suggestions:
         The trial id decides. It is a hash of teacher, config and algorithm versions, so a row that differs in one of
         them belongs to no point.
         """
+        row = {**row, **{name: default for name, default in LEFT_OUT.items() if is_null(row.get(name))}}
         candidates: list[list[Any]] = []
         for name, values in self.domains.items():
             if values.kind == "choice":
