@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from dfkd_ray import bundles, models, trial
+from dfkd_ray import bundles, models, trial, untrusted
 from dfkd_ray.cli import names
 from dfkd_ray.compression import channels, dependencies, layerwise, operations, pruning, shape_edits
 from dfkd_ray.compression.channel_scores import SCORES, squared_norms
@@ -436,6 +436,20 @@ def test_a_student_is_a_plain_small_network_and_its_bundle_gives_it_back(student
     assert json.loads((folder / "teacher.json").read_text())["schema_version"] == "dfkd_ray.bundle/2"
 
 
+def test_the_description_of_a_large_network_can_be_read_again(tiny_teacher, tmp_path, monkeypatch):
+    """An EfficientNetV2-L has 900,000 channels to make or read, and a bundle's description may have 8 MB."""
+    edits = tuple(edit(f"layers.{index}.conv", "out", tuple(range(1000, 3000))) for index in range(9))
+    notes = {"kept": 'a text\n  "kept": [\n 1,\n 2\n ]'}
+    changes = {"shape_edits": edits, "schema_version": "dfkd_ray.bundle/2", "notes": notes}
+    info = bundles.read_info(tiny_teacher).model_copy(update=changes)
+    written = bundles.save(tmp_path / "large", info, {})
+    assert bundles.read_info(tmp_path / "large") == written
+    assert (tmp_path / "large" / "teacher.json").stat().st_size < 9 * 2000 * 8_000_000 / 900_000
+    monkeypatch.setattr(untrusted, "MAX_JSON_BYTES", 100_000)
+    refusal(lambda: bundles.save(tmp_path / "larger", info, {}), "teacher.json", "expected at most")
+    assert not (tmp_path / "larger").exists()
+
+
 def test_a_bundle_without_edits_is_of_the_first_schema(tiny_teacher):
     described = json.loads((tiny_teacher / "teacher.json").read_text())
     assert described["schema_version"] == "dfkd_ray.bundle/1" and "shape_edits" not in described
@@ -554,10 +568,11 @@ def test_names_and_conditions_tell_structures_apart_where_a_row_has_none():
         assert list(frame.index[~matching(frame, f"structure!={name}")]) == [name]
 
 
-def test_tables_of_the_report_name_the_structure():
-    both = pd.DataFrame({"pruning.structure": ["channels", None], "teacher_hash": "h", "teacher": "t"})
-    both = both.assign(**{"student.architecture": None, "student.arguments": "{}", "teacher_architecture": "resnet20"})
-    assert list(aggregates.network_labels(both)) == ["resnet20, channels", "resnet20"]
+def test_tables_of_the_report_name_the_structure_and_what_sparsity_is_a_share_of():
+    fields = {"pruning.structure": ["channels", "channels", None], "pruning.target": ["parameters", "macs", None]}
+    rows = pd.DataFrame({**fields, "teacher_hash": "h", "teacher": "t"})
+    rows = rows.assign(**{"student.architecture": None, "student.arguments": "{}", "teacher_architecture": "resnet20"})
+    assert list(aggregates.network_labels(rows)) == ["resnet20, channels", "resnet20, channels by MACs", "resnet20"]
 
 
 # ---- config ----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ user has named that module.
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ DESCRIPTION, WEIGHTS, RECORDS = "teacher.json", "weights.safetensors", "records"
 ENDING = ".safetensors"
 IN_MEMORY = "in memory"  # the architecture of a teacher that no bundle holds
 Numbers = int | float | Sequence[int | float] | np.number | np.ndarray | Tensor
+KEPT = re.compile(r'(\n +"kept": \[)\s+([\d,\s]+?)\s+\]')  # no text of a description has a line break in it
 MAX_GROWTH = 16  # largest ratio of a weights file's bytes to the bytes of its architecture's tensors
 
 
@@ -366,13 +368,15 @@ def save(where: Where, info: BundleInfo, state: Mapping[str, Tensor], pruned: Se
 
     A new folder is written under a hidden name beside its place, then renamed. In an existing bundle the two files are
     replaced, weights first, and records of another teacher are removed. The hash in `teacher.json` tells whether the
-    weights belong to it. `ValueError` if the folder holds something else. After an `OSError` (for example, a full disk)
+    weights belong to it. `ValueError` if the folder holds something else, or if no bundle can have so long a
+    description. After an `OSError` (for example, a full disk)
     a local bundle is unchanged.
     """
     folder = targets.check(where, BUNDLE)
     weights = safetensors_bytes(to_stored(state, pruned))
     info = info.model_copy(update={"weights_sha256": sha256(weights)})
-    description = (info.model_dump_json(indent=2) + "\n").encode()
+    description = described(info)
+    untrusted.check_size(len(description), untrusted.MAX_JSON_BYTES, str(folder / DESCRIPTION))
     if not folder.is_local:
         for name, data in ((WEIGHTS, weights), (DESCRIPTION, description)):
             folder.write(name, data)
@@ -382,6 +386,16 @@ def save(where: Where, info: BundleInfo, state: Mapping[str, Tensor], pruned: Se
         write_folder(folder.path, {WEIGHTS: [weights], DESCRIPTION: [description]})
     remove_records(folder, of_others_than=teacher_hash(info))
     return info
+
+
+def described(info: BundleInfo) -> bytes:
+    """The content of `teacher.json`: a line for each value, but one for all channels of an edit.
+
+    A line for each channel would make the file of a large network larger than `read_info` takes.
+    """
+    text = info.model_dump_json(indent=2)
+    text = KEPT.sub(lambda found: found[1] + " ".join(found[2].split()) + "]", text)
+    return (text + "\n").encode()
 
 
 def write_folder(folder: Path, files: Mapping[str, Sequence[bytes]]) -> None:

@@ -145,7 +145,7 @@ class PruningConfig(BaseModel):
 
 
 # Dotted field → default, of the fields that a dump leaves out where they do not act: what their absence stands for.
-LEFT_OUT = {f"pruning.{name}": PruningConfig.model_fields[name].default for name in (*OF_WEIGHTS, *OF_CHANNELS)}
+LEFT_OUT = {f"pruning.{name}": PruningConfig.model_fields[name].default for name in ACTS_WITH}
 LEFT_OUT |= {"pruning.structure": PruningConfig.model_fields["structure"].default}
 
 

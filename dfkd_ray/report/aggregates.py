@@ -53,7 +53,7 @@ def prepared(trials: Frame) -> Frame:
 
 
 def network_labels(trials: Frame) -> Series:
-    """A label per row, equal for equal teacher (by hash), student and structure: `resnet20`, `resnet34 → resnet18`.
+    """A label per row, equal for equal teacher (by hash), student, structure and its target: `resnet34 → resnet18`.
 
     To tell equal labels apart, the teacher's name, the student's arguments and the teacher's hash are appended.
     """
@@ -69,10 +69,12 @@ def network_labels(trials: Frame) -> Series:
         clash = known["label"].duplicated(keep=False)
         known.loc[clash, "label"] = (known["label"] + known[more])[clash].str.rstrip()
     labels = keys.merge(known, on=["identity", "student", "arguments"], how="left")["label"].set_axis(trials.index)
-    # A sparsity of channels is a share of parameters, and a pattern costs more accuracy: no table mixes them.
+    # A sparsity of channels is a share of parameters or multiplications, and a pattern costs more accuracy: no table
+    # mixes them.
     none = pd.Series(index=trials.index, dtype=object)
-    structure, pattern = trials.get("pruning.structure", none), trials.get("pruning.pattern", none)
+    structure, pattern, target = (trials.get(f"pruning.{name}", none) for name in ("structure", "pattern", "target"))
     endings = structure.map({"channels": ", channels"}).fillna("")
+    endings += (structure.eq("channels") & target.eq("macs")).map({True: " by MACs", False: ""})
     return labels + endings.mask(structure.eq("n_of_m").fillna(False), ", " + pattern.fillna("").astype(str))
 
 
