@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from dfkd_ray import bundles, models, trial, untrusted
+from dfkd_ray import bundles, models, sweep, trial, untrusted
 from dfkd_ray.cli import names
 from dfkd_ray.compression import channels, dependencies, layerwise, operations, pruning, shape_edits
 from dfkd_ray.compression.channel_scores import SCORES, squared_norms
@@ -414,7 +414,7 @@ def test_a_grouped_convolution_with_one_channel_left_in_each_group_stays_grouped
 
 def trial_of(teacher: Path, **fields: Any) -> TrialConfig:
     settings = {"pruning.structure": "channels", "pruning.sparsity": 0.4, "distillation.num_steps": 3}
-    return validate(TrialConfig, tiny_trial(teacher, **settings, **{"distillation.eval_every": 1, **fields}))
+    return validate(TrialConfig, tiny_trial(teacher, **{**settings, "distillation.eval_every": 1, **fields}))
 
 
 @pytest.fixture(scope="module")
@@ -510,6 +510,15 @@ def test_every_importance_recovers(tiny_teacher, importance, bn_mode):
     assert row["status"] == "finished" and abs(1 - row["num_macs"] / row["teacher_num_macs"] - 0.4) < channels.TOLERANCE
 
 
+def test_without_sparsity_nothing_counts_as_removed_from_a_teacher_with_zeros(tiny_teacher):
+    teacher = bundles.load(tiny_teacher)
+    for weight in pruning.prunable(teacher.network).values():
+        weight.mul_(torch.rand_like(weight) < 0.5)
+    fields = {"pruning.sparsity": 0.0, "distillation.num_steps": 0}
+    row = trial.run(trial_of(tiny_teacher, **fields), teacher).row
+    assert row["achieved_sparsity"] == 0 and row["num_parameters"] == row["teacher_num_parameters"]
+
+
 def test_a_small_student_is_a_teacher_again(student, tmp_path):
     first = bundles.load(student[1])
     outcome = trial.run(trial_of(student[1]), first)
@@ -548,6 +557,9 @@ def test_nothing_that_can_be_removed_is_refused_before_images_are_made(tmp_path)
     observer = trial.Observer(progress=lambda stage, *_: seen.append(stage))
     refusal(lambda: trial.run(trial_of(tmp_path), teacher, observer=observer), "no channel of this network")
     assert not seen
+    pruned, dense = trial_of(tmp_path), trial_of(tmp_path, **{"pruning.sparsity": 0.0})
+    refusal(lambda: sweep.plan([dense, pruned], lambda _name: teacher), "no channel of this network")
+    assert len(sweep.plan([dense], lambda _name: teacher)) == 1
 
 
 def test_the_command_line_prunes_channels(tiny_teacher, tmp_path, run_cli):
@@ -557,6 +569,8 @@ def test_the_command_line_prunes_channels(tiny_teacher, tmp_path, run_cli):
     row = json.loads((tmp_path / "out" / "row.json").read_text())
     assert row["num_parameters"] < row["teacher_num_parameters"]
     assert num_parameters(bundles.load(tmp_path / "out" / "student").network) == row["num_parameters"]
+    assert ", without some channels of " in run_cli("teacher", "info", str(tmp_path / "out" / "student")).out
+    assert "without some channels" not in run_cli("teacher", "info", str(tiny_teacher)).out
 
 
 def test_names_and_conditions_tell_structures_apart_where_a_row_has_none():

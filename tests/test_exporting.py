@@ -18,6 +18,8 @@ import dfkd_ray
 from dfkd_ray import bundles, exporting, storage
 from dfkd_ray.batches import Batch
 from dfkd_ray.bundles import Teacher
+from dfkd_ray.compression import channels
+from dfkd_ray.config import PruningConfig
 from dfkd_ray.exporting import comparison, images, int8, metadata, onnx_files, source_code, torch_files
 from dfkd_ray.exporting.code_layout import call, flat, laid_out, sequence, text
 from dfkd_ray.heads import SOFTMAX
@@ -214,6 +216,12 @@ def test_after_the_correction_of_biases_the_mean_logits_are_those_of_the_network
         path = dfkd_ray.export(teacher, tmp_path / f"{number}.onnx", int8=True).path
         found.append(np.abs(onnx_files.open_model(path)(calibration).mean(0) - expected).max())
     assert found[1] < found[0] / 2
+
+
+@pytest.mark.parametrize("test", [[], [Batch(0, np.zeros((0, *SHAPE), np.uint8), np.zeros(0, np.int64), "none")]])
+def test_a_test_set_without_images_is_refused(test, tmp_path):
+    refusal(lambda: dfkd_ray.export(TEACHERS["plain"](), tmp_path / "net", format="torch", test=test), "no images")
+    assert left(tmp_path) == []
 
 
 def test_accuracies_of_file_and_network_are_measured_on_given_batches(tmp_path):
@@ -567,6 +575,20 @@ def test_a_mismatch_is_exit_1_and_leaves_nothing(run_cli, tiny_teacher, tmp_path
     done = run_cli("export", str(tiny_teacher), "--format", "torch", "--out", str(tmp_path / "net"))
     assert_one_error(done, 1, "is not the network", "not kept")
     assert left(tmp_path) == []
+
+
+def test_a_student_with_fewer_channels_is_exported_as_small_as_it_is(tmp_path):
+    """Source code is the format that is made from the layers' attributes."""
+    dense = dfkd_ray.load("fashion_mnist_resnet8")
+    config = PruningConfig(structure="channels", sparsity=0.5, importance="magnitude")
+    found = channels.prepare(dense.network, dense.info.image_shape, config.importance)
+    choice = channels.choose(dense.network, found, config)
+    changes = {"shape_edits": choice.edits, "schema_version": "dfkd_ray.bundle/2"}
+    small = channels.sliced(dense.network, choice.edits)
+    bundles.save(tmp_path / "student", dense.info.model_copy(update=changes), small.state_dict())
+    done = dfkd_ray.export(str(tmp_path / "student"), tmp_path / "net", format="torch")
+    assert done.comparison.agreement == 1
+    assert done.dense_bytes == sum(4 * tensor.numel() for tensor in small.state_dict().values())
 
 
 def test_a_pruned_student_of_a_bundle_is_exported_dense(tmp_path):

@@ -379,11 +379,13 @@ def teacher_info(
     teacher = load_teacher(bundle, trust_code, download=download)
     info, network = teacher.info, teacher.network
     accuracy = "unknown" if info.test_accuracy is None else f"{info.test_accuracy:.4f}"
+    num_sliced = sum(edit.dimension == "out" for edit in info.shape_edits)
+    sliced = f", without some channels of {num_sliced} layers" if num_sliced else ""
     test = info.notes.get("test_set")
     if test is not None:
         accuracy += f" on {test['name']} ({test['num_images']:,} images, sha256 {test['sha256'][:12]})"
     lines = {
-        "architecture": f"{info.architecture} {json.dumps(info.arguments) if info.arguments else ''}".strip(),
+        "architecture": f"{info.architecture} {json.dumps(info.arguments) if info.arguments else ''}".strip() + sliced,
         "trained": "yes" if info.trained else "NO: random weights",
         "trained on": info.dataset or "unknown",
         "test accuracy": accuracy,

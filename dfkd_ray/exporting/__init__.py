@@ -157,6 +157,8 @@ def export(
     teacher = network if isinstance(network, Teacher) else bundles.load(network, trust_code, download=download)
     info, head, row = teacher.info, HEADS[teacher.info.head], FORMATS[format]
     evaluation.check_test(test or (), info.image_shape, info.num_classes, head)
+    if test is not None and not any(len(batch.labels) for batch in test):
+        raise ValueError("the test set has no images")
     made = images.made(teacher, int8, cache_root, device, progress)
     with quiet():
         runtime = Runtime(CPU, info.space)

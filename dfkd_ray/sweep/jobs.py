@@ -126,11 +126,11 @@ def checked(
 
 
 def kind_of(config: TrialConfig) -> str:
-    """All fields that decide whether a trial fits its teacher, as JSON: all but seeds and floats.
+    """All fields that decide whether a trial fits its teacher, as text: all but seeds and floats, and if it prunes.
 
     Trials of one kind are checked once. Checking a new student takes milliseconds; a sweep may have 100,000 trials.
     """
-    return config.model_dump_json(exclude=without_numbers(TrialConfig))
+    return f"{config.pruning.sparsity > 0} {config.model_dump_json(exclude=without_numbers(TrialConfig))}"
 
 
 @lru_cache

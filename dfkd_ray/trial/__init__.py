@@ -170,6 +170,7 @@ def check(config: TrialConfig, teacher: Teacher, trust_code: Sequence[str], on_g
     student = teacher.network
     if config.student.architecture is not None:
         student = starting_student(config, teacher, torch.device("cpu"), trust_code)
+    structure.prepared(student, config, teacher)
     if config.distillation.bn_mode != "trained" and not batchnorm.layers(student):
         raise ValueError(
             f"distillation.bn_mode={config.distillation.bn_mode} acts on BatchNorm, and the student has none; "
@@ -315,9 +316,10 @@ def steps(
     student = devices.place(student, torch.device("cpu"), channels_last=False)
     pruned = tuple(pruning.prunable(student)) if config.pruning.sparsity > 0 and choice is None else ()
     row |= size_columns(student, pruned) | cost_columns(student, teacher)
+    if config.pruning.structure == "channels":  # its sparsity is no number of zeros, even where nothing was removed
+        row["achieved_sparsity"] = 1 - row["num_parameters"] / num_before
     if choice is not None:
-        removed = 1 - row["num_parameters"] / num_before
-        row |= {"achieved_sparsity": removed, "channels": json.dumps(choice.widths)}
+        row["channels"] = json.dumps(choice.widths)
     row["warnings"] = "; ".join([*warned, *warnings_of(config, teacher, row, rounds.rows, pool)]) or None
     missing = config.pruning.sparsity - row["achieved_sparsity"]
     if config.pruning.structure == "unstructured" and missing * num_prunable(student) >= 1:
