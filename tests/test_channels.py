@@ -568,6 +568,7 @@ def test_the_command_line_prunes_channels(tiny_teacher, tmp_path, run_cli):
     assert done.code == 0, done.err
     row = json.loads((tmp_path / "out" / "row.json").read_text())
     assert row["num_parameters"] < row["teacher_num_parameters"]
+    assert f"{row['num_macs']:,} multiplications an image, of the teacher {row['teacher_num_macs']:,}" in done.out
     assert num_parameters(bundles.load(tmp_path / "out" / "student").network) == row["num_parameters"]
     assert ", without some channels of " in run_cli("teacher", "info", str(tmp_path / "out" / "student")).out
     assert "without some channels" not in run_cli("teacher", "info", str(tiny_teacher)).out

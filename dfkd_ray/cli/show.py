@@ -79,6 +79,8 @@ def print_ladder(row: Mapping[str, Any], out: Path) -> None:
         cells = (number(value, 100.0) for value in (accuracy, lost, agreement))
         table.add_row(rung.label, *cells)
     Console().print(table)
+    if by_channels and not is_null(row.get("num_macs")):
+        say(f"{row['num_macs']:,} multiplications an image, of the teacher {row['teacher_num_macs']:,}")
     if not is_null(row.get("real_data")) and row["real_data"]:
         say("real images were used: this is an upper bound, not data-free")
     if not is_null(row.get("test_set")):
