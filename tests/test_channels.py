@@ -562,6 +562,29 @@ def test_nothing_that_can_be_removed_is_refused_before_images_are_made(tmp_path)
     assert len(sweep.plan([dense], lambda _name: teacher)) == 1
 
 
+class InFours(nn.Module):
+    """A network that takes a multiple of four channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.head = nn.Conv2d(1, 12, 3), nn.BatchNorm2d(12), nn.Linear(12, 10)
+
+    def forward(self, x):
+        x = self.norm(self.first(x))
+        assert x.shape[1] % 4 == 0, "not in fours"
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_number_of_channels_that_the_network_does_not_take_is_said_in_one_line(tmp_path):
+    torch.manual_seed(0)
+    described = {"input_shape": (1, 16, 16), "num_classes": 10, "mean": 0.5, "std": 0.25}
+    teacher = bundles.Teacher.from_network(InFours(), **described)
+    fields = {"pruning.sparsity": 0.2, "pruning.importance": "magnitude"}
+    refusal(lambda: trial.run(trial_of(tmp_path, **fields), teacher), "not in fours", "try another pruning.round_to")
+    rounded = {**fields, "pruning.round_to": 4, "pruning.sparsity": 0.3}
+    assert trial.run(trial_of(tmp_path, **rounded), teacher).row["status"] == "finished"
+
+
 def test_the_command_line_prunes_channels(tiny_teacher, tmp_path, run_cli):
     words = ["recover", str(tiny_teacher), *TINY_WORDS, "--sparsity", "0.4", "--set", "pruning.structure=channels"]
     done = run_cli(*words, "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"))

@@ -15,7 +15,8 @@ Made by dfkd_ray {version}; it needs torch and safetensors alone. The weights ar
     network = load()
     logits = network(normalised(pixels))  # pixels (batch, {sides}), float32 from {low} to {high}
 
-BatchNorm is kept, so it can be trained further (`load().train()`). {output}.
+BatchNorm and nn.Dropout are kept, so it can be trained further (`load().train()`); other parts that act in training
+alone are not in it. {output}.
 SHA-256 of the weights that it was made from: {sha256}
 """
 

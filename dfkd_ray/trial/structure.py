@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from dfkd_ray import devices
@@ -13,6 +14,7 @@ from dfkd_ray.config import TrialConfig
 from dfkd_ray.devices import Runtime
 from dfkd_ray.distillation import Pool
 from dfkd_ray.trial.reconstruction import NUM_SCORING, fitting_images
+from dfkd_ray.untrusted import reason
 
 Key = TypeVar("Key")
 
@@ -46,10 +48,19 @@ def small(
 ) -> tuple[nn.Module, dict[Key, dict[str, Tensor]]]:
     """The network without the masked channels, and states of the masked one in its shape.
 
-    `ValueError` if its logits on the images are not the same, to rounding.
+    `ValueError` if its logits on the images are not the same, to rounding, or if it does not run: a network may take
+    some numbers of channels and not others.
     """
     network = channels.sliced(masked, choice.edits)
     masked.eval()
-    channels.check_equal(masked, network.eval(), images)
+    try:
+        channels.check_equal(masked, network.eval(), images)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            "pruning.structure=channels: the network without the chosen channels does not run, or computes something "
+            f"else ({reason(error, 100)}); try another pruning.round_to"
+        ) from error
     smaller = {key: channels.sliced(masked, choice.edits, state).state_dict() for key, state in states.items()}
     return devices.place(network, images.device), smaller
