@@ -48,7 +48,14 @@ from dfkd_ray.trial.images import (
     gather,
     wall_s,
 )
-from dfkd_ray.trial.row import cost_columns, image_columns, size_columns, student_info, test_columns
+from dfkd_ray.trial.row import (
+    cost_columns,
+    image_columns,
+    num_parameters,
+    size_columns,
+    student_info,
+    test_columns,
+)
 from dfkd_ray.trial.warnings import warnings_of
 
 __all__ = [
@@ -332,11 +339,6 @@ def steps(
     images = Batch(0, pool.images, pool.labels, rounds.key)
     rows = (*held_out.rows, *rounds.rows)
     return Outcome(row, student.requires_grad_(False), info, pruned, (images,), tuple(state.epochs), rows)
-
-
-def num_parameters(network: nn.Module) -> int:
-    """Parameters of a whole network."""
-    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def num_prunable(student: nn.Module) -> int:
