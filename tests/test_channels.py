@@ -230,16 +230,33 @@ class Fixed(nn.Module):
             x = x * torch.zeros(8).add(2.0)[:, None, None]
         if self.kind == "parameter":
             x = x * self.scale
+        if self.kind == "std of all":
+            x = x / (x.std(False) + 1)
         return self.head(self.second(x).mean((2, 3)))
 
 
-@pytest.mark.parametrize("kind", ["groupnorm", "softmax", "chunk", "literal", "parameter"])
+@pytest.mark.parametrize("kind", ["groupnorm", "softmax", "chunk", "literal", "parameter", "std of all"])
 def test_channels_that_cannot_go_alone_stay_and_are_named(kind):
     torch.manual_seed(0)
     network = Fixed(kind).eval()
     choice = chosen(network, (3, 4, 4), wants(0.2))
     assert set(choice.widths) == {"second"} and error_of(network, choice, (3, 4, 4)) < 1e-5
     assert "channels that stay: first" in choice.warnings[-1]
+
+
+class Spread(nn.Module):
+    """A network that pools standard deviations, whose arguments are in another order than those of means."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Conv2d(3, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.first(x).std((2, 3), True))
+
+
+def test_channels_of_which_standard_deviations_are_pooled_can_go():
+    assert set(chosen(Spread().eval(), (3, 4, 4), wants(0.3)).widths) == {"first"}
 
 
 class Stored(nn.Module):

@@ -148,7 +148,7 @@ class Trace(TorchFunctionMode):
         if name in OVER_SPACE and isinstance(result, Tensor):
             return self.over_space(args[0], result)
         if name in REDUCING and isinstance(result, Tensor):
-            return self.reduced(args, given)
+            return self.reduced(args, given, result)
         if name in MOVING:
             return self.moved(func, args, given)
         return None
@@ -221,13 +221,14 @@ class Trace(TorchFunctionMode):
         labels = self.vector(self.labels_of(x), 1)
         return None if labels is None or result.shape[1] != len(labels) else spread(labels, 1, result)
 
-    def reduced(self, args: Any, given: Any) -> Tensor | None:
-        """A mean over values of one channel is of that channel."""
+    def reduced(self, args: Any, given: Any, result: Tensor) -> Tensor | None:
+        """A mean over values of one channel is of that channel. What comes after the dimensions differs by function."""
         dims = args[1] if len(args) > 1 else given.get("dim", given.get("axis"))
-        keep = bool(args[2] if len(args) > 2 else given.get("keepdim", False))
         labels = self.labels_of(args[0])
-        if labels is None or not isinstance(dims, int | tuple | list) or dims in ((), []):
+        # One number may be no dimension: `x.std(False)` is of all values.
+        if labels is None or isinstance(dims, bool) or not isinstance(dims, int | tuple | list) or dims in ((), []):
             return None
+        keep = result.ndim == labels.ndim
         low, high = labels.amin(dims, keepdim=keep), labels.amax(dims, keepdim=keep)
         return low if torch.equal(low, high) else None
 
