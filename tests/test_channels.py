@@ -230,12 +230,14 @@ class Fixed(nn.Module):
             x = x * torch.zeros(8).add(2.0)[:, None, None]
         if self.kind == "parameter":
             x = x * self.scale
+        if self.kind == "names alone":
+            x = x + torch.mean(input=x, dim=(2, 3), keepdim=True)
         if self.kind == "std of all":
             x = x / (x.std(False) + 1)
         return self.head(self.second(x).mean((2, 3)))
 
 
-@pytest.mark.parametrize("kind", ["groupnorm", "softmax", "chunk", "literal", "parameter", "std of all"])
+@pytest.mark.parametrize("kind", ["groupnorm", "softmax", "chunk", "literal", "parameter", "names alone", "std of all"])
 def test_channels_that_cannot_go_alone_stay_and_are_named(kind):
     torch.manual_seed(0)
     network = Fixed(kind).eval()

@@ -109,7 +109,10 @@ class Trace(TorchFunctionMode):
         result = func(*args, **given)
         if not known and func not in LAYERS:
             return result
-        after = self.after(func, args, given, result)
+        try:
+            after = self.after(func, args, given, result)
+        except (LookupError, RuntimeError, TypeError, ValueError):  # a call of another form, as with names alone
+            after = None
         if after is None and (any(True for _ in tensors_in(result)) or result is None):
             for labels in known:
                 self.fix(labels, f"goes through {getattr(func, '__name__', 'an operation')}")
