@@ -25,7 +25,7 @@ from dfkd_ray.text import one_line
 
 BATCHES = (1, 32)
 NUM_WARMING = 3  # batches before a first timed one
-LEAST_S = 0.02  # of one run: several batches, if one is shorter
+LEAST_S = 0.05  # of one run: several batches, if one is shorter
 NAME = 34  # columns for a network's name
 FASTER = 1.05  # below this ratio a student is not called faster
 
@@ -169,7 +169,7 @@ def sides_of(
         batch = images.numpy()
 
         def opened(model: bytes) -> Run:
-            call = onnx_files.runs(onnx_files.session(model))
+            call = onnx_files.runs(onnx_files.session(model, spinning=False))
             return lambda: call(batch)
 
         return {name: opened(model) for name, model in models.items()}

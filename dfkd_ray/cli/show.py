@@ -66,7 +66,7 @@ def print_ladder(row: Mapping[str, Any], out: Path) -> None:
     from rich.text import Text
 
     sparsity, method = number(row.get("achieved_sparsity"), 1.0, 4), text_of(row.get("synthesis.method"))
-    by_channels = row.get("pruning.structure") == "channels"
+    by_channels = text_of(row.get("pruning.structure")) == "channels"
     removed = f"{sparsity} of the parameters removed by channels" if by_channels else f"sparsity {sparsity}"
     table = Table(title=Text(shown(f"{text_of(row.get('teacher'))}, {removed}, {method} images")))
     for heading in ("rung", "test accuracy %", "points lost", "agreement % (reference set)"):
@@ -79,8 +79,9 @@ def print_ladder(row: Mapping[str, Any], out: Path) -> None:
         cells = (number(value, 100.0) for value in (accuracy, lost, agreement))
         table.add_row(rung.label, *cells)
     Console().print(table)
-    if by_channels and not is_null(row.get("num_macs")):
-        say(f"{row['num_macs']:,} multiplications an image, of the teacher {row['teacher_num_macs']:,}")
+    if by_channels:
+        own, before = (number(row.get(name), 1.0, 0, ",") for name in ("num_macs", "teacher_num_macs"))
+        say(f"{own} multiplications an image, of the teacher {before}")
     if not is_null(row.get("real_data")) and row["real_data"]:
         say("real images were used: this is an upper bound, not data-free")
     if not is_null(row.get("test_set")):

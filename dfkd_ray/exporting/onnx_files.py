@@ -87,13 +87,17 @@ def runs(opened: Any) -> Run:
     return lambda images: opened.run([OUTPUT], {INPUT: images})[0]
 
 
-def session(model: bytes) -> Any:
-    """An ONNX Runtime session on the CPU; it writes nothing to the terminal but errors."""
+def session(model: bytes, spinning: bool = True) -> Any:
+    """An ONNX Runtime session on the CPU; it writes nothing to the terminal but errors.
+
+    `spinning`: whether its threads wait in loops for the next batch, which takes time from other sessions.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 

@@ -71,11 +71,16 @@ def network_labels(trials: Frame) -> Series:
     labels = keys.merge(known, on=["identity", "student", "arguments"], how="left")["label"].set_axis(trials.index)
     # A sparsity of channels is a share of parameters or multiplications, and a pattern costs more accuracy: no table
     # mixes them.
-    none = pd.Series(index=trials.index, dtype=object)
-    structure, pattern, target = (trials.get(f"pruning.{name}", none) for name in ("structure", "pattern", "target"))
-    endings = structure.map({"channels": ", channels"}).fillna("")
-    endings += (structure.eq("channels") & target.eq("macs")).map({True: " by MACs", False: ""})
-    return labels + endings.mask(structure.eq("n_of_m").fillna(False), ", " + pattern.fillna("").astype(str))
+    fields = ("structure", "pattern", "target")
+    columns = (trials.get(f"pruning.{name}", pd.Series(index=trials.index, dtype=object)) for name in fields)
+    return labels + pd.Series([structure_label(*map(str, row)) for row in zip(*columns, strict=True)], trials.index)
+
+
+def structure_label(structure: str, pattern: str, target: str) -> str:
+    """What a network's label says of the structure of pruning; nothing of zeros anywhere, or of a null."""
+    if structure == "n_of_m":
+        return f", {pattern}"
+    return {"channels": ", channels by MACs" if target == "macs" else ", channels"}.get(structure, "")
 
 
 def finished(rows: Frame) -> Frame:
@@ -245,7 +250,7 @@ def by_text(rows: Frame, name: str) -> Frame:
     table = groups.agg(
         num_trials=("trial_id", "size"),
         networks=("network", lambda names: ", ".join(dict.fromkeys(names))),
-        trial_ids=("trial_id", lambda ids: ", ".join(list(ids)[:3])),
+        trial_ids=("trial_id", lambda ids: ", ".join(list(ids.dropna())[:3])),
     )
     return table.sort_values("num_trials", ascending=False, kind="stable").reset_index()
 
