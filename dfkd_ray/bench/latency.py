@@ -8,7 +8,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from dfkd_ray import devices, exporting
 from dfkd_ray.bench.recipe import synchronise
 from dfkd_ray.bundles import Teacher
-from dfkd_ray.compression import operations
+from dfkd_ray.compression import operations, pruning
 from dfkd_ray.exporting import int8, onnx_files
 from dfkd_ray.text import one_line
 
+CPU = torch.device("cpu")
 BATCHES = (1, 32)
 NUM_WARMING = 3  # batches before a first timed one
 LEAST_S = 0.05  # of one run: several batches, if one is shorter
@@ -30,25 +31,6 @@ NAME = 34  # columns for a network's name
 FASTER = 1.05  # below this ratio a student is not called faster
 
 Run = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Latency:
-    """One network in one setting. `ratio`: the teacher's median over its own; `low`, `high`: quartiles of ratios."""
-
-    network: str
-    runtime: str
-    num_threads: int | None
-    batch_size: int
-    seconds: float
-    ratio: float
-    low: float
-    high: float
-
-    def line(self) -> str:
-        """For the terminal."""
-        text = f"  {self.network:<{NAME}}{1e3 * self.seconds:9.3f} ms"
-        return text + f"{self.ratio:7.2f} x  ({self.low:.2f} to {self.high:.2f})"
 
 
 @dataclass(frozen=True)
@@ -64,6 +46,23 @@ class Setting:
         return f"{self.runtime}{threads}, batch {self.batch_size}"
 
 
+@dataclass(frozen=True)
+class Latency:
+    """One network in one setting. `ratio`: the teacher's median over its own; `low`, `high`: quartiles of ratios."""
+
+    network: str
+    setting: Setting
+    seconds: float
+    ratio: float
+    low: float
+    high: float
+
+    def line(self) -> str:
+        """For the terminal."""
+        text = f"  {self.network:<{NAME}}{1e3 * self.seconds:9.3f} ms"
+        return text + f"{self.ratio:7.2f} x  ({self.low:.2f} to {self.high:.2f})"
+
+
 def run(networks: Sequence[Teacher], *, repeats: int = 15, with_int8: bool = False) -> list[Latency]:
     """Measure and print; the first network is the teacher. `with_int8`: also each network in int8, on ONNX Runtime.
 
@@ -74,7 +73,7 @@ def run(networks: Sequence[Teacher], *, repeats: int = 15, with_int8: bool = Fal
         if other.info.input_shape != shape:
             given, own = ("x".join(map(str, each)) for each in (other.info.input_shape, shape))
             raise ValueError(f"{other.name} takes images of {given}, {networks[0].name} of {own}: expected the same")
-    missing = [name for name in exporting.ONNX if not exporting.is_installed(name)]
+    missing = exporting.not_installed(exporting.ONNX)
     if missing and with_int8:
         raise ValueError(f"`int8` needs {', '.join(missing)}, not installed here: pip install 'dfkd_ray[onnx]'")
     names = distinct([each.name for each in networks])
@@ -82,15 +81,17 @@ def run(networks: Sequence[Teacher], *, repeats: int = 15, with_int8: bool = Fal
     print(f"{'':<{NAME + 2}}{'parameters':>12}{'MACs':>14}{'ONNX bytes':>14}")
     for name, each in zip(names, networks, strict=True):
         size = f"{len(models[name]):,}" if name in models else "-"
-        macs = sum(operations.macs(each.network, torch.zeros(1, *each.info.image_shape)).values())
-        parameters = sum(parameter.numel() for parameter in each.network.parameters())
+        macs = operations.num_macs(each.network, each.info.image_shape)
+        parameters = pruning.num_parameters(each.network)
         print(f"  {name:<{NAME}}{parameters:12,}{macs:14,}{size:>14}")
     if missing:
         print(f"ONNX Runtime is left out: {', '.join(missing)} not installed (pip install 'dfkd_ray[onnx]')")
     print(f"median of {repeats} alternating runs; ratio to the first (middle half of the ratios)")
     found: list[Latency] = []
     for setting in settings(bool(models)):
-        with threads(setting.num_threads):
+        # An ONNX Runtime session takes PyTorch's number of threads.
+        on_cpu = devices.numerics("float32", CPU, setting.num_threads) if setting.num_threads else nullcontext()
+        with on_cpu:
             sides = sides_of(setting, networks, names, models)
             measured = compare(setting, sides, repeats)
         print(f"{setting}:")
@@ -149,17 +150,6 @@ def settings(with_onnx: bool) -> Iterator[Setting]:
             yield Setting("PyTorch, CUDA", None, batch_size)
 
 
-@contextmanager
-def threads(number: int | None) -> Iterator[None]:
-    """With that many threads in PyTorch, and in an ONNX Runtime session that is opened within."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def sides_of(
     setting: Setting, networks: Sequence[Teacher], names: Sequence[str], models: dict[str, bytes]
 ) -> dict[str, Run]:
@@ -173,7 +163,7 @@ def sides_of(
             return lambda: call(batch)
 
         return {name: opened(model) for name, model in models.items()}
-    device = torch.device("cuda" if setting.num_threads is None else "cpu")
+    device = torch.device("cuda") if setting.num_threads is None else CPU
 
     def placed(network: nn.Module) -> Run:
         own = devices.place(deepcopy(network).eval(), device)
@@ -206,7 +196,7 @@ def compare(setting: Setting, sides: dict[str, Run], repeats: int) -> list[Laten
         low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
         median = statistics.median(own)
         ratio = statistics.median(first) / median
-        found.append(Latency(name, setting.runtime, setting.num_threads, setting.batch_size, median, ratio, low, high))
+        found.append(Latency(name, setting, median, ratio, low, high))
     return found
 
 

@@ -149,6 +149,7 @@ def teacher_import(
     also |= {"head": "sigmoid"} if independent_labels else {}
     also |= {"class_names": tuple(name.strip() for name in class_names.split(","))} if class_names else {}
     from dfkd_ray import batchnorm, bundles, storage, targets
+    from dfkd_ray.compression import pruning
 
     is_named = bundles.pretrained.is_named(weights)
     complete = given if is_named else completed(given, download)
@@ -177,7 +178,7 @@ def teacher_import(
     if batchnorm.layers(network):
         batchnorm.check_recording(network, info.image_shape)
     info = bundles.save(out, info, network.state_dict())
-    size = f"{sum(p.numel() for p in network.parameters()):,} parameters"
+    size = f"{pruning.num_parameters(network):,} parameters"
     say(f"{storage.without_secrets(out)}: {info.architecture}, {size}")
     for line in filled_in(info, given):
         say(line)
@@ -392,7 +393,7 @@ def teacher_info(
         "classes": f"{info.num_classes}{'' if info.head == 'softmax' else ' independent labels'}",
         "images" if len(info.input_shape) == 3 else "signals": "x".join(map(str, info.input_shape)),
         "mean / std": f"{info.mean} / {info.std}, pixels {info.pixel_range}",
-        "parameters": f"{sum(p.numel() for p in network.parameters()):,}",
+        "parameters": f"{pruning.num_parameters(network):,}",
         "sparsity": f"{pruning.achieved_sparsity(network):.4f}",
         "BatchNorm layers": str(len(batchnorm.layers(network)) or "none: DeepInversion will refuse it"),
         "records": ", ".join(teacher.record_kinds()) or "none",

@@ -41,7 +41,7 @@ Removed = Mapping[int, Sequence[int]]  # group → units
 
 @dataclass(frozen=True)
 class Prepared:
-    """What can be removed from a network: `sizes` are the parameters and MACs of its layers by path."""
+    """What can be removed from a network, what stays and why (path → reason), and MACs by the names of weights."""
 
     groups: tuple[Group, ...]
     left_out: dict[str, str]
@@ -242,7 +242,7 @@ class Sizes:
             if macs is not None:
                 both, rest = macs[f"{path}.weight" if path else "weight"], 0
             layers[path] = float(both), float(rest)
-        total = sum(own.numel() for own in network.parameters()) if macs is None else sum(macs.values())
+        total = pruning.num_parameters(network) if macs is None else sum(macs.values())
         counts = [[Counter(axis for axis, _ in unit) for unit in group.units] for group in groups]
         same = [own[0] if all(each == own[0] for each in own) else None for own in counts]
         return cls(groups, float(total), layers, axes, same)

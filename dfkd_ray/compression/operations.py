@@ -1,6 +1,7 @@
 """Counts the multiplications of a network: those of its convolution and linear layers, which are nearly all."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,3 +44,8 @@ def macs(network: nn.Module, image: Tensor) -> Counter[str]:
     with Count(network) as count:
         network(image)
     return count.macs
+
+
+def num_macs(network: nn.Module, image_shape: Sequence[int]) -> int:
+    """All MACs of an image (channels, height, width), of a network on the CPU: see `macs`."""
+    return sum(macs(network, torch.zeros(1, *image_shape)).values())

@@ -266,6 +266,11 @@ def achieved_sparsity(network: nn.Module) -> float:
     return sum(int((weight == 0).sum()) for weight in weights) / max(1, sum(weight.numel() for weight in weights))
 
 
+def num_parameters(network: nn.Module) -> int:
+    """Parameters of the whole network, biases and BatchNorm included."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
 def num_nonzero(network: nn.Module) -> int:
     """Non-zero parameters of the whole network, biases and BatchNorm included."""
     return sum(int((parameter != 0).sum()) for parameter in network.parameters())

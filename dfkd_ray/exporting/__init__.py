@@ -197,7 +197,7 @@ def check(path: Path | str, format: str, int8: bool, device: str = "auto") -> Pa
     if int8 and row.quantise is None:
         able = " or ".join(name for name, each in FORMATS.items() if each.quantise)
         raise ValueError(f"`int8` goes with format {able}, not with {format}")
-    missing = [name for name in row.needs if not is_installed(name)]
+    missing = not_installed(row.needs)
     if missing:
         raise ValueError(
             f"format {format} needs {', '.join(missing)}, not installed here: pip install 'dfkd_ray[{row.extra}]'"
@@ -211,6 +211,11 @@ def check(path: Path | str, format: str, int8: bool, device: str = "auto") -> Pa
         if os.path.lexists(place) and not (not row.suffix and is_empty_folder(place)):
             raise ValueError(f"{named(place)}: it is there already, and is not replaced; choose another name")
     return path
+
+
+def not_installed(names: Sequence[str]) -> list[str]:
+    """The modules that cannot be found."""
+    return [name for name in names if not is_installed(name)]
 
 
 def is_installed(name: str) -> bool:

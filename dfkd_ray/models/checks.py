@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dfkd_ray import untrusted
+from dfkd_ray.compression import pruning
 from dfkd_ray.description import MAX_CLASSES, MAX_IMAGE_VALUES
 from dfkd_ray.text import one_line
 from dfkd_ray.untrusted import reason, size
@@ -109,7 +110,7 @@ def measured(
 
 def check_size(network: nn.Module, architecture: str) -> int:
     """Bytes of the tensors of a network on the meta device; `ValueError` if they do not fit this machine."""
-    num = sum(parameter.numel() for parameter in network.parameters())
+    num = pruning.num_parameters(network)
     if num > MAX_PARAMETERS:
         raise ValueError(
             f"{shown(architecture)} has {num:,} parameters, expected at most {MAX_PARAMETERS:,}; "

@@ -274,8 +274,7 @@ def defaults_of(method: str, reference_method: str) -> dict[str, Any]:
     reference = ReferenceConfig.model_construct(synthesis=METHODS[reference_method].config())
     config = TrialConfig.model_construct(synthesis=METHODS[method].config(), reference=reference)
     # Of pruning also the fields that a dump leaves out because they do not act.
-    pruning = {name: field.default for name, field in PruningConfig.model_fields.items()}
-    return config.model_dump(mode="json") | {"pruning": pruning}
+    return config.model_dump(mode="json") | {"pruning": dict(PruningConfig())}
 
 
 def defaults(*methods: str) -> dict[str, Any]:

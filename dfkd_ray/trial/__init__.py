@@ -19,6 +19,7 @@ from dfkd_ray import batchnorm, bundles, devices, distillation, evaluation, ladd
 from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.compression import channels, pruning
+from dfkd_ray.compression.channels import Prepared
 from dfkd_ray.config import TrialConfig
 from dfkd_ray.devices import Runtime
 from dfkd_ray.distillation import NOBODY, Observer, Pool
@@ -48,14 +49,7 @@ from dfkd_ray.trial.images import (
     gather,
     wall_s,
 )
-from dfkd_ray.trial.row import (
-    cost_columns,
-    image_columns,
-    num_parameters,
-    size_columns,
-    student_info,
-    test_columns,
-)
+from dfkd_ray.trial.row import cost_columns, image_columns, size_columns, student_info, test_columns
 from dfkd_ray.trial.warnings import warnings_of
 
 __all__ = [
@@ -134,7 +128,7 @@ def run(
     `checkpoint` is the folder or URI of all trials' checkpoints. The observer's `epochs` receives the evaluations on
     the reference set before each checkpoint is written. `ValueError` for a config that does not fit the teacher.
     """
-    check(config, teacher, inputs.trust_code)
+    removable = check(config, teacher, inputs.trust_code)
     info = teacher.info
     evaluation.check_test(inputs.test or (), info.image_shape, info.num_classes, HEADS[info.head])
     config = pinned(config, teacher)
@@ -149,12 +143,12 @@ def run(
     observer = replace(observer, row=row)
     try:
         try:
-            outcome = steps(config, teacher, row, inputs, folder, observer)
+            outcome = steps(config, teacher, removable, row, inputs, folder, observer)
         except RoundsLostError as error:
             assert folder is not None
             log.warning("trial %s starts anew: %s", row["trial_id"], error)
             folder.clear(is_checkpoint)
-            outcome = steps(config, teacher, row, inputs, folder, observer)
+            outcome = steps(config, teacher, removable, row, inputs, folder, observer)
     except (FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
         log.warning("trial %s failed: %s", row["trial_id"], error)
         outcome = Outcome({**row, "status": "failed", "reason": reason_of(error)})
@@ -164,8 +158,10 @@ def run(
     return outcome
 
 
-def check(config: TrialConfig, teacher: Teacher, trust_code: Sequence[str], on_gpu: bool = False) -> None:
+def check(config: TrialConfig, teacher: Teacher, trust_code: Sequence[str], on_gpu: bool = False) -> Prepared | None:
     """Check a config against the teacher before anything is computed: `ValueError` with the reason.
+
+    Returns what structured pruning can remove of the student; None without it.
 
     `on_gpu`: check for a machine with a GPU, even if this one has none.
     """
@@ -177,17 +173,19 @@ def check(config: TrialConfig, teacher: Teacher, trust_code: Sequence[str], on_g
     student = teacher.network
     if config.student.architecture is not None:
         student = starting_student(config, teacher, torch.device("cpu"), trust_code)
-    structure.prepared(student, config, teacher)
+    removable = structure.prepared(student, config, teacher)
     if config.distillation.bn_mode != "trained" and not batchnorm.layers(student):
         raise ValueError(
             f"distillation.bn_mode={config.distillation.bn_mode} acts on BatchNorm, and the student has none; "
             "set distillation.bn_mode=trained"
         )
+    return removable
 
 
 def steps(
     config: TrialConfig,
     teacher: Teacher,
+    removable: Prepared | None,
     row: dict[str, Any],
     inputs: Inputs,
     checkpoint: Folder | None,
@@ -203,8 +201,7 @@ def steps(
     with runtime.numerics():
         student = starting_student(config, teacher, device, inputs.trust_code)
         reestimates = bool(batchnorm.layers(student))
-        removable = structure.prepared(student, config, teacher)
-        num_before = num_parameters(student)
+        num_before = pruning.num_parameters(student)
 
         held_out = gather_reference(config, teacher, device, inputs.images, report)
         row["reference_wall_s"] = wall_s(held_out.rows)

@@ -56,15 +56,19 @@ def scored(
     criterion = config.pruning.criterion
     if criterion not in FROM_IMAGES:
         return None, []
-    images = fitting_images(student, config, pool, runtime)
-    num_images = layerwise.look_at(student.eval(), images(2)).num_images(NUM_SCORING)
-    scores = saliency.saliencies(student, images(num_images), criterion)
+    scores = saliency.saliencies(student, scoring_images(student, config, pool, runtime), criterion)
     squares = pruning.squares(pruning.prunable(student))
     unseen = ", ".join(name for name in squares if name not in scores)
     if not unseen:
         return squares | scores, []
     warning = f"pruning.criterion={criterion} sees no inputs, or too many, of {one_line(unseen, 120)}: scored by w²"
     return squares | scores, [warning]
+
+
+def scoring_images(student: nn.Module, config: TrialConfig, pool: Pool, runtime: Runtime) -> Tensor:
+    """The images that a dense student's weights or channels are scored with: `NUM_SCORING`, or what memory allows."""
+    images = fitting_images(student, config, pool, runtime)
+    return images(layerwise.look_at(student.eval(), images(2)).num_images(NUM_SCORING))
 
 
 def fitting_images(student: nn.Module, config: TrialConfig, pool: Pool, runtime: Runtime) -> Callable[[int], Tensor]:

@@ -5,7 +5,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from dfkd_ray import bundles, evaluation
@@ -43,17 +42,12 @@ def test_columns(test: Sequence[Batch] | None) -> dict[str, Any]:
     return {column: about.get(name) for column, name in names.items()}
 
 
-def num_parameters(network: nn.Module) -> int:
-    """Parameters of a whole network."""
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
 def size_columns(student: nn.Module, pruned: Sequence[str]) -> dict[str, Any]:
     """Sparsity, parameter counts and bytes of a student whose tensors named in `pruned` are stored sparse."""
     state = student.state_dict()
     return {
         "achieved_sparsity": pruning.achieved_sparsity(student),
-        "num_parameters": num_parameters(student),
+        "num_parameters": pruning.num_parameters(student),
         "num_nonzero": pruning.num_nonzero(student),
         "dense_bytes": sum(tensor.numel() * tensor.element_size() for tensor in state.values()),
         "stored_bytes": bundles.stored_bytes(state, pruned),
@@ -62,11 +56,11 @@ def size_columns(student: nn.Module, pruned: Sequence[str]) -> dict[str, Any]:
 
 def cost_columns(student: nn.Module, teacher: Teacher) -> dict[str, Any]:
     """Multiplications of a student on the CPU, and parameters and multiplications of its teacher."""
-    image = torch.zeros(1, *teacher.info.image_shape)
+    shape = teacher.info.image_shape
     return {
-        "num_macs": sum(operations.macs(student, image).values()),
-        "teacher_num_parameters": num_parameters(teacher.network),
-        "teacher_num_macs": sum(operations.macs(teacher.network, image).values()),
+        "num_macs": operations.num_macs(student, shape),
+        "teacher_num_parameters": pruning.num_parameters(teacher.network),
+        "teacher_num_macs": operations.num_macs(teacher.network, shape),
     }
 
 

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from dfkd_ray import devices
 from dfkd_ray.bundles import Teacher
-from dfkd_ray.compression import channels, layerwise
+from dfkd_ray.compression import channels
 from dfkd_ray.compression.channels import Choice, Prepared
 from dfkd_ray.config import TrialConfig
 from dfkd_ray.devices import Runtime
 from dfkd_ray.distillation import Pool
-from dfkd_ray.trial.reconstruction import NUM_SCORING, fitting_images
+from dfkd_ray.trial.reconstruction import scoring_images
 from dfkd_ray.untrusted import reason
 
 Key = TypeVar("Key")
@@ -38,8 +38,7 @@ def chosen(student: nn.Module, found: Prepared, config: TrialConfig, pool: Pool,
     """The channels to remove from a dense student. `ValueError` if so many cannot be."""
     images = None
     if config.pruning.importance == "activations":
-        make = fitting_images(student, config, pool, runtime)
-        images = make(layerwise.look_at(student.eval(), make(2)).num_images(NUM_SCORING))
+        images = scoring_images(student, config, pool, runtime)
     return channels.choose(student, found, config.pruning, images)
 
 
