@@ -78,8 +78,10 @@ class PruningConfig(BaseModel):
         description="n_of_m: weights kept of so many neighbours along a layer's inputs: the largest, or those of the "
         "highest Wanda or OBS scores",
     )
-    target: Literal["parameters", "macs"] = Field(
-        default="parameters", description="channels: what sparsity is the removed share of; macs: multiplications"
+    target: Literal["parameters", "macs", "latency"] = Field(
+        default="parameters",
+        description="channels: what sparsity is the removed share of; macs: multiplications; latency: the seconds of a "
+        "batch, measured where the trial runs (section latency), so that another machine removes other channels",
     )
     importance: Literal["magnitude", "batchnorm_scale", "activations"] = Field(
         default="activations",
@@ -243,6 +245,27 @@ class ReferenceConfig(BaseModel):
     )
 
 
+class LatencyConfig(BaseModel):
+    """Seconds per batch of the teacher and of a student with another shape, at the end of a trial: `dfkd_ray.latency`.
+
+    A student with zeros in the teacher's shape computes as many multiplications; it is not measured.
+    """
+
+    model_config = STRICT
+
+    runtime: Literal["pytorch", "onnxruntime", "none"] = Field(
+        default="pytorch",
+        description="PyTorch, on the trial's device; ONNX Runtime, on the CPU; none: not measured",
+    )
+    num_threads: Threads = Field(default=1, description="on the CPU")
+    batch_size: Count = Field(default=1, ge=1, le=4096)
+    repeats: Count = Field(default=15, ge=3, le=1000, description="alternating runs of both; medians count")
+
+
+# Sections that a trial's id leaves out at their defaults, so that trials from before them keep their ids.
+NEWER_SECTIONS = ("latency",)
+
+
 class TrialConfig(BaseModel):
     """One trial: prune, re-estimate BatchNorm, reconstruct layers, distil, evaluate."""
 
@@ -260,6 +283,7 @@ class TrialConfig(BaseModel):
     distillation: DistillationConfig = DistillationConfig()
     reference: ReferenceConfig = ReferenceConfig()
     reconstruction: ReconstructionConfig = ReconstructionConfig()
+    latency: LatencyConfig = LatencyConfig()
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     @model_validator(mode="after")
@@ -285,6 +309,8 @@ class TrialConfig(BaseModel):
                     f"synthesis.method={method} makes images with the student, whose shape pruning.structure=channels "
                     "changes; use another method"
                 )
+            if self.pruning.target == "latency" and self.latency.runtime == "none":
+                raise ValueError("pruning.target=latency is measured; set latency.runtime=pytorch or onnxruntime")
         new_student = self.student.architecture is not None
         if new_student and self.distillation.bn_mode != "trained":
             raise ValueError("a student from scratch has no BatchNorm statistics yet; set distillation.bn_mode=trained")

@@ -25,8 +25,8 @@ SCHEMA = b"dfkd_ray.schema"
 # field are null in older rows. A new config field does not raise the version, a new metric does.
 RENAMED: dict[str, list[Mapping[str, str]]] = {
     # 2: written_at_s; 3: trial_version, synthesis_version; 4: selected, warnings, test_set, test_sha256; 5: the rung
-    # "reconstructed"; 6: num_macs, teacher_num_parameters, teacher_num_macs, channels
-    "trials": [{}, {}, {}, {}, {}],
+    # "reconstructed"; 6: num_macs, teacher_num_parameters, teacher_num_macs, channels; 7: latency
+    "trials": [{}, {}, {}, {}, {}, {}],
     "epochs": [],
     "synthesis": [{}, {}, {}, {}],  # 2: written_at_s; 3: record; 4: synthesis_version; 5: round
 }
@@ -85,6 +85,13 @@ METRICS: Columns = {
     "reconstruction_wall_s": (pa.float64(), False, "seconds of layer-wise reconstruction; null where it is left out"),
     "distillation_wall_s": (pa.float64(), False, "seconds of distillation"),
     "wall_s": (pa.float64(), False, "seconds of the whole trial"),
+    "latency_ratio": (
+        pa.float64(),
+        False,
+        "how many times as fast as the teacher a batch is, of alternating runs; null in the teacher's shape",
+    ),
+    "latency_s": (pa.float64(), False, "seconds of a batch, median, as section latency says"),
+    "teacher_latency_s": (pa.float64(), False, "the same of the teacher"),
     "num_cached_batches": (pa.int64(), False, "batches that were there: in the cache, or made for another trial"),
     "fleet_call_s": (pa.float64(), False, "seconds inside calls to the synthesis fleet, waiting for images excluded"),
     "fleet_wait_s": (pa.float64(), False, "seconds of waiting for images that were still being made"),

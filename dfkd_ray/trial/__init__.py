@@ -26,7 +26,7 @@ from dfkd_ray.distillation import NOBODY, Observer, Pool
 from dfkd_ray.heads import HEADS
 from dfkd_ray.images import decoded
 from dfkd_ray.storage import Folder, Where
-from dfkd_ray.trial import reconstruction, structure
+from dfkd_ray.trial import reconstruction, speed, structure
 from dfkd_ray.trial.identity import (
     CHECKPOINTS,
     TRIAL_ID,
@@ -174,6 +174,7 @@ def check(config: TrialConfig, teacher: Teacher, trust_code: Sequence[str], on_g
     if config.student.architecture is not None:
         student = starting_student(config, teacher, torch.device("cpu"), trust_code)
     removable = structure.prepared(student, config, teacher)
+    speed.check(config.latency)
     if config.distillation.bn_mode != "trained" and not batchnorm.layers(student):
         raise ValueError(
             f"distillation.bn_mode={config.distillation.bn_mode} acts on BatchNorm, and the student has none; "
@@ -226,7 +227,7 @@ def steps(
         # The student on the rungs before training.
         choice = None
         if removable is not None:
-            choice = structure.chosen(student, removable, config, first_pool, runtime)
+            choice = structure.chosen(student, removable, config, teacher.info, first_pool, runtime, checkpoint)
             masks, warned = choice.masks, list(choice.warnings)
         else:
             masks, warned = reconstruction.masks(student, config, first_pool, runtime)
@@ -320,6 +321,10 @@ def steps(
     student = devices.place(student, torch.device("cpu"), channels_last=False)
     pruned = tuple(pruning.prunable(student)) if config.pruning.sparsity > 0 and choice is None else ()
     row |= size_columns(student, pruned) | cost_columns(student, teacher)
+    if choice is not None or config.student.architecture is not None:
+        row_latency, slow = speed.columns(config.latency, network, student, teacher.info.input_shape, device)
+        row |= row_latency
+        warned += slow
     if config.pruning.structure == "channels":  # its sparsity is no number of zeros, even where nothing was removed
         row["achieved_sparsity"] = 1 - row["num_parameters"] / num_before
     if choice is not None:

@@ -11,9 +11,9 @@ import torch
 import dfkd_ray
 from dfkd_ray import commit, devices, distillation, storage, synthesis
 from dfkd_ray.bundles import Teacher
-from dfkd_ray.config import TrialConfig, columns_of, stable_hash, versions
+from dfkd_ray.config import NEWER_SECTIONS, TrialConfig, columns_of, stable_hash, versions
 from dfkd_ray.storage import Folder
-from dfkd_ray.trial import images
+from dfkd_ray.trial import images, structure
 
 TRIAL_ID = re.compile(r"t-[0-9a-f]{12}")
 CHECKPOINTS = "checkpoints"
@@ -50,9 +50,12 @@ def pinned(config: TrialConfig, teacher: Teacher) -> TrialConfig:
 def trial_id(config: TrialConfig, teacher: Teacher) -> str:
     """`t-` and 12 hex digits: a hash of everything that determines the results (teacher, config, algorithm versions).
 
-    The config's `teacher` (a name) and `device` are left out.
+    The config's `teacher` (a name) and `device` are left out, and newer sections at their defaults.
     """
     fields = config.model_dump(mode="json", exclude={"teacher": True, "device": True})
+    for name in NEWER_SECTIONS:
+        if getattr(config, name) == type(config).model_fields[name].default:
+            del fields[name]
     return "t-" + stable_hash({"teacher": teacher.hash, "config": fields, "versions": versions()})[:12]
 
 
@@ -104,4 +107,4 @@ def remove_checkpoints(place: Folder, trial_ids: Iterable[str] | None = None) ->
 
 def is_checkpoint(name: str) -> bool:
     """Whether a file name is one of a trial's checkpoint files."""
-    return name == distillation.CHECKPOINT or images.is_own_file(name)
+    return name in (distillation.CHECKPOINT, structure.CHOICE) or images.is_own_file(name)
