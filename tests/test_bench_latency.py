@@ -75,7 +75,9 @@ def test_ratios_are_of_medians_in_alternating_runs(monkeypatch):
 
 def test_a_student_that_is_not_faster_is_named():
     ratios = {"t": (1.0, 1.0), "slow": (1.01, 0.5), "fast": (2.0, 1.0), "faster": (1.2, 3.0)}
-    rows = [Measured(name, FEW[0], timing.Latency(1.0, ratio, ratio, ratio)) for name in ratios for ratio in ratios[name]]
+    rows = [
+        Measured(name, FEW[0], timing.Latency(1.0, ratio, ratio, ratio)) for name in ratios for ratio in ratios[name]
+    ]
     assert latency.not_faster(rows, "t") == [
         "not faster than the first in 2 of 2 settings: slow",
         "not faster than the first in 1 of 2 settings: fast",

@@ -19,6 +19,7 @@ from dfkd_ray.bundles import Teacher
 from dfkd_ray.compression import pruning
 from dfkd_ray.config import METHODS, PruningConfig, synthesis_key
 from dfkd_ray.sweep.jobs import Job
+from dfkd_ray.trial import reconstruction
 
 START_S = 15.0  # Ray, the fleet and the first trial's process; measured on two cores
 CAP_S = 20.0
@@ -134,7 +135,7 @@ def trial_s(job: Job, costs: Costs, num_test_images: int) -> float:
     config, kd, cost = job.config, job.config.distillation, costs[unit_of(job)]
     looks, before = 1 + -(-kd.num_steps // kd.eval_every), 2  # rungs before training: pruned, BatchNorm re-estimated
     num_images = kd.num_images + config.bn_num_images  # the pool: the teacher's answers, re-estimation
-    if trial.reconstruction.applies(config):
+    if reconstruction.applies(config):
         before += 1
         num_images += round(RECONSTRUCTION * 2 * config.reconstruction.num_images)
     # The reference set: the teacher's answers, the rungs before training and the looks.

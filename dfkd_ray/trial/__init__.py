@@ -18,15 +18,15 @@ from torch import nn
 from dfkd_ray import batchnorm, bundles, devices, distillation, evaluation, ladder, models, storage, synthesis
 from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.bundles import Teacher
-from dfkd_ray.compression import channels, pruning
+from dfkd_ray.compression import pruning
 from dfkd_ray.compression.channels import Prepared
 from dfkd_ray.config import TrialConfig
 from dfkd_ray.devices import Runtime
 from dfkd_ray.distillation import NOBODY, Observer, Pool
-from dfkd_ray.heads import HEADS
-from dfkd_ray.images import decoded
+from dfkd_ray.heads import HEADS, Head
+from dfkd_ray.image_sources import Gathered, Images, Injected, Local, Round, gather, wall_s
 from dfkd_ray.storage import Folder, Where
-from dfkd_ray.trial import reconstruction, speed, structure
+from dfkd_ray.trial import speed, structure
 from dfkd_ray.trial.identity import (
     CHECKPOINTS,
     TRIAL_ID,
@@ -37,19 +37,9 @@ from dfkd_ray.trial.identity import (
     remove_checkpoints,
     trial_id,
 )
-from dfkd_ray.trial.images import (
-    Gathered,
-    Images,
-    Injected,
-    Local,
-    Round,
-    Rounds,
-    RoundsLostError,
-    batches_wanted,
-    gather,
-    wall_s,
-)
+from dfkd_ray.trial.images import Rounds, RoundsLostError, batches_wanted
 from dfkd_ray.trial.row import cost_columns, image_columns, size_columns, student_info, test_columns
+from dfkd_ray.trial.rungs import Rungs, before_training
 from dfkd_ray.trial.warnings import warnings_of
 
 __all__ = [
@@ -193,137 +183,65 @@ def steps(
     observer: Observer,
 ) -> Outcome:
     """The stages of a trial, in order."""
-    device = devices.resolve(config.device)
-    kd, test = config.distillation, inputs.test
+    device, kd = devices.resolve(config.device), config.distillation
     runtime = Runtime(device, teacher.info.space, kd.precision, kd.num_threads, kd.fast)
-    network = on_device(teacher.network, device)
+    network, head = on_device(teacher.network, device), HEADS[teacher.info.head]
     report = observer.progress or (lambda _stage, _done, _total, _shown: None)
 
     with runtime.numerics():
         student = starting_student(config, teacher, device, inputs.trust_code)
-        reestimates = bool(batchnorm.layers(student))
         num_before = pruning.num_parameters(student)
-
         held_out = gather_reference(config, teacher, device, inputs.images, report)
         row["reference_wall_s"] = wall_s(held_out.rows)
-        head = HEADS[teacher.info.head]
-        compared = held_out.pool.images[: config.reference.num_images]
-        if config.reference.mixed:
-            compared = evaluation.mixtures(compared, runtime.space)
-        reference = evaluation.reference(network, compared, runtime, head)
+        reference = reference_of(config, network, held_out, runtime, head)
+
         first = Round(teacher, config.synthesis, device, student=config.student)
         source = Injected(inputs.real) if inputs.real and config.synthesis.method == "real" else inputs.images
+        reestimates = bool(batchnorm.layers(student))
         rounds = Rounds(config, first, source, checkpoint, report, row["trial_id"], reestimates)
+        first_pool, pool = rounds.first_pool(), rounds.pool()
+        row |= made_columns(rounds, pool, network, head, runtime) | test_columns(inputs.test)
 
-        def count_images(pool: Pool) -> None:
-            row.update(synthesis_key=rounds.key, num_cached_batches=rounds.num_found)
-            row["synthesis_wall_s"] = wall_s(rounds.rows)
-            row.update(image_columns(pool, rounds.rows, network, head, runtime))
-
-        first_pool = rounds.first_pool()
-        pool = rounds.pool()
-        count_images(pool)
-
-        # The student on the rungs before training.
-        choice = None
-        if removable is not None:
-            choice = structure.chosen(student, removable, config, teacher.info, first_pool, runtime, checkpoint)
-            masks, warned = choice.masks, list(choice.warnings)
-        else:
-            masks, warned = reconstruction.masks(student, config, first_pool, runtime)
-        dense = deepcopy(student)
-        pruning.apply(student, masks)
-        measured: dict[ladder.Rung, tuple[float, float]] = {}  # KL divergence, agreement
-        states: dict[ladder.Rung, dict[str, torch.Tensor]] = {}
-
-        def measure(rung: ladder.Rung, net: nn.Module) -> None:
-            report("evaluating", 0, 1, {})
-            if rung is ladder.TEACHER and inputs.teacher_accuracy is not None:
-                row[rung.accuracy] = inputs.teacher_accuracy
-            elif test is not None:
-                row[rung.accuracy] = evaluation.accuracy(net, test, runtime, head)
-            if rung in ladder.BEFORE:
-                agreement, kl = reference.compare(net)
-                row[str(rung.agreement)], measured[rung] = agreement, (kl, agreement)
-                states[rung] = deepcopy(net.state_dict())
-
-        def leave_out(rung: ladder.Rung) -> None:
-            """A rung that does not exist is null: the numbers of the one before would suggest that it does."""
-            row.update({rung.accuracy: None, str(rung.agreement): None})
-
-        row |= test_columns(test)
-        measure(ladder.TEACHER, network)
-        measure(ladder.PRUNED, student)
-        if reestimates:
-            reestimate(student, config, first_pool, runtime)
-            measure(ladder.BN_REESTIMATED, student)
-        else:
-            leave_out(ladder.BN_REESTIMATED)
-        start = ladder.BN_REESTIMATED if reestimates else ladder.PRUNED
-        reconstructed = False
-        if reconstruction.applies(config):
-            report("reconstructing", 0, 1, {})
-            reconstruction_start = time.perf_counter()
-            student.load_state_dict(states[ladder.PRUNED])
-            reconstructed, said = reconstruction.reconstruct(student, network, config, first_pool, runtime, masks)
-            warned += said
-            if reconstructed:
-                row["reconstruction_wall_s"] = time.perf_counter() - reconstruction_start
-                measure(ladder.RECONSTRUCTED, student)
-                start = min((ladder.RECONSTRUCTED, start), key=lambda rung: measured[rung][0])
-            student.load_state_dict(states[start])
-        if not reconstructed:
-            leave_out(ladder.RECONSTRUCTED)
-
-        # Frozen BatchNorm keeps the teacher's statistics. The cubic schedule starts dense and makes its own masks.
-        if config.pruning.schedule == "cubic":
-            student = dense
-            masks = {name: torch.ones_like(mask) for name, mask in masks.items()}
-        elif kd.bn_mode == "frozen":
-            pruning.apply(dense, masks)
-            student, start = dense, ladder.PRUNED
-        if choice is not None:  # the channels that were masked go
-            images = reconstruction.fitting_images(student, config, first_pool, runtime)(channels.NUM_TRIED)
-            student, states = structure.small(student, states, choice, images)
-            masks = {}
+        rungs = Rungs(row, reference, inputs.test, inputs.teacher_accuracy, report)
+        start = before_training(student, network, config, removable, first_pool, rungs, teacher.info, checkpoint)
         distillation_start = time.perf_counter()
         state = distillation.distil(
-            student,
+            student := start.student,
             network,
             rounds.pool_at,
             kd,
-            pruning.Pruned(config.pruning, masks),
+            pruning.Pruned(config.pruning, start.masks),
             reference,
             checkpoint=checkpoint,
             observer=observer,
         )
         row["distillation_wall_s"] = time.perf_counter() - distillation_start
-        measured[ladder.RECOVERED] = (state.best_kl, state.best_agreement)
-        # The first of equals: distillation.
-        selected = min((ladder.RECOVERED, *measured), key=lambda rung: measured[rung][0])
+        rungs.measured[ladder.RECOVERED] = (state.best_kl, state.best_agreement)
+        selected = rungs.nearest(ladder.RECOVERED, *rungs.measured)  # the first of equals: distillation
         if selected is not ladder.RECOVERED:
-            student.load_state_dict(states[selected])
+            student.load_state_dict(rungs.states[selected])
             student.eval()
-        measure(ladder.RECOVERED, student)
+        rungs.measure(ladder.RECOVERED, student)
         if rounds.num_rounds > 1:
             pool = rounds.pool()
-            count_images(pool)
+            row |= made_columns(rounds, pool, network, head, runtime)
 
-    kl, agreement = measured[selected]
+    kl, agreement = rungs.measured[selected]
     row |= {
         "agreement": agreement,
         "reference_kl": kl,
         "best_step": state.best_step if selected is ladder.RECOVERED else 0,
         # Distillation may have kept what it began with.
-        "selected": (start if selected is ladder.RECOVERED and state.best_step == 0 else selected).name,
+        "selected": (start.rung if selected is ladder.RECOVERED and state.best_step == 0 else selected).name,
         "status": "finished",
     }
-    student = devices.place(student, torch.device("cpu"), channels_last=False)
+    student, choice = devices.place(student, torch.device("cpu"), channels_last=False), start.choice
     pruned = tuple(pruning.prunable(student)) if config.pruning.sparsity > 0 and choice is None else ()
     row |= size_columns(student, pruned) | cost_columns(student, teacher)
+    warned = list(start.warnings)
     if choice is not None or config.student.architecture is not None:
-        row_latency, slow = speed.columns(config.latency, network, student, teacher.info.input_shape, device)
-        row |= row_latency
+        timed, slow = speed.columns(config.latency, network, student, teacher.info.input_shape, device)
+        row |= timed
         warned += slow
     if config.pruning.structure == "channels":  # its sparsity is no number of zeros, even where nothing was removed
         row["achieved_sparsity"] = 1 - row["num_parameters"] / num_before
@@ -385,12 +303,18 @@ def gather_reference(
     return gather(source, wanted, -(-config.reference.num_images // settings.batch_size), "reference set", report)
 
 
-def reestimate(student: nn.Module, config: TrialConfig, pool: Pool, runtime: Runtime) -> None:
-    """Re-estimate the student's BatchNorm statistics on the first `bn_num_images` images, without augmentation."""
-    size = config.synthesis.batch_size
-    total = min(-(-config.bn_num_images // size) * size, len(pool.labels))
+def reference_of(
+    config: TrialConfig, network: nn.Module, held_out: Gathered, runtime: Runtime, head: Head
+) -> evaluation.Reference:
+    """The reference set: the teacher's logits on the held-out images, or on mixtures of them."""
+    compared = held_out.pool.images[: config.reference.num_images]
+    if config.reference.mixed:
+        compared = evaluation.mixtures(compared, runtime.space)
+    return evaluation.reference(network, compared, runtime, head)
 
-    parts = (pool.images[start : min(start + size, total)] for start in range(0, total, size))
-    images = (devices.laid_out(x, student) for x in decoded(parts, runtime.space, runtime.device))
-    with runtime.autocast():
-        batchnorm.reestimate(student, images)
+
+def made_columns(rounds: Rounds, pool: Pool, network: nn.Module, head: Head, runtime: Runtime) -> dict[str, Any]:
+    """The columns about the images made so far."""
+    made = {"synthesis_key": rounds.key, "num_cached_batches": rounds.num_found}
+    made |= {"synthesis_wall_s": wall_s(rounds.rows)}
+    return made | image_columns(pool, rounds.rows, network, head, runtime)
