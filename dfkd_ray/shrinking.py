@@ -77,9 +77,9 @@ def candidates(rows: Iterable[Mapping[str, Any]]) -> list[Candidate]:
             (QUANTISED, True, row.get("int8_latency_ratio"), row.get("int8_file_bytes")),
         ):
             points = lost(row, rung)
-            if is_null(speed) or points is None:
+            if speed is None or is_null(speed) or points is None:
                 continue
-            num_bytes = None if is_null(size) else int(size)
+            num_bytes = None if size is None or is_null(size) else int(size)
             found.append(Candidate(row["trial_id"], is_int8, removed, float(speed), points, num_bytes))
     return sorted(found, key=lambda each: -each.speed)
 
@@ -92,10 +92,10 @@ def is_measured(rows: Sequence[Mapping[str, Any]]) -> bool:
 def lost(row: Mapping[str, Any], rung: Rung) -> float | None:
     """Percentage points that a rung's network loses; None where nothing says it."""
     before, own = row.get(TEACHER.accuracy), row.get(rung.accuracy)
-    if not is_null(before):
-        return None if is_null(own) else 100 * (before - own)
+    if before is not None and not is_null(before):
+        return None if own is None or is_null(own) else 100 * (before - own)
     kl = row.get("quantised_kl" if rung is QUANTISED else "reference_kl")
-    return None if is_null(kl) else estimated(float(kl))
+    return None if kl is None or is_null(kl) else estimated(float(kl))
 
 
 def choose(found: Sequence[Candidate], faster: float, lose_at_most: float) -> Candidate | None:

@@ -143,9 +143,9 @@ def choose(
 ) -> Choice:
     """Choose the channels to remove; the network is not changed. `images`: normalised, for `importance=activations`.
 
-    `removed_seconds`: for `target=latency`, the share of the seconds that a smaller network saves. It is measured six
-    times: the ratio of removed units is found by bisection. `ratio`: the one of an earlier choice, which is not searched
-    again. `ValueError` if the wanted share cannot be removed.
+    `removed_seconds`: for `target=latency`, the share of the seconds that a smaller network saves. It is measured in
+    each step of a bisection, which finds the ratio of removed units. `ratio`: the one of an earlier choice, which is
+    not searched again. `ValueError` if the wanted share cannot be removed.
     """
     groups = prepared.groups
     ranking = Ranking.of(network, groups, SCORES[config.importance](network, groups, images), config.round_to)

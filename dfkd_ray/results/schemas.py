@@ -90,6 +90,7 @@ METRICS: Columns = {
         False,
         "how many times as fast as the teacher a batch is, of alternating runs; null in the teacher's shape",
     ),
+    "int8_latency_ratio": (pa.float64(), False, "of its int8 file to the teacher in float32, both on ONNX Runtime"),
     "latency_s": (pa.float64(), False, "seconds of a batch, median, as section latency says"),
     "teacher_latency_s": (pa.float64(), False, "the same of the teacher"),
     "num_cached_batches": (pa.int64(), False, "batches that were there: in the cache, or made for another trial"),

@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dfkd_ray import devices, exporting, latency
 from dfkd_ray.config import LatencyConfig
@@ -36,10 +35,23 @@ def columns(
         first, own = compared(config, [teacher, student], input_shape, device)
     except ValueError as error:  # the student is not lost by it
         return dict.fromkeys(COLUMNS), [f"the latency is not measured: {error}"]
+    found: dict[str, float | None]
     found = {"latency_s": own.seconds, "teacher_latency_s": first.seconds, "latency_ratio": own.ratio}
     if own.ratio < latency.FASTER:
         return found, [f"the student is not faster than the teacher here: {own.ratio:.2f} times ({said(config)})"]
     return found, []
+
+
+def int8_columns(
+    config: LatencyConfig, teacher: nn.Module, int8: bytes, input_shape: Sequence[int]
+) -> dict[str, float | None]:
+    """How many times as fast an int8 ONNX file is as the teacher in float32, both on ONNX Runtime."""
+    if config.runtime == "none":
+        return {"int8_latency_ratio": None}
+    images = latency.noise(input_shape, config.batch_size)
+    with devices.numerics("float32", CPU, config.num_threads):
+        sides = {"teacher": onnx_run(teacher, images), "int8": onnx_files.running(int8, images.numpy())}
+        return {"int8_latency_ratio": latency.compared(sides, config.repeats)["int8"].ratio}
 
 
 def said(config: LatencyConfig) -> str:
@@ -66,13 +78,16 @@ def compared(
     images = latency.noise(input_shape, config.batch_size)
     on = CPU if config.runtime == "onnxruntime" else device
     with devices.numerics("float32", on, config.num_threads):
-        sides: dict[Any, Run] = {}
-        for number, network in enumerate(networks):
-            if config.runtime == "onnxruntime":
-                own = devices.place(deepcopy(network).eval(), CPU, channels_last=False)
-                with exporting.quiet():
-                    model = onnx_files.converted(own, input_shape)
-                sides[number] = onnx_files.running(model, images.numpy())
-            else:
-                sides[number] = latency.running(network, images, on)
+        if config.runtime == "onnxruntime":
+            sides = {number: onnx_run(network, images) for number, network in enumerate(networks)}
+        else:
+            sides = {number: latency.running(network, images, on) for number, network in enumerate(networks)}
         return list(latency.compared(sides, config.repeats).values())
+
+
+def onnx_run(network: nn.Module, images: Tensor) -> Run:
+    """What runs one batch through a copy of a network with ONNX Runtime."""
+    own = devices.place(deepcopy(network).eval(), CPU, channels_last=False)
+    with exporting.quiet():
+        model = onnx_files.converted(own, tuple(images.shape[1:]))
+    return onnx_files.running(model, images.numpy())
