@@ -43,6 +43,16 @@ def stable_hash(data: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def hashed(config: TrialConfig) -> dict[str, Any]:
+    """The fields that a trial's id depends on, as plain data.
+
+    Left out are the teacher's name, the device, and `quantisation` where it does not act: trials from before it came
+    keep their ids.
+    """
+    left_out = {"teacher", "device"} | ({"quantisation"} if not config.quantisation.int8 else set())
+    return config.model_dump(mode="json", exclude=left_out)
+
+
 def config_hash(config: BaseModel) -> str:
     """Hash of every field of a config: equal configs, equal hashes."""
     return stable_hash(config.model_dump(mode="json"))
