@@ -168,6 +168,48 @@ class ReconstructionConfig(BaseModel):
     ridge: Number = Field(default=0.01, gt=0, description="pull towards the teacher's weights, of the mean input power")
 
 
+class QuantisationConfig(BaseModel):
+    """int8 after distillation: the student as an ONNX file, measured as it is deployed: `dfkd_ray.trial.quantisation`.
+
+    The student of the trial stays the float one. Without `int8` the section is no part of a trial's id.
+    """
+
+    model_config = STRICT
+
+    int8: bool = Field(
+        default=False,
+        description="write the student as an ONNX file with int8 weights and activations too, and measure it; needs "
+        "the extra dfkd_ray[onnx]",
+    )
+    num_images: Count = Field(
+        default=256, ge=2, description="synthetic images that the ranges of activations are taken from"
+    )
+    distil_above: Number | None = Field(
+        default=None,
+        ge=0,
+        description="distil through fake quantisation where int8 adds more than this to the reference KL, nats; null: "
+        "never",
+    )
+    num_steps: Count = Field(default=100, ge=1, description="optimiser steps of that distillation")
+    learning_rate: Number = Field(default=0.005, gt=0, description="its peak SGD learning rate, cosine to zero")
+
+    @field_validator("num_images", "distil_above", "num_steps", "learning_rate")
+    @classmethod
+    def _acts_with_int8_only(cls, value: Any, info: Any) -> Any:
+        name = str(info.field_name)
+        if info.data.get("int8") is False and value != cls.model_fields[name].default:
+            raise ValueError(f"{name} acts with int8=true only; leave it out or set int8=true")
+        return value
+
+    @field_validator("num_steps", "learning_rate")
+    @classmethod
+    def _acts_with_distil_above_only(cls, value: Any, info: Any) -> Any:
+        name = str(info.field_name)
+        if info.data.get("distil_above", 0) is None and value != cls.model_fields[name].default:
+            raise ValueError(f"{name} acts with distil_above only; leave it out or set distil_above")
+        return value
+
+
 class StudentConfig(BaseModel):
     """What is trained: the pruned teacher, or another architecture from scratch."""
 
@@ -262,12 +304,16 @@ class LatencyConfig(BaseModel):
     repeats: Count = Field(default=15, ge=3, le=1000, description="alternating runs of both; medians count")
 
 
-# Sections that a trial's id leaves out at their defaults, so that trials from before them keep their ids.
-NEWER_SECTIONS = ("latency",)
+# Dotted field → default, of sections that older rows do not have: what their nulls stand for.
+NEWER_FIELDS = {
+    f"{section}.{name}": field.default
+    for section, model in (("quantisation", QuantisationConfig), ("latency", LatencyConfig))
+    for name, field in model.model_fields.items()
+}
 
 
 class TrialConfig(BaseModel):
-    """One trial: prune, re-estimate BatchNorm, reconstruct layers, distil, evaluate."""
+    """One trial: prune, re-estimate BatchNorm, reconstruct layers, distil, quantise, evaluate."""
 
     model_config = STRICT
 
@@ -283,6 +329,7 @@ class TrialConfig(BaseModel):
     distillation: DistillationConfig = DistillationConfig()
     reference: ReferenceConfig = ReferenceConfig()
     reconstruction: ReconstructionConfig = ReconstructionConfig()
+    quantisation: QuantisationConfig = QuantisationConfig()
     latency: LatencyConfig = LatencyConfig()
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

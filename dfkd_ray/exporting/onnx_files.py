@@ -20,7 +20,8 @@ from dfkd_ray.exporting.metadata import INPUT, OUTPUT
 from dfkd_ray.untrusted import reason, size
 
 OPSET = 21
-PREFIX = "dfkd_ray."  # of metadata names
+PRODUCER = "dfkd_ray"
+PREFIX = f"{PRODUCER}."  # of metadata names
 MAX_BYTES = 2**31 - 2**20  # an ONNX file is one protobuf message, of less than 2 GiB
 
 
@@ -73,7 +74,7 @@ def files(model: bytes, texts: Mapping[str, str]) -> dict[str, bytes]:
 
     found = onnx.load_model_from_string(model)
     onnx.helper.set_model_props(found, {PREFIX + name: text for name, text in texts.items()})
-    found.producer_name, found.producer_version = "dfkd_ray", texts["package_version"]
+    found.producer_name, found.producer_version = PRODUCER, texts["package_version"]
     return {".onnx": found.SerializeToString(deterministic=True)}
 
 

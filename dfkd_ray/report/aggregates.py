@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import pandas as pd
 
 from dfkd_ray.config import TrialConfig
-from dfkd_ray.ladder import BEFORE, RUNGS, STUDENTS
+from dfkd_ray.ladder import BESIDE, RUNGS, STUDENTS
 from dfkd_ray.report.wording import Frame, Series
 from dfkd_ray.results.schemas import BEST_FIRST, SEEDS, config_columns
 
@@ -19,7 +19,7 @@ NOT_CONFIGURATION = ("teacher", "student.architecture", "student.arguments", "de
 AVERAGED = (
     *("agreement", "reference_kl", "lost", "achieved_sparsity", "stored_bytes", "dense_bytes", "wall_s"),
     *(f"at_{rung.name}" for rung in RUNGS),
-    *(f"lost_{rung.name}" for rung in BEFORE),
+    *(f"lost_{rung.name}" for rung in BESIDE),
     *("speed", "int8_latency_ratio", "int8_file_bytes", "macs_left"),
 )
 NUM_LEVELS = 12  # distinct sparsities a figure can show side by side
@@ -45,7 +45,7 @@ def prepared(trials: Frame) -> Frame:
         rows[f"at_{rung.name}"] = rows[rung.accuracy].where(tested, rows[rung.agreement]).astype(float)
     rows["at_teacher"] = rows["teacher_accuracy"].where(tested, 1.0).astype(float)
     rows["lost"] = rows["at_teacher"] - rows["at_recovered"]
-    for rung in BEFORE:
+    for rung in BESIDE:
         rows[f"lost_{rung.name}"] = rows["at_teacher"] - rows[f"at_{rung.name}"]
     rows["macs_left"] = rows["num_macs"].astype(float) / rows["teacher_num_macs"]
     rows["speed"] = rows["latency_ratio"].astype(float).where(rows["macs_left"] != 1, 1.0)

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 from pydantic import BaseModel
 
-from dfkd_ray.config import TrialConfig, nested_models
+from dfkd_ray.config import NEWER_FIELDS, TrialConfig, nested_models
 from dfkd_ray.config.methods import METHODS, term_columns
 from dfkd_ray.ladder import RUNGS, STUDENTS
 
@@ -25,7 +25,7 @@ SCHEMA = b"dfkd_ray.schema"
 # field are null in older rows. A new config field does not raise the version, a new metric does.
 RENAMED: dict[str, list[Mapping[str, str]]] = {
     # 2: written_at_s; 3: trial_version, synthesis_version; 4: selected, warnings, test_set, test_sha256; 5: the rung
-    # "reconstructed"; 6: num_macs, teacher_num_parameters, teacher_num_macs, channels; 7: latency
+    # "reconstructed"; 6: num_macs, teacher_num_parameters, teacher_num_macs, channels; 7: the rung "quantised", latency
     "trials": [{}, {}, {}, {}, {}, {}],
     "epochs": [],
     "synthesis": [{}, {}, {}, {}],  # 2: written_at_s; 3: record; 4: synthesis_version; 5: round
@@ -73,6 +73,10 @@ METRICS: Columns = {
     "num_nonzero": (pa.int64(), True, "non-zero parameters of the student"),
     "dense_bytes": (pa.int64(), True, "float32 bytes of the student's state"),
     "stored_bytes": (pa.int64(), True, "bytes of its weights file"),
+    "quantised_kl": (pa.float64(), True, "as reference_kl, of the int8 ONNX file; null without int8"),
+    "int8_file_bytes": (pa.int64(), True, "bytes of the student's ONNX file with int8; null without int8"),
+    "float_file_bytes": (pa.int64(), True, "bytes of its ONNX file in float32; null without int8"),
+    "int8_steps": (pa.int64(), True, "steps of distillation through fake quantisation of that file; 0 without"),
     "num_images": (pa.int64(), True, "distinct images distilled on"),
     "teacher_hash": (pa.string(), True, "of architecture, normalisation and weights"),
     "synthesis_key": (pa.string(), True, "of teacher hash and synthesis config"),
@@ -84,6 +88,7 @@ METRICS: Columns = {
     "reference_wall_s": (pa.float64(), False, "the same for the reference set"),
     "reconstruction_wall_s": (pa.float64(), False, "seconds of layer-wise reconstruction; null where it is left out"),
     "distillation_wall_s": (pa.float64(), False, "seconds of distillation"),
+    "quantisation_wall_s": (pa.float64(), False, "seconds of writing and measuring int8; null without it"),
     "wall_s": (pa.float64(), False, "seconds of the whole trial"),
     "latency_ratio": (
         pa.float64(),
@@ -247,10 +252,15 @@ def renamed(table: str, number: int, names: list[str]) -> list[str]:
 
 
 def migrated(table: str, rows: pa.Table, columns: list[str]) -> pa.Table:
-    """Rows of an older version in today's schema, restricted to `columns`; missing values are null."""
+    """Rows of an older version in today's schema, restricted to `columns`; missing values are null, or no int8."""
     rows = rows.rename_columns(renamed(table, version_of(table, rows.schema) or 1, rows.column_names))
     today = schema(table)
     fields = [today.field(name) for name in columns]
     have = set(rows.column_names)
-    arrays = [rows.column(f.name).cast(f.type) if f.name in have else pa.nulls(len(rows), f.type) for f in fields]
+
+    def missing(field: pa.Field) -> pa.Array:
+        value = NEWER_FIELDS.get(field.name)  # they had none: null would look like another setting
+        return pa.nulls(len(rows), field.type) if value is None else pa.repeat(pa.scalar(value, field.type), len(rows))
+
+    arrays = [rows.column(f.name).cast(f.type) if f.name in have else missing(f) for f in fields]
     return pa.Table.from_arrays(arrays, schema=pa.schema(fields, metadata=today.metadata))

@@ -1,4 +1,4 @@
-"""Runs one whole trial on one machine, without Ray: prune, re-estimate BatchNorm, reconstruct, distil, evaluate.
+"""Runs one whole trial on one machine, without Ray: prune, re-estimate BatchNorm, reconstruct, distil, quantise.
 
 The result is a row. Real data is passed in as arguments: test batches (for reporting) and, if a config asks for `real`
 images, a source of them. This module opens no data set.
@@ -15,7 +15,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from dfkd_ray import batchnorm, bundles, devices, distillation, evaluation, ladder, models, storage, synthesis
+from dfkd_ray import (
+    batchnorm,
+    bundles,
+    devices,
+    distillation,
+    evaluation,
+    exporting,
+    ladder,
+    models,
+    storage,
+    synthesis,
+    targets,
+)
 from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.compression import pruning
@@ -26,7 +38,7 @@ from dfkd_ray.distillation import NOBODY, Observer, Pool
 from dfkd_ray.heads import HEADS, Head
 from dfkd_ray.image_sources import Gathered, Images, Injected, Local, Round, gather, wall_s
 from dfkd_ray.storage import Folder, Where
-from dfkd_ray.trial import speed, structure
+from dfkd_ray.trial import quantisation, speed, structure
 from dfkd_ray.trial.identity import (
     CHECKPOINTS,
     TRIAL_ID,
@@ -44,6 +56,7 @@ from dfkd_ray.trial.warnings import warnings_of
 
 __all__ = [
     "CHECKPOINTS",
+    "INT8_FILE",
     "NOBODY",
     "TRIAL_ID",
     "Gathered",
@@ -66,6 +79,7 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+INT8_FILE = "int8.onnx"  # in a student's bundle
 
 
 @dataclass(frozen=True)
@@ -86,7 +100,10 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The results of a trial: its row, the student (None if it failed), its images, and rows of the other tables."""
+    """The results of a trial: its row, the student (None if it failed), its images, and rows of the other tables.
+
+    `int8`: the student's ONNX file with int8 weights and activations, None without.
+    """
 
     row: dict[str, Any]
     student: nn.Module | None = None
@@ -95,11 +112,19 @@ class Outcome:
     batches: tuple[Batch, ...] = ()
     epochs: tuple[dict[str, float | int | None], ...] = ()
     synthesis: tuple[dict[str, Any], ...] = ()
+    int8: bytes | None = None
 
     def save_student(self, folder: Where) -> bundles.BundleInfo:
-        """Write the student as a bundle, into a folder or under a URI."""
+        """Write the student as a bundle, into a folder or under a URI; with int8 also its ONNX file, beside."""
         assert self.student is not None and self.student_info is not None
-        return bundles.save(folder, self.student_info, self.student.state_dict(), self.pruned)
+        place = targets.check(folder, bundles.BUNDLE)
+        if exporting.is_own_onnx(targets.head(place, INT8_FILE) or b""):
+            place.remove(INT8_FILE)  # it is of the student that was there before
+        info = bundles.save(place, self.student_info, self.student.state_dict(), self.pruned)
+        if self.int8 is not None:
+            targets.check_file(place, INT8_FILE, exporting.is_own_onnx, "an ONNX file")
+            place.write(INT8_FILE, self.int8)
+        return info
 
 
 NOTHING = Inputs()
@@ -165,6 +190,7 @@ def check(config: TrialConfig, teacher: Teacher, trust_code: Sequence[str], on_g
         student = starting_student(config, teacher, torch.device("cpu"), trust_code)
     removable = structure.prepared(student, config, teacher)
     speed.check(config.latency)
+    quantisation.check(config, teacher, student)
     if config.distillation.bn_mode != "trained" and not batchnorm.layers(student):
         raise ValueError(
             f"distillation.bn_mode={config.distillation.bn_mode} acts on BatchNorm, and the student has none; "
@@ -256,9 +282,19 @@ def steps(
         )
         return Outcome({**row, "status": "failed", "reason": reason})
     info = student_info(config, teacher, row, () if choice is None else choice.edits)
+    int8 = None
+    if config.quantisation.int8:
+        sha256 = bundles.stored_sha256(student.state_dict(), pruned)
+        described = info.model_copy(update={"weights_sha256": sha256})
+        own = Teacher(student.requires_grad_(False), described, teacher.hash, row["trial_id"])
+        int8 = quantisation.quantise(own, config, network, pool, rungs)
+        if int8 is not None:
+            row |= speed.int8_columns(config.latency, network, int8, info.input_shape)
+    else:
+        rungs.leave_out(ladder.QUANTISED)
     images = Batch(0, pool.images, pool.labels, rounds.key)
     rows = (*held_out.rows, *rounds.rows)
-    return Outcome(row, student.requires_grad_(False), info, pruned, (images,), tuple(state.epochs), rows)
+    return Outcome(row, student.requires_grad_(False), info, pruned, (images,), tuple(state.epochs), rows, int8)
 
 
 def num_prunable(student: nn.Module) -> int:

@@ -11,7 +11,7 @@ import torch
 import dfkd_ray
 from dfkd_ray import commit, devices, distillation, storage, synthesis
 from dfkd_ray.bundles import Teacher
-from dfkd_ray.config import NEWER_SECTIONS, TrialConfig, columns_of, stable_hash, versions
+from dfkd_ray.config import TrialConfig, columns_of, hashed, stable_hash, versions
 from dfkd_ray.storage import Folder
 from dfkd_ray.trial import images, structure
 
@@ -50,13 +50,9 @@ def pinned(config: TrialConfig, teacher: Teacher) -> TrialConfig:
 def trial_id(config: TrialConfig, teacher: Teacher) -> str:
     """`t-` and 12 hex digits: a hash of everything that determines the results (teacher, config, algorithm versions).
 
-    The config's `teacher` (a name) and `device` are left out, and newer sections at their defaults.
+    Left out of the config are the fields that change no result: see `config.hashed`.
     """
-    fields = config.model_dump(mode="json", exclude={"teacher": True, "device": True})
-    for name in NEWER_SECTIONS:
-        if getattr(config, name) == type(config).model_fields[name].default:
-            del fields[name]
-    return "t-" + stable_hash({"teacher": teacher.hash, "config": fields, "versions": versions()})[:12]
+    return "t-" + stable_hash({"teacher": teacher.hash, "config": hashed(config), "versions": versions()})[:12]
 
 
 def provenance(config: TrialConfig, teacher: Teacher) -> dict[str, Any]:
