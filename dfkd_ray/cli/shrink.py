@@ -1,16 +1,16 @@
 """`dfkd-ray shrink`: a network that is so many times as fast and loses at most so many points, found in one sweep."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 import yaml
 
 from dfkd_ray import config as configs
 from dfkd_ray import shrinking
-from dfkd_ray.cli import run, tables
+from dfkd_ray.cli import run
 from dfkd_ray.cli.inputs import load_teacher
 from dfkd_ray.cli.options import Cache, DataRoot, Download, Effort, Out, Set, TeacherName, TestData, Trust
 from dfkd_ray.cli.streams import say
