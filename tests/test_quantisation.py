@@ -16,8 +16,20 @@ from dfkd_ray.cli import show
 from dfkd_ray.compression import pruning
 from dfkd_ray.config import QuantisationConfig, TrialConfig, flat, validate, with_overrides
 from dfkd_ray.exporting import int8, metadata, onnx_files, simulated, torch_files
+from dfkd_ray.sweep import estimate
 from dfkd_ray.trial import quantisation
-from helpers import TINY_NOISE, TINY_SETS, assert_one_error, refusal, same_weights, set_words, tiny_trial
+from helpers import (
+    TINY_NOISE,
+    TINY_SETS,
+    assert_one_error,
+    costs_of,
+    jobs_of,
+    refusal,
+    same_weights,
+    set_words,
+    tiny_sweep,
+    tiny_trial,
+)
 from test_trial import a_test_set
 
 INT8 = {"quantisation.int8": True, "quantisation.num_images": 8}
@@ -223,6 +235,18 @@ def test_what_fails_at_the_end_is_said_and_the_float_student_is_there(error, pai
 def test_a_file_that_loses_more_than_the_bound_has_a_warning(row, columns, said):
     found = quantisation.lost_by_int8(row, columns, 1.0)
     assert found is None if said is None else said in str(found)
+
+
+# ---- in sweeps -------------------------------------------------------------------------------------------------------
+
+
+def test_trials_with_and_without_int8_share_their_images_and_int8_is_in_the_estimate(tiny_teacher, tried):
+    jobs = jobs_of(tiny_sweep(tiny_teacher, {"quantisation.int8": [False, True]}))
+    assert len({job.id for job in jobs}) == 2
+    made = estimate.syntheses(jobs)
+    assert sorted(one.domain for one in made) == ["reference", "train"] and {one.num_users for one in made} == {2}
+    without, with_int8 = (estimate.trial_s(job, costs_of(jobs), 0) for job in jobs)
+    assert without + estimate.INT8_S <= with_int8 < without + 2 * estimate.INT8_S
 
 
 # ---- distillation through fake quantisation --------------------------------------------------------------------------
