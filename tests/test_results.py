@@ -44,7 +44,10 @@ def test_a_trials_row_is_read_back_as_it_was_written(tmp_path):
     assert abs(read.pop(WRITTEN_AT) - time.time()) < 900
     del written[WRITTEN_AT]
     assert {name: read[name] for name in written} == written
-    assert [name for name, value in written.items() if value is None] == ["student.architecture"]
+    assert [name for name, value in written.items() if value is None] == [
+        "student.architecture",
+        "quantisation.distil_above",
+    ]
 
 
 def test_missing_values_are_null_and_nothing_else_changes(tmp_path):
@@ -89,7 +92,7 @@ def test_column_names_are_unique_and_explained():
     schema = results.schema("trials")
     assert len(set(schema.names)) == len(schema.names)
     assert all(field.metadata[b"deterministic"] in (b"true", b"false") for field in schema)
-    assert schema.metadata[b"dfkd_ray.schema"] == b"dfkd_ray.trials/6"
+    assert schema.metadata[b"dfkd_ray.schema"] == b"dfkd_ray.trials/7"
 
 
 def test_deterministic_columns_exclude_seconds_hosts_and_versions():

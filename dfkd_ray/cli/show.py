@@ -163,7 +163,7 @@ def trial_columns(rows: Any, fields: Sequence[str]) -> list[tables.Column]:
         texts = tuple(shown(cell) for cell in cells)
         columns.append(tables.Column(shown(name), texts, tables.is_text(texts), is_field=True))
     statuses = [text_of(status) for status in rows["status"]]
-    unmeasured = {rung.heading for rung in BESIDE if rows[rung.accuracy].isna().all()}
+    unmeasured = {rung.heading for rung in BESIDE if rung.accuracy not in rows or rows[rung.accuracy].isna().all()}
     for heading, (name, scale, digits, rank) in MEASURED.items():
         if heading in unmeasured:
             continue
