@@ -49,8 +49,8 @@ def config_hash(config: BaseModel) -> str:
 
 
 def follows(field: str) -> bool:
-    """Whether a (dotted) field is derived from others and not worth showing: the hash of an activation record."""
-    return field.rpartition(".")[2] == "record_sha256"
+    """Whether a (dotted) field is derived from others and not worth showing: the hash of a record or of weights."""
+    return field.rpartition(".")[2] in ("record_sha256", "weights_sha256")
 
 
 def versions() -> dict[str, int]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from dfkd_ray import batchnorm, bundles, devices, distillation, evaluation, ladder, models, storage, synthesis
 from dfkd_ray.batches import Batch, BatchSource
-from dfkd_ray.bundles import Teacher
+from dfkd_ray.bundles import Teacher, starts
 from dfkd_ray.compression import channels, pruning
 from dfkd_ray.compression.channels import Prepared
 from dfkd_ray.config import TrialConfig
@@ -26,7 +26,7 @@ from dfkd_ray.distillation import NOBODY, Observer, Pool
 from dfkd_ray.heads import HEADS
 from dfkd_ray.images import decoded
 from dfkd_ray.storage import Folder, Where
-from dfkd_ray.trial import reconstruction, structure
+from dfkd_ray.trial import reconstruction, starting, structure
 from dfkd_ray.trial.identity import (
     CHECKPOINTS,
     TRIAL_ID,
@@ -171,8 +171,10 @@ def check(config: TrialConfig, teacher: Teacher, trust_code: Sequence[str], on_g
     for name, settings in (("synthesis", config.synthesis), ("reference.synthesis", config.reference.synthesis)):
         synthesis.check(teacher, settings, name)
     student = teacher.network
-    if config.student.architecture is not None:
+    config = config.model_copy(update={"student": starts.pinned(config.student, teacher)})
+    if config.student.architecture is not None or config.student.weights is not None:
         student = starting_student(config, teacher, torch.device("cpu"), trust_code)
+        starting.check(student, config, teacher)
     removable = structure.prepared(student, config, teacher)
     if config.distillation.bn_mode != "trained" and not batchnorm.layers(student):
         raise ValueError(
@@ -210,7 +212,7 @@ def steps(
         if config.reference.mixed:
             compared = evaluation.mixtures(compared, runtime.space)
         reference = evaluation.reference(network, compared, runtime, head)
-        first = Round(teacher, config.synthesis, device, student=config.student)
+        first = Round(teacher, config.synthesis, device, student=config.student.structure)
         source = Injected(inputs.real) if inputs.real and config.synthesis.method == "real" else inputs.images
         rounds = Rounds(config, first, source, checkpoint, report, row["trial_id"], reestimates)
 
@@ -230,6 +232,10 @@ def steps(
             masks, warned = choice.masks, list(choice.warnings)
         else:
             masks, warned = reconstruction.masks(student, config, first_pool, runtime)
+        zeros = starting.zeros(student, config)
+        masks = starting.both(masks, zeros)
+        row |= starting.columns(config, zeros)
+        warned += starting.warnings_of(config, teacher, zeros)
         dense = deepcopy(student)
         pruning.apply(student, masks)
         measured: dict[ladder.Rung, tuple[float, float]] = {}  # KL divergence, agreement
@@ -260,7 +266,7 @@ def steps(
             leave_out(ladder.BN_REESTIMATED)
         start = ladder.BN_REESTIMATED if reestimates else ladder.PRUNED
         reconstructed = False
-        if reconstruction.applies(config):
+        if reconstruction.applies(config, masks):
             report("reconstructing", 0, 1, {})
             reconstruction_start = time.perf_counter()
             student.load_state_dict(states[ladder.PRUNED])
@@ -318,7 +324,7 @@ def steps(
         "status": "finished",
     }
     student = devices.place(student, torch.device("cpu"), channels_last=False)
-    pruned = tuple(pruning.prunable(student)) if config.pruning.sparsity > 0 and choice is None else ()
+    pruned = tuple(pruning.prunable(student)) if masks and choice is None else ()
     row |= size_columns(student, pruned) | cost_columns(student, teacher)
     if config.pruning.structure == "channels":  # its sparsity is no number of zeros, even where nothing was removed
         row["achieved_sparsity"] = 1 - row["num_parameters"] / num_before
@@ -351,19 +357,21 @@ def on_device(network: nn.Module, device: torch.device) -> nn.Module:
 def starting_student(
     config: TrialConfig, teacher: Teacher, device: torch.device, trust_code: Sequence[str]
 ) -> nn.Module:
-    """A copy of the teacher, or a new network with initial weights from `distillation.seed`."""
-    if config.student.architecture is None:
+    """A copy of the teacher, or a new network with initial weights from `distillation.seed`; or one from a file."""
+    if config.student.architecture is None and config.student.weights is None:
         return on_device(teacher.network, device).requires_grad_(True)
-    module = models.untrusted_module(config.student.architecture, trust_code)
+    architecture = config.student.architecture
+    module = None if architecture is None else models.untrusted_module(architecture, trust_code)
     if module is not None:
         raise ValueError(
-            f"student.architecture={config.student.architecture!r} is code; if you trust that module, "
-            f"add `trust_code={module}`"
+            f"student.architecture={architecture!r} is code; if you trust that module, add `trust_code={module}`"
         )
+    if architecture is None or config.student.weights is not None:
+        return on_device(starts.network_of(config.student, teacher)[0], device).requires_grad_(True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.distillation.seed)
         network = models.build(
-            config.student.architecture,
+            architecture,
             config.student.arguments,
             num_classes=teacher.info.num_classes,
             image_shape=teacher.info.input_shape,

@@ -242,7 +242,7 @@ def repacked(rng: random.Random, data: bytes) -> bytes:
     elif what == "streams":
         rest = damaged(rng, rest)
     elif what == "bomb":
-        rest = zlib.compress(bytes(1 << 26), 9)[2:-4] + rest
+        rest = zlib.compress(bytes(1 << 24), 9)[2:-4] + rest
     elif what == "cut":
         rest = rest[: rng.randrange(len(rest))]
     else:
