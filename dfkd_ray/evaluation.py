@@ -119,7 +119,11 @@ class Reference:
 
         The KL is infinite where it is not a number: the lowest one selects, and no number is lower than NaN.
         """
-        student = logits(network, self.images, self.runtime)
+        return self.distance(logits(network, self.images, self.runtime))
+
+    def distance(self, student: Tensor) -> tuple[float, float]:
+        """The same for the float32 logits (num_images, classes) that a network has given on the images."""
+        student = student.to(self.teacher_logits.device)
         same = self.head.agreement(student, self.teacher_logits)
         kl = float(self.head.kl(student, self.teacher_logits, 1.0))
         return same, math.inf if math.isnan(kl) else kl

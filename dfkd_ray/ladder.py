@@ -19,6 +19,8 @@ class Rung:
     agreement_meaning: str | None = None
     look: tuple[tuple[str, Any], ...] = ()
     """Colour and marker in figures; the colours also differ in lightness."""
+    rank: int = 0
+    """In a narrow table the columns of the highest rank are left out first."""
 
     @property
     def accuracy(self) -> str:
@@ -33,7 +35,7 @@ class Rung:
         return None if self.agreement_meaning is None else f"{self.name}_agreement"
 
 
-TEACHER = Rung("teacher", "teacher", "teacher", "as it is", "test accuracy in [0, 1]; null without test data")
+TEACHER = Rung("teacher", "teacher", "teacher", "as it is", "test accuracy in [0, 1]; null without test data", rank=4)
 PRUNED = Rung(
     "pruned",
     "pruned",
@@ -42,6 +44,7 @@ PRUNED = Rung(
     "after one-shot pruning",
     "share of equal argmax with the teacher on the reference set",
     (("color", "#8b95a1"), ("marker", "v"), ("linestyle", ":")),
+    rank=1,
 )
 BN_REESTIMATED = Rung(
     "bn_reestimated",
@@ -51,6 +54,7 @@ BN_REESTIMATED = Rung(
     "after BatchNorm re-estimation, no training; null without BatchNorm",
     "the same after BatchNorm re-estimation",
     (("color", "#d9822b"), ("marker", "s"), ("linestyle", "-.")),
+    rank=3,
 )
 RECONSTRUCTED = Rung(
     "reconstructed",
@@ -60,6 +64,7 @@ RECONSTRUCTED = Rung(
     "after layer-wise reconstruction, no training; null where it is left out",
     "the same after layer-wise reconstruction",
     (("color", "#5b2a86"), ("marker", "^"), ("linestyle", (0, (5, 1, 1, 1, 1, 1)))),
+    rank=1,
 )
 RECOVERED = Rung(
     "recovered",
@@ -70,6 +75,17 @@ RECOVERED = Rung(
     "the same for the selected student: what trials are ranked by",
     (("color", "#0b5cad"), ("marker", "o"), ("linestyle", "-"), ("linewidth", 2.0)),
 )
-RUNGS = (TEACHER, PRUNED, BN_REESTIMATED, RECONSTRUCTED, RECOVERED)
+QUANTISED = Rung(
+    "quantised",
+    "quantised to int8",
+    "int8",
+    "as an int8 file",
+    "of the int8 file of the student; null without int8",
+    "the same for the int8 file",
+    (("color", "#0e7c66"), ("marker", "P"), ("linestyle", (0, (1, 1)))),
+    rank=1,
+)
+RUNGS = (TEACHER, PRUNED, BN_REESTIMATED, RECONSTRUCTED, RECOVERED, QUANTISED)
 STUDENTS = RUNGS[1:]
-BEFORE = RUNGS[1:-1]  # of the student, before it is trained
+BEFORE = (PRUNED, BN_REESTIMATED, RECONSTRUCTED)  # of the student, before it is trained
+BESIDE = (*BEFORE, QUANTISED)  # all but the recovered student, which trials are ranked by

@@ -33,13 +33,15 @@ class Recovered:
     """The result of a recovery: the student (eval mode, on the CPU), the row of measurements, and the synthetic images.
 
     `row` has the columns of the table `trials`. `images` is (num_images, *input_shape) as stored (uint8 over the pixel
-    range by default), `labels` int64 (num_images,), -1 without a label.
+    range by default), `labels` int64 (num_images,), -1 without a label. `int8` is the student's
+    ONNX file with int8 weights and activations, None without `quantisation.int8`.
     """
 
     student: nn.Module
     row: dict[str, Any]
     images: np.ndarray
     labels: np.ndarray
+    int8: bytes | None = None
 
 
 def recover(
@@ -95,7 +97,7 @@ def recover(
         raise RuntimeError(f"the recovery has failed: {outcome.row['reason']}")
     made = outcome.batches[0]
     images = made.images.reshape(len(made.images), *teacher.info.input_shape)
-    return Recovered(outcome.student, outcome.row, images, made.labels)
+    return Recovered(outcome.student, outcome.row, images, made.labels, outcome.int8)
 
 
 def check_network(network: Any) -> None:

@@ -351,6 +351,11 @@ def stored_bytes(state: Mapping[str, Tensor], pruned: Sequence[str]) -> int:
     return len(safetensors_bytes(to_stored(state, pruned)))
 
 
+def stored_sha256(state: Mapping[str, Tensor], pruned: Sequence[str]) -> str:
+    """SHA-256 of the weights file that `save` would write."""
+    return sha256(safetensors_bytes(to_stored(state, pruned)))
+
+
 def is_description(data: bytes) -> bool:
     """Whether these bytes are a bundle's `teacher.json`, of this version of the schema or another."""
     try:

@@ -70,9 +70,9 @@ def recover(
 ) -> None:
     """Prune a network and recover its accuracy without data: one trial, without Ray.
 
-    Writes OUT/student (a bundle), OUT/row.json, OUT/images.png. Prints the accuracy of the stages teacher, pruned,
-    BatchNorm re-estimated, reconstructed layer by layer, recovered. After an interruption, the same command resumes
-    from its checkpoint.
+    Writes OUT/student (a bundle; with quantisation.int8=true also its int8.onnx), OUT/row.json, OUT/images.png. Prints
+    the accuracy of the stages teacher, pruned, BatchNorm re-estimated, reconstructed layer by layer, recovered,
+    quantised. After an interruption, the same command resumes from its checkpoint.
     """
     data = configs.read_yaml(config) if config else {}
     options = {

@@ -9,7 +9,7 @@ from typing import Any
 
 from dfkd_ray.cli import tables
 from dfkd_ray.cli.streams import say
-from dfkd_ray.ladder import BEFORE, BN_REESTIMATED, PRUNED, RECONSTRUCTED, RECOVERED, RUNGS, TEACHER
+from dfkd_ray.ladder import BESIDE, QUANTISED, RUNGS, TEACHER
 from dfkd_ray.text import is_null, shown
 
 TITLE = "closest to the teacher first (reference KL); accuracies in % of the test set"
@@ -19,10 +19,7 @@ LEGEND = (
 )
 # heading of the final table: (column, scale, digits, rank); columns of the highest rank are left out first
 MEASURED: dict[str, tuple[str, float, int, int]] = {
-    **{
-        rung.heading: (rung.accuracy, 100.0, 2, rank)
-        for rung, rank in ((TEACHER, 4), (PRUNED, 1), (BN_REESTIMATED, 3), (RECONSTRUCTED, 1), (RECOVERED, 0))
-    },
+    **{rung.heading: (rung.accuracy, 100.0, 2, rung.rank) for rung in RUNGS},
     "KL": ("reference_kl", 1.0, 4, 0),
     "agreement": ("agreement", 100.0, 2, 2),
     "kB": ("stored_bytes", 1e-3, 0, 4),
@@ -75,6 +72,8 @@ def print_ladder(row: Mapping[str, Any], out: Path) -> None:
     for rung in RUNGS:
         agreement = 1.0 if rung.agreement is None else row.get(rung.agreement)
         accuracy = row.get(rung.accuracy)
+        if rung is QUANTISED and is_null(agreement):
+            continue
         lost = None if is_null(accuracy) or is_null(teacher) else teacher - accuracy  # type: ignore[operator]
         cells = (number(value, 100.0) for value in (accuracy, lost, agreement))
         table.add_row(rung.label, *cells)
@@ -93,6 +92,9 @@ def print_ladder(row: Mapping[str, Any], out: Path) -> None:
         f"{number(row.get('num_images'), 1.0, 0)} images {made_in(row)}, {fitted}distilled "
         f"in {number(row.get('distillation_wall_s'), 1.0, 0)} s; {stored} bytes stored, {dense} dense"
     )
+    if not is_null(row.get("int8_file_bytes")):
+        sizes = (number(row.get(f"{kind}_file_bytes"), 1.0, 0, ",") for kind in ("int8", "float"))
+        say("int8 file {}: {} bytes, in float32 {}".format(out / "student" / "int8.onnx", *sizes))
     if not is_null(row.get("warnings")):
         say(f"warning: {row['warnings']}")
     say(f"written: {out / 'student'}, {out / 'row.json'}, {out / 'images.png'}")
@@ -152,7 +154,7 @@ def trials_table(rows: Any, fields: Sequence[str], width: int | None, place: obj
 
 
 def trial_columns(rows: Any, fields: Sequence[str]) -> list[tables.Column]:
-    """All columns of the final table; of the rungs before training those that some row has."""
+    """All columns of the final table; of the rungs those that some row has."""
     named = [("network", [Path(text_of(name)).name for name in rows["teacher"]])]
     for name, field in zip(short_names(fields), fields, strict=True):
         named.append((name, [text_of(value) for value in rows[field]]))
@@ -161,7 +163,7 @@ def trial_columns(rows: Any, fields: Sequence[str]) -> list[tables.Column]:
         texts = tuple(shown(cell) for cell in cells)
         columns.append(tables.Column(shown(name), texts, tables.is_text(texts), is_field=True))
     statuses = [text_of(status) for status in rows["status"]]
-    unmeasured = {rung.heading for rung in BEFORE if rows[rung.accuracy].isna().all()}
+    unmeasured = {rung.heading for rung in BESIDE if rows[rung.accuracy].isna().all()}
     for heading, (name, scale, digits, rank) in MEASURED.items():
         if heading in unmeasured:
             continue

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from dfkd_ray.config.trials import TrialConfig
+from dfkd_ray.config.trials import LatencyConfig, TrialConfig
 
 # Versions of the algorithms. They are part of keys and ids, so results of another version are not found but recomputed.
 # Raise SYNTHESIS_VERSION with a change that gives other images for the same synthesis config (a method, its seeds, the
@@ -41,6 +41,18 @@ def stable_hash(data: Any) -> str:
     """SHA-256 (64 hex digits) of the canonical JSON of plain data: the same in every process and on every machine."""
     text = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hashed(config: TrialConfig) -> dict[str, Any]:
+    """The fields that a trial's id depends on, as plain data.
+
+    Left out are the names of the teacher and of the student's file, the device, `quantisation` where it does not act,
+    and `latency` at its defaults: trials from before they came keep their ids.
+    """
+    left_out: dict[str, Any] = {"teacher": True, "device": True, "student": {"weights"}}
+    left_out |= {"quantisation": True} if not config.quantisation.int8 else {}
+    left_out |= {"latency": True} if config.latency == LatencyConfig() else {}
+    return config.model_dump(mode="json", exclude=left_out)
 
 
 def config_hash(config: BaseModel) -> str:

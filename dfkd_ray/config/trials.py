@@ -79,8 +79,10 @@ class PruningConfig(BaseModel):
         description="n_of_m: weights kept of so many neighbours along a layer's inputs: the largest, or those of the "
         "highest Wanda or OBS scores",
     )
-    target: Literal["parameters", "macs"] = Field(
-        default="parameters", description="channels: what sparsity is the removed share of; macs: multiplications"
+    target: Literal["parameters", "macs", "latency"] = Field(
+        default="parameters",
+        description="channels: what sparsity is the removed share of; macs: multiplications; latency: the seconds of a "
+        "batch, measured where the trial runs (section latency), so that another machine removes other channels",
     )
     importance: Literal["magnitude", "batchnorm_scale", "activations"] = Field(
         default="activations",
@@ -165,6 +167,48 @@ class ReconstructionConfig(BaseModel):
         "each synthetic image; 0 leaves it out",
     )
     ridge: Number = Field(default=0.01, gt=0, description="pull towards the teacher's weights, of the mean input power")
+
+
+class QuantisationConfig(BaseModel):
+    """int8 after distillation: the student as an ONNX file, measured as it is deployed: `dfkd_ray.trial.quantisation`.
+
+    The student of the trial stays the float one. Without `int8` the section is no part of a trial's id.
+    """
+
+    model_config = STRICT
+
+    int8: bool = Field(
+        default=False,
+        description="write the student as an ONNX file with int8 weights and activations too, and measure it; needs "
+        "the extra dfkd_ray[onnx]",
+    )
+    num_images: Count = Field(
+        default=256, ge=2, description="synthetic images that the ranges of activations are taken from"
+    )
+    distil_above: Number | None = Field(
+        default=None,
+        ge=0,
+        description="distil through fake quantisation where int8 adds more than this to the reference KL, nats; null: "
+        "never",
+    )
+    num_steps: Count = Field(default=100, ge=1, description="optimiser steps of that distillation")
+    learning_rate: Number = Field(default=0.005, gt=0, description="its peak SGD learning rate, cosine to zero")
+
+    @field_validator("num_images", "distil_above", "num_steps", "learning_rate")
+    @classmethod
+    def _acts_with_int8_only(cls, value: Any, info: Any) -> Any:
+        name = str(info.field_name)
+        if info.data.get("int8") is False and value != cls.model_fields[name].default:
+            raise ValueError(f"{name} acts with int8=true only; leave it out or set int8=true")
+        return value
+
+    @field_validator("num_steps", "learning_rate")
+    @classmethod
+    def _acts_with_distil_above_only(cls, value: Any, info: Any) -> Any:
+        name = str(info.field_name)
+        if info.data.get("distil_above", 0) is None and value != cls.model_fields[name].default:
+            raise ValueError(f"{name} acts with distil_above only; leave it out or set distil_above")
+        return value
 
 
 class StudentConfig(BaseModel):
@@ -280,8 +324,33 @@ class ReferenceConfig(BaseModel):
     )
 
 
+class LatencyConfig(BaseModel):
+    """Seconds per batch of the teacher and of a student with another shape, at the end of a trial: `dfkd_ray.latency`.
+
+    A student with zeros in the teacher's shape computes as many multiplications; it is not measured.
+    """
+
+    model_config = STRICT
+
+    runtime: Literal["pytorch", "onnxruntime", "none"] = Field(
+        default="pytorch",
+        description="PyTorch, on the trial's device; ONNX Runtime, on the CPU; none: not measured",
+    )
+    num_threads: Threads = Field(default=1, description="on the CPU")
+    batch_size: Count = Field(default=1, ge=1, le=4096)
+    repeats: Count = Field(default=15, ge=3, le=1000, description="alternating runs of both; medians count")
+
+
+# Dotted field → default, of sections that older rows do not have: what their nulls stand for.
+NEWER_FIELDS = {
+    f"{section}.{name}": field.default
+    for section, model in (("quantisation", QuantisationConfig), ("latency", LatencyConfig))
+    for name, field in model.model_fields.items()
+}
+
+
 class TrialConfig(BaseModel):
-    """One trial: prune, re-estimate BatchNorm, reconstruct layers, distil, evaluate."""
+    """One trial: prune, re-estimate BatchNorm, reconstruct layers, distil, quantise, evaluate."""
 
     model_config = STRICT
 
@@ -297,6 +366,8 @@ class TrialConfig(BaseModel):
     distillation: DistillationConfig = DistillationConfig()
     reference: ReferenceConfig = ReferenceConfig()
     reconstruction: ReconstructionConfig = ReconstructionConfig()
+    quantisation: QuantisationConfig = QuantisationConfig()
+    latency: LatencyConfig = LatencyConfig()
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     @model_validator(mode="after")
@@ -322,6 +393,8 @@ class TrialConfig(BaseModel):
                     f"synthesis.method={method} makes images with the student, whose shape pruning.structure=channels "
                     "changes; use another method"
                 )
+            if self.pruning.target == "latency" and self.latency.runtime == "none":
+                raise ValueError("pruning.target=latency is measured; set latency.runtime=pytorch or onnxruntime")
         new_student = self.student.architecture is not None and self.student.weights is None
         if new_student and self.distillation.bn_mode != "trained":
             raise ValueError("a student from scratch has no BatchNorm statistics yet; set distillation.bn_mode=trained")

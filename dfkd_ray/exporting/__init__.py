@@ -28,6 +28,7 @@ from dfkd_ray.exporting import comparison, images, metadata, onnx_files, torch_f
 from dfkd_ray.exporting import int8 as quantisation
 from dfkd_ray.exporting.comparison import Run
 from dfkd_ray.exporting.images import Progress
+from dfkd_ray.exporting.onnx_files import PRODUCER
 from dfkd_ray.heads import HEADS, Head
 from dfkd_ray.plain import given, named
 from dfkd_ray.storage import Where
@@ -211,6 +212,11 @@ def check(path: Path | str, format: str, int8: bool, device: str = "auto") -> Pa
         if os.path.lexists(place) and not (not row.suffix and is_empty_folder(place)):
             raise ValueError(f"{named(place)}: it is there already, and is not replaced; choose another name")
     return path
+
+
+def is_own_onnx(data: bytes) -> bool:
+    """Whether the beginning of a file is that of an ONNX file which this package wrote: it names its producer."""
+    return PRODUCER.encode() in data[:32]
 
 
 def not_installed(names: Sequence[str]) -> list[str]:

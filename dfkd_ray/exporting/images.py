@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from dfkd_ray import batchnorm, devices, evaluation, synthesis, trial
+from dfkd_ray import batchnorm, devices, evaluation, synthesis
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import parse_synthesis
+from dfkd_ray.image_sources import Local, Round, gather
 from dfkd_ray.images import decode
 from dfkd_ray.storage import Where
 
@@ -45,14 +46,14 @@ def made(
     settings = parse_synthesis(method)
     synthesis.check(teacher, settings)
     settings = synthesis.pinned(teacher, settings, device)
-    source_of = trial.Local(cache_root)
+    source_of = Local(cache_root)
     report = progress or (lambda _stage, _done, _total, _numbers: None)
     place = devices.resolve(device)
 
     def gathered(num_images: int, domain: str, stage: str) -> np.ndarray:
-        wanted = trial.Round(teacher, settings, place, domain)
+        wanted = Round(teacher, settings, place, domain)
         num_batches = -(-num_images // settings.batch_size)
-        return trial.gather(source_of, wanted, num_batches, stage, report).pool.images[:num_images]
+        return gather(source_of, wanted, num_batches, stage, report).pool.images[:num_images]
 
     plain = gathered(NUM_COMPARED, "reference", "images to compare on")
     compared = normalised(teacher, evaluation.mixtures(plain, teacher.info.space))

@@ -6,7 +6,7 @@ float32 and int8), and older runtimes refuse newer opsets. BatchNorm is folded i
 
 import io
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from dfkd_ray.exporting.metadata import INPUT, OUTPUT
 from dfkd_ray.untrusted import reason, size
 
 OPSET = 21
-PREFIX = "dfkd_ray."  # of metadata names
+PRODUCER = "dfkd_ray"
+PREFIX = f"{PRODUCER}."  # of metadata names
 MAX_BYTES = 2**31 - 2**20  # an ONNX file is one protobuf message, of less than 2 GiB
 
 
@@ -73,7 +74,7 @@ def files(model: bytes, texts: Mapping[str, str]) -> dict[str, bytes]:
 
     found = onnx.load_model_from_string(model)
     onnx.helper.set_model_props(found, {PREFIX + name: text for name, text in texts.items()})
-    found.producer_name, found.producer_version = "dfkd_ray", texts["package_version"]
+    found.producer_name, found.producer_version = PRODUCER, texts["package_version"]
     return {".onnx": found.SerializeToString(deterministic=True)}
 
 
@@ -85,6 +86,12 @@ def open_model(path: Path) -> Run:
 def runs(opened: Any) -> Run:
     """An ONNX Runtime session as a function of images."""
     return lambda images: opened.run([OUTPUT], {INPUT: images})[0]
+
+
+def running(model: bytes, batch: np.ndarray) -> Callable[[], np.ndarray]:
+    """What runs one batch through a model, for the measuring of latency."""
+    call = runs(session(model, spinning=False))
+    return lambda: call(batch)
 
 
 def session(model: bytes, spinning: bool = True) -> Any:

@@ -11,7 +11,7 @@ from dfkd_ray import cache, devices, models
 from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.fleet.coordinator import HOLD_S
 from dfkd_ray.fleet.synthesizer import Spec
-from dfkd_ray.trial.images import Round
+from dfkd_ray.image_sources import Round
 
 PAUSE_S = 0.2
 ANSWER_S = 60.0  # timeout of a call; the coordinator answers within HOLD_S, with or without a batch

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dfkd_ray.ladder import BN_REESTIMATED, RECONSTRUCTED
+from dfkd_ray.ladder import BN_REESTIMATED, QUANTISED, RECONSTRUCTED
 from dfkd_ray.report import aggregates, figures, page
 from dfkd_ray.report.page import Section, escape
 from dfkd_ray.report.wording import (
@@ -33,7 +33,12 @@ if TYPE_CHECKING:
 
 NUM_NETWORKS = 12  # networks with figures of their own
 NUM_ROWS = 48  # of a table other than that of the trials
-UNTRAINED = {"BN only": BN_REESTIMATED, "reconstruction only": RECONSTRUCTED}
+# Heading → rung, and what the note says of it.
+BESIDE = {
+    QUANTISED.heading: (QUANTISED, QUANTISED.how),
+    "BN only": (BN_REESTIMATED, f"{BN_REESTIMATED.how} without training"),
+    "reconstruction only": (RECONSTRUCTED, f"{RECONSTRUCTED.how} without training"),
+}
 VERSIONS = (
     *("trial_version", "synthesis_version", "package_version", "commit", "torch_version", "ray_version"),
     *("numerics", "host"),
@@ -96,8 +101,8 @@ def answer(material: Material) -> Section:
     fields = [name for name in material.own_fields if name != "pruning.sparsity"]
     real = bool(material.answers["real_data"].any())
     bound = "bound_lost" in material.answers and bool(material.answers["bound_lost"].notna().any())
-    before = {heading: f"lost_{rung.name}" for heading, rung in UNTRAINED.items()}
-    before = {heading: name for heading, name in before.items() if material.answers[name].notna().any()}
+    beside = {heading: f"lost_{rung.name}" for heading, (rung, _) in BESIDE.items()}
+    beside = {heading: name for heading, name in beside.items() if material.answers[name].notna().any()}
     columns: dict[str, Callable[[dict[str, Any]], Any]] = {
         "network": lambda row: row["network"],
         "sparsity": lambda row: sparsity(row["level"]),
@@ -105,7 +110,7 @@ def answer(material: Material) -> Section:
         "real images": lambda row: plus_minus(row["bound_lost"], row["bound_lost_std"]),
         **{
             heading: lambda row, name=name: plus_minus(row[name], row[f"{name}_std"])
-            for heading, name in before.items()
+            for heading, name in beside.items()
         },
         "pruned": lambda row: plus_minus(row["lost_pruned"], row["lost_pruned_std"]),
         "seeds": lambda row: row["num_seeds"],
@@ -133,7 +138,7 @@ def answer(material: Material) -> Section:
     html = page.table(list(shown), cells, numbers=set(shown) - texts, long=["best configuration"], key="lost")
     note = "Points below the teacher, mean ± std over seeds: lost, after recovery; "
     note += "real images, the same with real images (the upper bound); " if bound else ""
-    note += "".join(f"{heading}, {UNTRAINED[heading].how} without training; " for heading in before)
+    note += "".join(f"{heading}, {BESIDE[heading][1]}; " for heading in beside)
     note += "pruned, with nothing done. "
     note += "Best student: its folder under students/."
     return Section(name, title, html + page.paragraph(note + more(len(material.answers), len(rows), "row"), "note"))
@@ -223,6 +228,43 @@ def sizes(material: Material) -> Section:
         table = page.table(headings, cells, numbers=("sparsity", "seeds", label, "stored"), long=["configuration"])
         parts.append(f'<div class="figures">{drawing}</div>{table}')
     return Section(name, title, "".join(parts))
+
+
+def speed(material: Material) -> Section:
+    """Pareto front accuracy against measured speed, of students and their int8 files."""
+    name, title = "speed", "Accuracy against speed"
+    deployed = aggregates.deployed(material.configs)
+    if deployed.empty or (deployed["speed"] == 1).all():
+        why = "no student's latency was measured: zeros save no multiplications, and channels were not removed."
+        return Section(name, title, why_not=why)
+    parts = []
+    for measure, rows in deployed.groupby("measure", sort=False):
+        label = MEASURES[str(measure)]
+        front = aggregates.front(rows, "speed", cheap_is_high=True)
+        caption = f"{label} against speed, mean over seeds: dots are students, squares their int8 files. Circled: the "
+        caption += "front, which no other beats in both. Stars: the teachers."
+        drawing = material.draw(f"speed-{measure}", figures.speeds(rows, front), caption)
+        headings = ["front", "kind", "times as fast", label, "MACs left", "file", "seeds", "configuration", "student"]
+        cells = [
+            [
+                row["network"],
+                row["kind"],
+                plus_minus(row["speed"], row["speed_std"], 1.0),
+                f"{plus_minus(row['at_recovered'], row['at_recovered_std'])}\u00a0%",
+                percent(row["macs_left"]),
+                size(row["stored_bytes"]),
+                row["num_seeds"],
+                settings(row, material.own_fields) or "the only one",
+                row["trial_id"],
+            ]
+            for row in dicts(front)[:NUM_ROWS]
+        ]
+        numbers = ("times as fast", label, "MACs left", "file", "seeds")
+        table = page.table(headings, cells, numbers=numbers, long=["configuration"])
+        parts.append(f'<div class="figures">{drawing}</div>{table}')
+    note = "Medians of alternating runs of teacher and student in the trial's process, as its section latency says, on "
+    note += "that machine; other trials ran beside it."
+    return Section(name, title, "".join(parts) + page.paragraph(note, "note"))
 
 
 def synthesis(material: Material) -> Section:
@@ -422,6 +464,7 @@ SECTIONS: tuple[Callable[[Material], Section], ...] = (
     recovery,
     weights,
     sizes,
+    speed,
     synthesis,
     pictures,
     failed,

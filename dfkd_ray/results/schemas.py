@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 from pydantic import BaseModel
 
-from dfkd_ray.config import TrialConfig, nested_models
+from dfkd_ray.config import NEWER_FIELDS, TrialConfig, nested_models
 from dfkd_ray.config.methods import METHODS, term_columns
 from dfkd_ray.ladder import RUNGS, STUDENTS
 
@@ -25,7 +25,8 @@ SCHEMA = b"dfkd_ray.schema"
 # field are null in older rows. A new config field does not raise the version, a new metric does.
 RENAMED: dict[str, list[Mapping[str, str]]] = {
     # 2: written_at_s; 3: trial_version, synthesis_version; 4: selected, warnings, test_set, test_sha256; 5: the rung
-    # "reconstructed"; 6: num_macs, teacher_num_parameters, teacher_num_macs, channels; 7: num_kept_zeros
+    # "reconstructed"; 6: num_macs, teacher_num_parameters, teacher_num_macs, channels; 7: the rung "quantised",
+    # latency, num_kept_zeros
     "trials": [{}, {}, {}, {}, {}, {}],
     "epochs": [],
     "synthesis": [{}, {}, {}, {}],  # 2: written_at_s; 3: record; 4: synthesis_version; 5: round
@@ -74,6 +75,10 @@ METRICS: Columns = {
     "num_kept_zeros": (pa.int64(), True, "zeros of student.weights that stayed zero; null without such a file"),
     "dense_bytes": (pa.int64(), True, "float32 bytes of the student's state"),
     "stored_bytes": (pa.int64(), True, "bytes of its weights file"),
+    "quantised_kl": (pa.float64(), True, "as reference_kl, of the int8 ONNX file; null without int8"),
+    "int8_file_bytes": (pa.int64(), True, "bytes of the student's ONNX file with int8; null without int8"),
+    "float_file_bytes": (pa.int64(), True, "bytes of its ONNX file in float32; null without int8"),
+    "int8_steps": (pa.int64(), True, "steps of distillation through fake quantisation of that file; 0 without"),
     "num_images": (pa.int64(), True, "distinct images distilled on"),
     "teacher_hash": (pa.string(), True, "of architecture, normalisation and weights"),
     "synthesis_key": (pa.string(), True, "of teacher hash and synthesis config"),
@@ -85,7 +90,16 @@ METRICS: Columns = {
     "reference_wall_s": (pa.float64(), False, "the same for the reference set"),
     "reconstruction_wall_s": (pa.float64(), False, "seconds of layer-wise reconstruction; null where it is left out"),
     "distillation_wall_s": (pa.float64(), False, "seconds of distillation"),
+    "quantisation_wall_s": (pa.float64(), False, "seconds of writing and measuring int8; null without it"),
     "wall_s": (pa.float64(), False, "seconds of the whole trial"),
+    "latency_ratio": (
+        pa.float64(),
+        False,
+        "how many times as fast as the teacher a batch is, of alternating runs; null in the teacher's shape",
+    ),
+    "int8_latency_ratio": (pa.float64(), False, "of its int8 file to the teacher in float32, both on ONNX Runtime"),
+    "latency_s": (pa.float64(), False, "seconds of a batch, median, as section latency says"),
+    "teacher_latency_s": (pa.float64(), False, "the same of the teacher"),
     "num_cached_batches": (pa.int64(), False, "batches that were there: in the cache, or made for another trial"),
     "fleet_call_s": (pa.float64(), False, "seconds inside calls to the synthesis fleet, waiting for images excluded"),
     "fleet_wait_s": (pa.float64(), False, "seconds of waiting for images that were still being made"),
@@ -240,10 +254,15 @@ def renamed(table: str, number: int, names: list[str]) -> list[str]:
 
 
 def migrated(table: str, rows: pa.Table, columns: list[str]) -> pa.Table:
-    """Rows of an older version in today's schema, restricted to `columns`; missing values are null."""
+    """Rows of an older version in today's schema, restricted to `columns`; missing values are null, or no int8."""
     rows = rows.rename_columns(renamed(table, version_of(table, rows.schema) or 1, rows.column_names))
     today = schema(table)
     fields = [today.field(name) for name in columns]
     have = set(rows.column_names)
-    arrays = [rows.column(f.name).cast(f.type) if f.name in have else pa.nulls(len(rows), f.type) for f in fields]
+
+    def missing(field: pa.Field) -> pa.Array:
+        value = NEWER_FIELDS.get(field.name)  # they had none: null would look like another setting
+        return pa.nulls(len(rows), field.type) if value is None else pa.repeat(pa.scalar(value, field.type), len(rows))
+
+    arrays = [rows.column(f.name).cast(f.type) if f.name in have else missing(f) for f in fields]
     return pa.Table.from_arrays(arrays, schema=pa.schema(fields, metadata=today.metadata))

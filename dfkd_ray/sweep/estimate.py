@@ -19,6 +19,7 @@ from dfkd_ray.bundles import Teacher
 from dfkd_ray.compression import pruning
 from dfkd_ray.config import METHODS, PruningConfig, synthesis_key
 from dfkd_ray.sweep.jobs import Job
+from dfkd_ray.trial import reconstruction
 
 START_S = 15.0  # Ray, the fleet and the first trial's process; measured on two cores
 CAP_S = 20.0
@@ -29,6 +30,9 @@ MOST_STEPS = 8
 # the bundled ResNet-20, 3.2 and 4.0 with 1,024 for the ResNet-8 and a ResNet-18 of width 32. It is more where bfloat16
 # is faster than float32, which reconstruction takes; there it was not measured, nor on a GPU.
 RECONSTRUCTION = 3.0
+# Seconds of writing an ONNX file and its int8 form: most of them are following the network, on images of any size.
+# Measured in CPU seconds of one thread: 2.7 for the bundled ResNet-8, 5.7 for the ResNet-20.
+INT8_S = 6.0
 Unit = str  # what decides how long a piece of work takes, as text: `unit_of`
 Kind = Literal["GPU", "CPU core"]
 Seconds = Annotated[float, Field(ge=0)]
@@ -135,13 +139,19 @@ def trial_s(job: Job, costs: Costs, num_test_images: int) -> float:
     config, kd, cost = job.config, job.config.distillation, costs[unit_of(job)]
     looks, before = 1 + -(-kd.num_steps // kd.eval_every), 2  # rungs before training: pruned, BatchNorm re-estimated
     num_images = kd.num_images + config.bn_num_images  # the pool: the teacher's answers, re-estimation
-    if trial.reconstruction.applies(config):
+    if reconstruction.applies(config):
         before += 1
         num_images += round(RECONSTRUCTION * 2 * config.reconstruction.num_images)
     # The reference set: the teacher's answers, the rungs before training and the looks.
     num_images += (1 + before + looks) * config.reference.num_images
     num_images += (before + 1) * num_test_images  # these and recovered; the teacher's is known after the first
-    return kd.num_steps * cost.step_s + num_images * cost.image_s
+    steps, fixed_s = kd.num_steps, 0.0
+    if config.quantisation.int8:
+        num_images += 2 * config.reference.num_images + num_test_images  # the float32 file and the int8 one
+        fixed_s = INT8_S
+        if config.quantisation.distil_above is not None:
+            steps, fixed_s = steps + config.quantisation.num_steps, 2 * INT8_S
+    return steps * cost.step_s + num_images * cost.image_s + fixed_s
 
 
 def estimate(

@@ -1,4 +1,4 @@
-"""Runs one whole trial on one machine, without Ray: prune, re-estimate BatchNorm, reconstruct, distil, evaluate.
+"""Runs one whole trial on one machine, without Ray: prune, re-estimate BatchNorm, reconstruct, distil, quantise.
 
 The result is a row. Real data is passed in as arguments: test batches (for reporting) and, if a config asks for `real`
 images, a source of them. This module opens no data set.
@@ -15,18 +15,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from dfkd_ray import batchnorm, bundles, devices, distillation, evaluation, ladder, models, storage, synthesis
+from dfkd_ray import (
+    batchnorm,
+    bundles,
+    devices,
+    distillation,
+    evaluation,
+    exporting,
+    ladder,
+    models,
+    storage,
+    synthesis,
+    targets,
+)
 from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.bundles import Teacher, starts
-from dfkd_ray.compression import channels, pruning
+from dfkd_ray.compression import pruning
 from dfkd_ray.compression.channels import Prepared
 from dfkd_ray.config import TrialConfig
 from dfkd_ray.devices import Runtime
 from dfkd_ray.distillation import NOBODY, Observer, Pool
-from dfkd_ray.heads import HEADS
-from dfkd_ray.images import decoded
+from dfkd_ray.heads import HEADS, Head
+from dfkd_ray.image_sources import Gathered, Images, Injected, Local, Round, gather, wall_s
 from dfkd_ray.storage import Folder, Where
-from dfkd_ray.trial import reconstruction, starting, structure
+from dfkd_ray.trial import quantisation, speed, starting, structure
 from dfkd_ray.trial.identity import (
     CHECKPOINTS,
     TRIAL_ID,
@@ -37,23 +49,14 @@ from dfkd_ray.trial.identity import (
     remove_checkpoints,
     trial_id,
 )
-from dfkd_ray.trial.images import (
-    Gathered,
-    Images,
-    Injected,
-    Local,
-    Round,
-    Rounds,
-    RoundsLostError,
-    batches_wanted,
-    gather,
-    wall_s,
-)
+from dfkd_ray.trial.images import Rounds, RoundsLostError, batches_wanted
 from dfkd_ray.trial.row import cost_columns, image_columns, size_columns, student_info, test_columns
+from dfkd_ray.trial.rungs import Rungs, before_training
 from dfkd_ray.trial.warnings import warnings_of
 
 __all__ = [
     "CHECKPOINTS",
+    "INT8_FILE",
     "NOBODY",
     "TRIAL_ID",
     "Gathered",
@@ -76,6 +79,7 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+INT8_FILE = "int8.onnx"  # in a student's bundle
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,10 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The results of a trial: its row, the student (None if it failed), its images, and rows of the other tables."""
+    """The results of a trial: its row, the student (None if it failed), its images, and rows of the other tables.
+
+    `int8`: the student's ONNX file with int8 weights and activations, None without.
+    """
 
     row: dict[str, Any]
     student: nn.Module | None = None
@@ -105,11 +112,19 @@ class Outcome:
     batches: tuple[Batch, ...] = ()
     epochs: tuple[dict[str, float | int | None], ...] = ()
     synthesis: tuple[dict[str, Any], ...] = ()
+    int8: bytes | None = None
 
     def save_student(self, folder: Where) -> bundles.BundleInfo:
-        """Write the student as a bundle, into a folder or under a URI."""
+        """Write the student as a bundle, into a folder or under a URI; with int8 also its ONNX file, beside."""
         assert self.student is not None and self.student_info is not None
-        return bundles.save(folder, self.student_info, self.student.state_dict(), self.pruned)
+        place = targets.check(folder, bundles.BUNDLE)
+        if exporting.is_own_onnx(targets.head(place, INT8_FILE) or b""):
+            place.remove(INT8_FILE)  # it is of the student that was there before
+        info = bundles.save(place, self.student_info, self.student.state_dict(), self.pruned)
+        if self.int8 is not None:
+            targets.check_file(place, INT8_FILE, exporting.is_own_onnx, "an ONNX file")
+            place.write(INT8_FILE, self.int8)
+        return info
 
 
 NOTHING = Inputs()
@@ -176,6 +191,8 @@ def check(config: TrialConfig, teacher: Teacher, trust_code: Sequence[str], on_g
         student = starting_student(config, teacher, torch.device("cpu"), trust_code)
         starting.check(student, config, teacher)
     removable = structure.prepared(student, config, teacher)
+    speed.check(config.latency)
+    quantisation.check(config, teacher, student)
     if config.distillation.bn_mode != "trained" and not batchnorm.layers(student):
         raise ValueError(
             f"distillation.bn_mode={config.distillation.bn_mode} acts on BatchNorm, and the student has none; "
@@ -194,138 +211,66 @@ def steps(
     observer: Observer,
 ) -> Outcome:
     """The stages of a trial, in order."""
-    device = devices.resolve(config.device)
-    kd, test = config.distillation, inputs.test
+    device, kd = devices.resolve(config.device), config.distillation
     runtime = Runtime(device, teacher.info.space, kd.precision, kd.num_threads, kd.fast)
-    network = on_device(teacher.network, device)
+    network, head = on_device(teacher.network, device), HEADS[teacher.info.head]
     report = observer.progress or (lambda _stage, _done, _total, _shown: None)
 
     with runtime.numerics():
         student = starting_student(config, teacher, device, inputs.trust_code)
-        reestimates = bool(batchnorm.layers(student))
         num_before = pruning.num_parameters(student)
-
         held_out = gather_reference(config, teacher, device, inputs.images, report)
         row["reference_wall_s"] = wall_s(held_out.rows)
-        head = HEADS[teacher.info.head]
-        compared = held_out.pool.images[: config.reference.num_images]
-        if config.reference.mixed:
-            compared = evaluation.mixtures(compared, runtime.space)
-        reference = evaluation.reference(network, compared, runtime, head)
+        reference = reference_of(config, network, held_out, runtime, head)
+
         first = Round(teacher, config.synthesis, device, student=config.student.structure)
         source = Injected(inputs.real) if inputs.real and config.synthesis.method == "real" else inputs.images
+        reestimates = bool(batchnorm.layers(student))
         rounds = Rounds(config, first, source, checkpoint, report, row["trial_id"], reestimates)
+        first_pool, pool = rounds.first_pool(), rounds.pool()
+        row |= made_columns(rounds, pool, network, head, runtime) | test_columns(inputs.test)
 
-        def count_images(pool: Pool) -> None:
-            row.update(synthesis_key=rounds.key, num_cached_batches=rounds.num_found)
-            row["synthesis_wall_s"] = wall_s(rounds.rows)
-            row.update(image_columns(pool, rounds.rows, network, head, runtime))
-
-        first_pool = rounds.first_pool()
-        pool = rounds.pool()
-        count_images(pool)
-
-        # The student on the rungs before training.
-        choice = None
-        if removable is not None:
-            choice = structure.chosen(student, removable, config, first_pool, runtime)
-            masks, warned = choice.masks, list(choice.warnings)
-        else:
-            masks, warned = reconstruction.masks(student, config, first_pool, runtime)
-        zeros = starting.zeros(student, config)
-        masks = starting.both(masks, zeros)
-        row |= starting.columns(config, zeros)
-        warned += starting.warnings_of(config, teacher, zeros)
-        dense = deepcopy(student)
-        pruning.apply(student, masks)
-        measured: dict[ladder.Rung, tuple[float, float]] = {}  # KL divergence, agreement
-        states: dict[ladder.Rung, dict[str, torch.Tensor]] = {}
-
-        def measure(rung: ladder.Rung, net: nn.Module) -> None:
-            report("evaluating", 0, 1, {})
-            if rung is ladder.TEACHER and inputs.teacher_accuracy is not None:
-                row[rung.accuracy] = inputs.teacher_accuracy
-            elif test is not None:
-                row[rung.accuracy] = evaluation.accuracy(net, test, runtime, head)
-            if rung in ladder.BEFORE:
-                agreement, kl = reference.compare(net)
-                row[str(rung.agreement)], measured[rung] = agreement, (kl, agreement)
-                states[rung] = deepcopy(net.state_dict())
-
-        def leave_out(rung: ladder.Rung) -> None:
-            """A rung that does not exist is null: the numbers of the one before would suggest that it does."""
-            row.update({rung.accuracy: None, str(rung.agreement): None})
-
-        row |= test_columns(test)
-        measure(ladder.TEACHER, network)
-        measure(ladder.PRUNED, student)
-        if reestimates:
-            reestimate(student, config, first_pool, runtime)
-            measure(ladder.BN_REESTIMATED, student)
-        else:
-            leave_out(ladder.BN_REESTIMATED)
-        start = ladder.BN_REESTIMATED if reestimates else ladder.PRUNED
-        reconstructed = False
-        if reconstruction.applies(config, masks):
-            report("reconstructing", 0, 1, {})
-            reconstruction_start = time.perf_counter()
-            student.load_state_dict(states[ladder.PRUNED])
-            reconstructed, said = reconstruction.reconstruct(student, network, config, first_pool, runtime, masks)
-            warned += said
-            if reconstructed:
-                row["reconstruction_wall_s"] = time.perf_counter() - reconstruction_start
-                measure(ladder.RECONSTRUCTED, student)
-                start = min((ladder.RECONSTRUCTED, start), key=lambda rung: measured[rung][0])
-            student.load_state_dict(states[start])
-        if not reconstructed:
-            leave_out(ladder.RECONSTRUCTED)
-
-        # Frozen BatchNorm keeps the teacher's statistics. The cubic schedule starts dense and makes its own masks.
-        if config.pruning.schedule == "cubic":
-            student = dense
-            masks = {name: torch.ones_like(mask) for name, mask in masks.items()}
-        elif kd.bn_mode == "frozen":
-            pruning.apply(dense, masks)
-            student, start = dense, ladder.PRUNED
-        if choice is not None:  # the channels that were masked go
-            images = reconstruction.fitting_images(student, config, first_pool, runtime)(channels.NUM_TRIED)
-            student, states = structure.small(student, states, choice, images)
-            masks = {}
+        rungs = Rungs(row, reference, inputs.test, inputs.teacher_accuracy, report)
+        start = before_training(student, network, config, removable, first_pool, rungs, teacher.info, checkpoint)
         distillation_start = time.perf_counter()
         state = distillation.distil(
-            student,
+            student := start.student,
             network,
             rounds.pool_at,
             kd,
-            pruning.Pruned(config.pruning, masks),
+            pruning.Pruned(config.pruning, start.masks),
             reference,
             checkpoint=checkpoint,
             observer=observer,
         )
         row["distillation_wall_s"] = time.perf_counter() - distillation_start
-        measured[ladder.RECOVERED] = (state.best_kl, state.best_agreement)
-        # The first of equals: distillation.
-        selected = min((ladder.RECOVERED, *measured), key=lambda rung: measured[rung][0])
+        rungs.measured[ladder.RECOVERED] = (state.best_kl, state.best_agreement)
+        selected = rungs.nearest(ladder.RECOVERED, *rungs.measured)  # the first of equals: distillation
         if selected is not ladder.RECOVERED:
-            student.load_state_dict(states[selected])
+            student.load_state_dict(rungs.states[selected])
             student.eval()
-        measure(ladder.RECOVERED, student)
+        rungs.measure(ladder.RECOVERED, student)
         if rounds.num_rounds > 1:
             pool = rounds.pool()
-            count_images(pool)
+            row |= made_columns(rounds, pool, network, head, runtime)
 
-    kl, agreement = measured[selected]
+    kl, agreement = rungs.measured[selected]
     row |= {
         "agreement": agreement,
         "reference_kl": kl,
         "best_step": state.best_step if selected is ladder.RECOVERED else 0,
         # Distillation may have kept what it began with.
-        "selected": (start if selected is ladder.RECOVERED and state.best_step == 0 else selected).name,
+        "selected": (start.rung if selected is ladder.RECOVERED and state.best_step == 0 else selected).name,
         "status": "finished",
     }
-    student = devices.place(student, torch.device("cpu"), channels_last=False)
-    pruned = tuple(pruning.prunable(student)) if masks and choice is None else ()
+    student, choice = devices.place(student, torch.device("cpu"), channels_last=False), start.choice
+    pruned = tuple(pruning.prunable(student)) if (config.pruning.sparsity > 0 or start.masks) and choice is None else ()
     row |= size_columns(student, pruned) | cost_columns(student, teacher)
+    warned = [*start.warnings, *starting.warnings_of(config, teacher)]
+    if choice is not None or config.student.architecture is not None:
+        timed, slow = speed.columns(config.latency, network, student, teacher.info.input_shape, device)
+        row |= timed
+        warned += slow
     if config.pruning.structure == "channels":  # its sparsity is no number of zeros, even where nothing was removed
         row["achieved_sparsity"] = 1 - row["num_parameters"] / num_before
     if choice is not None:
@@ -339,9 +284,19 @@ def steps(
         )
         return Outcome({**row, "status": "failed", "reason": reason})
     info = student_info(config, teacher, row, () if choice is None else choice.edits)
+    int8 = None
+    if config.quantisation.int8:
+        sha256 = bundles.stored_sha256(student.state_dict(), pruned)
+        described = info.model_copy(update={"weights_sha256": sha256})
+        own = Teacher(student.requires_grad_(False), described, teacher.hash, row["trial_id"])
+        int8 = quantisation.quantise(own, config, network, pool, rungs)
+        if int8 is not None:
+            row |= speed.int8_columns(config.latency, network, int8, info.input_shape)
+    else:
+        rungs.leave_out(ladder.QUANTISED)
     images = Batch(0, pool.images, pool.labels, rounds.key)
     rows = (*held_out.rows, *rounds.rows)
-    return Outcome(row, student.requires_grad_(False), info, pruned, (images,), tuple(state.epochs), rows)
+    return Outcome(row, student.requires_grad_(False), info, pruned, (images,), tuple(state.epochs), rows, int8)
 
 
 def num_prunable(student: nn.Module) -> int:
@@ -388,12 +343,18 @@ def gather_reference(
     return gather(source, wanted, -(-config.reference.num_images // settings.batch_size), "reference set", report)
 
 
-def reestimate(student: nn.Module, config: TrialConfig, pool: Pool, runtime: Runtime) -> None:
-    """Re-estimate the student's BatchNorm statistics on the first `bn_num_images` images, without augmentation."""
-    size = config.synthesis.batch_size
-    total = min(-(-config.bn_num_images // size) * size, len(pool.labels))
+def reference_of(
+    config: TrialConfig, network: nn.Module, held_out: Gathered, runtime: Runtime, head: Head
+) -> evaluation.Reference:
+    """The reference set: the teacher's logits on the held-out images, or on mixtures of them."""
+    compared = held_out.pool.images[: config.reference.num_images]
+    if config.reference.mixed:
+        compared = evaluation.mixtures(compared, runtime.space)
+    return evaluation.reference(network, compared, runtime, head)
 
-    parts = (pool.images[start : min(start + size, total)] for start in range(0, total, size))
-    images = (devices.laid_out(x, student) for x in decoded(parts, runtime.space, runtime.device))
-    with runtime.autocast():
-        batchnorm.reestimate(student, images)
+
+def made_columns(rounds: Rounds, pool: Pool, network: nn.Module, head: Head, runtime: Runtime) -> dict[str, Any]:
+    """The columns about the images made so far."""
+    made = {"synthesis_key": rounds.key, "num_cached_batches": rounds.num_found}
+    made |= {"synthesis_wall_s": wall_s(rounds.rows)}
+    return made | image_columns(pool, rounds.rows, network, head, runtime)

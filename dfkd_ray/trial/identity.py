@@ -11,9 +11,9 @@ import torch
 import dfkd_ray
 from dfkd_ray import commit, devices, distillation, storage, synthesis
 from dfkd_ray.bundles import Teacher, starts
-from dfkd_ray.config import TrialConfig, columns_of, stable_hash, versions
+from dfkd_ray.config import TrialConfig, columns_of, hashed, stable_hash, versions
 from dfkd_ray.storage import Folder
-from dfkd_ray.trial import images
+from dfkd_ray.trial import images, structure
 
 TRIAL_ID = re.compile(r"t-[0-9a-f]{12}")
 CHECKPOINTS = "checkpoints"
@@ -52,10 +52,9 @@ def pinned(config: TrialConfig, teacher: Teacher) -> TrialConfig:
 def trial_id(config: TrialConfig, teacher: Teacher) -> str:
     """`t-` and 12 hex digits: a hash of everything that determines the results (teacher, config, algorithm versions).
 
-    The config's `teacher` and `student.weights` (names) and `device` are left out.
+    Left out of the config are the fields that change no result: see `config.hashed`.
     """
-    fields = config.model_dump(mode="json", exclude={"teacher": True, "device": True, "student": {"weights"}})
-    return "t-" + stable_hash({"teacher": teacher.hash, "config": fields, "versions": versions()})[:12]
+    return "t-" + stable_hash({"teacher": teacher.hash, "config": hashed(config), "versions": versions()})[:12]
 
 
 def provenance(config: TrialConfig, teacher: Teacher) -> dict[str, Any]:
@@ -106,4 +105,4 @@ def remove_checkpoints(place: Folder, trial_ids: Iterable[str] | None = None) ->
 
 def is_checkpoint(name: str) -> bool:
     """Whether a file name is one of a trial's checkpoint files."""
-    return name == distillation.CHECKPOINT or images.is_own_file(name)
+    return name in (distillation.CHECKPOINT, structure.CHOICE) or images.is_own_file(name)

@@ -16,9 +16,9 @@ from dfkd_ray.description import SCHEMA, WITH_EDITS, ShapeEdit
 from dfkd_ray.devices import Runtime
 from dfkd_ray.distillation import Pool
 from dfkd_ray.heads import Head
+from dfkd_ray.image_sources import mean_term
 from dfkd_ray.ladder import RECOVERED
 from dfkd_ray.models import libraries
-from dfkd_ray.trial.images import mean_term
 
 
 def image_columns(

@@ -50,11 +50,13 @@ def columns(config: TrialConfig, kept: pruning.Masks) -> dict[str, Any]:
     return {"num_kept_zeros": None if config.student.weights is None else count}
 
 
-def warnings_of(config: TrialConfig, teacher: Teacher, kept: pruning.Masks) -> Iterator[str]:
+def warnings_of(config: TrialConfig, teacher: Teacher) -> Iterator[str]:
     """What the user should know of a student's file."""
     if config.student.weights is None:
         return
-    yield from starts.network_of(config.student, teacher)[1]
+    network, said = starts.network_of(config.student, teacher)
+    yield from said
+    kept = zeros(network, config)
     empty = [name for name, mask in kept.items() if not mask.any()]
     if empty:
         yield f"all weights of {one_line(', '.join(empty), 120)} are zero in student.weights, and stay so"

@@ -15,8 +15,8 @@ from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import TrialConfig
 from dfkd_ray.distillation import Pool
 from dfkd_ray.heads import positive_share
+from dfkd_ray.image_sources import mean_term
 from dfkd_ray.ladder import PRUNED, TEACHER
-from dfkd_ray.trial.images import mean_term
 
 LEAST_AGREEMENT = 0.5  # of images and the labels that they were made for
 LEAST_CONFIDENCE = 0.5  # mean over images of the probability of the teacher's answers; with few classes:
