@@ -25,7 +25,8 @@ SCHEMA = b"dfkd_ray.schema"
 # field are null in older rows. A new config field does not raise the version, a new metric does.
 RENAMED: dict[str, list[Mapping[str, str]]] = {
     # 2: written_at_s; 3: trial_version, synthesis_version; 4: selected, warnings, test_set, test_sha256; 5: the rung
-    # "reconstructed"; 6: num_macs, teacher_num_parameters, teacher_num_macs, channels; 7: the rung "quantised", latency
+    # "reconstructed"; 6: num_macs, teacher_num_parameters, teacher_num_macs, channels; 7: the rung "quantised",
+    # latency, num_kept_zeros
     "trials": [{}, {}, {}, {}, {}, {}],
     "epochs": [],
     "synthesis": [{}, {}, {}, {}],  # 2: written_at_s; 3: record; 4: synthesis_version; 5: round
@@ -71,6 +72,7 @@ METRICS: Columns = {
     "teacher_num_macs": (pa.int64(), True, "as num_macs, of the teacher"),
     "channels": (pa.string(), True, "JSON: layer -> [channels kept, before]; null where none were removed"),
     "num_nonzero": (pa.int64(), True, "non-zero parameters of the student"),
+    "num_kept_zeros": (pa.int64(), True, "zeros of student.weights that stayed zero; null without such a file"),
     "dense_bytes": (pa.int64(), True, "float32 bytes of the student's state"),
     "stored_bytes": (pa.int64(), True, "bytes of its weights file"),
     "quantised_kl": (pa.float64(), True, "as reference_kl, of the int8 ONNX file; null without int8"),
