@@ -155,8 +155,11 @@ CASES = [
 def test_every_format_gives_the_network_s_logits_for_batches_of_any_size(kind, format_, tmp_path):
     teacher = TEACHERS[kind]()
     done = dfkd_ray.export(teacher, tmp_path / NAMES[format_], format=format_)
-    own = {"torch": ["net"], "openvino": ["net.bin", "net.xml"]}.get(format_, [NAMES[format_]])
-    assert left(tmp_path) == own and done.path == tmp_path / NAMES[format_]
+    own = {"openvino": ["net.bin", "net.xml"], "torch": ["net"]}.get(format_, [NAMES[format_]])
+    card = "net/README.md" if format_ == "torch" else f"{NAMES[format_]}.md"
+    assert left(tmp_path) == sorted([*own, *([card] if format_ != "torch" else [])])
+    assert done.path == tmp_path / NAMES[format_] and done.card == tmp_path / card and done.card.is_file()
+    assert set(done.files) | {done.card} == {path for path in tmp_path.rglob("*") if path.is_file()}
     assert done.comparison.agreement == 1.0 and done.size_bytes == done.float32_bytes > 0
     run = exporting.FORMATS[format_].open(done.path)
     for size in (1, 2, 13):
@@ -291,7 +294,7 @@ def test_source_code_is_formatted_normalises_and_can_be_trained_further(tmp_path
     network = module["load"]().train()
     network(expected).sum().backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
-    assert left(tmp_path / "net") == ["model.py", "weights.safetensors"]
+    assert left(tmp_path / "net") == ["README.md", "model.py", "weights.safetensors"]
 
 
 HOSTILE = ['"""\nimport os\nos._exit(7)\n"""', "'); import os; os._exit(7)  #", "\\", "{0}", "\u202e", '"\\"', "a\nb"]
@@ -504,16 +507,17 @@ def test_compared_is_on_mixtures_synthesised_from_batchnorm_and_calibrated_on_ot
     monkeypatch.setattr(images, "SIZES", {"batch_size": 8, "num_steps": 1, "num_threads": 1})
     monkeypatch.setattr(images, "NUM_COMPARED", 8)
     teacher = teacher_of(signals(), input_shape=(2, 40))
-    first = images.made(teacher, True, tmp_path / "cache", "cpu")
+    making = images.Making("cpu", tmp_path / "cache")
+    first = images.made(teacher, True, making)
     assert first.source == "synthesised from its BatchNorm statistics"
     assert first.calibration is not None and first.compared.shape == first.calibration.shape == (8, 2, 40)
     assert not np.array_equal(first.compared, first.calibration)
-    again = images.made(teacher, False, tmp_path / "cache", "cpu")
+    again = images.made(teacher, False, making)
     assert np.array_equal(again.compared, first.compared) and again.calibration is None
 
 
 def test_without_batchnorm_and_records_the_images_are_noise_and_not_synthesised():
-    made = images.made(teacher_of(without_batchnorm()), True, None, "cpu")
+    made = images.made(teacher_of(without_batchnorm()), True, images.Making("cpu"))
     assert made.source.startswith("Gaussian noise") and made.compared.shape == (128, *SHAPE)
 
 
@@ -531,9 +535,11 @@ def test_the_command_writes_and_prints_few_lines_of_80_columns(run_cli, tiny_tea
     done = run_cli("export", str(tiny_teacher), "--out", str(tmp_path / "net.onnx"), "--int8")
     assert done.code == 0, done.err
     lines = done.out.splitlines()
-    assert lines[0] == f"written: {tmp_path / 'net.onnx'}" and len(lines) <= 8
-    assert all(len(line) <= 80 for line in lines[1:])
-    assert "agreement" in done.out and "of the float32 file" in done.out and left(tmp_path) == ["net.onnx"]
+    assert lines[:2] == [f"written: {tmp_path / 'net.onnx'}", f"its model card: {tmp_path / 'net.onnx.md'}"]
+    assert len(lines) <= 9 and all(len(line) <= 80 for line in lines[2:])
+    assert (
+        "agreement" in done.out and "of the float32 file" in done.out and left(tmp_path) == ["net.onnx", "net.onnx.md"]
+    )
 
 
 @pytest.mark.parametrize(

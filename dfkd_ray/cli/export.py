@@ -44,9 +44,8 @@ def export(
     root = caches.check_target(cache or caches.default_folder()).uri
     loaded = load_teacher(student, trust_code, download=download)
     test = open_test(loaded, test_data, data_root, download)
-    done = exporting.export(
-        loaded, path, format=format_, int8=int8, test=test, device=device, cache_root=root, progress=Progress()
-    )
+    making = exporting.Making(device, root, Progress())
+    done = exporting.export(loaded, path, format=format_, int8=int8, test=test, making=making)
     for line in lines(done):
         say(line)
     if done.warning:
@@ -58,6 +57,7 @@ def lines(done: Any) -> list[str]:
     found, kind = done.comparison, f"{done.format}, {'int8' if done.is_int8 else 'float32'}"
     told = [
         f"written: {done.path}",
+        f"its model card: {done.card}",
         f"{kind}: {done.size_bytes:,} bytes, {done.size_bytes / done.dense_bytes:.2f} of the dense float32 weights",
     ]
     if done.is_int8:
