@@ -5,7 +5,6 @@ Texts from a bundle, a row or a path are code spans, or literals of a program.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dfkd_ray
@@ -166,8 +165,8 @@ def making(done: "Exported", teacher: Teacher, facts: Mapping[str, Any]) -> list
         lines = [f"Trained on {code(origins.public_name(teacher.info.dataset))}, as its bundle says."]
     if done.is_int8:
         lines.append(
-            f"int8: static quantisation by ONNX Runtime; the ranges of activations are from {NUM_CALIBRATION} images that "
-            f"are no data ({done.images}), and biases are corrected on them."
+            f"int8: static quantisation by ONNX Runtime; the ranges of activations are from {NUM_CALIBRATION} images "
+            f"that are no data ({done.images}), and biases are corrected on them."
         )
     own = commit.of_package()
     lines.append(f"Written by dfkd_ray {dfkd_ray.__version__}{f', commit {own}' if own else ''}.")
@@ -207,8 +206,8 @@ def of_trial(facts: Mapping[str, Any]) -> list[str]:
     lines += known("Distillation: {:,} steps, seed {}.", "distillation.num_steps", "distillation.seed")
     if facts.get("synthesis.method") == "records":
         lines.append(
-            "The images are synthetic. They are made from the teacher and from activation records, which are statistics "
-            "that were taken from training data."
+            "The images are synthetic. They are made from the teacher and from activation records, which are "
+            "statistics that were taken from training data."
         )
     elif is_data_free(facts):
         lines.append("The images are synthetic: made from the teacher alone. No real image was used.")

@@ -20,10 +20,10 @@ def numbers(done: "Exported", teacher: Teacher, facts: Mapping[str, Any]) -> str
     rows = [*accuracies(done, teacher, facts), *distances(facts), *sizes(done, teacher, facts)]
     found = done.comparison
     compared = (
-        f"The file was run on {found.num_images} mixed images, {done.images}, and compared with the network that it was "
-        f"written from: the same answer on {share(found.agreement)}, logits that differ by at most "
-        f"{found.largest_difference:.2g} (their standard deviation is {found.spread:.2g}), KL divergence {found.kl:.2g} "
-        "nats. No data is in these three numbers either."
+        f"The file was run on {found.num_images} mixed images, {done.images}, and compared with the network that it "
+        f"was written from: the same answer on {share(found.agreement)}, logits that differ by at most "
+        f"{found.largest_difference:.2g} (their standard deviation is {found.spread:.2g}), KL divergence "
+        f"{found.kl:.2g} nats. These three numbers are without data too."
     )
     return f"{table(('what', 'value', 'measured on'), rows)}\n\n{compared}"
 
@@ -89,7 +89,10 @@ def set_text(name: Any, num_images: Any, digest: Any) -> str:
     """A test set in words."""
     if name is None:
         return f"a test set that is {UNKNOWN} here"
-    of = [*([f"{num_images:,} images"] if num_images else []), *([f"SHA-256 {str(digest)[:12]}…"] if digest else [])]
+    of = [
+        *([f"{num_images:,} images"] if num_images else []),
+        *([f"SHA-256 {code(str(digest)[:12])}"] if digest else []),
+    ]
     return code(origins.public_name(str(name))) + (f" ({', '.join(of)})" if of else "")
 
 

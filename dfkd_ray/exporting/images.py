@@ -42,7 +42,7 @@ class Images:
     source: str
 
 
-def made(teacher: Teacher, calibrates: bool, making: Making = Making()) -> Images:  # noqa: B008 - it is frozen
+def made(teacher: Teacher, calibrates: bool, making: Making = Making()) -> Images:
     """Make the images, or read them from the cache. `ValueError` if the device or a record cannot be used."""
     method, source = method_of(teacher)
     settings = parse_synthesis(method)
