@@ -240,42 +240,6 @@ def test_accuracies_of_file_and_network_are_measured_on_given_batches(tmp_path):
 # ---- source code -----------------------------------------------------------------------------------------------------
 
 
-RUNNER = """
-import sys
-sys.modules["dfkd_ray"] = None  # an import of it would fail
-import numpy as np
-{load}
-np.save({logits!r}, run(np.load({images!r})))
-assert not any(name.startswith("dfkd_ray.") for name in sys.modules)
-"""
-LOADS = {
-    "torch": "import torch\nsys.path.insert(0, {path!r})\nfrom model import load\nnetwork = load()\n"
-    "run = lambda x: network(torch.from_numpy(x)).detach().numpy()",
-    "torch-export": "import torch\nnetwork = torch.export.load({path!r}).module()\n"
-    "run = lambda x: network(torch.from_numpy(x)).detach().numpy()",
-    "onnx": "import onnxruntime\nnetwork = onnxruntime.InferenceSession({path!r})\n"
-    "run = lambda x: network.run(None, {{'images': x}})[0]",
-    "openvino": "import openvino\nnetwork = openvino.Core().compile_model({path!r}, 'CPU')\n"
-    "run = lambda x: network([x])[0]",
-}
-
-
-@by_format
-def test_a_file_runs_in_a_process_that_cannot_import_this_package(format_, tmp_path):
-    # A fresh environment for each format would take minutes: the import is blocked instead.
-    teacher = TEACHERS["residual, depthwise, grouped"]()
-    path = dfkd_ray.export(teacher, tmp_path / NAMES[format_], format=format_).path
-    given, logits = tmp_path / "images.npy", tmp_path / "logits.npy"
-    np.save(given, noise(teacher, 3))
-    program = RUNNER.format(load=LOADS[format_].format(path=str(path)), logits=str(logits), images=str(given))
-    done = subprocess.run([sys.executable, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    expected = torch_files.runs(teacher.network)(noise(teacher, 3))
-    # OpenVINO by itself computes in bfloat16 where the CPU has it.
-    atol = (0.05 if format_ == "openvino" else 1e-4) * np.abs(expected).max()
-    np.testing.assert_allclose(np.load(logits), expected, atol=atol)
-
-
 def test_source_code_is_formatted_normalises_and_can_be_trained_further(tmp_path):
     teacher = TEACHERS["residual, depthwise, grouped"]()
     dfkd_ray.export(teacher, tmp_path / "net", format="torch")
