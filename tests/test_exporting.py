@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 import dfkd_ray
 from dfkd_ray import bundles, exporting, storage
@@ -321,15 +322,42 @@ class Own(torch.autograd.Function):
         return grad_outputs[0]
 
 
-class Unsupported(nn.Module):
-    """It ends in an operator that ONNX does not have."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = plain()
+class Bessel(nn.Module):
+    """A part with an operator that ONNX does not have."""
 
     def forward(self, x):
-        return Own.apply(self.inner(x))
+        return Own.apply(x)
+
+
+@fx.wrap
+def foreign(x):
+    return x * 2
+
+
+class Calling(nn.Module):
+    """A part that calls a function which a trace does not follow, and which is not PyTorch's."""
+
+    def forward(self, x):
+        return foreign(x)
+
+
+class Unsupported(nn.Module):
+    """Its end has a part that a format cannot hold."""
+
+    def __init__(self, part=Bessel):
+        super().__init__()
+        self.inner = plain()
+        self.tail = nn.Sequential(nn.Identity(), part())
+
+    def forward(self, x):
+        return self.tail(self.inner(x))
+
+
+class Foreign(Unsupported):
+    """The same for source code."""
+
+    def __init__(self):
+        super().__init__(Calling)
 
 
 @pytest.mark.parametrize(
@@ -338,7 +366,8 @@ class Unsupported(nn.Module):
         (Branching, "torch", "cannot be written as source code"),
         (Branching, "onnx", "cannot be exported"),
         (Fixed, "torch-export", "cannot be exported"),
-        (Unsupported, "onnx", "cannot be written as ONNX"),
+        (Unsupported, "onnx", "cannot be written as ONNX: tail.1 (Bessel) uses the operator prims.bessel_j0,"),
+        (Foreign, "torch", "tail.1 (Calling) calls foreign, which is not PyTorch's; take format onnx"),
     ],
 )
 def test_a_network_that_a_format_cannot_hold_is_refused_with_the_reason(network, format_, says, tmp_path):
@@ -578,3 +607,106 @@ def test_a_pruned_student_of_a_bundle_is_exported_dense(tmp_path):
     weights = load_file(done.path / "weights.safetensors")
     assert weights.keys() == state.keys() and all(torch.equal(weights[name], state[name]) for name in state)
     assert teacher is not None and json.loads(torch_files.read_source(done.path)["num_classes"]) == 10
+
+
+# ---- bad input, and interrupts ---------------------------------------------------------------------------------------
+
+
+def edited(folder: Path, **changes) -> Path:
+    """A bundle of a small network, whose teacher.json is changed afterwards."""
+    info = dfkd_ray.load("fashion_mnist_resnet8").info
+    bundles.save(folder, info, dfkd_ray.load("fashion_mnist_resnet8").network.state_dict())
+    file = folder / "teacher.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder
+
+
+SLICED = {"schema_version": "dfkd_ray.bundle/2"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"schema_version": "dfkd_ray.bundle/9"}, ["dfkd_ray.bundle/9", "this version reads"]),
+        (SLICED | {"shape_edits": [{"module": "nowhere", "dimension": "out", "kept": [0]}]}, ["nowhere", "no layer"]),
+        (SLICED | {"shape_edits": [{"module": "conv1", "dimension": "out", "kept": [999]}]}, ["conv1", "999"]),
+        (SLICED | {"shape_edits": [{"module": "conv1", "dimension": "out", "kept": [0, 1]}]}, ["conv1"]),
+    ],
+)
+def test_a_bundle_that_this_version_cannot_build_is_one_line_and_writes_nothing(run_cli, tmp_path, changes, parts):
+    bundle, out = edited(tmp_path / "bundle", **changes), tmp_path / "new" / "net"
+    assert_one_error(run_cli("export", str(bundle), "--format", "torch", "--out", str(out)), 2, *parts)
+    assert left(tmp_path) == ["bundle"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENAMETOOLONG])
+def test_a_folder_that_cannot_be_written_is_noticed_before_any_work(run_cli, tmp_path, monkeypatch, number):
+    def refused(*_args, **_named):
+        raise OSError(number, os.strerror(number), str(tmp_path / ".hidden"))
+
+    monkeypatch.setattr(exporting.placing.tempfile, "mkdtemp", refused)
+    done = run_cli("export", "no-such-bundle", "--format", "torch", "--out", str(tmp_path / "new" / "net"))
+    assert_one_error(done, 3, f"{tmp_path}: ", os.strerror(number))
+    assert ".hidden" not in done.err and left(tmp_path) == []
+
+
+def test_a_place_where_nothing_can_be_made_is_noticed_before_any_work(run_cli):
+    """No user may write there, root neither."""
+    assert_one_error(run_cli("export", "no-such-bundle", "--out", "/proc/net.onnx"), 3, "/proc")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_full_disk_is_one_line_and_leaves_nothing(run_cli, tiny_teacher, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "none", str(small)], capture_output=True).returncode:
+        pytest.skip("no mount here")
+    try:
+        done = run_cli("export", str(tiny_teacher), "--format", "torch", "--out", str(small / "new" / "net"))
+        assert_one_error(done, 3, "No space left", "free some space")
+        assert left(small) == []
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def interrupting(function, when=lambda *_given, **_named: True):
+    """A function that is interrupted as by Ctrl-C when it has done its work."""
+
+    def interrupted(*given, **named):
+        result = function(*given, **named)
+        if when(*given, **named):
+            signal.raise_signal(signal.SIGINT)
+        return result
+
+    return interrupted
+
+
+STAGES = ("convert", "write", "hidden", "written", "open", "card", "added", "first", "last")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("format_", ["torch", "openvino"])
+def test_an_interrupted_export_leaves_nothing(format_, stage, run_cli, tiny_teacher, tmp_path, monkeypatch):
+    row = exporting.FORMATS[format_]
+    if format_ == "openvino":  # its two files and the card are moved one after the other
+        network = dfkd_ray.load(str(tiny_teacher)).network
+        quick = {"convert": lambda *_: None, "open": lambda _path: torch_files.runs(network)}
+        row = replace(row, **quick, write=lambda *_: {".bin": b"x", ".xml": b"x"}, needs=())
+    if stage in ("convert", "write", "open"):
+        row = replace(row, **{stage: interrupting(getattr(row, stage))})
+    monkeypatch.setitem(exporting.FORMATS, format_, row)
+    places = {
+        "hidden": (exporting.placing.Path, "mkdir"),
+        "written": (storage, "write_files"),
+        "card": (exporting.card, "text"),
+        "added": (exporting.placing, "add"),
+        "first": (os, "link" if row.suffix else "replace"),
+        "last": (os, "link" if row.suffix else "replace"),
+    }
+    if stage in places:
+        last = str(tmp_path / "new" / NAMES[format_])
+        when = (lambda _source, target: str(target) == last) if stage == "last" else (lambda *_, **__: True)
+        monkeypatch.setattr(*places[stage], interrupting(getattr(*places[stage]), when))
+    done = run_cli("export", str(tiny_teacher), "--format", format_, "--out", str(tmp_path / "new" / NAMES[format_]))
+    assert_one_error(done, 130, "interrupted")
+    assert left(tmp_path) == []

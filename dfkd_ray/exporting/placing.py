@@ -30,7 +30,10 @@ def check(path: Path, row: Format) -> None:
         if os.path.lexists(place) and not (not row.suffix and is_empty_folder(place)):
             raise ValueError(f"{named(place)}: it is there already, and is not replaced; choose another name")
     parent = next(parent for parent in path.parents if parent.exists())
-    os.rmdir(hidden_folder(path, parent))
+    try:
+        os.rmdir(hidden_folder(path, parent))
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or 0), str(parent)) from None
 
 
 def places(path: Path, row: Format) -> list[Path]:
@@ -70,21 +73,22 @@ def beside(path: Path, row: Format, files: Mapping[str, bytes]) -> Iterator[Path
     to it (`add`) is moved too.
     """
     new = [parent for parent in path.parents if not parent.exists()]
-    partial = None
+    partial, own = None, []
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = hidden_folder(path, path.parent)
-        own = files if not row.suffix else {path.stem + suffix: data for suffix, data in files.items()}
-        storage.write_files(partial, {name: [data] for name, data in own.items()})
+        contents = files if not row.suffix else {path.stem + suffix: data for suffix, data in files.items()}
+        storage.write_files(partial, {name: [data] for name, data in contents.items()})
         yield partial / path.name if row.suffix else partial
         if row.suffix:
+            own = [place for place in places(path, row) if (partial / place.name).exists()]
             keep(partial, places(path, row))
         else:
             partial.chmod(0o755)
             os.replace(partial, path)  # an empty folder is replaced, another one is an error
     except BaseException:
         if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
+            withdraw(partial, path, row, own)
         with contextlib.suppress(OSError):
             for parent in new:
                 parent.rmdir()
@@ -94,28 +98,34 @@ def beside(path: Path, row: Format, files: Mapping[str, bytes]) -> Iterator[Path
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def withdraw(partial: Path, path: Path, row: Format, own: Sequence[Path]) -> None:
+    """Remove a hidden folder, and what of it has been moved: an interrupt may come between a move and the next line.
+
+    `own`: the places of the files that were in the folder before the first move.
+    """
+    for place in own:
+        source = partial / place.name
+        if os.path.lexists(place) and (not source.exists() or os.path.samefile(source, place)):
+            place.unlink()
+    if not row.suffix and not partial.exists():
+        shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
 def add(written: Path, place: Path, data: bytes) -> None:
     """Write one more file, whose place will be `place`, beside the main file or into the folder that `beside` gave."""
     storage.write_files(written if written.is_dir() else written.parent, {place.name: [data]})
 
 
 def keep(partial: Path, paths: Sequence[Path]) -> None:
-    """Move files of a folder to their places: all or none. A file that is there meanwhile is not replaced."""
-    own = [place for place in paths if (partial / place.name).exists()]
-    try:
-        for place in paths:
-            source = partial / place.name
-            try:
-                os.link(source, place)  # unlike a rename, it fails where there is something
-            except FileExistsError:
+    """Move files of a folder to their places. A file that is there meanwhile is not replaced."""
+    for place in paths:
+        source = partial / place.name
+        try:
+            os.link(source, place)  # unlike a rename, it fails where there is something
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            if os.path.lexists(place):
                 raise
-            except OSError:  # a file system without hard links
-                if os.path.lexists(place):
-                    raise
-                os.rename(source, place)
-    except BaseException:  # an interrupt may come between a move and the next line: what was moved is looked for
-        for place in own:
-            source = partial / place.name
-            if os.path.lexists(place) and (not source.exists() or os.path.samefile(source, place)):
-                place.unlink()
-        raise
+            os.rename(source, place)
