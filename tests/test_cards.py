@@ -103,6 +103,7 @@ def test_without_its_row_the_card_has_what_the_bundle_says_and_says_what_is_miss
     bundle = bundles.load(str(recovered / "student"))
     alone = replace(bundle, folder=None)
     _, body = of(exported(alone, tmp_path / "net"))
+    assert bundle.info.test_accuracy is not None
     assert "The row of its trial was not found" in body and "Images: method `noise`" in body
     assert f"{100 * bundle.info.test_accuracy:.2f} %" in body and "as its bundle says" in body
 

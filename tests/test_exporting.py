@@ -344,7 +344,7 @@ class Calling(nn.Module):
 class Unsupported(nn.Module):
     """Its end has a part that a format cannot hold."""
 
-    def __init__(self, part=Bessel):
+    def __init__(self, part: type[nn.Module] = Bessel):
         super().__init__()
         self.inner = plain()
         self.tail = nn.Sequential(nn.Identity(), part())

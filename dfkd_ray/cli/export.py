@@ -53,13 +53,10 @@ def export(
         raise ValueError(f"{'--public' if public else '--replace'} goes with --push OWNER/NAME")
     from dfkd_ray import cache as caches
     from dfkd_ray import exporting
+    from dfkd_ray.exporting import hub
 
     path = exporting.check(out, format_, int8, device)
-    repository = None
-    if push is not None:
-        from dfkd_ray.exporting import hub
-
-        repository = hub.check(push, public=public, replace=replace)
+    repository = None if push is None else hub.check(push, public=public, replace=replace)
     root = caches.check_target(cache or caches.default_folder()).uri
     loaded = load_teacher(student, trust_code, download=download)
     test = open_test(loaded, test_data, data_root, download)

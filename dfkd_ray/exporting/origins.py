@@ -33,8 +33,9 @@ def row_of(teacher: Teacher) -> dict[str, Any] | None:
             row = finals.final_row(parent(above), trial_id)
     except (OSError, ValueError):  # not readable, or none of ours: the card says that it has no row
         return None
-    own = isinstance(row, dict) and row.get("trial_id") == trial_id
-    return dict(rows.fitting("trials", row)[0]) if own else None
+    if not isinstance(row, dict) or row.get("trial_id") != trial_id:
+        return None
+    return dict(rows.fitting("trials", row)[0])
 
 
 def parent(folder: Folder) -> Folder:
