@@ -90,7 +90,7 @@ def shrink(
         storage.folder(out).write(STUDENT, data_)
     else:
         target.unlink(missing_ok=True)
-        exporting.export(str(student), target, trust_code=tuple(trust_code or ()))
+        exporting.export(load_teacher(str(student), trust_code), target)
     kind = "measured on test data" if measured else "estimated without data"
     say(f"chosen: {best.name}: {best.speed:.2f} times as fast, {best.lost:.2f} points lost ({kind})")
     say(f"written: {target}; as a bundle: {student}")

@@ -273,7 +273,7 @@ def steps(
         row["achieved_sparsity"] = 1 - row["num_parameters"] / num_before
     if choice is not None:
         row["channels"] = json.dumps(choice.widths)
-    row["warnings"] = "; ".join([*start.warnings, *warnings_of(config, teacher, row, rounds.rows, pool)]) or None
+    row["warnings"] = "; ".join([*warned, *warnings_of(config, teacher, row, rounds.rows, pool)]) or None
     missing = config.pruning.sparsity - row["achieved_sparsity"]
     if config.pruning.structure == "unstructured" and missing * num_prunable(student) >= 1:
         reason = (

@@ -64,8 +64,8 @@ def doubts(column: str, own: Latency) -> list[str]:
     if not own.is_doubtful:
         return []
     return [
-        f"{column} is doubtful: half of the runs gave {own.low:.2f} to {own.high:.2f}, the machine was busy; measure it "
-        "again with the bench of latency"
+        f"{column} is doubtful: half of the runs gave {own.low:.2f} to {own.high:.2f}, the machine was busy; measure "
+        "it again with the bench of latency"
     ]
 
 
