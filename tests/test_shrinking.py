@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from dfkd_ray import shrinking, sweep
-from helpers import refusal
+from commands import MODULE, done
+from dfkd_ray import results, shrinking, sweep
+from helpers import TINY_SETS, refusal, set_words
 
 
 def row(**values: Any) -> dict[str, Any]:
@@ -64,3 +65,32 @@ def test_the_choice_loses_least_of_what_is_fast_enough_and_nothing_is_chosen_tha
     assert chosen(1.2, 0.5) == "a" and chosen(3.0, 2.5) == "d" and chosen(3.0, 0.5) is None
     assert [each.trial_id for each in shrinking.nearest(found, 3.0, 0.5)] == ["c", "d"]
     assert shrinking.nearest(found, 9.0, 0.01) == []
+
+
+def test_the_command_runs_the_sweep_exports_what_it_chose_and_says_when_nothing_fits(tiny_teacher, tmp_path):
+    pytest.importorskip("onnxruntime")
+    small = {**TINY_SETS, "latency.repeats": 3, "pruning.round_to": 1, "quantisation.num_images": 8}
+    fields = set_words({name: value for name, value in small.items() if name not in ("teacher", "pruning.sparsity")})
+    words = [*MODULE, "shrink", str(tiny_teacher), "--out", "found", "--cache", "cache", *fields]
+    ran = done([*words, "--faster", "1.01", "--lose-at-most", "99999"], tmp_path)
+    rows = results.read(tmp_path / "found" / "sweep", "trials")
+    assert len(rows) == 4 and (rows["status"] == "finished").all(), ran.stderr
+    assert "estimated without data, within a factor of about two" in ran.stdout, ran.stdout
+    best = shrinking.choose(shrinking.candidates(rows.to_dict("records")), 1.01, 99999)
+    file = tmp_path / "found" / "student.onnx"
+    if best is None:  # on a busy machine nothing is faster
+        assert ran.returncode == 1 and not file.exists()
+    else:
+        assert ran.returncode == 0 and best.trial_id in ran.stdout, ran.stderr
+        assert file.stat().st_size > 1000
+
+
+def test_a_folder_with_other_files_and_a_speed_that_cannot_be_sought_are_refused(tiny_teacher, tmp_path, run_cli):
+    (tmp_path / "thesis.txt").write_text("mine")
+    for words, said in (
+        (["--out", str(tmp_path)], "thesis.txt"),
+        (["--out", str(tmp_path / "new"), "--faster", "0.5"], "expected more than 1"),
+    ):
+        ran = run_cli("shrink", str(tiny_teacher), *words)
+        assert ran.code == 2 and said in ran.err and len(ran.err.splitlines()) == 1, ran.err
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "thesis.txt"]
