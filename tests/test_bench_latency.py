@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from dfkd_ray import bundles, exporting
+from dfkd_ray import latency as timing
 from dfkd_ray.bench import latency
-from dfkd_ray.bench.latency import Latency, Setting
+from dfkd_ray.bench.latency import Measured, Setting
 from dfkd_ray.compression import channels
 from dfkd_ray.config import PruningConfig
 from dfkd_ray.description import WITH_EDITS
@@ -39,7 +40,7 @@ def few_settings(with_onnx: bool) -> Iterator[Setting]:
 def test_every_network_is_measured_in_every_setting_against_the_first(pair, run_cli, monkeypatch):
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(latency, "settings", few_settings)
-    monkeypatch.setattr(latency, "LEAST_S", 0.0)
+    monkeypatch.setattr(timing, "LEAST_S", 0.0)
     done = run_cli("bench", "latency", *map(str, pair), "--int8", "--repeats", "3")
     assert done.code == 0, done.err
     lines = done.out.splitlines()
@@ -63,17 +64,20 @@ def test_ratios_are_of_medians_in_alternating_runs(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
-    found = latency.compare(FEW[0], {name: side(name) for name in seconds}, repeats=4)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    found = timing.compared({name: side(name) for name in seconds}, repeats=4)
+    teacher, student = found["teacher"], found["student"]
     assert order[-4:] == ["teacher", "student"] * 2
-    assert found[0].ratio == 1.0 and found[0].low == found[0].high == 1.0
-    assert found[1].ratio == pytest.approx(found[0].seconds / found[1].seconds)
-    assert found[1].low <= found[1].high
+    assert teacher.ratio == 1.0 and teacher.low == teacher.high == 1.0
+    assert student.ratio == pytest.approx(teacher.seconds / student.seconds)
+    assert student.low <= student.high
 
 
 def test_a_student_that_is_not_faster_is_named():
     ratios = {"t": (1.0, 1.0), "slow": (1.01, 0.5), "fast": (2.0, 1.0), "faster": (1.2, 3.0)}
-    rows = [Latency(name, FEW[0], 1.0, ratio, ratio, ratio) for name in ratios for ratio in ratios[name]]
+    rows = [
+        Measured(name, FEW[0], timing.Latency(1.0, ratio, ratio, ratio)) for name in ratios for ratio in ratios[name]
+    ]
     assert latency.not_faster(rows, "t") == [
         "not faster than the first in 2 of 2 settings: slow",
         "not faster than the first in 1 of 2 settings: fast",
@@ -95,7 +99,7 @@ def test_networks_of_other_images_are_refused(tiny_teacher, tmp_path):
 def test_without_onnx_runtime_it_is_left_out_and_int8_is_refused(tiny_teacher, run_cli, monkeypatch):
     monkeypatch.setattr(exporting, "is_installed", lambda name: name != "onnxruntime")
     monkeypatch.setattr(latency, "settings", few_settings)
-    monkeypatch.setattr(latency, "LEAST_S", 0.0)
+    monkeypatch.setattr(timing, "LEAST_S", 0.0)
     done = run_cli("bench", "latency", str(tiny_teacher), "--repeats", "3")
     assert done.code == 0 and "ONNX Runtime is left out: onnxruntime not installed" in done.out, done.err
     done = run_cli("bench", "latency", str(tiny_teacher), "--int8")

@@ -10,16 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from dfkd_ray import bundles, models, sweep, trial, untrusted
+from dfkd_ray import bundles, exporting, models, sweep, trial, untrusted
 from dfkd_ray.cli import names
 from dfkd_ray.compression import channels, dependencies, layerwise, operations, pruning, shape_edits
 from dfkd_ray.compression.channel_scores import SCORES, squared_norms
 from dfkd_ray.compression.channels import Choice
 from dfkd_ray.compression.moments import Moments
-from dfkd_ray.config import PruningConfig, TrialConfig, columns_of, validate
+from dfkd_ray.config import PruningConfig, TrialConfig, columns_of, stable_hash, validate, versions
 from dfkd_ray.description import ShapeEdit
 from dfkd_ray.report import aggregates
 from dfkd_ray.results.selecting import matching
+from dfkd_ray.trial import identity, speed, structure
 from helpers import TINY_WORDS, randomise_statistics, refusal, same_weights, tiny_network, tiny_trial
 
 CIFAR = {"width_multiplier": 0.125, "stem": "cifar"}
@@ -205,7 +206,7 @@ def test_more_than_can_be_removed_is_refused_and_less_than_a_channel_too():
     network, shape = built("resnet20")
     prepared = channels.prepare(network, shape)
     refusal(lambda: channels.choose(network, prepared, wants(0.99)), "pruning.sparsity=0.99: at most")
-    refusal(lambda: channels.choose(network, prepared, wants(0.0001)), "removes no channel: the smallest step is")
+    refusal(lambda: channels.choose(network, prepared, wants(0.0001)), "removes no channel: a step is more than that")
 
 
 class Fixed(nn.Module):
@@ -673,3 +674,86 @@ def test_a_trial_without_channels_has_the_fields_and_so_the_id_that_it_had():
 def test_options_that_cannot_act_are_refused(fields, part):
     with pytest.raises(ValueError, match=part.replace(".", r"\.")):
         validate(TrialConfig, tiny_trial("t", **fields))
+
+
+# ---- latency ---------------------------------------------------------------------------------------------------------
+
+
+def seconds_by_channels(network: nn.Module) -> Any:
+    """A stand-in for a clock: the seconds that a network saves are the share of its channels that are gone."""
+
+    def width(each: nn.Module) -> int:
+        return sum(module.weight.shape[0] for module in each.modules() if isinstance(module, nn.Conv2d))
+
+    return lambda small: 1 - width(small) / width(network)
+
+
+def test_channels_go_until_the_wanted_share_of_the_seconds_is_saved_and_each_step_is_measured():
+    network, shape = built("resnet20", {})
+    found, config = channels.prepare(network, shape), wants(0.5, target="latency")
+    measure, calls = seconds_by_channels(network), []
+
+    def counted(small: nn.Module) -> float:
+        calls.append(small)
+        return measure(small)
+
+    choice = channels.choose(network, found, config, removed_seconds=counted)
+    assert choice.share == measure(channels.sliced(network, choice.edits)) == pytest.approx(0.5, abs=0.03)
+    assert len(calls) <= channels.MEASURED_STEPS + 2
+    again = channels.choose(network, found, config, removed_seconds=lambda _: 0.1, ratio=choice.ratio)
+    assert again.edits == choice.edits and "10.0% of the seconds" in again.warnings[0]
+    never = wants(0.5, target="latency")
+    refusal(lambda: channels.choose(network, found, never, removed_seconds=lambda _: 0.0), "0.0% of the seconds")
+
+
+def test_a_trial_by_latency_measures_its_student_and_keeps_its_choice_when_it_is_resumed(
+    tiny_teacher, tmp_path, monkeypatch
+):
+    teacher = bundles.load(tiny_teacher)
+    options = {"pruning.structure": "channels", "pruning.target": "latency", "pruning.sparsity": 0.3}
+    options |= {"pruning.importance": "magnitude", "latency.repeats": 3}
+    config = validate(TrialConfig, tiny_trial(tiny_teacher, **options))
+    monkeypatch.setattr(speed, "removed_seconds", lambda _config, network, *_: seconds_by_channels(network))
+    first = trial.run(config, teacher, checkpoint=tmp_path)
+    row = first.row
+    assert row["status"] == "finished" and row["latency_s"] > 0 and row["teacher_latency_s"] > 0
+    assert row["latency_ratio"] == pytest.approx(row["teacher_latency_s"] / row["latency_s"])
+    monkeypatch.setattr(speed, "removed_seconds", lambda *_: lambda _: 0.3)  # another machine, or a busy one
+    assert trial.run(config, teacher, checkpoint=tmp_path).row["channels"] == row["channels"]
+    assert identity.is_checkpoint(structure.CHOICE), "it is removed with the trial's checkpoints"
+
+
+def test_latency_is_null_in_the_teachers_shape_and_where_it_is_not_wanted(tiny_teacher):
+    teacher = bundles.load(tiny_teacher)
+    for options in (
+        {"pruning.sparsity": 0.5},
+        {"pruning.structure": "channels", "pruning.importance": "magnitude", "latency.runtime": "none"},
+    ):
+        row = trial.run(validate(TrialConfig, tiny_trial(tiny_teacher, **options)), teacher).row
+        assert row["status"] == "finished" and row.get("latency_ratio") is None, options
+
+
+def test_a_trial_keeps_its_id_from_before_latency_was_measured_and_another_runtime_is_another_trial(tiny_teacher):
+    teacher = bundles.load(tiny_teacher)
+    plain, other = (
+        validate(TrialConfig, tiny_trial(tiny_teacher, **options)) for options in ({}, {"latency.runtime": "none"})
+    )
+    fields = plain.model_dump(mode="json", exclude={"teacher", "device", "latency", "quantisation"})
+    before = stable_hash({"teacher": teacher.hash, "config": fields, "versions": versions()})
+    assert trial.trial_id(plain, teacher) == f"t-{before[:12]}" != trial.trial_id(other, teacher)
+
+
+def test_a_latency_that_cannot_be_measured_is_refused_before_the_work(tiny_teacher, monkeypatch):
+    refusal(
+        lambda: validate(
+            TrialConfig,
+            tiny_trial(
+                tiny_teacher,
+                **{"pruning.structure": "channels", "pruning.target": "latency", "latency.runtime": "none"},
+            ),
+        ),
+        "pruning.target=latency is measured",
+    )
+    monkeypatch.setattr(exporting, "is_installed", lambda name: name != "onnxruntime")
+    config = validate(TrialConfig, tiny_trial(tiny_teacher, **{"latency.runtime": "onnxruntime"}))
+    refusal(lambda: trial.check(config, bundles.load(tiny_teacher), ()), "onnxruntime, not installed")

@@ -16,7 +16,7 @@ import yaml
 from dfkd_ray import bundles, results, storage, sweep, trial
 from dfkd_ray.distillation import State
 from dfkd_ray.sweep import asha, estimate, optuna, search, tune_reports
-from helpers import TINY_NOISE, TINY_TRIAL, calibrated, costs_of, estimated, tiny_trial
+from helpers import TINY_NOISE, TINY_TRIAL, calibrated, costs_of, estimated, refusal, tiny_trial
 
 LOOKS = {"distillation.num_steps": 6, "distillation.eval_every": 1}
 SPACE = {
@@ -29,6 +29,7 @@ SHARES = [i / 997 for i in range(997)]
 
 def settings_of(teacher, *, algorithm="random", space=SPACE, num_trials=4, **parts) -> sweep.SweepConfig:
     searched = {"space": space, "algorithm": algorithm, "num_trials": num_trials}
+    searched |= {name: parts.pop(name) for name in ("objective", "bounds") if name in parts}
     return sweep.parse({"base": tiny_trial(teacher, **LOOKS), "search": searched, **parts})
 
 
@@ -194,7 +195,8 @@ def test_nothing_measured_on_test_data_reaches_tune_or_optuna():
         tune_reports.final(Sealed(row | {"status": "failed"}), 6),
         tune_reports.evaluation(row, state),
     ]
-    assert {key for report in told for key in report} == {"step", "reference_kl", "failed", "so_far", "looks"}
+    sought = {"reference_kl", "latency_ratio", "num_macs", "num_parameters"}
+    assert {key for report in told for key in report} == {"step", "failed", "so_far", "looks"} | sought
     assert not any("accuracy" in name or "test" in name for name in json.loads(told[2]["so_far"]))
     assert told[0]["reference_kl"] == told[2]["reference_kl"] == 0.1 and told[1]["reference_kl"] == tune_reports.WORST
     assert tune_reports.final(None, 6) == told[1] and (tune_reports.METRIC, tune_reports.MODE) == (
@@ -216,7 +218,7 @@ def test_searcher_and_scheduler_are_given_the_kl_to_be_minimised(tiny_teacher):
     point = searcher.suggest("one")
     report = Report(step=6, reference_kl=0.25, failed=0, row="a row with its accuracies")
     searcher.on_trial_complete("one", report)
-    assert report.read == {"reference_kl", "failed"}
+    assert report.read == {"reference_kl", "failed"}, "no objective, no bound: the other columns are not looked at"
     assert [t.value for t in plan.search.study.get_trials()] == [0.25]
     assert plan.search.study.direction.name == "MINIMIZE"
     assert json.loads(point["config"])["teacher"] == str(tiny_teacher) and point["id"] == jobs[point["job"]].id
@@ -293,7 +295,7 @@ def optimised(plan, rows, num) -> list:
     assert plan.search.begin(rows) >= num
     for _ in range(num):
         job = plan.search.next()
-        plan.search.tell(job.id, objective(job.config))
+        plan.search.tell(job.id, {"reference_kl": objective(job.config)})
         jobs.append(job)
     return jobs
 
@@ -307,6 +309,57 @@ def test_optuna_finds_better_points_than_it_starts_with(tiny_teacher):
     plan = sweep.prepare(settings_of(tiny_teacher, algorithm="optuna", num_trials=40), bundles.load)
     values = [objective(job.config) for job in optimised(plan, [], 40)]
     assert sum(values[-10:]) / 10 < sum(values[:10]) / 10 - 0.05
+
+
+def test_optuna_looks_for_the_fastest_student_within_a_bound_and_for_the_best_that_is_fast_enough(tiny_teacher):
+    """The network is the faster and the farther from its teacher, the sparser it is."""
+
+    def told(job):
+        sparsity = job.config.pruning.sparsity
+        return {"reference_kl": sparsity, "latency_ratio": 1 / (1 - 0.9 * sparsity), "failed": 0}
+
+    space = {"pruning.sparsity": {"uniform": [0.1, 0.6]}}
+    for objective_, bounds, best in (
+        ("latency_ratio", {"reference_kl": 0.3}, 0.3),
+        ("reference_kl", {"latency_ratio": 1 / (1 - 0.9 * 0.4)}, 0.4),
+    ):
+        options = {"algorithm": "optuna", "num_trials": 40, "objective": objective_, "bounds": bounds}
+        plan = sweep.prepare(settings_of(tiny_teacher, space=space, **options), bundles.load)
+        assert plan.search is not None
+        plan.search.begin([])
+        jobs = []
+        for _ in range(40):
+            job = plan.search.next()
+            assert job is not None
+            plan.search.tell(job.id, told(job))
+            jobs.append(job)
+        late = [job.config.pruning.sparsity for job in jobs[-10:]]
+        assert sum(abs(each - best) for each in late) / 10 < 0.08, (objective_, late)
+        rows = [trial.provenance(jobs[0].config, jobs[0].teacher) | told(jobs[0]) | {"status": "finished"}]
+        assert plan.search.begin(rows) == 39 and plan.search.study.get_trials()[0].constraints
+
+
+def test_a_student_in_the_teachers_shape_is_as_fast_as_it_and_one_without_a_number_is_outside():
+    bounds = search.SearchConfig(
+        space={"pruning.sparsity": [0.5]}, num_trials=1, algorithm="optuna", bounds={"latency_ratio": 2.0}
+    )
+    assert search.excess(bounds, {"latency_ratio": None}) == {"latency_ratio": 1.0}
+    assert search.excess(bounds, {"latency_ratio": 3.0}) == {"latency_ratio": -1.0}
+    bounds = bounds.model_copy(update={"bounds": {"num_macs": 10.0}})
+    assert search.excess(bounds, {}) == {"num_macs": math.inf}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"objective": "latency_ratio"}, "algorithm=optuna only"),
+        ({"algorithm": "optuna", "bounds": {"reference_kl": 1.0}}, "it is the objective"),
+        ({"algorithm": "optuna", "objective": "num_macs", "stop": {"asha": {}}}, "leave stop out"),
+        ({"algorithm": "optuna", "bounds": {"recovered_accuracy": 0.9}}, "bounds"),
+    ],
+)
+def test_an_objective_that_cannot_act_is_refused(tiny_teacher, options, said):
+    refusal(lambda: settings_of(tiny_teacher, **options), said)
 
 
 def test_a_resumed_search_knows_the_rows_and_tries_no_point_again(tiny_teacher, tmp_path):

@@ -12,9 +12,10 @@ fitted to the teacher's outputs. `sliced` then makes the small network.
 Every kind of removal is compared with the network beforehand; what does not come out equal is not removed.
 """
 
+import functools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,9 @@ TOLERANCE = 0.02  # between the wanted share and the one achieved; beyond it the
 CLOSE = 0.01  # of the logits of masked and sliced network, relative to the largest; a wrong slice is far beyond it
 NUM_TRIED = 4  # images in that comparison
 STEPS = 24  # of the bisection: its last step is less than a channel
+MEASURED_STEPS = 6  # of it where each step is measured
+MEASURED_TOLERANCE = 0.05  # in the place of `TOLERANCE` there
+WHAT = {"parameters": "parameters", "macs": "multiplications", "latency": "seconds"}  # that a target is a share of
 Removed = Mapping[int, Sequence[int]]  # group → units
 
 
@@ -50,11 +54,12 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Choice:
-    """What is removed: `share` of the parameters or MACs; `widths` of Conv and Linear layers: path → (kept, of)."""
+    """What is removed: `share` of the target, with the `ratio` of units; `widths` of layers: path → (kept, of)."""
 
     edits: tuple[ShapeEdit, ...]
     masks: pruning.Masks
     share: float
+    ratio: float
     widths: dict[str, tuple[int, int]]
     warnings: tuple[str, ...] = ()
 
@@ -128,39 +133,43 @@ def check_equal(masked: nn.Module, small: nn.Module, images: Tensor) -> None:
         raise ValueError(f"logits differ by {error:.2g} of the largest")
 
 
-def choose(network: nn.Module, prepared: Prepared, config: PruningConfig, images: Tensor | None = None) -> Choice:
+def choose(
+    network: nn.Module,
+    prepared: Prepared,
+    config: PruningConfig,
+    images: Tensor | None = None,
+    removed_seconds: Callable[[nn.Module], float] | None = None,
+    ratio: float | None = None,
+) -> Choice:
     """Choose the channels to remove; the network is not changed. `images`: normalised, for `importance=activations`.
 
-    `ValueError` if the wanted share cannot be removed.
+    `removed_seconds`: for `target=latency`, the share of the seconds that a smaller network saves. It is measured in
+    each step of a bisection, which finds the ratio of removed units. `ratio`: the one of an earlier choice, which is
+    not searched again. `ValueError` if the wanted share cannot be removed.
     """
     groups = prepared.groups
     ranking = Ranking.of(network, groups, SCORES[config.importance](network, groups, images), config.round_to)
-    sizes = Sizes.of(network, groups, prepared.macs if config.target == "macs" else None)
+    sizes = Sizes.of(network, groups, None if config.target == "parameters" else prepared.macs)
+    measured = config.target == "latency"
 
+    @functools.cache
     def share(ratio: float) -> float:
-        return 1 - sizes.after(ranking.lowest(ratio)) / sizes.total
+        chosen = ranking.lowest(ratio)
+        if removed_seconds is None or not measured:
+            return 1 - sizes.after(chosen) / sizes.total
+        return removed_seconds(sliced(network, edits_of(network, groups, chosen)))
 
-    most = share(1.0)
-    what = {"parameters": "parameters", "macs": "multiplications"}[config.target]
-    if most < config.sparsity - TOLERANCE:
-        raise ValueError(
-            f"pruning.sparsity={config.sparsity:g}: at most {most:.1%} of the {what} can be removed by channels; lower "
-            "it, or pruning.round_to"
-        )
-    low, high = 0.0, 1.0
-    for _ in range(STEPS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if share(middle) >= config.sparsity else (middle, high)
-    ratio = min((low, high), key=lambda each: abs(share(each) - config.sparsity))
+    tolerance, what = MEASURED_TOLERANCE if measured else TOLERANCE, WHAT[config.target]
+    if ratio is None:
+        ratio = nearest(share, config.sparsity, MEASURED_STEPS if measured else STEPS, tolerance, what)
     chosen, achieved = ranking.lowest(ratio), share(ratio)
     edits = edits_of(network, groups, chosen)
     if not edits:
         raise ValueError(
-            f"pruning.sparsity={config.sparsity:g} removes no channel: the smallest step is {share(high):.1%} of the "
-            f"{what}"
+            f"pruning.sparsity={config.sparsity:g} removes no channel: a step is more than that of the {what}"
         )
     warnings = []
-    if abs(achieved - config.sparsity) > TOLERANCE:
+    if abs(achieved - config.sparsity) > tolerance:
         warnings.append(
             f"{achieved:.1%} of the {what} are removed in the place of {config.sparsity:.1%}: channels go in steps of "
             f"pruning.round_to={config.round_to}"
@@ -173,7 +182,25 @@ def choose(network: nn.Module, prepared: Prepared, config: PruningConfig, images
     kept = {edit.module: len(edit.kept) for edit in edits if edit.dimension == "out"}
     layers = {path: shape_edits.dimensions(modules[path])["out"].size for path in kept if is_layer(modules[path])}
     sizes_kept = {path: (kept[path], size) for path, size in layers.items()}
-    return Choice(edits, masks_of(network, edits), achieved, sizes_kept, tuple(warnings))
+    return Choice(edits, masks_of(network, edits), achieved, ratio, sizes_kept, tuple(warnings))
+
+
+def nearest(share: Callable[[float], float], wanted: float, num_steps: int, tolerance: float, what: str) -> float:
+    """The ratio of units whose removal saves nearest to the wanted share, which grows with it.
+
+    `ValueError` if even the largest ratio saves less.
+    """
+    most = share(1.0)
+    if most < wanted - tolerance:
+        raise ValueError(
+            f"pruning.sparsity={wanted:g}: at most {most:.1%} of the {what} can be removed by channels; lower "
+            "it, or pruning.round_to"
+        )
+    low, high = 0.0, 1.0
+    for _ in range(num_steps):
+        middle = (low + high) / 2
+        low, high = (low, middle) if share(middle) >= wanted else (middle, high)
+    return min((low, high), key=lambda each: abs(share(each) - wanted))
 
 
 def is_layer(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from dfkd_ray.config.trials import TrialConfig
+from dfkd_ray.config.trials import LatencyConfig, TrialConfig
 
 # Versions of the algorithms. They are part of keys and ids, so results of another version are not found but recomputed.
 # Raise SYNTHESIS_VERSION with a change that gives other images for the same synthesis config (a method, its seeds, the
@@ -46,10 +46,11 @@ def stable_hash(data: Any) -> str:
 def hashed(config: TrialConfig) -> dict[str, Any]:
     """The fields that a trial's id depends on, as plain data.
 
-    Left out are the teacher's name, the device, and `quantisation` where it does not act: trials from before it came
-    keep their ids.
+    Left out are the teacher's name, the device, `quantisation` where it does not act, and `latency` at its defaults:
+    trials from before they came keep their ids.
     """
     left_out = {"teacher", "device"} | ({"quantisation"} if not config.quantisation.int8 else set())
+    left_out |= {"latency"} if config.latency == LatencyConfig() else set()
     return config.model_dump(mode="json", exclude=left_out)
 
 

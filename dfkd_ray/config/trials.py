@@ -78,8 +78,10 @@ class PruningConfig(BaseModel):
         description="n_of_m: weights kept of so many neighbours along a layer's inputs: the largest, or those of the "
         "highest Wanda or OBS scores",
     )
-    target: Literal["parameters", "macs"] = Field(
-        default="parameters", description="channels: what sparsity is the removed share of; macs: multiplications"
+    target: Literal["parameters", "macs", "latency"] = Field(
+        default="parameters",
+        description="channels: what sparsity is the removed share of; macs: multiplications; latency: the seconds of a "
+        "batch, measured where the trial runs (section latency), so that another machine removes other channels",
     )
     importance: Literal["magnitude", "batchnorm_scale", "activations"] = Field(
         default="activations",
@@ -208,10 +210,6 @@ class QuantisationConfig(BaseModel):
         return value
 
 
-# Dotted field → value, in rows from before there were these fields.
-WITHOUT_INT8 = {f"quantisation.{name}": field.default for name, field in QuantisationConfig.model_fields.items()}
-
-
 class StudentConfig(BaseModel):
     """What is trained: the pruned teacher, or another architecture from scratch."""
 
@@ -289,6 +287,31 @@ class ReferenceConfig(BaseModel):
     )
 
 
+class LatencyConfig(BaseModel):
+    """Seconds per batch of the teacher and of a student with another shape, at the end of a trial: `dfkd_ray.latency`.
+
+    A student with zeros in the teacher's shape computes as many multiplications; it is not measured.
+    """
+
+    model_config = STRICT
+
+    runtime: Literal["pytorch", "onnxruntime", "none"] = Field(
+        default="pytorch",
+        description="PyTorch, on the trial's device; ONNX Runtime, on the CPU; none: not measured",
+    )
+    num_threads: Threads = Field(default=1, description="on the CPU")
+    batch_size: Count = Field(default=1, ge=1, le=4096)
+    repeats: Count = Field(default=15, ge=3, le=1000, description="alternating runs of both; medians count")
+
+
+# Dotted field → default, of sections that older rows do not have: what their nulls stand for.
+NEWER_FIELDS = {
+    f"{section}.{name}": field.default
+    for section, model in (("quantisation", QuantisationConfig), ("latency", LatencyConfig))
+    for name, field in model.model_fields.items()
+}
+
+
 class TrialConfig(BaseModel):
     """One trial: prune, re-estimate BatchNorm, reconstruct layers, distil, quantise, evaluate."""
 
@@ -307,6 +330,7 @@ class TrialConfig(BaseModel):
     reference: ReferenceConfig = ReferenceConfig()
     reconstruction: ReconstructionConfig = ReconstructionConfig()
     quantisation: QuantisationConfig = QuantisationConfig()
+    latency: LatencyConfig = LatencyConfig()
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     @model_validator(mode="after")
@@ -332,6 +356,8 @@ class TrialConfig(BaseModel):
                     f"synthesis.method={method} makes images with the student, whose shape pruning.structure=channels "
                     "changes; use another method"
                 )
+            if self.pruning.target == "latency" and self.latency.runtime == "none":
+                raise ValueError("pruning.target=latency is measured; set latency.runtime=pytorch or onnxruntime")
         new_student = self.student.architecture is not None
         if new_student and self.distillation.bn_mode != "trained":
             raise ValueError("a student from scratch has no BatchNorm statistics yet; set distillation.bn_mode=trained")

@@ -6,7 +6,7 @@ float32 and int8), and older runtimes refuse newer opsets. BatchNorm is folded i
 
 import io
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,12 @@ def open_model(path: Path) -> Run:
 def runs(opened: Any) -> Run:
     """An ONNX Runtime session as a function of images."""
     return lambda images: opened.run([OUTPUT], {INPUT: images})[0]
+
+
+def running(model: bytes, batch: np.ndarray) -> Callable[[], np.ndarray]:
+    """What runs one batch through a model, for the measuring of latency."""
+    call = runs(session(model, spinning=False))
+    return lambda: call(batch)
 
 
 def session(model: bytes, spinning: bool = True) -> Any:

@@ -20,6 +20,7 @@ AVERAGED = (
     *("agreement", "reference_kl", "lost", "achieved_sparsity", "stored_bytes", "dense_bytes", "wall_s"),
     *(f"at_{rung.name}" for rung in RUNGS),
     *(f"lost_{rung.name}" for rung in BESIDE),
+    *("speed", "int8_latency_ratio", "int8_file_bytes", "macs_left"),
 )
 NUM_LEVELS = 12  # distinct sparsities a figure can show side by side
 LEVEL_WIDTH = 0.05
@@ -32,7 +33,8 @@ def prepared(trials: Frame) -> Frame:
 
     `network`: label of teacher and student. `measure`: accuracy, or agreement if no trial of the network has test data.
     `at_<rung>`, `at_teacher`: the measure on each rung, in [0, 1]. `lost`, `lost_<rung>`: the teacher's value minus the
-    rung's. `level`: the requested sparsity, rounded to 0.05 if there are more than 12 levels.
+    rung's. `speed`: how many times as fast as the teacher, 1 in its shape, null where it was not measured. `macs_left`:
+    the share of its multiplications. `level`: the requested sparsity, rounded to 0.05 if there are more than 12 levels.
     """
     rows = trials.copy()
     rows["network"] = network_labels(rows)
@@ -45,6 +47,8 @@ def prepared(trials: Frame) -> Frame:
     rows["lost"] = rows["at_teacher"] - rows["at_recovered"]
     for rung in BESIDE:
         rows[f"lost_{rung.name}"] = rows["at_teacher"] - rows[f"at_{rung.name}"]
+    rows["macs_left"] = rows["num_macs"].astype(float) / rows["teacher_num_macs"]
+    rows["speed"] = rows["latency_ratio"].astype(float).where(rows["macs_left"] != 1, 1.0)
     level = rows["pruning.sparsity"].astype(float).fillna(0.0)
     if level.nunique() > NUM_LEVELS:
         level = ((level / LEVEL_WIDTH).round() * LEVEL_WIDTH).clip(upper=1 - LEVEL_WIDTH / 2)
@@ -80,7 +84,8 @@ def structure_label(structure: str, pattern: str, target: str) -> str:
     """What a network's label says of the structure of pruning; nothing of zeros anywhere, or of a null."""
     if structure == "n_of_m":
         return f", {pattern}"
-    return {"channels": ", channels by MACs" if target == "macs" else ", channels"}.get(structure, "")
+    by = {"macs": " by MACs", "latency": " by latency"}.get(target, "")
+    return f", channels{by}" if structure == "channels" else ""
 
 
 def finished(rows: Frame) -> Frame:
@@ -192,12 +197,25 @@ def heat_maps(rows: Frame, network: str) -> dict[float, Frame]:
     return maps
 
 
-def front(configs: Frame) -> Frame:
-    """The Pareto front of the data-free configurations in stored bytes and `at_recovered`, smallest first."""
-    own = configs[~configs["real_data"]].dropna(subset=["stored_bytes", "at_recovered"])
-    own = own.sort_values(["stored_bytes", "at_recovered"], ascending=[True, False], kind="stable")
+def front(configs: Frame, cost: str = "stored_bytes", cheap_is_high: bool = False) -> Frame:
+    """The Pareto front of the data-free configurations in a cost and `at_recovered`, the cheapest first."""
+    own = configs[~configs["real_data"]].dropna(subset=[cost, "at_recovered"])
+    own = own.sort_values([cost, "at_recovered"], ascending=[not cheap_is_high, False], kind="stable")
     better = own["at_recovered"] > own["at_recovered"].cummax().shift(fill_value=-1.0)
     return own[better].reset_index(drop=True)
+
+
+def deployed(configs: Frame) -> Frame:
+    """Data-free students whose speed is known, and their int8 files, a row each: `kind` is `float32` or `int8`.
+
+    Of an int8 file `at_recovered`, `speed` and `stored_bytes` are its own.
+    """
+    own = configs[~configs["real_data"]]
+    own_columns = {"at_recovered": "at_quantised", "speed": "int8_latency_ratio", "stored_bytes": "int8_file_bytes"}
+    names = {**own_columns, "at_recovered_std": "at_quantised_std", "speed_std": "int8_latency_ratio_std"}
+    int8 = own.assign(**{name: own[other] for name, other in names.items()}, kind="int8")
+    frames = [frame.dropna(subset=["speed", "at_recovered"]) for frame in (own.assign(kind="float32"), int8)]
+    return pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True)
 
 
 def sharing(rows: Frame, batches: Frame) -> Frame:

@@ -225,6 +225,40 @@ def pareto(configs: Frame, best: Frame) -> "Figure":
     return figure
 
 
+def speeds(rows: Frame, best: Frame) -> "Figure":
+    """Accuracy against speed: a dot per student, a square per int8 file, the front as steps, the teachers as stars.
+
+    `rows`: `aggregates.deployed`; `best`: its front, the fastest first.
+    """
+    networks = list(dict.fromkeys(rows["network"]))
+    with style():
+        figure = new_figure(3.9)
+        axes = figure.subplots()
+        handles, labels = [], []
+        for index, network in enumerate(networks):
+            color = PALETTE[index] if index < len(PALETTE) else OTHERS
+            own = rows[rows["network"] == network]
+            for kind, marker in (("float32", "o"), ("int8", "s")):
+                part = own[own["kind"] == kind]
+                dots = axes.scatter(
+                    part["speed"], 100 * part["at_recovered"], s=18, marker=marker, color=color, alpha=0.75,
+                    linewidths=0, rasterized=len(rows) > NUM_VECTOR_POINTS,
+                )  # fmt: skip
+                if len(part) and index <= len(PALETTE):
+                    handles.append(dots)
+                    name = cut(network, 32) if index < len(PALETTE) else "other networks"
+                    labels.append(f" {name}{', int8' if kind == 'int8' else ''}")
+            axes.scatter(1.0, 100 * own["at_teacher"].iloc[0], s=70, marker="*", color=color, zorder=3)
+        line = axes.step(best["speed"], 100 * best["at_recovered"], where="post", color=INK, linewidth=1.0)[0]
+        axes.scatter(best["speed"], 100 * best["at_recovered"], s=36, facecolors="none", edgecolors=INK, zorder=3)
+        axes.set_ylim(*front_limits(rows, best))
+        axes.margins(x=0.08)
+        axes.set_xlabel("times as fast as the teacher")
+        axes.set_ylabel(f"{MEASURES[str(rows['measure'].iloc[0])]}, %")
+        figure.legend([line, *handles], ["front", *labels], loc="outside lower center", ncols=2)
+    return figure
+
+
 def front_limits(configs: Frame, best: Frame) -> tuple[float, float]:
     """The range, in percent, of all configurations, limited below to four times the range of front and teachers."""
     near = 100 * pd.concat([best["at_recovered"], configs["at_teacher"].dropna()])

@@ -230,6 +230,43 @@ def sizes(material: Material) -> Section:
     return Section(name, title, "".join(parts))
 
 
+def speed(material: Material) -> Section:
+    """Pareto front accuracy against measured speed, of students and their int8 files."""
+    name, title = "speed", "Accuracy against speed"
+    deployed = aggregates.deployed(material.configs)
+    if deployed.empty or (deployed["speed"] == 1).all():
+        why = "no student's latency was measured: zeros save no multiplications, and channels were not removed."
+        return Section(name, title, why_not=why)
+    parts = []
+    for measure, rows in deployed.groupby("measure", sort=False):
+        label = MEASURES[str(measure)]
+        front = aggregates.front(rows, "speed", cheap_is_high=True)
+        caption = f"{label} against speed, mean over seeds: dots are students, squares their int8 files. Circled: the "
+        caption += "front, which no other beats in both. Stars: the teachers."
+        drawing = material.draw(f"speed-{measure}", figures.speeds(rows, front), caption)
+        headings = ["front", "kind", "times as fast", label, "MACs left", "file", "seeds", "configuration", "student"]
+        cells = [
+            [
+                row["network"],
+                row["kind"],
+                plus_minus(row["speed"], row["speed_std"], 1.0),
+                f"{plus_minus(row['at_recovered'], row['at_recovered_std'])}\u00a0%",
+                percent(row["macs_left"]),
+                size(row["stored_bytes"]),
+                row["num_seeds"],
+                settings(row, material.own_fields) or "the only one",
+                row["trial_id"],
+            ]
+            for row in dicts(front)[:NUM_ROWS]
+        ]
+        numbers = ("times as fast", label, "MACs left", "file", "seeds")
+        table = page.table(headings, cells, numbers=numbers, long=["configuration"])
+        parts.append(f'<div class="figures">{drawing}</div>{table}')
+    note = "Medians of alternating runs of teacher and student in the trial's process, as its section latency says, on "
+    note += "that machine; other trials ran beside it."
+    return Section(name, title, "".join(parts) + page.paragraph(note, "note"))
+
+
 def synthesis(material: Material) -> Section:
     """Time and images per distinct synthesis, and the time saved by sharing."""
     name, title = "synthesis", "Synthesis, and what sharing saved"
@@ -427,6 +464,7 @@ SECTIONS: tuple[Callable[[Material], Section], ...] = (
     recovery,
     weights,
     sizes,
+    speed,
     synthesis,
     pictures,
     failed,

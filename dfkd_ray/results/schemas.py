@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 from pydantic import BaseModel
 
-from dfkd_ray.config import WITHOUT_INT8, TrialConfig, nested_models
+from dfkd_ray.config import NEWER_FIELDS, TrialConfig, nested_models
 from dfkd_ray.config.methods import METHODS, term_columns
 from dfkd_ray.ladder import RUNGS, STUDENTS
 
@@ -25,7 +25,7 @@ SCHEMA = b"dfkd_ray.schema"
 # field are null in older rows. A new config field does not raise the version, a new metric does.
 RENAMED: dict[str, list[Mapping[str, str]]] = {
     # 2: written_at_s; 3: trial_version, synthesis_version; 4: selected, warnings, test_set, test_sha256; 5: the rung
-    # "reconstructed"; 6: num_macs, teacher_num_parameters, teacher_num_macs, channels; 7: the rung "quantised"
+    # "reconstructed"; 6: num_macs, teacher_num_parameters, teacher_num_macs, channels; 7: the rung "quantised", latency
     "trials": [{}, {}, {}, {}, {}, {}],
     "epochs": [],
     "synthesis": [{}, {}, {}, {}],  # 2: written_at_s; 3: record; 4: synthesis_version; 5: round
@@ -90,6 +90,14 @@ METRICS: Columns = {
     "distillation_wall_s": (pa.float64(), False, "seconds of distillation"),
     "quantisation_wall_s": (pa.float64(), False, "seconds of writing and measuring int8; null without it"),
     "wall_s": (pa.float64(), False, "seconds of the whole trial"),
+    "latency_ratio": (
+        pa.float64(),
+        False,
+        "how many times as fast as the teacher a batch is, of alternating runs; null in the teacher's shape",
+    ),
+    "int8_latency_ratio": (pa.float64(), False, "of its int8 file to the teacher in float32, both on ONNX Runtime"),
+    "latency_s": (pa.float64(), False, "seconds of a batch, median, as section latency says"),
+    "teacher_latency_s": (pa.float64(), False, "the same of the teacher"),
     "num_cached_batches": (pa.int64(), False, "batches that were there: in the cache, or made for another trial"),
     "fleet_call_s": (pa.float64(), False, "seconds inside calls to the synthesis fleet, waiting for images excluded"),
     "fleet_wait_s": (pa.float64(), False, "seconds of waiting for images that were still being made"),
@@ -251,7 +259,7 @@ def migrated(table: str, rows: pa.Table, columns: list[str]) -> pa.Table:
     have = set(rows.column_names)
 
     def missing(field: pa.Field) -> pa.Array:
-        value = WITHOUT_INT8.get(field.name)  # they had none: null would look like another setting
+        value = NEWER_FIELDS.get(field.name)  # they had none: null would look like another setting
         return pa.nulls(len(rows), field.type) if value is None else pa.repeat(pa.scalar(value, field.type), len(rows))
 
     arrays = [rows.column(f.name).cast(f.type) if f.name in have else missing(f) for f in fields]

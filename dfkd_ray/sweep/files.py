@@ -92,6 +92,11 @@ class SweepConfig(BaseModel):
                 f"seeds={self.seeds} goes with grid; a search tries every point with one seed: leave seeds out, and "
                 "run the best points as a grid with several"
             )
+        if self.search is not None and self.stop is not None and self.search.objective != "reference_kl":
+            raise ValueError(
+                f"stop ends trials by their reference_kl, and search.objective is {self.search.objective}: leave stop "
+                "out, or search for the lowest reference_kl with a bound on the other"
+            )
         if self.num_points > MOST_TRIALS:
             raise ValueError(
                 f"the grid asks for {count_text(self.num_points)} trials, more than the {MOST_TRIALS:,} that one sweep "

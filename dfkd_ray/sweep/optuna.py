@@ -10,7 +10,7 @@ from typing import Any
 
 from dfkd_ray.batches import mix_seed
 from dfkd_ray.config import LEFT_OUT
-from dfkd_ray.sweep.search import Domain, Point, SearchConfig
+from dfkd_ray.sweep.search import Domain, Point, SearchConfig, excess, loss
 from dfkd_ray.sweep.tune_reports import METRIC, MODE
 from dfkd_ray.text import is_null
 
@@ -57,13 +57,13 @@ class Suggestions:
         self.study = optuna.create_study(direction="minimize", sampler=sampler)
         distributions = {name: distribution(values) for name, values in self.domains.items()}
         for point, row in known:
-            failed = row["status"] == "failed" or is_null(row[METRIC])
-            state = optuna.trial.TrialState.FAIL if failed else optuna.trial.TrialState.COMPLETE
+            value = None if row["status"] == "failed" else loss(self.config.objective, row)
             trial = optuna.trial.create_trial(
-                state=state,
-                value=None if failed else float(row[METRIC]),
+                state=optuna.trial.TrialState.FAIL if value is None else optuna.trial.TrialState.COMPLETE,
+                value=value,
                 params=self.parameters(point),
                 distributions=distributions,
+                constraints=None if value is None else excess(self.config, row),
             )
             self.study.add_trial(trial)
         return max(0, self.config.num_trials - len(self.seen))
@@ -87,15 +87,18 @@ class Suggestions:
             self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
         return None
 
-    def tell(self, job_id: str, value: float | None) -> None:
-        """Report a job's metric to Optuna; None if the job failed."""
+    def tell(self, job_id: str, result: Mapping[str, Any] | None) -> None:
+        """Report a job's row, or the same columns of it, to Optuna; None if the job failed."""
         import optuna
 
         trial = self.asked.pop(job_id)
-        if value is None:
+        value = None if result is None else loss(self.config.objective, result)
+        if result is None or value is None:
             self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        else:
-            self.study.tell(trial, value)
+            return
+        for name, over in excess(self.config, result).items():
+            trial.set_constraint(name, over)
+        self.study.tell(trial, value)
 
     def point(self, parameters: Mapping[str, Any]) -> Point:
         """The point for Optuna's parameters. A choice is stored there as an index: Optuna takes only plain values."""
@@ -191,7 +194,7 @@ def searcher(suggestions: Suggestions, add: Callable[[Any], int]) -> Any:
         def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
             """Pass a trial's result on to Optuna."""
             failed = error or not result or bool(result.get("failed"))
-            suggestions.tell(self.jobs[trial_id], None if failed or not result else float(result[METRIC]))
+            suggestions.tell(self.jobs[trial_id], None if failed else result)
 
         def save(self, checkpoint_path: str) -> None:
             """Nothing to save: a search is resumed from the rows."""

@@ -12,13 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from dfkd_ray.batches import mix_seed
 from dfkd_ray.config import STRICT
 from dfkd_ray.config.fields import LARGEST_FLOAT, NUMBER, Count, Seed, plain
 from dfkd_ray.config.parsing import name_fault
 from dfkd_ray.plain import SHOWN_PATH, alike, cut, fault, given, named
+from dfkd_ray.text import is_null
 
 Point = dict[str, Any]  # dotted field → value
 BOUNDED = {"uniform": 2, "loguniform": 2, "quniform": 3, "qloguniform": 3}
@@ -28,6 +29,11 @@ MOST_SHOWN = 100  # a value with more elements is described instead of printed
 MOST_TRIALS = 100_000  # of a sweep
 # Not searchable: trials are compared on one teacher and reference set, and a search over seeds would select luck.
 FIXED = ("teacher", "reference", "device", "synthesis.seed", "distillation.seed")
+
+# What a search can look for or keep within bounds, and its direction. Nothing of it is measured on test data.
+Objective = Literal["reference_kl", "latency_ratio", "num_macs", "num_parameters"]
+LARGER_IS_BETTER = ("latency_ratio",)
+IN_TEACHERS_SHAPE = {"latency_ratio": 1.0}  # what a null stands for: not measured, for it is the teacher's
 
 
 @dataclass(frozen=True)
@@ -157,6 +163,21 @@ class SearchConfig(BaseModel):
         default=None, description="trials at once; null: as many as there is room for"
     )
     seed: Seed = Field(default=0, description="of the points; seeds of a trial stand in base")
+    objective: Objective = Field(
+        default="reference_kl", description="optuna: what it looks for, the lowest; the highest latency_ratio"
+    )
+    bounds: dict[Objective, Annotated[float, NUMBER]] = Field(
+        default_factory=dict,
+        description="optuna: what the best point keeps: at most so much; of latency_ratio, at least so much",
+    )
+
+    @model_validator(mode="after")
+    def _points_depend_on_results(self) -> "SearchConfig":
+        if self.algorithm != "optuna" and (self.bounds or self.objective != "reference_kl"):
+            raise ValueError("objective and bounds act with algorithm=optuna only: random points depend on no result")
+        if self.objective in self.bounds:
+            raise ValueError(f"bounds.{self.objective}: it is the objective; bound something else")
+        return self
 
     @field_validator("space")
     @classmethod
@@ -207,6 +228,24 @@ class StopConfig(BaseModel):
     model_config = STRICT
 
     asha: AshaConfig = AshaConfig()
+
+
+def loss(name: str, row: Mapping[str, Any]) -> float | None:
+    """An objective's value in a row, negative where larger is better; None if the row has none."""
+    value = row.get(name)
+    if is_null(value):
+        value = IN_TEACHERS_SHAPE.get(name)
+    return None if value is None else -float(value) if name in LARGER_IS_BETTER else float(value)
+
+
+def excess(search: SearchConfig, row: Mapping[str, Any]) -> dict[str, float]:
+    """By how much a row is outside each bound: positive outside, infinite where it has no value."""
+    found = {}
+    for name, bound in search.bounds.items():
+        own, limit = loss(name, row), loss(name, {name: bound})
+        assert limit is not None
+        found[name] = math.inf if own is None else own - limit
+    return found
 
 
 def within(name: str, other: str) -> bool:

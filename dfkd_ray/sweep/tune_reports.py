@@ -6,12 +6,12 @@ data.
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from dfkd_ray import trial as one_trial
 from dfkd_ray.distillation import State
 from dfkd_ray.ladder import BEFORE
-from dfkd_ray.sweep.search import StopConfig
+from dfkd_ray.sweep.search import Objective, StopConfig
 
 METRIC, MODE = "reference_kl", "min"
 WORST = 1e9  # of a failed trial
@@ -35,7 +35,8 @@ def final(row: Mapping[str, Any] | None, num_steps: int) -> dict[str, Any]:
     """The final report of a trial to Tune. A failed trial, or one without a row, gets `WORST`."""
     if row is None or row["status"] == "failed":
         return {"step": 0, METRIC: WORST, "failed": 1}
-    return {"step": num_steps, METRIC: row[METRIC], "failed": 0}
+    sought = {name: row[name] for name in get_args(Objective) if row.get(name) is not None}
+    return {"step": num_steps, **sought, METRIC: row[METRIC], "failed": 0}
 
 
 def evaluation(row: Mapping[str, Any], state: State) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from dfkd_ray.distillation import NOBODY, Observer, Pool
 from dfkd_ray.heads import HEADS, Head
 from dfkd_ray.image_sources import Gathered, Images, Injected, Local, Round, gather, wall_s
 from dfkd_ray.storage import Folder, Where
-from dfkd_ray.trial import quantisation, structure
+from dfkd_ray.trial import quantisation, speed, structure
 from dfkd_ray.trial.identity import (
     CHECKPOINTS,
     TRIAL_ID,
@@ -189,6 +189,7 @@ def check(config: TrialConfig, teacher: Teacher, trust_code: Sequence[str], on_g
     if config.student.architecture is not None:
         student = starting_student(config, teacher, torch.device("cpu"), trust_code)
     removable = structure.prepared(student, config, teacher)
+    speed.check(config.latency)
     quantisation.check(config, teacher, student)
     if config.distillation.bn_mode != "trained" and not batchnorm.layers(student):
         raise ValueError(
@@ -228,7 +229,7 @@ def steps(
         row |= made_columns(rounds, pool, network, head, runtime) | test_columns(inputs.test)
 
         rungs = Rungs(row, reference, inputs.test, inputs.teacher_accuracy, report)
-        start = before_training(student, network, config, removable, first_pool, rungs)
+        start = before_training(student, network, config, removable, first_pool, rungs, teacher.info, checkpoint)
         distillation_start = time.perf_counter()
         state = distillation.distil(
             student := start.student,
@@ -263,11 +264,16 @@ def steps(
     student, choice = devices.place(student, torch.device("cpu"), channels_last=False), start.choice
     pruned = tuple(pruning.prunable(student)) if config.pruning.sparsity > 0 and choice is None else ()
     row |= size_columns(student, pruned) | cost_columns(student, teacher)
+    warned = list(start.warnings)
+    if choice is not None or config.student.architecture is not None:
+        timed, slow = speed.columns(config.latency, network, student, teacher.info.input_shape, device)
+        row |= timed
+        warned += slow
     if config.pruning.structure == "channels":  # its sparsity is no number of zeros, even where nothing was removed
         row["achieved_sparsity"] = 1 - row["num_parameters"] / num_before
     if choice is not None:
         row["channels"] = json.dumps(choice.widths)
-    row["warnings"] = "; ".join([*start.warnings, *warnings_of(config, teacher, row, rounds.rows, pool)]) or None
+    row["warnings"] = "; ".join([*warned, *warnings_of(config, teacher, row, rounds.rows, pool)]) or None
     missing = config.pruning.sparsity - row["achieved_sparsity"]
     if config.pruning.structure == "unstructured" and missing * num_prunable(student) >= 1:
         reason = (
@@ -282,6 +288,8 @@ def steps(
         described = info.model_copy(update={"weights_sha256": sha256})
         own = Teacher(student.requires_grad_(False), described, teacher.hash, row["trial_id"])
         int8 = quantisation.quantise(own, config, network, pool, rungs)
+        if int8 is not None:
+            row |= speed.int8_columns(config.latency, network, int8, info.input_shape)
     else:
         rungs.leave_out(ladder.QUANTISED)
     images = Batch(0, pool.images, pool.labels, rounds.key)

@@ -13,7 +13,7 @@ from dfkd_ray import commit, devices, distillation, storage, synthesis
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import TrialConfig, columns_of, hashed, stable_hash, versions
 from dfkd_ray.storage import Folder
-from dfkd_ray.trial import images
+from dfkd_ray.trial import images, structure
 
 TRIAL_ID = re.compile(r"t-[0-9a-f]{12}")
 CHECKPOINTS = "checkpoints"
@@ -103,4 +103,4 @@ def remove_checkpoints(place: Folder, trial_ids: Iterable[str] | None = None) ->
 
 def is_checkpoint(name: str) -> bool:
     """Whether a file name is one of a trial's checkpoint files."""
-    return name == distillation.CHECKPOINT or images.is_own_file(name)
+    return name in (distillation.CHECKPOINT, structure.CHOICE) or images.is_own_file(name)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dfkd_ray import batchnorm, devices, evaluation, ladder
 from dfkd_ray.batches import Batch
+from dfkd_ray.bundles import BundleInfo
 from dfkd_ray.compression import channels, pruning
 from dfkd_ray.compression.channels import Choice, Prepared
 from dfkd_ray.config import TrialConfig
@@ -23,6 +24,7 @@ from dfkd_ray.distillation import Pool, Progress
 from dfkd_ray.evaluation import Reference
 from dfkd_ray.images import decoded
 from dfkd_ray.ladder import Rung
+from dfkd_ray.storage import Folder
 from dfkd_ray.trial import reconstruction, structure
 
 
@@ -85,14 +87,17 @@ def before_training(
     removable: Prepared | None,
     pool: Pool,
     rungs: Rungs,
+    info: BundleInfo,
+    checkpoint: Folder | None,
 ) -> Start:
     """Prune a dense student, re-estimate its BatchNorm, reconstruct its layers, and measure each.
 
-    `pool`: the images of round 0. `removable`: what structured pruning can remove, None without it.
+    `pool`: the images of round 0. `removable`: what structured pruning can remove, None without it. `info`: of the
+    teacher. `checkpoint`: the trial's folder; None without one.
     """
     runtime, choice = rungs.reference.runtime, None
     if removable is not None:
-        choice = structure.chosen(student, removable, config, pool, runtime)
+        choice = structure.chosen(student, removable, config, info, pool, runtime, checkpoint)
         masks, warned = choice.masks, list(choice.warnings)
     else:
         masks, warned = reconstruction.masks(student, config, pool, runtime)

@@ -1,5 +1,6 @@
 """Structured pruning in a trial: which channels go, and the small network in the place of the masked one."""
 
+import json
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -7,16 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_ray import devices
-from dfkd_ray.bundles import Teacher
+from dfkd_ray.bundles import BundleInfo, Teacher
 from dfkd_ray.compression import channels
 from dfkd_ray.compression.channels import Choice, Prepared
 from dfkd_ray.config import TrialConfig
 from dfkd_ray.devices import Runtime
 from dfkd_ray.distillation import Pool
+from dfkd_ray.storage import Folder
+from dfkd_ray.trial import speed
 from dfkd_ray.trial.reconstruction import scoring_images
 from dfkd_ray.untrusted import reason
 
 Key = TypeVar("Key")
+CHOICE = "channels.json"  # in a trial's checkpoint folder
 
 
 def applies(config: TrialConfig) -> bool:
@@ -34,12 +38,40 @@ def prepared(student: nn.Module, config: TrialConfig, teacher: Teacher) -> Prepa
     return channels.prepare(student, teacher.info.image_shape, config.pruning.importance)
 
 
-def chosen(student: nn.Module, found: Prepared, config: TrialConfig, pool: Pool, runtime: Runtime) -> Choice:
-    """The channels to remove from a dense student. `ValueError` if so many cannot be."""
+def chosen(
+    student: nn.Module,
+    found: Prepared,
+    config: TrialConfig,
+    info: BundleInfo,
+    pool: Pool,
+    runtime: Runtime,
+    checkpoint: Folder | None,
+) -> Choice:
+    """The channels to remove from a dense student. `ValueError` if so many cannot be.
+
+    A choice by measured latency is stored in the trial's checkpoint folder: measured again, it could be another one.
+    """
     images = None
     if config.pruning.importance == "activations":
         images = scoring_images(student, config, pool, runtime)
-    return channels.choose(student, found, config.pruning, images)
+    if config.pruning.target != "latency":
+        return channels.choose(student, found, config.pruning, images)
+    measure = speed.removed_seconds(config.latency, student, info.input_shape, runtime.device)
+    ratio = None if checkpoint is None else read_ratio(checkpoint)
+    choice = channels.choose(student, found, config.pruning, images, measure, ratio)
+    if checkpoint is not None and ratio is None:
+        checkpoint.write(CHOICE, json.dumps({"ratio": choice.ratio}).encode())
+    return choice
+
+
+def read_ratio(folder: Folder) -> float | None:
+    """The ratio of removed units that an interrupted run of the trial chose; None without one."""
+    data = folder.read(CHOICE)
+    try:
+        ratio = None if data is None else json.loads(data)["ratio"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return float(ratio) if isinstance(ratio, int | float) and 0 <= ratio <= 1 else None
 
 
 def small(

@@ -1,0 +1,108 @@
+"""`dfkd-ray shrink`: a network that is so many times as fast and loses at most so many points, found in one sweep."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from dfkd_ray import config as configs
+from dfkd_ray import shrinking
+from dfkd_ray.cli import run, tables
+from dfkd_ray.cli.inputs import load_teacher
+from dfkd_ray.cli.options import Cache, DataRoot, Download, Effort, Out, Set, TeacherName, TestData, Trust
+from dfkd_ray.cli.streams import say
+from dfkd_ray.shrinking import Candidate
+
+SCHEMA = "dfkd_ray.shrinking/1"
+CLAIM, FILE, SWEEP, STUDENT = ".shrinking.json", "shrink.yaml", "sweep", "student.onnx"
+
+
+def shrink(
+    teacher: TeacherName,
+    out: Out,
+    faster: Annotated[float, typer.Option(help="times as fast as the teacher, at least")] = 2.0,
+    lose_at_most: Annotated[float, typer.Option(help="percentage points of accuracy")] = 0.5,
+    int8: Annotated[bool, typer.Option(help="try int8 too")] = True,
+    effort: Effort = None,
+    set_: Set = None,
+    test_data: TestData = "auto",
+    data_root: DataRoot = Path("data"),
+    download: Download = False,
+    cache: Cache = None,
+    trust_code: Trust = None,
+) -> None:
+    """Find a student that is FASTER times as fast and loses at most LOSE_AT_MOST points, and export it as ONNX.
+
+    A small sweep on this machine tries shares of channels, each in float32 and int8, on ONNX Runtime with one thread.
+    Writes OUT/sweep (tables, students), OUT/shrink.yaml (its sweep file) and OUT/student.onnx. After an interruption,
+    the same command resumes. Exit code 1 if nothing fits: then the nearest are named and nothing is exported.
+    """
+    from dfkd_ray import exporting, results, storage, targets
+
+    fields = configs.parse_overrides(set_ or [])
+    data = shrinking.sweep_of(teacher, faster, int8=int8, fields=fields)
+    missing = exporting.not_installed(exporting.ONNX)
+    if missing:
+        raise ValueError(f"shrink needs {', '.join(missing)}, not installed here: pip install 'dfkd_ray[onnx]'")
+    place = targets.check(out, targets.Product("a result of shrink", {CLAIM: targets.claims(SCHEMA)}))
+    loaded = load_teacher(teacher, trust_code, download=download)
+    asked = {"teacher_hash": loaded.hash}
+    earlier = place.read(CLAIM)
+    if earlier is not None and json.loads(earlier).get("teacher_hash") != loaded.hash:
+        raise ValueError(f"{out}: it holds the students of another teacher; choose a new folder")
+    with targets.retracting(place, CLAIM):
+        targets.claim(place, CLAIM, SCHEMA, **asked)
+        place.write(FILE, yaml.safe_dump(data, sort_keys=False).encode())
+    failed = False
+    try:
+        run.sweep(
+            Path(out) / FILE,
+            results=str(Path(out) / SWEEP),
+            effort=effort,
+            test_data=test_data,
+            data_root=data_root,
+            download=download,
+            cache=cache,
+            trust_code=trust_code,
+        )
+    except typer.Exit:  # some trials failed; the others are looked at
+        failed = True
+    rows = results.read(place / SWEEP, "trials").to_dict("records")
+    found = shrinking.candidates(rows)
+    measured = shrinking.is_measured(rows)
+    for line in lines(found, measured):
+        say(line)
+    best = shrinking.choose(found, faster, lose_at_most)
+    if best is None:
+        say(f"nothing is {faster:g} times as fast and loses at most {lose_at_most:g} points; nearest:")
+        for each in shrinking.nearest(found, faster, lose_at_most):
+            say(f"  {each.name}: {each.speed:.2f} times as fast, {each.lost:.2f} points lost ({each.trial_id})")
+        say("allow more loss, ask for less speed, or give it more time: --effort thorough")
+        raise typer.Exit(1)
+    student = place / SWEEP / "students" / best.trial_id
+    target = Path(out) / STUDENT
+    if best.is_int8:
+        data_ = student.read("int8.onnx")
+        assert data_ is not None
+        storage.folder(out).write(STUDENT, data_)
+    else:
+        target.unlink(missing_ok=True)
+        exporting.export(str(student), target, trust_code=tuple(trust_code or ()))
+    kind = "measured on test data" if measured else "estimated without data"
+    say(f"chosen: {best.name}: {best.speed:.2f} times as fast, {best.lost:.2f} points lost ({kind})")
+    say(f"written: {target}; as a bundle: {student}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def lines(found: Sequence[Candidate], measured: bool) -> list[str]:
+    """The candidates as a table."""
+    how = "measured on test data" if measured else "estimated from the KL divergence on synthetic images, without data"
+    told = [f"ONNX Runtime, one thread, batch 1; points lost: {how}"]
+    return told + [
+        f"  {each.name:<36} {each.speed:6.2f} x {each.lost:7.2f} points  {(each.num_bytes or 0) / 1e3:9,.0f} kB"
+        for each in found
+    ]

@@ -1,0 +1,111 @@
+"""Finds a student that is fast enough and near enough to its teacher, in one small sweep. Pure: plain data in and out.
+
+`sweep_of` is the sweep: channels in several shares, each also in int8. `candidates` turns its rows into students and
+int8 files with their speed and loss; `choose` picks one.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dfkd_ray.config import with_overrides
+from dfkd_ray.ladder import QUANTISED, RECOVERED, TEACHER, Rung
+from dfkd_ray.text import is_null
+
+# Exponents of the shares of multiplications that are kept, 1 / faster ** t: a student is slower than its share says
+# (narrow layers use a core less well), and int8 is faster.
+EXPONENTS = (0.5, 1.0, 1.5)
+LEAST_KEPT = 0.05  # of the multiplications
+ROUND_TO = 8  # channels: kernels for CPUs work on blocks of as many
+FASTEST = 20.0  # what may be asked for
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A student of a trial, or its int8 file. `lost`: points, measured on test data or estimated (see `lost`)."""
+
+    trial_id: str
+    is_int8: bool
+    removed_macs: float
+    speed: float
+    lost: float
+    num_bytes: int | None
+
+    @property
+    def name(self) -> str:
+        """For a table."""
+        kept = "all channels" if self.removed_macs < 0.005 else f"{100 * self.removed_macs:.0f} % of the MACs removed"
+        return f"{kept}, int8" if self.is_int8 else kept
+
+
+def sweep_of(teacher: str, faster: float, *, int8: bool = True, fields: Mapping[str, Any] | None = None) -> dict:
+    """The plain data of a sweep file. `fields`: dotted fields of the base trial, over these.
+
+    `ValueError` if `faster` is not above 1 and at most `FASTEST`.
+    """
+    if not 1 < faster <= FASTEST:
+        raise ValueError(f"faster={faster:g}: expected more than 1 and at most {FASTEST:g} times")
+    base = with_overrides(
+        {},
+        {
+            "teacher": teacher,
+            "pruning.structure": "channels",
+            "pruning.target": "macs",
+            "pruning.importance": "magnitude",
+            "pruning.round_to": ROUND_TO,
+            "quantisation.int8": int8,
+            "latency.runtime": "onnxruntime",
+            **(fields or {}),
+        },
+    )
+    kept = [max(LEAST_KEPT, faster**-exponent) for exponent in EXPONENTS]
+    grids: list[dict[str, list[Any]]] = [{"pruning.sparsity": list(dict.fromkeys(round(1 - k, 3) for k in kept))}]
+    if int8:  # the teacher itself: nothing is there to recover
+        grids.insert(0, {"pruning.sparsity": [0.0], "distillation.num_steps": [0]})
+    return {"base": base, "grid": grids}
+
+
+def candidates(rows: Iterable[Mapping[str, Any]]) -> list[Candidate]:
+    """The finished students with a measured speed, fastest first; the teacher's own copy only in int8."""
+    found = []
+    for row in rows:
+        if row["status"] != "finished":
+            continue
+        removed = 1 - row["num_macs"] / row["teacher_num_macs"]
+        for rung, is_int8, speed, size in (
+            (RECOVERED, False, row.get("latency_ratio"), row.get("float_file_bytes")),
+            (QUANTISED, True, row.get("int8_latency_ratio"), row.get("int8_file_bytes")),
+        ):
+            points = lost(row, rung)
+            if speed is None or is_null(speed) or points is None:
+                continue
+            num_bytes = None if size is None or is_null(size) else int(size)
+            found.append(Candidate(row["trial_id"], is_int8, removed, float(speed), points, num_bytes))
+    return sorted(found, key=lambda each: -each.speed)
+
+
+def is_measured(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether losses are measured on test data; else they are estimated."""
+    return bool(rows) and not any(is_null(row.get(TEACHER.accuracy)) for row in rows)
+
+
+def lost(row: Mapping[str, Any], rung: Rung) -> float | None:
+    """Percentage points that a rung's network loses; None where nothing says it."""
+    before, own = row.get(TEACHER.accuracy), row.get(rung.accuracy)
+    if before is not None and not is_null(before):
+        return None if own is None or is_null(own) else 100 * (before - own)
+    kl = row.get("quantised_kl" if rung is QUANTISED else "reference_kl")
+    return None if kl is None or is_null(kl) else estimated(float(kl))
+
+
+def choose(found: Sequence[Candidate], faster: float, lose_at_most: float) -> Candidate | None:
+    """The candidate that loses least of those that are fast enough, if it loses little enough; the faster of equals."""
+    enough = [each for each in found if each.speed >= faster and each.lost <= lose_at_most]
+    return min(enough, key=lambda each: (each.lost, -each.speed), default=None)
+
+
+def nearest(found: Sequence[Candidate], faster: float, lose_at_most: float) -> list[Candidate]:
+    """Where nothing fits: the fastest that loses little enough, and the one that loses least and is fast enough."""
+    near = max((each for each in found if each.lost <= lose_at_most), key=lambda each: each.speed, default=None)
+    fast = min((each for each in found if each.speed >= faster), key=lambda each: each.lost, default=None)
+    return [each for each in (near, fast) if each is not None]
