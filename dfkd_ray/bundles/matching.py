@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dfkd_ray import models
 from dfkd_ray.bundles.weights import check_head, filled, kind_problem, load_state, read_state_dicts, shape_problems
+from dfkd_ray.compression import shape_edits
 from dfkd_ray.description import BundleInfo
 from dfkd_ray.text import one_line
 
@@ -71,15 +72,32 @@ class Part:
 
 def from_file(info: BundleInfo, path: Path, weights_key: str | None = None) -> tuple[nn.Module, Match]:
     """The network of a description with the weights of a file (see `match`), checked and adapted."""
-    of = {"num_classes": info.num_classes, "image_shape": info.input_shape}
-    states = read_state_dicts(path)
-    network = models.build(info.architecture, info.arguments, finished=False, **of)
-    found = match(network, states, str(path), weights_key)
-    load_state(network, found.state, str(path))
-    models.finish(network, info.architecture, **of)
-    check_head(network, info.head)
+    network, found = from_states(info, read_state_dicts(path), str(path), weights_key)
     if models.module_of(info.architecture):
         check_again(network, info, str(path))
+    return network, found
+
+
+def from_states(
+    info: BundleInfo, states: Mapping[str, Mapping[str, Tensor]], where: str, weights_key: str | None = None
+) -> tuple[nn.Module, Match]:
+    """As `from_file`, of the state dicts of a file. Names may also be those of the network after it was adapted."""
+    of = {"num_classes": info.num_classes, "image_shape": info.input_shape}
+    network = shape_edits.replay(
+        models.build(info.architecture, info.arguments, finished=False, **of), info.shape_edits
+    )
+    try:
+        found = match(network, states, where, weights_key)
+    except ValueError:
+        models.finish(network, info.architecture, **of)
+        if set(network.state_dict()) not in map(set, states.values()):
+            raise
+        found = match(network, states, where, weights_key)
+        load_state(network, found.state, where)
+    else:
+        load_state(network, found.state, where)
+        models.finish(network, info.architecture, **of)
+    check_head(network, info.head)
     return network, found
 
 

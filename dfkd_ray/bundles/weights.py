@@ -21,7 +21,8 @@ from dfkd_ray.description import BundleInfo
 from dfkd_ray.text import one_line
 from dfkd_ray.untrusted import read_safetensors
 
-PACKED = "::packed"  # a whole state dict in the form of `packing`
+PACKED = "::packed/2"  # a whole state dict in the form of `packing`
+PACKINGS = ("::packed", PACKED)  # the first is what earlier versions wrote; they do not read the second
 MASK, VALUES, SHAPE = "::mask", "::values", "::mask::shape"  # a pruned tensor as bundles had it before
 LFS_POINTER = b"version https://git-lfs."
 MAX_NESTING = 8  # of the keys that lead to a state dict
@@ -112,8 +113,11 @@ def from_stored(stored: Mapping[str, Tensor], where: str = "weights", largest: i
     """
     where = one_line(where, 120)
     largest = untrusted.free_bytes() // 2 if largest is None else largest
-    packed = stored.get(PACKED)
-    if packed is not None and len(stored) == 1 and packed.dtype == torch.uint8 and packed.ndim == 1:
+    name, packed = next(iter(stored.items()), ("", torch.zeros(0)))
+    if len(stored) == 1 and name.startswith("::packed") and packed.dtype == torch.uint8 and packed.ndim == 1:
+        if name not in PACKINGS:
+            known = " and ".join(map(repr, PACKINGS))
+            raise ValueError(f"{where}: weights compressed as {one_line(name, 60)!r}, this version reads {known}")
         return packing.unpack(packed.numpy().tobytes(), where, largest)
     masked = {key.removesuffix(MASK) for key in stored if key.endswith(MASK)}
     own = {name + ending for name in masked for ending in (MASK, VALUES, SHAPE)}

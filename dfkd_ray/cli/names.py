@@ -10,7 +10,7 @@ from dfkd_ray.text import shown
 
 Parts = Mapping[str, str]  # heading → text, in the order of the name
 NAMED = ("teacher", "synthesis.method", "pruning.sparsity")
-STRUCTURE = "pruning.structure"
+STRUCTURE, WEIGHTS = "pruning.structure", "student.weights"
 
 
 def name_of(values: Mapping[str, Any], differing: Sequence[str]) -> str:
@@ -28,8 +28,8 @@ def name_from(parts: Parts) -> str:
 
 def parts_of(trials: Mapping[str, TrialConfig]) -> dict[str, Parts]:
     """The parts of each trial's name."""
-    # One without channels leaves its structure out.
-    structure = {STRUCTURE: LEFT_OUT[STRUCTURE]}
+    # One without channels leaves its structure out, one without a file of its student's the file.
+    structure = {name: LEFT_OUT[name] for name in (STRUCTURE, WEIGHTS)}
     plain = {name: structure | flat(config.model_dump(mode="json")) for name, config in trials.items()}
     fields = dict.fromkeys(field for values in plain.values() for field in values)
     differing = [

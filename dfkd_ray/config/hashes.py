@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ SYNTHESIS_VERSION = 2  # 2: with more classes than images in a batch, labels in 
 # 2: distils on distillation.num_images alone; plain pruning is a candidate. 3: the lowest KL divergence selects; layers
 # are reconstructed.
 TRIAL_VERSION = 3
+
+TRIAL_ID = re.compile(r"t-[0-9a-f]{12}")
 
 
 def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -46,11 +49,12 @@ def stable_hash(data: Any) -> str:
 def hashed(config: TrialConfig) -> dict[str, Any]:
     """The fields that a trial's id depends on, as plain data.
 
-    Left out are the teacher's name, the device, `quantisation` where it does not act, and `latency` at its defaults:
-    trials from before they came keep their ids.
+    Left out are the names of the teacher and of the student's file, the device, `quantisation` where it does not act,
+    and `latency` at its defaults: trials from before they came keep their ids.
     """
-    left_out = {"teacher", "device"} | ({"quantisation"} if not config.quantisation.int8 else set())
-    left_out |= {"latency"} if config.latency == LatencyConfig() else set()
+    left_out: dict[str, Any] = {"teacher": True, "device": True, "student": {"weights"}}
+    left_out |= {"quantisation": True} if not config.quantisation.int8 else {}
+    left_out |= {"latency": True} if config.latency == LatencyConfig() else {}
     return config.model_dump(mode="json", exclude=left_out)
 
 
@@ -60,8 +64,8 @@ def config_hash(config: BaseModel) -> str:
 
 
 def follows(field: str) -> bool:
-    """Whether a (dotted) field is derived from others and not worth showing: the hash of an activation record."""
-    return field.rpartition(".")[2] == "record_sha256"
+    """Whether a (dotted) field is derived from others and not worth showing: the hash of a record or of weights."""
+    return field.rpartition(".")[2] in ("record_sha256", "weights_sha256")
 
 
 def versions() -> dict[str, int]:

@@ -34,6 +34,7 @@ OF_WEIGHTS = ("criterion", "spare_first", "spare_last")
 OF_SCHEDULE = ("schedule", "schedule_end", "schedule_every")
 OF_PATTERN = ("pattern",)
 OF_CHANNELS = ("target", "importance", "round_to")
+OF_FILE = ("weights", "weights_key", "weights_sha256", "keep_zeros")  # fields of a student that starts from a file
 ACTS_WITH: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(OF_WEIGHTS, ("unstructured", "n_of_m")),
     **dict.fromkeys(OF_SCHEDULE, ("unstructured",)),
@@ -211,7 +212,11 @@ class QuantisationConfig(BaseModel):
 
 
 class StudentConfig(BaseModel):
-    """What is trained: the pruned teacher, or another architecture from scratch."""
+    """What is trained: the pruned teacher, or another architecture. It starts from the teacher's weights, random ones,
+    or those of a file.
+
+    The file of `weights` has a network of this architecture, or is a bundle, which names its own.
+    """
 
     model_config = STRICT
 
@@ -220,12 +225,44 @@ class StudentConfig(BaseModel):
         description="null: the teacher itself; else a name, timm:NAME, torchvision:NAME or package.module:factory",
     )
     arguments: Arguments = Field(default_factory=dict, description="arguments of the architecture")
+    weights: Name | None = Field(
+        default=None,
+        description="the weights that it starts from: a .safetensors or .pt file, or a bundle's folder or URI; null: "
+        "the teacher's, or random ones of another architecture",
+    )
+    weights_key: Name | None = Field(
+        default=None, description="the place in the file of the weights to take, where several sets of them fit"
+    )
+    weights_sha256: Name | None = Field(
+        default=None, description="SHA-256 of that file, or the bundle's hash; filled in before a trial has an id"
+    )
+    keep_zeros: bool = Field(
+        default=True, description="zeros of that file's Conv and Linear weights stay zero; false: they are trained"
+    )
+
+    @model_serializer(mode="wrap")
+    def _fields_that_act(self, plain: Any) -> dict[str, Any]:
+        """Without the fields of a file if there is none: trials from before there were such fields keep their ids."""
+        data = plain(self)
+        left_out = set(OF_FILE) if self.weights is None else {n for n in OF_FILE if data.get(n, 0) is None}
+        return {name: value for name, value in data.items() if name not in left_out}
 
     @model_validator(mode="after")
-    def _arguments_need_an_architecture(self) -> "StudentConfig":
+    def _fields_can_act(self) -> "StudentConfig":
         if self.architecture is None and self.arguments:
             raise ValueError("arguments are given but no architecture; set student.architecture")
+        given = [name for name in OF_FILE[1:] if getattr(self, name) != type(self).model_fields[name].default]
+        if self.weights is None and given:
+            raise ValueError(f"{given[0]} is of a file, and none is given; set student.weights")
         return self
+
+    @property
+    def structure(self) -> "StudentConfig":
+        """The architecture alone, without the file."""
+        return StudentConfig(architecture=self.architecture, arguments=self.arguments)
+
+
+LEFT_OUT |= {f"student.{name}": StudentConfig.model_fields[name].default for name in OF_FILE}
 
 
 class DistillationConfig(BaseModel):
@@ -358,7 +395,7 @@ class TrialConfig(BaseModel):
                 )
             if self.pruning.target == "latency" and self.latency.runtime == "none":
                 raise ValueError("pruning.target=latency is measured; set latency.runtime=pytorch or onnxruntime")
-        new_student = self.student.architecture is not None
+        new_student = self.student.architecture is not None and self.student.weights is None
         if new_student and self.distillation.bn_mode != "trained":
             raise ValueError("a student from scratch has no BatchNorm statistics yet; set distillation.bn_mode=trained")
         return self

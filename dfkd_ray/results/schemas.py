@@ -25,7 +25,8 @@ SCHEMA = b"dfkd_ray.schema"
 # field are null in older rows. A new config field does not raise the version, a new metric does.
 RENAMED: dict[str, list[Mapping[str, str]]] = {
     # 2: written_at_s; 3: trial_version, synthesis_version; 4: selected, warnings, test_set, test_sha256; 5: the rung
-    # "reconstructed"; 6: num_macs, teacher_num_parameters, teacher_num_macs, channels; 7: the rung "quantised", latency
+    # "reconstructed"; 6: num_macs, teacher_num_parameters, teacher_num_macs, channels; 7: the rung "quantised",
+    # latency, num_kept_zeros
     "trials": [{}, {}, {}, {}, {}, {}],
     "epochs": [],
     "synthesis": [{}, {}, {}, {}],  # 2: written_at_s; 3: record; 4: synthesis_version; 5: round
@@ -71,6 +72,7 @@ METRICS: Columns = {
     "teacher_num_macs": (pa.int64(), True, "as num_macs, of the teacher"),
     "channels": (pa.string(), True, "JSON: layer -> [channels kept, before]; null where none were removed"),
     "num_nonzero": (pa.int64(), True, "non-zero parameters of the student"),
+    "num_kept_zeros": (pa.int64(), True, "zeros of student.weights that stayed zero; null without such a file"),
     "dense_bytes": (pa.int64(), True, "float32 bytes of the student's state"),
     "stored_bytes": (pa.int64(), True, "bytes of its weights file"),
     "quantised_kl": (pa.float64(), True, "as reference_kl, of the int8 ONNX file; null without int8"),
@@ -98,6 +100,7 @@ METRICS: Columns = {
     "int8_latency_ratio": (pa.float64(), False, "of its int8 file to the teacher in float32, both on ONNX Runtime"),
     "latency_s": (pa.float64(), False, "seconds of a batch, median, as section latency says"),
     "teacher_latency_s": (pa.float64(), False, "the same of the teacher"),
+    "latency_warning": (pa.string(), False, "what looks wrong in these measurements; null where nothing does"),
     "num_cached_batches": (pa.int64(), False, "batches that were there: in the cache, or made for another trial"),
     "fleet_call_s": (pa.float64(), False, "seconds inside calls to the synthesis fleet, waiting for images excluded"),
     "fleet_wait_s": (pa.float64(), False, "seconds of waiting for images that were still being made"),

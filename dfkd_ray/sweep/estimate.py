@@ -127,7 +127,8 @@ def unit_of(one: Work) -> Unit:
         work, fields = "synthesis", config.model_dump(mode="json", include=names)
     else:
         kd, names = config.distillation, {"precision", "batch_size", "num_threads", "fast"}
-        work, fields = "trial", kd.model_dump(mode="json", include=names) | config.student.model_dump(mode="json")
+        work, fields = "trial", kd.model_dump(mode="json", include=names)
+        fields |= config.student.model_dump(mode="json", exclude={"weights"})
         fields |= {"device": config.device, "features": kd.feature_weight > 0}
     texts = (f"{name}={json.dumps(value, sort_keys=True)}" for name, value in fields.items())
     return " ".join((work, one.teacher.hash, *texts))

@@ -6,7 +6,7 @@ from their checkpoints, which are stored under their trial ids. Ray Tune's own e
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from dfkd_ray import bundles, cache, models, storage, targets, tensorboard
 from dfkd_ray.batches import Batch, BatchSource
-from dfkd_ray.bundles import Teacher
+from dfkd_ray.bundles import Teacher, starts
 from dfkd_ray.config import RealConfig
 from dfkd_ray.fleet import node_check
 from dfkd_ray.results import FINAL, finished_ids
@@ -171,6 +171,7 @@ def run(
             {name: put(test) for name, test in tests.items()},
             {trial_id: put(source) for trial_id, source in reals.items()},
             models.code_folder(),
+            {name: put(starts.to_arrays(start)) for name, start in starts_of(known).items()},
         )
         with watched(look_of(ledger, running, board, callbacks), callbacks.look_s):
             try:
@@ -209,6 +210,12 @@ def real_sources(
                 sources[key] = real_of(job.teacher, settings)
             wanted[job.id] = sources[key]
     return wanted
+
+
+def starts_of(jobs: Iterable[Job]) -> dict[str, starts.Start]:
+    """The files that students start from, by hash."""
+    students = {job.config.student.weights_sha256: job.config.student for job in jobs}
+    return {name: starts.held(student) for name, student in students.items() if name is not None}
 
 
 def put(value: Any) -> list[Any]:

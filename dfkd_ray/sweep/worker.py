@@ -5,12 +5,12 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dfkd_ray import bundles, cache, evaluation, models, results, storage, tensorboard
 from dfkd_ray import trial as one_trial
-from dfkd_ray.bundles import Teacher
+from dfkd_ray.bundles import Teacher, starts
 from dfkd_ray.config import TrialConfig
 from dfkd_ray.distillation import State
 from dfkd_ray.images import class_grid
@@ -173,6 +173,7 @@ class Shared:
     tests: Mapping[str, list[Any]]  # by the teacher's hash
     reals: Mapping[str, list[Any]]  # by trial id
     code: str | None = None  # the driver's `models.code_folder`
+    students: Mapping[str, list[Any]] = field(default_factory=dict)  # by hash, as `starts.to_arrays`
 
 
 def in_worker(
@@ -198,6 +199,9 @@ def in_worker(
     try:
         if teacher_hash not in OPENED:
             OPENED[teacher_hash] = bundles.from_arrays(ray.get(shared.teachers[teacher_hash][0]))
+        wanted = config.student.weights_sha256
+        if wanted is not None and wanted in shared.students and wanted not in starts.HELD:
+            starts.hold(starts.from_arrays(ray.get(shared.students[wanted][0])))
         job = Job(config, OPENED[teacher_hash], trial_id)
         test: Any = ray.get(shared.tests[teacher_hash][0])
         real: Any = ray.get(shared.reals[trial_id][0]) if trial_id in shared.reals else None

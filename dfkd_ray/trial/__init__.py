@@ -29,7 +29,7 @@ from dfkd_ray import (
     targets,
 )
 from dfkd_ray.batches import Batch, BatchSource
-from dfkd_ray.bundles import Teacher
+from dfkd_ray.bundles import Teacher, starts
 from dfkd_ray.compression import pruning
 from dfkd_ray.compression.channels import Prepared
 from dfkd_ray.config import TrialConfig
@@ -38,7 +38,7 @@ from dfkd_ray.distillation import NOBODY, Observer
 from dfkd_ray.heads import HEADS
 from dfkd_ray.image_sources import Gathered, Images, Injected, Local, Round, wall_s
 from dfkd_ray.storage import Folder, Where
-from dfkd_ray.trial import quantisation, speed, structure
+from dfkd_ray.trial import quantisation, speed, starting, structure
 from dfkd_ray.trial.identity import (
     CHECKPOINTS,
     TRIAL_ID,
@@ -186,8 +186,10 @@ def check(config: TrialConfig, teacher: Teacher, trust_code: Sequence[str], on_g
     for name, settings in (("synthesis", config.synthesis), ("reference.synthesis", config.reference.synthesis)):
         synthesis.check(teacher, settings, name)
     student = teacher.network
-    if config.student.architecture is not None:
+    config = config.model_copy(update={"student": starts.pinned(config.student, teacher)})
+    if config.student.architecture is not None or config.student.weights is not None:
         student = starting_student(config, teacher, torch.device("cpu"), trust_code)
+        starting.check(student, config, teacher)
     removable = structure.prepared(student, config, teacher)
     speed.check(config.latency)
     quantisation.check(config, teacher, student)
@@ -221,7 +223,7 @@ def steps(
         row["reference_wall_s"] = wall_s(held_out.rows)
         reference = reference_of(config, network, held_out, runtime, head)
 
-        first = Round(teacher, config.synthesis, device, student=config.student)
+        first = Round(teacher, config.synthesis, device, student=config.student.structure)
         source = Injected(inputs.real) if inputs.real and config.synthesis.method == "real" else inputs.images
         reestimates = bool(batchnorm.layers(student))
         rounds = Rounds(config, first, source, checkpoint, report, row["trial_id"], reestimates)
@@ -262,13 +264,11 @@ def steps(
         "status": "finished",
     }
     student, choice = devices.place(student, torch.device("cpu"), channels_last=False), start.choice
-    pruned = tuple(pruning.prunable(student)) if config.pruning.sparsity > 0 and choice is None else ()
+    pruned = tuple(pruning.prunable(student)) if (config.pruning.sparsity > 0 or start.masks) and choice is None else ()
     row |= size_columns(student, pruned) | cost_columns(student, teacher)
-    warned = list(start.warnings)
+    warned = [*start.warnings, *starting.warnings_of(config, teacher)]
     if choice is not None or config.student.architecture is not None:
-        timed, slow = speed.columns(config.latency, network, student, teacher.info.input_shape, device)
-        row |= timed
-        warned += slow
+        row |= speed.columns(config.latency, network, student, teacher.info.input_shape, device)
     if config.pruning.structure == "channels":  # its sparsity is no number of zeros, even where nothing was removed
         row["achieved_sparsity"] = 1 - row["num_parameters"] / num_before
     if choice is not None:
@@ -289,7 +289,7 @@ def steps(
         own = Teacher(student.requires_grad_(False), described, teacher.hash, row["trial_id"])
         int8 = quantisation.quantise(own, config, network, pool, rungs)
         if int8 is not None:
-            row |= speed.int8_columns(config.latency, network, int8, info.input_shape)
+            speed.add_int8(row, config.latency, network, int8, info.input_shape)
     else:
         rungs.leave_out(ladder.QUANTISED)
     images = Batch(0, pool.images, pool.labels, rounds.key)
@@ -310,19 +310,21 @@ def on_device(network: nn.Module, device: torch.device) -> nn.Module:
 def starting_student(
     config: TrialConfig, teacher: Teacher, device: torch.device, trust_code: Sequence[str]
 ) -> nn.Module:
-    """A copy of the teacher, or a new network with initial weights from `distillation.seed`."""
-    if config.student.architecture is None:
+    """A copy of the teacher, or a new network with initial weights from `distillation.seed`; or one from a file."""
+    if config.student.architecture is None and config.student.weights is None:
         return on_device(teacher.network, device).requires_grad_(True)
-    module = models.untrusted_module(config.student.architecture, trust_code)
+    architecture = config.student.architecture
+    module = None if architecture is None else models.untrusted_module(architecture, trust_code)
     if module is not None:
         raise ValueError(
-            f"student.architecture={config.student.architecture!r} is code; if you trust that module, "
-            f"add `trust_code={module}`"
+            f"student.architecture={architecture!r} is code; if you trust that module, add `trust_code={module}`"
         )
+    if architecture is None or config.student.weights is not None:
+        return on_device(starts.network_of(config.student, teacher)[0], device).requires_grad_(True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.distillation.seed)
         network = models.build(
-            config.student.architecture,
+            architecture,
             config.student.arguments,
             num_classes=teacher.info.num_classes,
             image_shape=teacher.info.input_shape,

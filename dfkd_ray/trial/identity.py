@@ -10,12 +10,11 @@ import torch
 
 import dfkd_ray
 from dfkd_ray import commit, devices, distillation, storage, synthesis
-from dfkd_ray.bundles import Teacher
-from dfkd_ray.config import TrialConfig, columns_of, hashed, stable_hash, versions
+from dfkd_ray.bundles import Teacher, starts
+from dfkd_ray.config import TRIAL_ID, TrialConfig, columns_of, hashed, stable_hash, versions
 from dfkd_ray.storage import Folder
 from dfkd_ray.trial import images, structure
 
-TRIAL_ID = re.compile(r"t-[0-9a-f]{12}")
 CHECKPOINTS = "checkpoints"
 # (pattern, replacement). They remove from an error message what may differ between two runs with the same error:
 # CUDA's memory report, addresses, process ids, network addresses, the folders of a path.
@@ -31,16 +30,18 @@ VARYING = (
 def pinned(config: TrialConfig, teacher: Teacher) -> TrialConfig:
     """The config with everything that is known only where it runs: hashes of files, and batch sizes for `auto`.
 
-    The files are those that its images depend on, other than the teacher's weights: activation records. Hashes and
-    batch sizes are part of the trial's id and of its synthesis keys. The teacher's name is replaced by its public name,
-    without secrets, because the config is written to rows and files from here on; the id does not depend on the name.
-    `ValueError` if the teacher lacks such a file, if the config already has another hash for it, or if no batch fits.
+    The files are those other than the teacher's weights: activation records, and the weights that a student starts
+    from. Hashes and batch sizes are part of the trial's id and of its synthesis keys. The names of the teacher and of
+    the student's file are replaced by public names, without secrets, because the config is written to rows and files
+    from here on; the id does not depend on the names. `ValueError` if there is no such file, if the config already has
+    another hash for it, or if no batch fits.
     """
     own = synthesis.pinned(teacher, config.synthesis, config.device)
     reference = synthesis.pinned(teacher, config.reference.synthesis, config.device, "reference.synthesis")
     return config.model_copy(
         update={
             "teacher": storage.public_name(config.teacher),
+            "student": starts.pinned(config.student, teacher),
             "synthesis": own,
             "reference": config.reference.model_copy(update={"synthesis": reference}),
         }

@@ -23,11 +23,15 @@ NO_FASTER = (
 MOST_REPEATS = 4  # times that an image is taken for reconstruction: once as it is, the others shifted, flipped, mixed
 
 
-def applies(config: TrialConfig) -> bool:
-    """Whether a trial has this rung: a pruned copy of the teacher, whose masks and statistics may change."""
+def applies(config: TrialConfig, masks: pruning.Masks | None = None) -> bool:
+    """Whether a trial has this rung: a pruned copy of the teacher, whose masks and statistics may change.
+
+    `masks`: those of the student, where they are known; a file's zeros are masked without `pruning.sparsity` too. A
+    network of the teacher's architecture has layers of the teacher's shapes, whatever its weights.
+    """
     return (
         config.reconstruction.num_images > 0
-        and config.pruning.sparsity > 0
+        and (config.pruning.sparsity > 0 or bool(masks))
         and config.pruning.schedule == "one_shot"
         and config.student.architecture is None
         and config.distillation.bn_mode != "frozen"
@@ -89,7 +93,14 @@ def fitting_images(student: nn.Module, config: TrialConfig, pool: Pool, runtime:
 def reconstruct(
     student: nn.Module, teacher: nn.Module, config: TrialConfig, pool: Pool, runtime: Runtime, masks: pruning.Masks
 ) -> tuple[bool, list[str]]:
-    """Reconstruct a pruned student in place; whether it was, and warnings. One that cannot be is left as it was."""
+    """Reconstruct a pruned student in place; whether it was, and warnings. The caller restores one that was not.
+
+    Of a student from a file, only the zeros matter: its layers are fitted to the teacher's, and everything between
+    them (BatchNorm, say) becomes the teacher's.
+    """
+    if config.student.weights is not None:
+        own, weights = teacher.state_dict(), pruning.prunable(student)
+        student.load_state_dict({name: own[name] for name in own if name not in weights}, strict=False)
     settings = config.reconstruction
     wanted = min(settings.num_images, MOST_REPEATS * len(pool.labels))
     images = fitting_images(student, config, pool, runtime)

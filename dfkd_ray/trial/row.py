@@ -9,7 +9,7 @@ from torch import nn
 
 from dfkd_ray import bundles, evaluation
 from dfkd_ray.batches import Batch
-from dfkd_ray.bundles import Teacher
+from dfkd_ray.bundles import Teacher, starts
 from dfkd_ray.compression import operations, pruning, shape_edits
 from dfkd_ray.config import TrialConfig
 from dfkd_ray.description import SCHEMA, WITH_EDITS, ShapeEdit
@@ -93,7 +93,6 @@ def student_info(
     if config.student.architecture is not None:
         architecture, arguments = libraries.structure(config.student.architecture, config.student.arguments)
         changes |= {"architecture": architecture, "arguments": arguments}
-    else:
-        edits = shape_edits.composed(teacher.info.shape_edits, edits)
+    edits = shape_edits.composed(starts.edits_of(config.student, teacher), edits)
     changes |= {"shape_edits": tuple(edits), "schema_version": WITH_EDITS if edits else SCHEMA}
     return teacher.info.model_copy(update=changes)

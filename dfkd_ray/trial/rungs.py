@@ -25,7 +25,7 @@ from dfkd_ray.evaluation import Reference
 from dfkd_ray.images import decoded
 from dfkd_ray.ladder import Rung
 from dfkd_ray.storage import Folder
-from dfkd_ray.trial import reconstruction, structure
+from dfkd_ray.trial import reconstruction, starting, structure
 
 
 @dataclass
@@ -101,6 +101,9 @@ def before_training(
         masks, warned = choice.masks, list(choice.warnings)
     else:
         masks, warned = reconstruction.masks(student, config, pool, runtime)
+    zeros = starting.zeros(student, config)
+    masks = starting.both(masks, zeros)
+    rungs.row |= starting.columns(config, zeros)
     dense = deepcopy(student)
     pruning.apply(student, masks)
     rungs.measure(ladder.TEACHER, teacher)
@@ -112,7 +115,7 @@ def before_training(
         start = ladder.BN_REESTIMATED
     else:
         rungs.leave_out(ladder.BN_REESTIMATED)
-    if reconstruction.applies(config):
+    if reconstruction.applies(config, masks):
         start, said = reconstructed(student, teacher, config, pool, rungs, masks, start)
         warned += said
     else:

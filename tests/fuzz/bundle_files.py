@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -224,14 +225,44 @@ def tensors_of(rng: random.Random, state: dict[str, torch.Tensor]) -> dict[str, 
     return state
 
 
+def repacked(rng: random.Random, data: bytes) -> bytes:
+    """Compressed weights with a right check sum, whose header or streams are others; or under another name."""
+    from safetensors.torch import load, save
+
+    ((name, packed),) = load(data).items()
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    header, rest = json.loads(inflater.decompress(packed.numpy().tobytes()[4:])), inflater.unused_data
+    what = rng.choice(["entry", "entry", "entry", "header", "streams", "bomb", "cut", "name"])
+    if what == "entry":
+        entry = rng.choice(header)
+        numbers = [0, -1, 1, 255, 4095, 4096, 2**31, 2**62, 10**30, 1.5, True, None, "x", [], [2**40], [0], [-1]]
+        entry[rng.randrange(len(entry))] = rng.choice([*numbers, *DTYPES])
+    elif what == "header":
+        header = rng.choice([header[::-1], header[1:], header * 2, [], [[]], changed(rng, header, 2), anything(rng)])
+    elif what == "streams":
+        rest = damaged(rng, rest)
+    elif what == "bomb":
+        rest = zlib.compress(bytes(1 << 24), 9)[2:-4] + rest
+    elif what == "cut":
+        rest = rest[: rng.randrange(len(rest))]
+    else:
+        name = rng.choice(["::packed", "::packed/3", "::packed/", "::packed/\x1b[31m", "packed"])
+    body = zlib.compress(json.dumps(header).encode())[2:-4] + rest
+    body = zlib.crc32(body).to_bytes(4, "little") + body
+    return save({name: torch.frombuffer(bytearray(body), dtype=torch.uint8)})
+
+
 def weights(rng: random.Random, desk: Desk) -> Case:
     """`weights.safetensors` that is damaged, or of other tensors; its hash may say so or not."""
     from safetensors.torch import load, save
 
-    bundle = desk.take("teacher") if rng.random() < 0.7 else desk.take("recovered/student", "teacher")
+    is_packed = rng.random() < 0.3
+    bundle = desk.take("recovered/student", "teacher") if is_packed else desk.take("teacher")
     path = bundle / "weights.safetensors"
     data = path.read_bytes()
     kind = rng.choice(["bytes", "header", "header", "tensors", "tensors", "tensors", "file"])
+    if is_packed and rng.random() < 0.6:
+        kind = "packed"
     if kind == "file":
         path.unlink()
         what = rng.choice(["gone", "folder", "pipe", "loop", "zero", "link"])
@@ -243,6 +274,8 @@ def weights(rng: random.Random, desk: Desk) -> Case:
             path.symlink_to({"loop": path.name, "zero": "/dev/zero", "link": "../notes.txt"}[what])
     elif kind == "tensors":
         path.write_bytes(save(tensors_of(rng, load(data))))
+    elif kind == "packed":
+        path.write_bytes(repacked(rng, data))
     else:
         path.write_bytes(damaged(rng, data) if kind == "bytes" else changed_header(rng, data))
     if kind != "file" and rng.random() < 0.9:
