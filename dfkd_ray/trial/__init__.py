@@ -34,9 +34,9 @@ from dfkd_ray.compression import pruning
 from dfkd_ray.compression.channels import Prepared
 from dfkd_ray.config import TrialConfig
 from dfkd_ray.devices import Runtime
-from dfkd_ray.distillation import NOBODY, Observer, Pool
-from dfkd_ray.heads import HEADS, Head
-from dfkd_ray.image_sources import Gathered, Images, Injected, Local, Round, gather, wall_s
+from dfkd_ray.distillation import NOBODY, Observer
+from dfkd_ray.heads import HEADS
+from dfkd_ray.image_sources import Gathered, Images, Injected, Local, Round, wall_s
 from dfkd_ray.storage import Folder, Where
 from dfkd_ray.trial import quantisation, speed, starting, structure
 from dfkd_ray.trial.identity import (
@@ -49,8 +49,8 @@ from dfkd_ray.trial.identity import (
     remove_checkpoints,
     trial_id,
 )
-from dfkd_ray.trial.images import Rounds, RoundsLostError, batches_wanted
-from dfkd_ray.trial.row import cost_columns, image_columns, size_columns, student_info, test_columns
+from dfkd_ray.trial.images import Rounds, RoundsLostError, batches_wanted, gather_reference, reference_of
+from dfkd_ray.trial.row import cost_columns, made_columns, size_columns, student_info, test_columns
 from dfkd_ray.trial.rungs import Rungs, before_training
 from dfkd_ray.trial.warnings import warnings_of
 
@@ -330,29 +330,3 @@ def starting_student(
             image_shape=teacher.info.input_shape,
         )
     return on_device(network, device).requires_grad_(True)
-
-
-def gather_reference(
-    config: TrialConfig, teacher: Teacher, device: torch.device, source: Images, report: distillation.Progress
-) -> Gathered:
-    """The held-out reference images: made with the reference config, with seeds that no training image uses."""
-    settings = config.reference.synthesis
-    wanted = Round(teacher, settings, device, "reference")
-    return gather(source, wanted, -(-config.reference.num_images // settings.batch_size), "reference set", report)
-
-
-def reference_of(
-    config: TrialConfig, network: nn.Module, held_out: Gathered, runtime: Runtime, head: Head
-) -> evaluation.Reference:
-    """The reference set: the teacher's logits on the held-out images, or on mixtures of them."""
-    compared = held_out.pool.images[: config.reference.num_images]
-    if config.reference.mixed:
-        compared = evaluation.mixtures(compared, runtime.space)
-    return evaluation.reference(network, compared, runtime, head)
-
-
-def made_columns(rounds: Rounds, pool: Pool, network: nn.Module, head: Head, runtime: Runtime) -> dict[str, Any]:
-    """The columns about the images made so far."""
-    made = {"synthesis_key": rounds.key, "num_cached_batches": rounds.num_found}
-    made |= {"synthesis_wall_s": wall_s(rounds.rows)}
-    return made | image_columns(pool, rounds.rows, network, head, runtime)

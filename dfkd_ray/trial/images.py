@@ -18,10 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dfkd_ray import checkpoints, devices, synthesis, untrusted
+from dfkd_ray import checkpoints, devices, evaluation, synthesis, untrusted
 from dfkd_ray.batches import RoundState
+from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import METHODS, TrialConfig, stable_hash
+from dfkd_ray.devices import Runtime
 from dfkd_ray.distillation import Pool, Progress
+from dfkd_ray.heads import Head
 from dfkd_ray.image_sources import Gathered, Images, Round, gather
 from dfkd_ray.storage import Folder
 
@@ -44,6 +47,25 @@ def batches_wanted(config: TrialConfig, reestimates: bool) -> tuple[int, int]:
 def is_own_file(name: str) -> bool:
     """Whether a checkpoint file belongs to the rounds."""
     return name == STATE_FILE or ROUND_FILE.fullmatch(name) is not None
+
+
+def gather_reference(
+    config: TrialConfig, teacher: Teacher, device: torch.device, source: Images, report: Progress
+) -> Gathered:
+    """The held-out reference images: made with the reference config, with seeds that no training image uses."""
+    settings = config.reference.synthesis
+    wanted = Round(teacher, settings, device, "reference")
+    return gather(source, wanted, -(-config.reference.num_images // settings.batch_size), "reference set", report)
+
+
+def reference_of(
+    config: TrialConfig, network: nn.Module, held_out: Gathered, runtime: Runtime, head: Head
+) -> evaluation.Reference:
+    """The reference set: the teacher's logits on the held-out images, or on mixtures of them."""
+    compared = held_out.pool.images[: config.reference.num_images]
+    if config.reference.mixed:
+        compared = evaluation.mixtures(compared, runtime.space)
+    return evaluation.reference(network, compared, runtime, head)
 
 
 class Rounds:

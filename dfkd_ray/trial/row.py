@@ -16,9 +16,10 @@ from dfkd_ray.description import SCHEMA, WITH_EDITS, ShapeEdit
 from dfkd_ray.devices import Runtime
 from dfkd_ray.distillation import Pool
 from dfkd_ray.heads import Head
-from dfkd_ray.image_sources import mean_term
+from dfkd_ray.image_sources import mean_term, wall_s
 from dfkd_ray.ladder import RECOVERED
 from dfkd_ray.models import libraries
+from dfkd_ray.trial.images import Rounds
 
 
 def image_columns(
@@ -33,6 +34,13 @@ def image_columns(
         "class_histogram": json.dumps(head.histogram(logits)),
         "image_bn": mean_term(rows, "bn"),
     }
+
+
+def made_columns(rounds: Rounds, pool: Pool, network: nn.Module, head: Head, runtime: Runtime) -> dict[str, Any]:
+    """The columns about the images made so far."""
+    made = {"synthesis_key": rounds.key, "num_cached_batches": rounds.num_found}
+    made |= {"synthesis_wall_s": wall_s(rounds.rows)}
+    return made | image_columns(pool, rounds.rows, network, head, runtime)
 
 
 def test_columns(test: Sequence[Batch] | None) -> dict[str, Any]:
