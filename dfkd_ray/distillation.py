@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dfkd_ray import batchnorm, checkpoints, devices, storage
 from dfkd_ray.batches import mix_seed
-from dfkd_ray.compression import pruning
+from dfkd_ray.compression import pruning, unreached
 from dfkd_ray.config import DistillationConfig, PruningConfig
 from dfkd_ray.devices import Runtime
 from dfkd_ray.evaluation import Reference
@@ -151,6 +151,7 @@ def distil(
         torch.random.fork_rng(devices=gpus),
         last_linear_inputs(student, config.feature_weight > 0) as student_features,
         last_linear_inputs(teacher, config.feature_weight > 0) as teacher_features,
+        unreached.zero_gradients(student, decode(reference.images[:1], runtime.space, device)),
     ):
         if state.step == 0:
             look(state, student, config, reference, {}, candidate=last_pruning < 0)

@@ -1,7 +1,8 @@
 """Seconds per batch of networks that run in turn, in one process and on the same images.
 
-A ratio is of the medians of alternating runs: what else runs on the machine slows all of them alike. The images are
-noise, because the costs do not depend on their content.
+Each run of a network takes several batches, and its fastest one counts: the others may have been interrupted by what
+else runs on the machine. A ratio is of the medians over alternating runs. The images are noise, because the costs do
+not depend on their content.
 """
 
 import statistics
@@ -18,7 +19,8 @@ from dfkd_ray import devices
 
 NUM_WARMING = 3  # batches before a first timed one
 FASTER = 1.05  # below this ratio a network is not called faster
-LEAST_S = 0.05  # of one run: several batches, if one is shorter
+LEAST_S, LEAST_BATCHES = 0.05, 3  # of one run
+UNSURE = 1.5  # where the quartiles of the ratios are farther apart than this factor, a ratio is doubtful
 
 Run = Callable[[], Any]
 Name = TypeVar("Name")
@@ -33,6 +35,11 @@ class Latency:
     low: float
     high: float
 
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether the machine was too busy for this ratio."""
+        return self.high > UNSURE * self.low
+
 
 def compared(sides: Mapping[Name, Run], repeats: int) -> dict[Name, Latency]:
     """Run all sides in turn, `repeats` times. Ratios are to the first side: above 1 is faster than it."""
@@ -40,10 +47,7 @@ def compared(sides: Mapping[Name, Run], repeats: int) -> dict[Name, Latency]:
     times: dict[Name, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, call in sides.items():
-            start = time.perf_counter()
-            for _ in range(counts[name]):
-                call()
-            times[name].append((time.perf_counter() - start) / counts[name])
+            times[name].append(min(seconds(call) for _ in range(counts[name])))
     first = next(iter(times.values()))
     found = {}
     for name, own in times.items():
@@ -58,10 +62,14 @@ def num_batches(call: Run) -> int:
     """Batches of one run, so that it takes `LEAST_S`; the first ones warm up."""
     for _ in range(NUM_WARMING):
         call()
+    return max(LEAST_BATCHES, round(LEAST_S / max(seconds(call), 1e-6)))
+
+
+def seconds(call: Run) -> float:
+    """How long one batch takes."""
     start = time.perf_counter()
     call()
-    seconds = time.perf_counter() - start
-    return max(1, round(LEAST_S / max(seconds, 1e-6)))
+    return time.perf_counter() - start
 
 
 def noise(input_shape: Sequence[int], num_images: int) -> Tensor:

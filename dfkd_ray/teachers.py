@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dfkd_ray import checkpoints, devices, models, storage
 from dfkd_ray.batches import mix_seed
 from dfkd_ray.bundles import BundleInfo, freeze
+from dfkd_ray.compression import unreached
 from dfkd_ray.config import TeacherTrainingConfig, config_hash
 from dfkd_ray.data import LabelledImages
 from dfkd_ray.images import PixelSpace, decode, flip_images, shift_images
@@ -84,7 +85,8 @@ def train(
 
     steps_per_epoch = max(1, len(train_indices) // config.batch_size)
     num_steps = steps_per_epoch * config.num_epochs
-    with devices.numerics(config.precision, device, config.num_threads):
+    first = decode(data.read(train_indices[:1]), space, device)
+    with devices.numerics(config.precision, device, config.num_threads), unreached.zero_gradients(network, first):
         for epoch in range(first_epoch, config.num_epochs):
             network.train()
             order = torch.randperm(

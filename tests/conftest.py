@@ -30,7 +30,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup` has it ignored
 torch.set_num_threads(1)
 
 # Tests that take long: run where `-m` asks for them by name, and with no other choice of tests.
-LONG = ("fuzz", "soak")
+LONG = ("fuzz", "soak", "venvs")
 # Few tests that take minutes each: what begins last runs alone. (`--no-loadscope-reorder` keeps this order.)
 FIRST = [
     *("test_cluster.py", "test_shipped_sweeps.py", "test_fleet_sweep.py", "test_session.py", "test_rounds.py"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from dfkd_ray import bundles, exporting, models, sweep, trial, untrusted
+from dfkd_ray import bundles, exporting, latency, models, sweep, trial, untrusted
 from dfkd_ray.cli import names
 from dfkd_ray.compression import channels, dependencies, layerwise, operations, pruning, shape_edits
 from dfkd_ray.compression.channel_scores import SCORES, squared_norms
@@ -718,6 +718,8 @@ def test_a_trial_by_latency_measures_its_student_and_keeps_its_choice_when_it_is
     row = first.row
     assert row["status"] == "finished" and row["latency_s"] > 0 and row["teacher_latency_s"] > 0
     assert row["latency_ratio"] == pytest.approx(row["teacher_latency_s"] / row["latency_s"])
+    assert ("not faster" in (row["latency_warning"] or "")) == (row["latency_ratio"] < latency.FASTER)
+    assert row["latency_warning"] is None or row["latency_warning"] not in (row["warnings"] or "")
     monkeypatch.setattr(speed, "removed_seconds", lambda *_: lambda _: 0.3)  # another machine, or a busy one
     assert trial.run(config, teacher, checkpoint=tmp_path).row["channels"] == row["channels"]
     assert identity.is_checkpoint(structure.CHOICE), "it is removed with the trial's checkpoints"

@@ -192,10 +192,10 @@ def test_a_user_s_code_still_needs_trust_and_a_library_does_not():
 
 
 def test_a_library_s_network_is_a_student(tiny_teacher):
-    # In bfloat16 a kernel of this network is not deterministic on some CPUs: now and then its loss is not a number.
-    fields = {"student.architecture": "timm:test_byobnet", "pruning.sparsity": 0, "distillation.precision": "float32"}
+    fields = {"student.architecture": "timm:test_byobnet", "pruning.sparsity": 0}
     settings = config.validate(config.TrialConfig, tiny_trial(tiny_teacher, **fields))
     outcome = trial.run(settings, bundles.load(str(tiny_teacher)))
+    assert outcome.row["status"] == "finished", outcome.row["reason"]
     assert outcome.student_info is not None and outcome.student_info.architecture == "timm:test_byobnet"
 
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 import dfkd_ray
 from dfkd_ray import bundles, exporting, storage
@@ -155,8 +156,11 @@ CASES = [
 def test_every_format_gives_the_network_s_logits_for_batches_of_any_size(kind, format_, tmp_path):
     teacher = TEACHERS[kind]()
     done = dfkd_ray.export(teacher, tmp_path / NAMES[format_], format=format_)
-    own = {"torch": ["net"], "openvino": ["net.bin", "net.xml"]}.get(format_, [NAMES[format_]])
-    assert left(tmp_path) == own and done.path == tmp_path / NAMES[format_]
+    own = {"openvino": ["net.bin", "net.xml"], "torch": ["net"]}.get(format_, [NAMES[format_]])
+    card = "net/README.md" if format_ == "torch" else f"{NAMES[format_]}.md"
+    assert left(tmp_path) == sorted([*own, *([card] if format_ != "torch" else [])])
+    assert done.path == tmp_path / NAMES[format_] and done.card == tmp_path / card and done.card.is_file()
+    assert set(done.files) | {done.card} == {path for path in tmp_path.rglob("*") if path.is_file()}
     assert done.comparison.agreement == 1.0 and done.size_bytes == done.float32_bytes > 0
     run = exporting.FORMATS[format_].open(done.path)
     for size in (1, 2, 13):
@@ -237,42 +241,6 @@ def test_accuracies_of_file_and_network_are_measured_on_given_batches(tmp_path):
 # ---- source code -----------------------------------------------------------------------------------------------------
 
 
-RUNNER = """
-import sys
-sys.modules["dfkd_ray"] = None  # an import of it would fail
-import numpy as np
-{load}
-np.save({logits!r}, run(np.load({images!r})))
-assert not any(name.startswith("dfkd_ray.") for name in sys.modules)
-"""
-LOADS = {
-    "torch": "import torch\nsys.path.insert(0, {path!r})\nfrom model import load\nnetwork = load()\n"
-    "run = lambda x: network(torch.from_numpy(x)).detach().numpy()",
-    "torch-export": "import torch\nnetwork = torch.export.load({path!r}).module()\n"
-    "run = lambda x: network(torch.from_numpy(x)).detach().numpy()",
-    "onnx": "import onnxruntime\nnetwork = onnxruntime.InferenceSession({path!r})\n"
-    "run = lambda x: network.run(None, {{'images': x}})[0]",
-    "openvino": "import openvino\nnetwork = openvino.Core().compile_model({path!r}, 'CPU')\n"
-    "run = lambda x: network([x])[0]",
-}
-
-
-@by_format
-def test_a_file_runs_in_a_process_that_cannot_import_this_package(format_, tmp_path):
-    # A fresh environment for each format would take minutes: the import is blocked instead.
-    teacher = TEACHERS["residual, depthwise, grouped"]()
-    path = dfkd_ray.export(teacher, tmp_path / NAMES[format_], format=format_).path
-    given, logits = tmp_path / "images.npy", tmp_path / "logits.npy"
-    np.save(given, noise(teacher, 3))
-    program = RUNNER.format(load=LOADS[format_].format(path=str(path)), logits=str(logits), images=str(given))
-    done = subprocess.run([sys.executable, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    expected = torch_files.runs(teacher.network)(noise(teacher, 3))
-    # OpenVINO by itself computes in bfloat16 where the CPU has it.
-    atol = (0.05 if format_ == "openvino" else 1e-4) * np.abs(expected).max()
-    np.testing.assert_allclose(np.load(logits), expected, atol=atol)
-
-
 def test_source_code_is_formatted_normalises_and_can_be_trained_further(tmp_path):
     teacher = TEACHERS["residual, depthwise, grouped"]()
     dfkd_ray.export(teacher, tmp_path / "net", format="torch")
@@ -291,7 +259,7 @@ def test_source_code_is_formatted_normalises_and_can_be_trained_further(tmp_path
     network = module["load"]().train()
     network(expected).sum().backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
-    assert left(tmp_path / "net") == ["model.py", "weights.safetensors"]
+    assert left(tmp_path / "net") == ["README.md", "model.py", "weights.safetensors"]
 
 
 HOSTILE = ['"""\nimport os\nos._exit(7)\n"""', "'); import os; os._exit(7)  #", "\\", "{0}", "\u202e", '"\\"', "a\nb"]
@@ -354,15 +322,42 @@ class Own(torch.autograd.Function):
         return grad_outputs[0]
 
 
-class Unsupported(nn.Module):
-    """It ends in an operator that ONNX does not have."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = plain()
+class Bessel(nn.Module):
+    """A part with an operator that ONNX does not have."""
 
     def forward(self, x):
-        return Own.apply(self.inner(x))
+        return Own.apply(x)
+
+
+@fx.wrap
+def foreign(x):
+    return x * 2
+
+
+class Calling(nn.Module):
+    """A part that calls a function which a trace does not follow, and which is not PyTorch's."""
+
+    def forward(self, x):
+        return foreign(x)
+
+
+class Unsupported(nn.Module):
+    """Its end has a part that a format cannot hold."""
+
+    def __init__(self, part: type[nn.Module] = Bessel):
+        super().__init__()
+        self.inner = plain()
+        self.tail = nn.Sequential(nn.Identity(), part())
+
+    def forward(self, x):
+        return self.tail(self.inner(x))
+
+
+class Foreign(Unsupported):
+    """The same for source code."""
+
+    def __init__(self):
+        super().__init__(Calling)
 
 
 @pytest.mark.parametrize(
@@ -371,7 +366,8 @@ class Unsupported(nn.Module):
         (Branching, "torch", "cannot be written as source code"),
         (Branching, "onnx", "cannot be exported"),
         (Fixed, "torch-export", "cannot be exported"),
-        (Unsupported, "onnx", "cannot be written as ONNX"),
+        (Unsupported, "onnx", "cannot be written as ONNX: tail.1 (Bessel) uses the operator prims.bessel_j0,"),
+        (Foreign, "torch", "tail.1 (Calling) calls foreign, which is not PyTorch's; take format onnx"),
     ],
 )
 def test_a_network_that_a_format_cannot_hold_is_refused_with_the_reason(network, format_, says, tmp_path):
@@ -504,16 +500,17 @@ def test_compared_is_on_mixtures_synthesised_from_batchnorm_and_calibrated_on_ot
     monkeypatch.setattr(images, "SIZES", {"batch_size": 8, "num_steps": 1, "num_threads": 1})
     monkeypatch.setattr(images, "NUM_COMPARED", 8)
     teacher = teacher_of(signals(), input_shape=(2, 40))
-    first = images.made(teacher, True, tmp_path / "cache", "cpu")
+    making = images.Making("cpu", tmp_path / "cache")
+    first = images.made(teacher, True, making)
     assert first.source == "synthesised from its BatchNorm statistics"
     assert first.calibration is not None and first.compared.shape == first.calibration.shape == (8, 2, 40)
     assert not np.array_equal(first.compared, first.calibration)
-    again = images.made(teacher, False, tmp_path / "cache", "cpu")
+    again = images.made(teacher, False, making)
     assert np.array_equal(again.compared, first.compared) and again.calibration is None
 
 
 def test_without_batchnorm_and_records_the_images_are_noise_and_not_synthesised():
-    made = images.made(teacher_of(without_batchnorm()), True, None, "cpu")
+    made = images.made(teacher_of(without_batchnorm()), True, images.Making("cpu"))
     assert made.source.startswith("Gaussian noise") and made.compared.shape == (128, *SHAPE)
 
 
@@ -531,9 +528,11 @@ def test_the_command_writes_and_prints_few_lines_of_80_columns(run_cli, tiny_tea
     done = run_cli("export", str(tiny_teacher), "--out", str(tmp_path / "net.onnx"), "--int8")
     assert done.code == 0, done.err
     lines = done.out.splitlines()
-    assert lines[0] == f"written: {tmp_path / 'net.onnx'}" and len(lines) <= 8
-    assert all(len(line) <= 80 for line in lines[1:])
-    assert "agreement" in done.out and "of the float32 file" in done.out and left(tmp_path) == ["net.onnx"]
+    assert lines[:2] == [f"written: {tmp_path / 'net.onnx'}", f"its model card: {tmp_path / 'net.onnx.md'}"]
+    assert len(lines) <= 9 and all(len(line) <= 80 for line in lines[2:])
+    assert (
+        "agreement" in done.out and "of the float32 file" in done.out and left(tmp_path) == ["net.onnx", "net.onnx.md"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -608,3 +607,106 @@ def test_a_pruned_student_of_a_bundle_is_exported_dense(tmp_path):
     weights = load_file(done.path / "weights.safetensors")
     assert weights.keys() == state.keys() and all(torch.equal(weights[name], state[name]) for name in state)
     assert teacher is not None and json.loads(torch_files.read_source(done.path)["num_classes"]) == 10
+
+
+# ---- bad input, and interrupts ---------------------------------------------------------------------------------------
+
+
+def edited(folder: Path, **changes) -> Path:
+    """A bundle of a small network, whose teacher.json is changed afterwards."""
+    info = dfkd_ray.load("fashion_mnist_resnet8").info
+    bundles.save(folder, info, dfkd_ray.load("fashion_mnist_resnet8").network.state_dict())
+    file = folder / "teacher.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder
+
+
+SLICED = {"schema_version": "dfkd_ray.bundle/2"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"schema_version": "dfkd_ray.bundle/9"}, ["dfkd_ray.bundle/9", "this version reads"]),
+        (SLICED | {"shape_edits": [{"module": "nowhere", "dimension": "out", "kept": [0]}]}, ["nowhere", "no layer"]),
+        (SLICED | {"shape_edits": [{"module": "conv1", "dimension": "out", "kept": [999]}]}, ["conv1", "999"]),
+        (SLICED | {"shape_edits": [{"module": "conv1", "dimension": "out", "kept": [0, 1]}]}, ["conv1"]),
+    ],
+)
+def test_a_bundle_that_this_version_cannot_build_is_one_line_and_writes_nothing(run_cli, tmp_path, changes, parts):
+    bundle, out = edited(tmp_path / "bundle", **changes), tmp_path / "new" / "net"
+    assert_one_error(run_cli("export", str(bundle), "--format", "torch", "--out", str(out)), 2, *parts)
+    assert left(tmp_path) == ["bundle"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENAMETOOLONG])
+def test_a_folder_that_cannot_be_written_is_noticed_before_any_work(run_cli, tmp_path, monkeypatch, number):
+    def refused(*_args, **_named):
+        raise OSError(number, os.strerror(number), str(tmp_path / ".hidden"))
+
+    monkeypatch.setattr(exporting.placing.tempfile, "mkdtemp", refused)
+    done = run_cli("export", "no-such-bundle", "--format", "torch", "--out", str(tmp_path / "new" / "net"))
+    assert_one_error(done, 3, f"{tmp_path}: ", os.strerror(number))
+    assert ".hidden" not in done.err and left(tmp_path) == []
+
+
+def test_a_place_where_nothing_can_be_made_is_noticed_before_any_work(run_cli):
+    """No user may write there, root neither."""
+    assert_one_error(run_cli("export", "no-such-bundle", "--out", "/proc/net.onnx"), 3, "/proc")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_full_disk_is_one_line_and_leaves_nothing(run_cli, tiny_teacher, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "none", str(small)], capture_output=True).returncode:
+        pytest.skip("no mount here")
+    try:
+        done = run_cli("export", str(tiny_teacher), "--format", "torch", "--out", str(small / "new" / "net"))
+        assert_one_error(done, 3, "No space left", "free some space")
+        assert left(small) == []
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def interrupting(function, when=lambda *_given, **_named: True):
+    """A function that is interrupted as by Ctrl-C when it has done its work."""
+
+    def interrupted(*given, **named):
+        result = function(*given, **named)
+        if when(*given, **named):
+            signal.raise_signal(signal.SIGINT)
+        return result
+
+    return interrupted
+
+
+STAGES = ("convert", "write", "hidden", "written", "open", "card", "added", "first", "last")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("format_", ["torch", "openvino"])
+def test_an_interrupted_export_leaves_nothing(format_, stage, run_cli, tiny_teacher, tmp_path, monkeypatch):
+    row = exporting.FORMATS[format_]
+    if format_ == "openvino":  # its two files and the card are moved one after the other
+        network = dfkd_ray.load(str(tiny_teacher)).network
+        quick = {"convert": lambda *_: None, "open": lambda _path: torch_files.runs(network)}
+        row = replace(row, **quick, write=lambda *_: {".bin": b"x", ".xml": b"x"}, needs=())
+    if stage in ("convert", "write", "open"):
+        row = replace(row, **{stage: interrupting(getattr(row, stage))})
+    monkeypatch.setitem(exporting.FORMATS, format_, row)
+    places = {
+        "hidden": (exporting.placing.Path, "mkdir"),
+        "written": (storage, "write_files"),
+        "card": (exporting.card, "text"),
+        "added": (exporting.placing, "add"),
+        "first": (os, "link" if row.suffix else "replace"),
+        "last": (os, "link" if row.suffix else "replace"),
+    }
+    if stage in places:
+        last = str(tmp_path / "new" / NAMES[format_])
+        when = (lambda _source, target: str(target) == last) if stage == "last" else (lambda *_, **__: True)
+        monkeypatch.setattr(*places[stage], interrupting(getattr(*places[stage]), when))
+    done = run_cli("export", str(tiny_teacher), "--format", format_, "--out", str(tmp_path / "new" / NAMES[format_]))
+    assert_one_error(done, 130, "interrupted")
+    assert left(tmp_path) == []

@@ -16,8 +16,20 @@ from dfkd_ray.cli import show
 from dfkd_ray.compression import pruning
 from dfkd_ray.config import QuantisationConfig, TrialConfig, flat, validate, with_overrides
 from dfkd_ray.exporting import int8, metadata, onnx_files, simulated, torch_files
+from dfkd_ray.sweep import estimate
 from dfkd_ray.trial import quantisation
-from helpers import TINY_NOISE, TINY_SETS, assert_one_error, refusal, same_weights, set_words, tiny_trial
+from helpers import (
+    TINY_NOISE,
+    TINY_SETS,
+    assert_one_error,
+    costs_of,
+    jobs_of,
+    refusal,
+    same_weights,
+    set_words,
+    tiny_sweep,
+    tiny_trial,
+)
 from test_trial import a_test_set
 
 INT8 = {"quantisation.int8": True, "quantisation.num_images": 8}
@@ -188,7 +200,7 @@ class Branching(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm(x)
-        return self.fc(x.flatten(1)) * (2 if float(x.sum()) > 0 else 1)
+        return self.fc(x.flatten(1)) * (2 if float(x.detach().sum()) > 0 else 1)
 
 
 def test_a_network_that_cannot_be_written_is_refused_before_anything_is_computed(teacher):
@@ -225,6 +237,18 @@ def test_a_file_that_loses_more_than_the_bound_has_a_warning(row, columns, said)
     assert found is None if said is None else said in str(found)
 
 
+# ---- in sweeps -------------------------------------------------------------------------------------------------------
+
+
+def test_trials_with_and_without_int8_share_their_images_and_int8_is_in_the_estimate(tiny_teacher, tried):
+    jobs = jobs_of(tiny_sweep(tiny_teacher, {"quantisation.int8": [False, True]}))
+    assert len({job.id for job in jobs}) == 2
+    made = estimate.syntheses(jobs)
+    assert sorted(one.domain for one in made) == ["reference", "train"] and {one.num_users for one in made} == {2}
+    without, with_int8 = (estimate.trial_s(job, costs_of(jobs), 0) for job in jobs)
+    assert without + estimate.INT8_S <= with_int8 < without + 2 * estimate.INT8_S
+
+
 # ---- distillation through fake quantisation --------------------------------------------------------------------------
 
 
@@ -234,7 +258,7 @@ def files(teacher) -> tuple[quantisation.Written, np.ndarray]:
     given = np.random.default_rng(0).normal(size=(48, 1, 16, 16)).astype(np.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(int8, "corrected", lambda model, *_: model)
-        return quantisation.written(teacher, given), given
+        return quantisation.written(teacher, given, given), given
 
 
 def test_the_simulation_computes_what_the_file_computes_and_has_gradients(files, teacher):
@@ -267,7 +291,7 @@ def test_weights_are_rounded_to_255_steps_of_each_output_and_zeros_stay():
     assert (weight.grad == 1).all(), "straight through"
 
 
-def test_the_file_nearer_to_the_teacher_is_kept_and_zeros_stay_zero(teacher, monkeypatch):
+def test_the_file_nearer_to_the_teacher_is_kept_and_zeros_stay_zero(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(quantisation, "check", lambda *_: None)
     seen = []
     distilled = quantisation.distilled
@@ -278,11 +302,25 @@ def test_the_file_nearer_to_the_teacher_is_kept_and_zeros_stay_zero(teacher, mon
     fields |= {"pruning.structure": "n_of_m", "pruning.sparsity": 0.5}
     outcome = trial.run(config_of("t", **INT8, **fields), teacher)
     ((before, after),) = seen
-    assert outcome.row["int8_steps"] in (0, 2) and not same_weights(before.network, after.network)
+    steps = outcome.row["int8_steps"]
+    (tmp_path / "int8.onnx").write_bytes(outcome.int8 or b"")
+    assert metadata.read(onnx_files.read(tmp_path / "int8.onnx"))["int8_steps"] == steps and steps in (0, 2)
+    assert not same_weights(before.network, after.network)
     assert outcome.student is not None and same_weights(outcome.student, before.network), "the student is not changed"
     own = pruning.prunable(after.network)
     for name, weight in pruning.prunable(before.network).items():
         assert (own[name][weight == 0] == 0).all()
+
+
+def test_where_the_simulation_fails_the_file_from_before_it_is_kept(files, teacher, tried, monkeypatch):
+    def failing(*_args):
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(quantisation, "written", lambda *_: files[0])
+    monkeypatch.setattr(quantisation, "distilled", failing)
+    outcome = trial.run(config_of("t", **INT8, **{"quantisation.distil_above": 0.0}), teacher)
+    assert outcome.int8 is not None and outcome.row["int8_steps"] == 0 < outcome.row["quantised_kl"]
+    assert "no distillation through fake quantisation: RuntimeError: no such operator" in outcome.row["warnings"]
 
 
 # ---- what is shown ---------------------------------------------------------------------------------------------------
@@ -293,6 +331,6 @@ def test_the_rung_is_shown_where_it_is_and_only_there(pair, capsys, tmp_path):
         row = results.kept(outcome.row)
         show.print_ladder(row, tmp_path)
         printed = capsys.readouterr().out
-        assert ("quantised to int8" in printed) == there == ("int8 file: " in printed)
+        assert ("quantised to int8" in printed) == there == ("int8.onnx: " in printed)
         columns = {column.heading for column in show.trial_columns(pd.DataFrame([row]), [])}
         assert (ladder.QUANTISED.heading in columns) == there

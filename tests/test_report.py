@@ -309,9 +309,17 @@ def test_a_rung_that_no_trial_has_takes_no_line_and_no_column():
     assert "at_reconstructed" not in names and "at_bn_reestimated" in names
 
 
-@pytest.mark.parametrize(("heading", "rung"), [("BN only", "bn_reestimated"), ("reconstruction only", "reconstructed")])
-def test_the_answer_says_what_is_lost_without_training_where_a_trial_has_that_rung(heading, rung):
-    rows = [full_row(number, sparsity=level) for number, level in enumerate((0.5, 0.9))]
+@pytest.mark.parametrize(
+    ("heading", "rung", "how"),
+    [
+        ("BN only", "bn_reestimated", "after "),
+        ("reconstruction only", "reconstructed", "after "),
+        ("int8", "quantised", "as an int8 file"),
+    ],
+)
+def test_the_answer_says_what_is_lost_on_a_rung_where_a_trial_has_it(heading, rung, how):
+    quantised = {"quantised_accuracy": 0.8123, "quantised_agreement": 0.9} if rung == "quantised" else {}
+    rows = [full_row(number, sparsity=level, **quantised) for number, level in enumerate((0.5, 0.9))]
     older = [row | {f"{rung}_accuracy": None, f"{rung}_agreement": None} for row in rows]
 
     def answer(*rows) -> tuple[list[str], str]:
@@ -321,7 +329,7 @@ def test_the_answer_says_what_is_lost_without_training_where_a_trial_has_that_ru
     texts, words = answer(rows[0], older[1])
     lost = f"{100 * (0.94 - rows[0][f'{rung}_accuracy']):.2f}"
     assert texts.count(heading) == 1 and lost in texts and "–" in texts, "a new trial beside an older one"
-    assert f"{heading}, after " in words
+    assert f"{heading}, {how}" in words
     texts, words = answer(*older)
     assert heading not in words and lost not in texts and "–" not in texts
 

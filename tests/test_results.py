@@ -44,7 +44,10 @@ def test_a_trials_row_is_read_back_as_it_was_written(tmp_path):
     assert abs(read.pop(WRITTEN_AT) - time.time()) < 900
     del written[WRITTEN_AT]
     assert {name: read[name] for name in written} == written
-    assert [name for name, value in written.items() if value is None] == ["student.architecture"]
+    assert [name for name, value in written.items() if value is None] == [
+        "student.architecture",
+        "quantisation.distil_above",
+    ]
 
 
 def test_missing_values_are_null_and_nothing_else_changes(tmp_path):

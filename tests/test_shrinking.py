@@ -1,12 +1,11 @@
 """`shrink`: the sweep that it makes, its candidates, its choice, and one run of the command."""
 
-import json
 from typing import Any
 
 import pytest
 
-from dfkd_ray import bundles, shrinking, sweep
-from helpers import refusal, tiny_trial
+from dfkd_ray import shrinking, sweep
+from helpers import refusal
 
 
 def row(**values: Any) -> dict[str, Any]:

@@ -16,7 +16,20 @@ from typing import Annotated, Any
 
 import typer
 
-from dfkd_ray.cli import bench, cache, dry_run, errors, export, report, results, run, streams, synthesize, teacher
+from dfkd_ray.cli import (
+    bench,
+    cache,
+    dry_run,
+    errors,
+    export,
+    report,
+    results,
+    run,
+    shrink,
+    streams,
+    synthesize,
+    teacher,
+)
 from dfkd_ray.text import shown
 
 app = typer.Typer(
@@ -29,6 +42,7 @@ app = typer.Typer(
 )
 app.command()(run.recover)
 app.command()(run.sweep)
+app.command()(shrink.shrink)
 app.command()(results.results)
 app.command()(report.report)
 app.command()(dry_run.schema)

@@ -31,26 +31,46 @@ def export(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda; where synthetic images are made")] = "auto",
     cache: Cache = None,
     trust_code: Trust = None,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME",
+            help="upload files and card to this repository of the Hugging Face Hub, with the token of HF_TOKEN or "
+            "`hf auth login`; a new repository is private",
+        ),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="with --push: make a new repository public")] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="with --push: also into a repository that this command did not make")
+    ] = False,
 ) -> None:
-    """Write a network for programs without this package, and compare the written file with it.
+    """Write a network for programs without this package, with a model card, and compare what is written with it.
 
     The file takes normalised images, (pixel - mean) / std, float32, in batches of any size, and gives logits. Mean,
     std, classes and more are in its metadata. It is kept only if it answers as the network on synthetic images.
     """
+    if push is None and (public or replace):
+        raise ValueError(f"{'--public' if public else '--replace'} goes with --push OWNER/NAME")
     from dfkd_ray import cache as caches
     from dfkd_ray import exporting
+    from dfkd_ray.exporting import hub
 
     path = exporting.check(out, format_, int8, device)
+    repository = None if push is None else hub.check(push, public=public, replace=replace)
     root = caches.check_target(cache or caches.default_folder()).uri
     loaded = load_teacher(student, trust_code, download=download)
     test = open_test(loaded, test_data, data_root, download)
-    done = exporting.export(
-        loaded, path, format=format_, int8=int8, test=test, device=device, cache_root=root, progress=Progress()
-    )
+    making = exporting.Making(device, root, Progress())
+    done = exporting.export(loaded, path, format=format_, int8=int8, test=test, making=making)
     for line in lines(done):
         say(line)
     if done.warning:
         say(f"warning: {done.warning}", error=True)
+    if repository is not None:
+        address = hub.push(done, repository)
+        say(f"uploaded: {address} ({'private' if repository.is_private else 'public'})")
+        if public and repository.is_private:
+            say("note: the repository was there, and stays private: change that on the Hub", error=True)
 
 
 def lines(done: Any) -> list[str]:
@@ -58,6 +78,7 @@ def lines(done: Any) -> list[str]:
     found, kind = done.comparison, f"{done.format}, {'int8' if done.is_int8 else 'float32'}"
     told = [
         f"written: {done.path}",
+        f"its model card: {done.card}",
         f"{kind}: {done.size_bytes:,} bytes, {done.size_bytes / done.dense_bytes:.2f} of the dense float32 weights",
     ]
     if done.is_int8:

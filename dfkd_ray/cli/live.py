@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dfkd_ray.cli.drawing import Snapshot, duration, table
 from dfkd_ray.cli.names import Parts, differing_parts, name_of, parts_of_one
-from dfkd_ray.cli.show import fleet_line, number, text_of
+from dfkd_ray.cli.show import fleet_line, number, text_of, warnings_in
 from dfkd_ray.cli.streams import say
 from dfkd_ray.config import TrialConfig, flat
 from dfkd_ray.text import is_null, shown
@@ -132,7 +132,7 @@ def row_line(row: Mapping[str, Any], name: str, snapshot: Snapshot, done: int, t
         accuracy = row.get("recovered_accuracy")
         tested = "" if is_null(accuracy) else f", test accuracy {number(accuracy, 100.0)} %"
         stopped = ", stopped early" if row["status"] == "stopped" else ""
-        warned = "" if is_null(row.get("warnings")) else f"; warning: {row['warnings']}"
+        warned = f"; warning: {found}" if (found := warnings_in(row)) else ""
         kl = row.get("reference_kl")
         distance = "" if is_null(kl) else f"reference KL {kl:.3g}, "
         what = f"{distance}agreement {number(row.get('agreement'), 100.0)} %{tested}{stopped}{warned}"

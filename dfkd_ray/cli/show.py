@@ -95,8 +95,8 @@ def print_ladder(row: Mapping[str, Any], out: Path) -> None:
     if not is_null(row.get("int8_file_bytes")):
         sizes = (number(row.get(f"{kind}_file_bytes"), 1.0, 0, ",") for kind in ("int8", "float"))
         say("int8 file {}: {} bytes, in float32 {}".format(out / "student" / "int8.onnx", *sizes))
-    if not is_null(row.get("warnings")):
-        say(f"warning: {row['warnings']}")
+    if warned := warnings_in(row):
+        say(f"warning: {warned}")
     say(f"written: {out / 'student'}, {out / 'row.json'}, {out / 'images.png'}")
 
 
@@ -163,7 +163,7 @@ def trial_columns(rows: Any, fields: Sequence[str]) -> list[tables.Column]:
         texts = tuple(shown(cell) for cell in cells)
         columns.append(tables.Column(shown(name), texts, tables.is_text(texts), is_field=True))
     statuses = [text_of(status) for status in rows["status"]]
-    unmeasured = {rung.heading for rung in BESIDE if rows[rung.accuracy].isna().all()}
+    unmeasured = {rung.heading for rung in BESIDE if rung.accuracy not in rows or rows[rung.accuracy].isna().all()}
     for heading, (name, scale, digits, rank) in MEASURED.items():
         if heading in unmeasured:
             continue
@@ -222,14 +222,19 @@ def print_failures(rows: Any) -> None:
         say(f"{len(names)} failed: {reason} ({text})")
 
 
+def warnings_in(row: Mapping[str, Any]) -> str:
+    """A row's warnings, those of its latency included; empty without one."""
+    return "; ".join(str(row[name]) for name in ("warnings", "latency_warning") if not is_null(row.get(name)))
+
+
 def print_warnings(rows: Any) -> None:
     """Print how many trials have warnings, with that of the first, and where the others are."""
-    warned = rows[rows["warnings"].notna()]
+    warned = rows[[bool(warnings_in(row)) for row in rows.to_dict("records")]]
     if len(warned):
         first = warned.iloc[0]
         say(
             f"{len(warned)} of {len(rows)} trials have warnings (column `warnings`, and the report), such as "
-            f"{text_of(first['trial_id'])}: {first['warnings']}"
+            f"{text_of(first['trial_id'])}: {warnings_in(first)}"
         )
 
 

@@ -1,16 +1,16 @@
 """`dfkd-ray shrink`: a network that is so many times as fast and loses at most so many points, found in one sweep."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 import yaml
 
 from dfkd_ray import config as configs
 from dfkd_ray import shrinking
-from dfkd_ray.cli import run, tables
+from dfkd_ray.cli import run
 from dfkd_ray.cli.inputs import load_teacher
 from dfkd_ray.cli.options import Cache, DataRoot, Download, Effort, Out, Set, TeacherName, TestData, Trust
 from dfkd_ray.cli.streams import say
@@ -40,7 +40,7 @@ def shrink(
     Writes OUT/sweep (tables, students), OUT/shrink.yaml (its sweep file) and OUT/student.onnx. After an interruption,
     the same command resumes. Exit code 1 if nothing fits: then the nearest are named and nothing is exported.
     """
-    from dfkd_ray import exporting, results, storage, targets
+    from dfkd_ray import exporting, results, targets, trial
 
     fields = configs.parse_overrides(set_ or [])
     data = shrinking.sweep_of(teacher, faster, int8=int8, fields=fields)
@@ -49,12 +49,11 @@ def shrink(
         raise ValueError(f"shrink needs {', '.join(missing)}, not installed here: pip install 'dfkd_ray[onnx]'")
     place = targets.check(out, targets.Product("a result of shrink", {CLAIM: targets.claims(SCHEMA)}))
     loaded = load_teacher(teacher, trust_code, download=download)
-    asked = {"teacher_hash": loaded.hash}
     earlier = place.read(CLAIM)
     if earlier is not None and json.loads(earlier).get("teacher_hash") != loaded.hash:
         raise ValueError(f"{out}: it holds the students of another teacher; choose a new folder")
     with targets.retracting(place, CLAIM):
-        targets.claim(place, CLAIM, SCHEMA, **asked)
+        targets.claim(place, CLAIM, SCHEMA, teacher_hash=loaded.hash)
         place.write(FILE, yaml.safe_dump(data, sort_keys=False).encode())
     failed = False
     try:
@@ -85,13 +84,13 @@ def shrink(
     student = place / SWEEP / "students" / best.trial_id
     target = Path(out) / STUDENT
     if best.is_int8:
-        data_ = student.read("int8.onnx")
-        assert data_ is not None
-        storage.folder(out).write(STUDENT, data_)
+        written = student.read(trial.INT8_FILE)
+        assert written is not None
+        place.write(STUDENT, written)
     else:
         target.unlink(missing_ok=True)
-        exporting.export(str(student), target, trust_code=tuple(trust_code or ()))
-    kind = "measured on test data" if measured else "estimated without data"
+        exporting.export(load_teacher(str(student), trust_code), target)
+    kind = "measured" if measured else "estimated"
     say(f"chosen: {best.name}: {best.speed:.2f} times as fast, {best.lost:.2f} points lost ({kind})")
     say(f"written: {target}; as a bundle: {student}")
     if failed:
@@ -100,8 +99,10 @@ def shrink(
 
 def lines(found: Sequence[Candidate], measured: bool) -> list[str]:
     """The candidates as a table."""
-    how = "measured on test data" if measured else "estimated from the KL divergence on synthetic images, without data"
-    told = [f"ONNX Runtime, one thread, batch 1; points lost: {how}"]
+    how = "measured on test data"
+    if not measured:
+        how = "estimated without data, within a factor of about two"
+    told = ["times as fast as the teacher, on ONNX Runtime, one thread, batch 1;", f"points of accuracy lost, {how}:"]
     return told + [
         f"  {each.name:<36} {each.speed:6.2f} x {each.lost:7.2f} points  {(each.num_bytes or 0) / 1e3:9,.0f} kB"
         for each in found

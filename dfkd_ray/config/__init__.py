@@ -8,6 +8,7 @@ from dfkd_ray.config.efforts import EFFORTS, Effort, with_effort
 from dfkd_ray.config.fields import STRICT, field_paths, nested_models, validate
 from dfkd_ray.config.hashes import (
     SYNTHESIS_VERSION,
+    TRIAL_ID,
     TRIAL_VERSION,
     columns_of,
     config_hash,
@@ -54,6 +55,7 @@ __all__ = [
     "NEWER_FIELDS",
     "STRICT",
     "SYNTHESIS_VERSION",
+    "TRIAL_ID",
     "TRIAL_VERSION",
     "DeepInversionConfig",
     "DistillationConfig",

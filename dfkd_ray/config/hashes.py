@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ SYNTHESIS_VERSION = 2  # 2: with more classes than images in a batch, labels in 
 # 2: distils on distillation.num_images alone; plain pruning is a candidate. 3: the lowest KL divergence selects; layers
 # are reconstructed.
 TRIAL_VERSION = 3
+
+TRIAL_ID = re.compile(r"t-[0-9a-f]{12}")
 
 
 def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -26,6 +26,15 @@ Progress = Callable[[str, int, int, Mapping[str, float | int]], None]
 
 
 @dataclass(frozen=True)
+class Making:
+    """Where synthetic images are made and kept: the device (auto, cpu, cuda), the cache (None: no cache), progress."""
+
+    device: str = "auto"
+    cache_root: Where | None = None
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True)
 class Images:
     """Normalised float32 images, each (n, *input_shape). `source`: where they come from, for the result."""
 
@@ -34,21 +43,15 @@ class Images:
     source: str
 
 
-def made(
-    teacher: Teacher,
-    calibrates: bool,
-    cache_root: Where | None = None,
-    device: str = "auto",
-    progress: Progress | None = None,
-) -> Images:
+def made(teacher: Teacher, calibrates: bool, making: Making = Making()) -> Images:
     """Make the images, or read them from the cache. `ValueError` if the device or a record cannot be used."""
     method, source = method_of(teacher)
     settings = parse_synthesis(method)
     synthesis.check(teacher, settings)
-    settings = synthesis.pinned(teacher, settings, device)
-    source_of = Local(cache_root)
-    report = progress or (lambda _stage, _done, _total, _numbers: None)
-    place = devices.resolve(device)
+    settings = synthesis.pinned(teacher, settings, making.device)
+    source_of = Local(making.cache_root)
+    report = making.progress or (lambda _stage, _done, _total, _numbers: None)
+    place = devices.resolve(making.device)
 
     def gathered(num_images: int, domain: str, stage: str) -> np.ndarray:
         wanted = Round(teacher, settings, place, domain)

@@ -5,6 +5,7 @@ float32 and int8), and older runtimes refuse newer opsets. BatchNorm is folded i
 """
 
 import io
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,14 +15,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from dfkd_ray.exporting import torch_files
+from dfkd_ray.exporting import source_code, torch_files
 from dfkd_ray.exporting.comparison import Run
 from dfkd_ray.exporting.metadata import INPUT, OUTPUT
+from dfkd_ray.text import one_line
 from dfkd_ray.untrusted import reason, size
 
 OPSET = 21
 PRODUCER = "dfkd_ray"
 PREFIX = f"{PRODUCER}."  # of metadata names
+MISSING = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.:]+)', overload=")
 MAX_BYTES = 2**31 - 2**20  # an ONNX file is one protobuf message, of less than 2 GiB
 
 
@@ -37,7 +40,8 @@ def converted(network: nn.Module, input_shape: Sequence[int]) -> bytes:
             exported, dynamo=True, opset_version=OPSET, verbose=False, external_data=False, **names
         )
     except Exception as error:
-        raise ValueError(f"the network cannot be written as ONNX: {reason(cause(error), 200)}") from error
+        why = unsupported(exported, cause(error)) or reason(cause(error), 200)
+        raise ValueError(f"the network cannot be written as ONNX: {why}") from error
     assert made is not None
     model = made.model_proto
     tidy(model)
@@ -49,6 +53,23 @@ def cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
+
+
+def unsupported(exported: Any, error: BaseException) -> str | None:
+    """Which operator ONNX lacks, by the exporter's error, and which module uses it; None for another error."""
+    found = MISSING.search(str(error))
+    if found is None:
+        return None
+    # The exporter takes operators apart, and names a part: prims.bessel_j0 of aten.special_bessel_j0.
+    base = found[1].rpartition(".")[2]
+    nodes = [node for node in exported.graph.nodes if operator_name(node).endswith(base)]
+    where = source_code.module_of(nodes[0]) if nodes else "a module of it"
+    return f"{where} uses the operator {one_line(found[1], 60)}, for which ONNX has no counterpart"
+
+
+def operator_name(node: Any) -> str:
+    """The name of the operator that a node calls, without namespace and overload; empty for other nodes."""
+    return str(node.target).split(".")[1] if node.op == "call_function" and str(node.target).count(".") == 2 else ""
 
 
 def tidy(model: Any) -> None:

@@ -156,7 +156,7 @@ def expression(made: Source, whole: nn.Module, node: fx.Node, values: Mapping[fx
         return f"{flat(positional[0])}[{', '.join(place(each, values) for each in places)}]"
     if target is builtins.getattr and len(node.args) == 2 and str(node.args[1]).isidentifier():
         return f"{flat(positional[0])}.{node.args[1]}"
-    return call(function_name(target), positional, named)
+    return call(function_name(target, node), positional, named)
 
 
 def place(index: Any, values: Mapping[fx.Node, Code]) -> str:
@@ -181,8 +181,8 @@ def is_same(value: Any, default: Any) -> bool:
     return type(value) is type(default) and not isinstance(value, fx.Node) and value == default
 
 
-def function_name(function: Any) -> str:
-    """A function of PyTorch as code. `ValueError` for another one."""
+def function_name(function: Any, node: fx.Node) -> str:
+    """A function of PyTorch as code. `ValueError` for another one, with the module that a node calls it in."""
     for space, prefix in SPACES:
         name = getattr(function, "__name__", "")
         if getattr(space, name, None) is function:
@@ -190,9 +190,17 @@ def function_name(function: Any) -> str:
         for name, value in vars(space).items():
             if value is function and name.isidentifier():
                 return f"{prefix}.{name}"
-    raise ValueError(
-        f"{SAYS}: it calls {one_line(getattr(function, '__name__', function), 60)}, which is not PyTorch's"
-    )
+    name = one_line(getattr(function, "__name__", function), 60)
+    raise ValueError(f"{SAYS}: {module_of(node)} calls {name}, which is not PyTorch's; {INSTEAD}")
+
+
+def module_of(node: fx.Node) -> str:
+    """The innermost module whose code a node of a traced network is from, by its path in the network and its class."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path, kind = stack[-1] if stack else ("", "")
+    kind = kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
+    inner = str(path).removeprefix(ROOT).lstrip(".")
+    return f"{one_line(inner, 80) or 'the network'} ({one_line(kind.rpartition('.')[2], 40)})"
 
 
 def rendered(value: Any, values: Mapping[fx.Node, Code]) -> Code:

@@ -13,6 +13,7 @@ from dfkd_ray.config import TrialConfig
 from dfkd_ray.ladder import BESIDE, RUNGS, STUDENTS
 from dfkd_ray.report.wording import Frame, Series
 from dfkd_ray.results.schemas import BEST_FIRST, SEEDS, config_columns
+from dfkd_ray.text import is_null
 
 # The network's label covers the first three; the last is what was requested, not what was used.
 NOT_CONFIGURATION = ("teacher", "student.architecture", "student.arguments", "device", *SEEDS)
@@ -259,7 +260,9 @@ def failures(rows: Frame) -> Frame:
 
 def warnings(rows: Frame) -> Frame:
     """Warnings of trials by text, the most frequent first, with the columns of `failures`."""
-    return by_text(rows.dropna(subset=["warnings"]), "warnings")
+    pairs = zip(rows["warnings"], rows["latency_warning"], strict=True)
+    texts = ["; ".join(str(text) for text in pair if not is_null(text)) or None for pair in pairs]
+    return by_text(rows.assign(warnings=texts).dropna(subset=["warnings"]), "warnings")
 
 
 def by_text(rows: Frame, name: str) -> Frame:

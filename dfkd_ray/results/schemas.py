@@ -100,6 +100,7 @@ METRICS: Columns = {
     "int8_latency_ratio": (pa.float64(), False, "of its int8 file to the teacher in float32, both on ONNX Runtime"),
     "latency_s": (pa.float64(), False, "seconds of a batch, median, as section latency says"),
     "teacher_latency_s": (pa.float64(), False, "the same of the teacher"),
+    "latency_warning": (pa.string(), False, "what looks wrong in these measurements; null where nothing does"),
     "num_cached_batches": (pa.int64(), False, "batches that were there: in the cache, or made for another trial"),
     "fleet_call_s": (pa.float64(), False, "seconds inside calls to the synthesis fleet, waiting for images excluded"),
     "fleet_wait_s": (pa.float64(), False, "seconds of waiting for images that were still being made"),

@@ -268,9 +268,7 @@ def steps(
     row |= size_columns(student, pruned) | cost_columns(student, teacher)
     warned = [*start.warnings, *starting.warnings_of(config, teacher)]
     if choice is not None or config.student.architecture is not None:
-        timed, slow = speed.columns(config.latency, network, student, teacher.info.input_shape, device)
-        row |= timed
-        warned += slow
+        row |= speed.columns(config.latency, network, student, teacher.info.input_shape, device)
     if config.pruning.structure == "channels":  # its sparsity is no number of zeros, even where nothing was removed
         row["achieved_sparsity"] = 1 - row["num_parameters"] / num_before
     if choice is not None:
@@ -291,7 +289,7 @@ def steps(
         own = Teacher(student.requires_grad_(False), described, teacher.hash, row["trial_id"])
         int8 = quantisation.quantise(own, config, network, pool, rungs)
         if int8 is not None:
-            row |= speed.int8_columns(config.latency, network, int8, info.input_shape)
+            speed.add_int8(row, config.latency, network, int8, info.input_shape)
     else:
         rungs.leave_out(ladder.QUANTISED)
     images = Batch(0, pool.images, pool.labels, rounds.key)

@@ -11,11 +11,10 @@ import torch
 import dfkd_ray
 from dfkd_ray import commit, devices, distillation, storage, synthesis
 from dfkd_ray.bundles import Teacher, starts
-from dfkd_ray.config import TrialConfig, columns_of, hashed, stable_hash, versions
+from dfkd_ray.config import TRIAL_ID, TrialConfig, columns_of, hashed, stable_hash, versions
 from dfkd_ray.storage import Folder
 from dfkd_ray.trial import images, structure
 
-TRIAL_ID = re.compile(r"t-[0-9a-f]{12}")
 CHECKPOINTS = "checkpoints"
 # (pattern, replacement). They remove from an error message what may differ between two runs with the same error:
 # CUDA's memory report, addresses, process ids, network addresses, the folders of a path.

@@ -82,13 +82,18 @@ def quantise(student: Teacher, config: TrialConfig, teacher: nn.Module, pool: Po
     except Exception as error:  # the student is there, and worth keeping
         log.exception("trial %s: int8", row.get("trial_id"))
         rungs.leave_out(ladder.QUANTISED)
-        warn(row, f"no int8 file: {one_line(without_secrets(reason_of(error)), 200)}")
+        warn(row, f"no int8 file: {said(error)}")
         return None
     row |= columns
     row["quantisation_wall_s"] = time.perf_counter() - start
     for text in warned:
         warn(row, text)
     return file
+
+
+def said(error: Exception) -> str:
+    """An error for a row's warnings."""
+    return one_line(without_secrets(reason_of(error)), 200)
 
 
 def warn(row: dict[str, Any], text: str) -> None:
@@ -107,27 +112,26 @@ def measured(
     def distance(model: bytes) -> tuple[float, float]:
         return reference.distance(torch.from_numpy(in_parts(runs(model), compared)))
 
-    files, steps, warned = written(student, calibration), 0, []
-    checked, head = compared[:NUM_CHECKED], HEADS[student.info.head]
-    expected = torch_files.runs(student.network)(checked.copy())
-    comparison.compared(runs(files.float32), checked, expected, head, is_int8=False)
+    files, steps, warned = written(student, calibration, compared), 0, []
     float_agreement, float_kl = distance(files.float32)
     agreement, kl = distance(files.int8)
     if settings.distil_above is not None and kl - float_kl > settings.distil_above:
         try:
             tuned = distilled(student, files, config, teacher, pool, rungs)
-            again = written(tuned, calibration)
+            again = written(tuned, calibration, compared)
             new_agreement, new_kl = distance(again.int8)
             if new_kl < kl:
                 files, agreement, kl, steps = again, new_agreement, new_kl, settings.num_steps
-        except ValueError as error:
-            warned.append(f"no distillation through fake quantisation: {error}")
+        except Exception as error:  # the file from before it is there
+            log.exception("trial %s: distillation through fake quantisation", rungs.row.get("trial_id"))
+            warned.append(f"no distillation through fake quantisation: {said(error)}")
     rung = ladder.QUANTISED
     columns = {rung.accuracy: None, str(rung.agreement): agreement, "quantised_kl": kl, "int8_steps": steps}
     if rungs.test is not None:
         pairs = ((batch, images.normalised(student, batch.images)) for batch in rungs.test)
-        columns[rung.accuracy] = comparison.accuracy(runs(files.int8), pairs, head)
-    about = metadata.texts(student, format="onnx", precision="int8", opset=onnx_files.OPSET)
+        columns[rung.accuracy] = comparison.accuracy(runs(files.int8), pairs, HEADS[student.info.head])
+    # With steps the file has other weights than those that it names.
+    about = metadata.texts(student, format="onnx", precision="int8", opset=onnx_files.OPSET, int8_steps=steps)
     file = onnx_files.files(files.int8, about)[".onnx"]
     float_file = onnx_files.files(files.float32, {**about, "precision": "float32"})[".onnx"]
     columns |= {"int8_file_bytes": len(file), "float_file_bytes": len(float_file)}
@@ -135,9 +139,15 @@ def measured(
     return file, columns, [*warned, *([lost] if lost else [])]
 
 
-def written(student: Teacher, calibration: np.ndarray) -> Written:
-    """A student's files. `ValueError` with the reason if it cannot be written."""
+def written(student: Teacher, calibration: np.ndarray, compared: np.ndarray) -> Written:
+    """A student's files. `ValueError` with the reason if it cannot be written.
+
+    `FloatingPointError` if the float32 file does not give the student's logits on the first of the compared images.
+    """
     model = onnx_files.converted(student.network, student.info.input_shape)
+    checked = compared[:NUM_CHECKED]
+    expected = torch_files.runs(student.network)(checked.copy())
+    comparison.compared(runs(model), checked, expected, HEADS[student.info.head], is_int8=False)
     return Written(model, int8.quantised(model, calibration))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from dfkd_ray.exporting import onnx_files
 from dfkd_ray.latency import Latency, Run
 
 CPU = torch.device("cpu")
-COLUMNS = ("latency_s", "teacher_latency_s", "latency_ratio")
+COLUMNS = ("latency_s", "teacher_latency_s", "latency_ratio", "latency_warning")
 
 
 def check(config: LatencyConfig) -> None:
@@ -27,31 +28,45 @@ def check(config: LatencyConfig) -> None:
 
 def columns(
     config: LatencyConfig, teacher: nn.Module, student: nn.Module, input_shape: Sequence[int], device: torch.device
-) -> tuple[dict[str, float | None], list[str]]:
-    """The columns of a row, and warnings. Null if the config says so, or if ONNX cannot hold one of the networks."""
+) -> dict[str, Any]:
+    """The columns of a row; null if the config says so, or if ONNX cannot hold one of the networks."""
     if config.runtime == "none":
-        return dict.fromkeys(COLUMNS), []
+        return dict.fromkeys(COLUMNS)
     try:
         first, own = compared(config, [teacher, student], input_shape, device)
     except ValueError as error:  # the student is not lost by it
-        return dict.fromkeys(COLUMNS), [f"the latency is not measured: {error}"]
-    found: dict[str, float | None]
-    found = {"latency_s": own.seconds, "teacher_latency_s": first.seconds, "latency_ratio": own.ratio}
+        return {**dict.fromkeys(COLUMNS), "latency_warning": f"the latency is not measured: {error}"}
+    warned = doubts("latency_ratio", own)
     if own.ratio < latency.FASTER:
-        return found, [f"the student is not faster than the teacher here: {own.ratio:.2f} times ({said(config)})"]
-    return found, []
+        warned.append(f"the student is not faster than the teacher here ({said(config)})")
+    found = {"latency_s": own.seconds, "teacher_latency_s": first.seconds, "latency_ratio": own.ratio}
+    return {**found, "latency_warning": "; ".join(warned) or None}
 
 
-def int8_columns(
-    config: LatencyConfig, teacher: nn.Module, int8: bytes, input_shape: Sequence[int]
-) -> dict[str, float | None]:
-    """How many times as fast an int8 ONNX file is as the teacher in float32, both on ONNX Runtime."""
+def add_int8(
+    row: dict[str, Any], config: LatencyConfig, teacher: nn.Module, int8: bytes, input_shape: Sequence[int]
+) -> None:
+    """Add to a row how many times as fast an int8 file is as the teacher in float32, both on ONNX Runtime."""
     if config.runtime == "none":
-        return {"int8_latency_ratio": None}
+        row["int8_latency_ratio"] = None
+        return
     images = latency.noise(input_shape, config.batch_size)
     with devices.numerics("float32", CPU, config.num_threads):
         sides = {"teacher": onnx_run(teacher, images), "int8": onnx_files.running(int8, images.numpy())}
-        return {"int8_latency_ratio": latency.compared(sides, config.repeats)["int8"].ratio}
+        own = latency.compared(sides, config.repeats)["int8"]
+    row["int8_latency_ratio"] = own.ratio
+    row["latency_warning"] = "; ".join(filter(None, [row.get("latency_warning"), *doubts("int8_latency_ratio", own)]))
+    row["latency_warning"] = row["latency_warning"] or None
+
+
+def doubts(column: str, own: Latency) -> list[str]:
+    """The warning of a ratio that was measured on a machine too busy for it."""
+    if not own.is_doubtful:
+        return []
+    return [
+        f"{column} is doubtful: half of the runs gave {own.low:.2f} to {own.high:.2f}, the machine was busy; measure "
+        "it again with the bench of latency"
+    ]
 
 
 def said(config: LatencyConfig) -> str:
