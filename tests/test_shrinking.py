@@ -72,11 +72,11 @@ def test_the_command_runs_the_sweep_exports_what_it_chose_and_says_when_nothing_
     small = {**TINY_SETS, "latency.repeats": 3, "pruning.round_to": 1, "quantisation.num_images": 8}
     fields = set_words({name: value for name, value in small.items() if name not in ("teacher", "pruning.sparsity")})
     words = [*MODULE, "shrink", str(tiny_teacher), "--out", "found", "--cache", "cache", *fields]
-    ran = done([*words, "--faster", "1.01", "--lose-at-most", "99999"], tmp_path)
+    ran = done([*words, "--faster", "1.5", "--lose-at-most", "99999"], tmp_path)
     rows = results.read(tmp_path / "found" / "sweep", "trials")
-    assert len(rows) == 4 and (rows["status"] == "finished").all(), ran.stderr
+    assert len(rows) == 4 and (rows["status"] == "finished").all(), list(rows["reason"])
     assert "estimated without data, within a factor of about two" in ran.stdout, ran.stdout
-    best = shrinking.choose(shrinking.candidates(rows.to_dict("records")), 1.01, 99999)
+    best = shrinking.choose(shrinking.candidates(rows.to_dict("records")), 1.5, 99999)
     file = tmp_path / "found" / "student.onnx"
     if best is None:  # on a busy machine nothing is faster
         assert ran.returncode == 1 and not file.exists()
