@@ -76,7 +76,7 @@ def test_the_command_runs_the_sweep_exports_what_it_chose_and_says_when_nothing_
     rows = results.read(tmp_path / "found" / "sweep", "trials")
     assert len(rows) == 4 and (rows["status"] == "finished").all(), list(rows["reason"])
     assert "estimated without data, within a factor of about two" in ran.stdout, ran.stdout
-    best = shrinking.choose(shrinking.candidates(rows.to_dict("records")), 1.5, 99999)
+    best = shrinking.choose(shrinking.candidates(rows.to_dict("records")), 1.5, 99999.0)
     file = tmp_path / "found" / "student.onnx"
     if best is None:  # on a busy machine nothing is faster
         assert ran.returncode == 1 and not file.exists()
