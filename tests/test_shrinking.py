@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from commands import MODULE, done
-from dfkd_ray import results, shrinking, sweep
+from dfkd_ray import results, sweep
+from dfkd_ray.sweep import shrinking
 from helpers import TINY_SETS, refusal, set_words
 
 

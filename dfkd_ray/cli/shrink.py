@@ -3,18 +3,19 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 import yaml
 
 from dfkd_ray import config as configs
-from dfkd_ray import shrinking
 from dfkd_ray.cli import run
 from dfkd_ray.cli.inputs import load_teacher
 from dfkd_ray.cli.options import Cache, DataRoot, Download, Effort, Out, Set, TeacherName, TestData, Trust
 from dfkd_ray.cli.streams import say
-from dfkd_ray.shrinking import Candidate
+
+if TYPE_CHECKING:
+    from dfkd_ray.sweep.shrinking import Candidate
 
 SCHEMA = "dfkd_ray.shrinking/1"
 CLAIM, FILE, SWEEP, STUDENT = ".shrinking.json", "shrink.yaml", "sweep", "student.onnx"
@@ -41,6 +42,7 @@ def shrink(
     the same command resumes. Exit code 1 if nothing fits: then the nearest are named and nothing is exported.
     """
     from dfkd_ray import exporting, results, targets, trial
+    from dfkd_ray.sweep import shrinking
 
     fields = configs.parse_overrides(set_ or [])
     data = shrinking.sweep_of(teacher, faster, int8=int8, fields=fields)
@@ -97,7 +99,7 @@ def shrink(
         raise typer.Exit(1)
 
 
-def lines(found: Sequence[Candidate], measured: bool) -> list[str]:
+def lines(found: Sequence["Candidate"], measured: bool) -> list[str]:
     """The candidates as a table."""
     how = "measured on test data"
     if not measured:
