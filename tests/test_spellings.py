@@ -129,8 +129,10 @@ def test_the_row_of_another_arithmetic_is_within_noise(spelling):
     exact = {f"{part}.precision": "float32" for part in ("synthesis", "reference.synthesis", "distillation")}
     plain, other = rows(spelling, **exact)
     assert plain["status"] == other["status"] == "finished"
-    counts = ("achieved_sparsity", "num_nonzero", "num_images", "class_histogram", "stored_bytes")
+    counts = ("achieved_sparsity", "num_nonzero", "num_images", "class_histogram")
     assert [plain[name] for name in counts] == [other[name] for name in counts]
+    # Compressed: it depends on the values.
+    assert plain["stored_bytes"] == pytest.approx(other["stored_bytes"], rel=0.01)
     for name in ("image_bn", "image_confidence"):
         assert plain[name] == pytest.approx(other[name], rel=0.02), name
     # Reconstruction sets no statistics of a layer that does not call F.batch_norm: the teacher's stay.
