@@ -59,6 +59,7 @@ STYLE: Any = {
     "svg.hashsalt": "dfkd_ray",
 }
 NUM_VECTOR_POINTS = 400  # more points are rasterised: an SVG with thousands of dots is slow and large
+KINDS = {"float32": "o", "int8": "s"}  # markers
 NUM_PANELS = 4  # heat maps of one network
 NUM_BARS = 10
 
@@ -238,16 +239,16 @@ def speeds(rows: Frame, best: Frame) -> "Figure":
         for index, network in enumerate(networks):
             color = PALETTE[index] if index < len(PALETTE) else OTHERS
             own = rows[rows["network"] == network]
-            for kind, marker in (("float32", "o"), ("int8", "s")):
-                part = own[own["kind"] == kind]
-                dots = axes.scatter(
+            dots = [
+                axes.scatter(
                     part["speed"], 100 * part["at_recovered"], s=18, marker=marker, color=color, alpha=0.75,
                     linewidths=0, rasterized=len(rows) > NUM_VECTOR_POINTS,
-                )  # fmt: skip
-                if len(part) and index <= len(PALETTE):
-                    handles.append(dots)
-                    name = cut(network, 32) if index < len(PALETTE) else "other networks"
-                    labels.append(f" {name}{', int8' if kind == 'int8' else ''}")
+                )
+                for part, marker in ((own[own["kind"] == kind], marker) for kind, marker in KINDS.items())
+            ]  # fmt: skip
+            if index <= len(PALETTE):
+                handles.append(dots[0])
+                labels.append(f" {cut(network, 40)}" if index < len(PALETTE) else " other networks")
             axes.scatter(1.0, 100 * own["at_teacher"].iloc[0], s=70, marker="*", color=color, zorder=3)
         line = axes.step(best["speed"], 100 * best["at_recovered"], where="post", color=INK, linewidth=1.0)[0]
         axes.scatter(best["speed"], 100 * best["at_recovered"], s=36, facecolors="none", edgecolors=INK, zorder=3)
@@ -255,7 +256,7 @@ def speeds(rows: Frame, best: Frame) -> "Figure":
         axes.margins(x=0.08)
         axes.set_xlabel("times as fast as the teacher")
         axes.set_ylabel(f"{MEASURES[str(rows['measure'].iloc[0])]}, %")
-        figure.legend([line, *handles], ["front", *labels], loc="outside lower center", ncols=2)
+        figure.legend([line, *handles], ["front", *labels], loc="outside lower center")
     return figure
 
 
