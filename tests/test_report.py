@@ -205,6 +205,29 @@ def test_the_front_is_what_no_other_beats():
     assert len(front) == len(points - beaten) > 2
 
 
+def test_the_front_in_speed_has_students_and_their_int8_files_and_zeros_are_as_fast_as_the_teacher():
+    common = {"teacher_num_macs": 100, "latency_ratio": None, "int8_latency_ratio": None, "quantised_accuracy": None}
+    rows = [
+        full_row(1, temperature=1.0, **common | {"num_macs": 100, "recovered_accuracy": 0.92}),
+        full_row(2, temperature=2.0, **common | {"num_macs": 50, "latency_ratio": 1.8, "recovered_accuracy": 0.91}),
+        full_row(
+            3,
+            temperature=3.0,
+            **common
+            | {"num_macs": 60, "latency_ratio": 1.5, "recovered_accuracy": 0.90}
+            | {"int8_latency_ratio": 3.0, "quantised_accuracy": 0.89, "int8_file_bytes": 1000},
+        ),
+        full_row(4, temperature=4.0, **common | {"num_macs": 50, "recovered_accuracy": 0.93}),  # not measured
+    ]
+    deployed = aggregates.deployed(aggregates.configurations(frame(rows)))
+    told = deployed[["kind", "speed", "at_recovered"]].itertuples(index=False, name=None)
+    assert sorted(told) == [("float32", 1.0, 0.92), ("float32", 1.5, 0.9), ("float32", 1.8, 0.91), ("int8", 3.0, 0.89)]
+    front = aggregates.front(deployed, "speed", cheap_is_high=True)
+    assert list(zip(front["kind"], front["speed"], strict=True)) == [("int8", 3.0), ("float32", 1.8), ("float32", 1.0)]
+    assert front["stored_bytes"].iloc[0] == 1000
+    assert figures.as_svg(figures.speeds(deployed, front)).count("<svg") == 1
+
+
 def test_sharing_saves_the_seconds_of_all_uses_but_one():
     rows = grid(networks=("resnet20",))
     table = aggregates.sharing(frame(rows), pd.DataFrame(batch_rows(rows)))
