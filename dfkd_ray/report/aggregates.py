@@ -37,24 +37,23 @@ def prepared(trials: Frame) -> Frame:
     rung's. `speed`: how many times as fast as the teacher, 1 in its shape, null where it was not measured. `macs_left`:
     the share of its multiplications. `level`: the requested sparsity, rounded to 0.05 if there are more than 12 levels.
     """
-    rows = trials.copy()
-    rows["network"] = network_labels(rows)
-    rows["real_data"] = rows["real_data"].astype("boolean").fillna(False).astype(bool)
-    tested = rows["recovered_accuracy"].notna().groupby(rows["network"]).transform("any")
-    rows["measure"] = tested.map({True: "accuracy", False: "agreement"})
+    network = network_labels(trials)
+    tested = trials["recovered_accuracy"].notna().groupby(network).transform("any")
+    new = {"network": network, "measure": tested.map({True: "accuracy", False: "agreement"})}
     for rung in STUDENTS:
-        rows[f"at_{rung.name}"] = rows[rung.accuracy].where(tested, rows[rung.agreement]).astype(float)
-    rows["at_teacher"] = rows["teacher_accuracy"].where(tested, 1.0).astype(float)
-    rows["lost"] = rows["at_teacher"] - rows["at_recovered"]
-    for rung in BESIDE:
-        rows[f"lost_{rung.name}"] = rows["at_teacher"] - rows[f"at_{rung.name}"]
-    rows["macs_left"] = rows["num_macs"].astype(float) / rows["teacher_num_macs"]
-    rows["speed"] = rows["latency_ratio"].astype(float).where(rows["macs_left"] != 1, 1.0)
-    level = rows["pruning.sparsity"].astype(float).fillna(0.0)
+        new[f"at_{rung.name}"] = trials[rung.accuracy].where(tested, trials[rung.agreement]).astype(float)
+    new["at_teacher"] = trials["teacher_accuracy"].where(tested, 1.0).astype(float)
+    new["lost"] = new["at_teacher"] - new["at_recovered"]
+    new |= {f"lost_{rung.name}": new["at_teacher"] - new[f"at_{rung.name}"] for rung in BESIDE}
+    new["macs_left"] = trials["num_macs"].astype(float) / trials["teacher_num_macs"]
+    new["speed"] = trials["latency_ratio"].astype(float).where(new["macs_left"] != 1, 1.0)
+    level = trials["pruning.sparsity"].astype(float).fillna(0.0)
     if level.nunique() > NUM_LEVELS:
         level = ((level / LEVEL_WIDTH).round() * LEVEL_WIDTH).clip(upper=1 - LEVEL_WIDTH / 2)
-    rows["level"] = level.round(6)
-    return rows
+    new["level"] = level.round(6)
+    real = trials["real_data"].astype("boolean").fillna(False).astype(bool)
+    # All at once: a frame into which many columns are put one by one is slow.
+    return pd.concat([trials.assign(real_data=real), pd.DataFrame(new)], axis=1)
 
 
 def network_labels(trials: Frame) -> Series:
