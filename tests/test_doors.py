@@ -672,6 +672,7 @@ def test_the_readme_s_network_in_memory_runs_as_written(tmp_path):
 
 def test_the_commands_of_the_page_on_networks_run_as_written(run_cli, filled_caches):
     lines = [words for block in fences(NETWORKS_PAGE, "sh") for words in commands_in(block)]
+    lines = [words for words in lines if not any("student.weights" in word for word in words)]  # in test_starts.py
     done = {words[words.index("--out") + 1]: run_cli(*words) for words in lines}
     assert len(done) == len(lines) >= 4 and all(each.code == 0 for each in done.values()), done
     assert not filled_caches.asked

@@ -13,7 +13,12 @@ from helpers import TINY_SETS, refusal, set_words
 def row(**values: Any) -> dict[str, Any]:
     """A finished trial's row: half of the MACs, twice as fast, in int8 three times."""
     measured = {"trial_id": "t-0", "status": "finished", "num_macs": 50, "teacher_num_macs": 100}
-    measured |= {"teacher_accuracy": 0.9, "recovered_accuracy": 0.89, "quantised_accuracy": 0.885}
+    measured |= {
+        "pruning.importance": "magnitude",
+        "teacher_accuracy": 0.9,
+        "recovered_accuracy": 0.89,
+        "quantised_accuracy": 0.885,
+    }
     measured |= {"reference_kl": 0.01, "quantised_kl": 0.02, "latency_ratio": 2.0, "int8_latency_ratio": 3.0}
     return measured | {"float_file_bytes": 4000, "int8_file_bytes": 1200} | values
 
@@ -28,7 +33,9 @@ def test_the_sweep_keeps_fewer_multiplications_the_faster_it_is_to_be(tiny_teach
         "one of them keeps more than the speed asks for: the loss may be too large"
     )
     configs = sweep.expand(sweep.parse(data), {})
-    assert len(configs) == 1 + len(shares) and {each.distillation.num_steps for each in configs} == {0, 7}
+    assert len(configs) == 1 + 2 * len(shares) and {each.distillation.num_steps for each in configs} == {0, 7}
+    one = shrinking.sweep_of("t", faster, int8=False, fields={"pruning.importance": "activations"})
+    assert one["grid"] == [{"pruning.sparsity": shares, "pruning.importance": ["activations"]}]
     without = shrinking.sweep_of(str(tiny_teacher), faster, int8=False)
     assert len(without["grid"]) == 1 and not without["base"]["quantisation"]["int8"]
 
@@ -46,7 +53,7 @@ def test_a_row_gives_a_student_and_its_int8_file_and_what_has_no_number_is_no_ca
         ("t-0", False, 2.0),
     ]
     assert [round(each.lost, 6) for each in found] == [1.5, 1.5, 1.0] and found[0].num_bytes == 1200
-    assert found[0].name == "50 % of the MACs removed, int8"
+    assert found[0].name == "-50 % MACs by magnitude, int8"
     dense = shrinking.candidates([row(num_macs=100, latency_ratio=None)])
     assert [each.name for each in dense] == ["all channels, int8"]
 
@@ -71,11 +78,12 @@ def test_the_choice_loses_least_of_what_is_fast_enough_and_nothing_is_chosen_tha
 def test_the_command_runs_the_sweep_exports_what_it_chose_and_says_when_nothing_fits(tiny_teacher, tmp_path):
     pytest.importorskip("onnxruntime")
     small = {**TINY_SETS, "latency.repeats": 3, "pruning.round_to": 1, "quantisation.num_images": 8}
-    fields = set_words({name: value for name, value in small.items() if name not in ("teacher", "pruning.sparsity")})
+    small |= {"pruning.importance": "magnitude", "pruning.sparsity": 0.4}  # one trial, beside the teacher in int8
+    fields = set_words({name: value for name, value in small.items() if name != "teacher"})
     words = [*MODULE, "shrink", str(tiny_teacher), "--out", "found", "--cache", "cache", *fields]
     ran = done([*words, "--faster", "1.5", "--lose-at-most", "99999"], tmp_path)
     rows = results.read(tmp_path / "found" / "sweep", "trials")
-    assert len(rows) == 4 and (rows["status"] == "finished").all(), list(rows["reason"])
+    assert len(rows) == 2 and (rows["status"] == "finished").all(), list(rows["reason"])
     assert "estimated without data, within a factor of about two" in ran.stdout, ran.stdout
     best = shrinking.choose(shrinking.candidates(rows.to_dict("records")), 1.5, 99999.0)
     file = tmp_path / "found" / "student.onnx"

@@ -114,7 +114,7 @@ def test_the_accuracy_ladder_has_a_step_for_each_rung_and_says_which(tmp_path, r
     before = [(0, 0.75), (1, 0.125), (2, 0.5), *([(3, reconstructed)] if reconstructed else [])]
     assert scalars(run, "ladder/accuracy") == [*before, (4, 0.625)], "a rung left out leaves its step out"
     said = run.SummaryMetadata("ladder/accuracy").summary_description
-    assert said.endswith("0 teacher, 1 pruned, 2 BN re-estimated, 3 reconstructed, 4 recovered")
+    assert said.endswith("0 teacher, 1 pruned, 2 BN re-estimated, 3 reconstructed, 4 recovered, 5 quantised to int8")
     assert scalars(run, "trial/recovered_accuracy") == [(10, 0.625)]
 
 

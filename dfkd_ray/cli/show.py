@@ -229,9 +229,9 @@ def warnings_in(row: Mapping[str, Any]) -> str:
 
 def print_warnings(rows: Any) -> None:
     """Print how many trials have warnings, with that of the first, and where the others are."""
-    warned = rows[[bool(warnings_in(row)) for row in rows.to_dict("records")]]
-    if len(warned):
-        first = warned.iloc[0]
+    warned = [row for row in rows.to_dict("records") if warnings_in(row)]
+    if warned:
+        first = warned[0]
         say(
             f"{len(warned)} of {len(rows)} trials have warnings (column `warnings`, and the report), such as "
             f"{text_of(first['trial_id'])}: {warnings_in(first)}"
