@@ -36,6 +36,7 @@ FIRST = [
     *("test_cluster.py", "test_shipped_sweeps.py", "test_fleet_sweep.py", "test_session.py", "test_rounds.py"),
     *("test_killed_sweep.py", "test_unasked_code.py", "test_sweep_running.py", "test_elastic.py", "test_sweep.py"),
     *("test_cli_synthesize.py", "test_streams.py", "test_search.py", "test_trial.py", "test_fleet.py"),
+    "test_shrinking.py",
 ]
 
 
