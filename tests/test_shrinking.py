@@ -6,6 +6,7 @@ import pytest
 
 from commands import MODULE, done
 from dfkd_ray import results, sweep
+from dfkd_ray.cli.shrink import lines
 from dfkd_ray.sweep import shrinking
 from helpers import TINY_SETS, refusal, set_words
 
@@ -54,6 +55,10 @@ def test_a_row_gives_a_student_and_its_int8_file_and_what_has_no_number_is_no_ca
     ]
     assert [round(each.lost, 6) for each in found] == [1.5, 1.5, 1.0] and found[0].num_bytes == 1200
     assert found[0].name == "-50 % MACs by magnitude, int8"
+    for column in ("latency_ratio", "int8_latency_ratio"):
+        (int8, student) = shrinking.candidates([row(latency_warning=f"slow; {column} is doubtful: half of the runs")])
+        assert (student.is_doubtful, int8.is_doubtful) == (column == "latency_ratio", column != "latency_ratio")
+        assert sum(" x?" in line for line in lines([int8, student], measured=True)) == 1
     dense = shrinking.candidates([row(num_macs=100, latency_ratio=None)])
     assert [each.name for each in dense] == ["all channels, int8"]
 
@@ -92,6 +97,9 @@ def test_the_command_runs_the_sweep_exports_what_it_chose_and_says_when_nothing_
     else:
         assert ran.returncode == 0 and best.trial_id in ran.stdout, ran.stderr
         assert file.stat().st_size > 1000
+    ran = done([*words, "--faster", "1.5", "--lose-at-most", "-1"], tmp_path)  # the trials are there
+    assert ran.returncode == 1 and "nothing is 1.5 times as fast and loses at most -1 points" in ran.stdout, ran.stderr
+    assert not file.exists(), "the file of an earlier choice is not left for this one's"
 
 
 def test_a_folder_with_other_files_and_a_speed_that_cannot_be_sought_are_refused(tiny_teacher, tmp_path, run_cli):

@@ -29,7 +29,7 @@ def shrink(
     int8: Annotated[bool, typer.Option(help="try int8 too")] = True,
     effort: Effort = None,
     set_: Set = None,
-    test_data: TestData = "auto",
+    test_data: TestData = "none",
     data_root: DataRoot = Path("data"),
     download: Download = False,
     cache: Cache = None,
@@ -39,7 +39,8 @@ def shrink(
 
     A small sweep on this machine tries shares of channels, each in float32 and int8, on ONNX Runtime with one thread.
     Writes OUT/sweep (tables, students), OUT/shrink.yaml (its sweep file) and OUT/student.onnx. After an interruption,
-    the same command resumes. Exit code 1 if nothing fits: then the nearest are named and nothing is exported.
+    the same command resumes. Exit code 1 if nothing fits: then the nearest are named and nothing is exported. The loss
+    is estimated, or measured on --test-data, which then chooses: measure the chosen one again on other data.
     """
     from dfkd_ray import exporting, results, targets, trial
     from dfkd_ray.sweep import shrinking
@@ -76,6 +77,8 @@ def shrink(
     measured = shrinking.is_measured(rows)
     for line in lines(found, measured):
         say(line)
+    for name in (STUDENT, f"{STUDENT}.md"):  # of an earlier choice
+        place.remove(name)
     best = shrinking.choose(found, faster, lose_at_most)
     if best is None:
         say(f"nothing is {faster:g} times as fast and loses at most {lose_at_most:g} points; nearest:")
@@ -90,9 +93,8 @@ def shrink(
         assert written is not None
         place.write(STUDENT, written)
     else:
-        target.unlink(missing_ok=True)
         exporting.export(load_teacher(str(student), trust_code), target)
-    kind = "measured" if measured else "estimated"
+    kind = "on the data that chose it" if measured else "estimated"
     say(f"chosen: {best.name}: {best.speed:.2f} times as fast, {best.lost:.2f} points lost ({kind})")
     say(f"written: {target}; as a bundle: {student}")
     if failed:
@@ -105,7 +107,12 @@ def lines(found: Sequence["Candidate"], measured: bool) -> list[str]:
     if not measured:
         how = "estimated without data, within a factor of about two"
     told = ["times as fast as the teacher, on ONNX Runtime, one thread, batch 1;", f"points of accuracy lost, {how}:"]
-    return told + [
-        f"  {each.name:<36} {each.speed:6.2f} x {each.lost:7.2f} points  {(each.num_bytes or 0) / 1e3:9,.0f} kB"
-        for each in found
-    ]
+    for each in found:
+        size = "" if each.num_bytes is None else f"{each.num_bytes / 1e3:9,.0f} kB"
+        doubt = "?" if each.is_doubtful else " "
+        told.append(f"  {each.name:<36} {each.speed:6.2f} x{doubt}{each.lost:7.2f} points  {size}")
+    if any(each.is_doubtful for each in found):
+        told.append(
+            "?: the machine was busy, so this speed is doubtful: measure it again with `dfkd-ray bench latency`"
+        )
+    return told

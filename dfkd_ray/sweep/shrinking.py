@@ -25,11 +25,15 @@ FASTEST = 20.0  # what may be asked for
 # eight students with fewer channels of the bundled ResNet-8 and ResNet-20 (5,000 validation images, one seed). So an
 # estimate is right within a factor of about two, not more.
 POINTS_PER_NAT = 40.0
+SPEEDS = {False: "latency_ratio", True: "int8_latency_ratio"}  # the columns, by whether it is int8
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A student of a trial, or its int8 file. `lost`: points, measured on test data or estimated (see `lost`)."""
+    """A student of a trial, or its int8 file. `lost`: points, measured on test data or estimated (see `lost`).
+
+    `is_doubtful`: its speed was measured on a busy machine.
+    """
 
     trial_id: str
     is_int8: bool
@@ -38,6 +42,7 @@ class Candidate:
     speed: float
     lost: float
     num_bytes: int | None
+    is_doubtful: bool = False
 
     @property
     def name(self) -> str:
@@ -81,14 +86,17 @@ def candidates(rows: Iterable[Mapping[str, Any]]) -> list[Candidate]:
         removed = 1 - row["num_macs"] / row["teacher_num_macs"]
         importance = None if removed == 0 or is_null(row.get("pruning.importance")) else row["pruning.importance"]
         for rung, is_int8, speed, size in (
-            (RECOVERED, False, row.get("latency_ratio"), row.get("float_file_bytes")),
-            (QUANTISED, True, row.get("int8_latency_ratio"), row.get("int8_file_bytes")),
+            (RECOVERED, False, row.get(SPEEDS[False]), row.get("float_file_bytes")),
+            (QUANTISED, True, row.get(SPEEDS[True]), row.get("int8_file_bytes")),
         ):
             points = lost(row, rung)
             if speed is None or is_null(speed) or points is None:
                 continue
             num_bytes = None if size is None or is_null(size) else int(size)
-            found.append(Candidate(row["trial_id"], is_int8, removed, importance, float(speed), points, num_bytes))
+            texts = str(row.get("latency_warning")).split("; ")
+            doubtful = any(text.startswith(f"{SPEEDS[is_int8]} is doubtful") for text in texts)
+            own = Candidate(row["trial_id"], is_int8, removed, importance, float(speed), points, num_bytes, doubtful)
+            found.append(own)
     return sorted(found, key=lambda each: -each.speed)
 
 
