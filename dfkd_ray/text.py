@@ -1,6 +1,7 @@
 """Makes foreign text (names, error messages, paths) safe to print on a terminal."""
 
 import unicodedata
+from collections.abc import Mapping
 from typing import Any
 
 MAX_MESSAGE = 280  # characters of an error's line
@@ -40,6 +41,12 @@ def shortened(text: str, most: int) -> str:
 def one_line(text: object, most: int = MAX_MESSAGE) -> str:
     """Foreign text for an error: one line of at most `most` characters, without terminal control characters."""
     return shortened(shown(" ".join(str(text)[: 8 * most].split())), most)
+
+
+def number_in(row: Mapping[str, Any], name: str) -> float | None:
+    """The number in a row's cell; None if it is empty, or not there."""
+    value = row.get(name)
+    return None if value is None or is_null(value) else float(value)
 
 
 def is_null(value: Any) -> bool:

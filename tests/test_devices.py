@@ -131,6 +131,13 @@ def test_optimisers_without_the_compiler_compute_the_same_bits(own, torchs, opti
     assert torch.equal(steps(own), steps(torchs))
 
 
+def test_a_trials_modules_load_no_tables_and_no_model_cards(tmp_path):
+    program = "import sys, dfkd_ray.trial\n"
+    program += "print({'pandas', 'dfkd_ray.results', 'dfkd_ray.exporting.card', 'onnx'} & set(sys.modules))"
+    ended = done([sys.executable, "-c", program], tmp_path)
+    assert ended.stdout.strip() == "set()", ended.stdout + ended.stderr
+
+
 def test_a_trial_of_our_own_family_loads_neither_the_compiler_nor_torchvision(tiny_teacher, tmp_path):
     words = ["recover", str(tiny_teacher), *TINY_WORDS, "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "c")]
     program = f"import sys; from dfkd_ray import cli\nsys.argv = ['dfkd-ray', *{words!r}]\ntry:\n    cli.main()\n"

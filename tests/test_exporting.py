@@ -21,7 +21,7 @@ from dfkd_ray.batches import Batch
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.compression import channels
 from dfkd_ray.config import PruningConfig
-from dfkd_ray.exporting import comparison, images, int8, metadata, onnx_files, source_code, torch_files
+from dfkd_ray.exporting import card, comparison, images, int8, metadata, onnx_files, source_code, torch_files
 from dfkd_ray.exporting.code_layout import call, flat, laid_out, sequence, text
 from dfkd_ray.heads import SOFTMAX
 from helpers import assert_one_error, randomise_statistics, refusal
@@ -698,7 +698,7 @@ def test_an_interrupted_export_leaves_nothing(format_, stage, run_cli, tiny_teac
     places = {
         "hidden": (exporting.placing.Path, "mkdir"),
         "written": (storage, "write_files"),
-        "card": (exporting.card, "text"),
+        "card": (card, "text"),
         "added": (exporting.placing, "add"),
         "first": (os, "link" if row.suffix else "replace"),
         "last": (os, "link" if row.suffix else "replace"),

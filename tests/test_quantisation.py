@@ -266,7 +266,7 @@ def test_the_simulation_computes_what_the_file_computes_and_has_gradients(files,
     network = trial.on_device(teacher.network, torch.device("cpu")).requires_grad_(True)
     run = simulated.simulation(network, (1, 16, 16), written.float32, written.int8, given[:4])
     logits = run(torch.from_numpy(given))
-    of_int8, of_float = quantisation.runs(written.int8)(given), torch_files.runs(teacher.network)(given)
+    of_int8, of_float = onnx_files.run_of(written.int8)(given), torch_files.runs(teacher.network)(given)
     assert np.abs(logits.detach().numpy() - of_int8).mean() < 0.6 * np.abs(of_float - of_int8).mean()
     logits.square().mean().backward()
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in network.parameters())

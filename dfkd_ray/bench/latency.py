@@ -61,8 +61,8 @@ def run(networks: Sequence[Teacher], *, repeats: int = 15, with_int8: bool = Fal
             given, own = ("x".join(map(str, each)) for each in (other.info.input_shape, shape))
             raise ValueError(f"{other.name} takes images of {given}, {networks[0].name} of {own}: expected the same")
     missing = exporting.not_installed(exporting.ONNX)
-    if missing and with_int8:
-        raise ValueError(f"`int8` needs {', '.join(missing)}, not installed here: pip install 'dfkd_ray[onnx]'")
+    if with_int8:
+        exporting.check_installed("`int8`")
     names = distinct([each.name for each in networks])
     models = {} if missing else onnx_models(networks, names, with_int8)
     print(f"{'':<{NAME + 2}}{'parameters':>12}{'MACs':>14}{'ONNX bytes':>14}")

@@ -47,9 +47,7 @@ def shrink(
 
     fields = configs.parse_overrides(set_ or [])
     data = shrinking.sweep_of(teacher, faster, int8=int8, fields=fields)
-    missing = exporting.not_installed(exporting.ONNX)
-    if missing:
-        raise ValueError(f"shrink needs {', '.join(missing)}, not installed here: pip install 'dfkd_ray[onnx]'")
+    exporting.check_installed("shrink")
     place = targets.check(out, targets.Product("a result of shrink", {CLAIM: targets.claims(SCHEMA)}))
     loaded = load_teacher(teacher, trust_code, download=download)
     earlier = place.read(CLAIM)

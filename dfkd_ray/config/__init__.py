@@ -32,6 +32,7 @@ from dfkd_ray.config.methods import (
     parse_synthesis,
 )
 from dfkd_ray.config.parsing import parse_overrides, read_yaml
+from dfkd_ray.config.training import TeacherTrainingConfig
 from dfkd_ray.config.trials import (
     FROM_IMAGES,
     LEFT_OUT,
@@ -42,7 +43,6 @@ from dfkd_ray.config.trials import (
     QuantisationConfig,
     ReferenceConfig,
     StudentConfig,
-    TeacherTrainingConfig,
     TrialConfig,
 )
 from dfkd_ray.plain import with_overrides

@@ -22,7 +22,7 @@ from dfkd_ray import bundles, evaluation
 from dfkd_ray.batches import Batch
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.devices import Runtime
-from dfkd_ray.exporting import card, comparison, images, metadata, origins, placing, torch_files
+from dfkd_ray.exporting import comparison, images, metadata, placing, torch_files
 from dfkd_ray.exporting.comparison import Run
 from dfkd_ray.exporting.formats import FORMATS as FORMATS
 from dfkd_ray.exporting.formats import ONNX as ONNX
@@ -86,6 +86,9 @@ def export(
     `OSError` for a place that cannot be written; `FloatingPointError` if the written file does not compute what the
     network computes. Then nothing is left behind.
     """
+    # A trial imports this package, and needs neither; `origins` reads tables, with pandas.
+    from dfkd_ray.exporting import card, origins
+
     path = check(path, format, int8, making.device)
     if isinstance(network, nn.Module):
         raise ValueError(
@@ -139,11 +142,7 @@ def check(path: Path | str, format: str, int8: bool, device: str = "auto") -> Pa
     if int8 and row.quantise is None:
         able = " or ".join(name for name, each in FORMATS.items() if each.quantise)
         raise ValueError(f"`int8` goes with format {able}, not with {format}")
-    missing = not_installed(row.needs)
-    if missing:
-        raise ValueError(
-            f"format {format} needs {', '.join(missing)}, not installed here: pip install 'dfkd_ray[{row.extra}]'"
-        )
+    check_installed(f"format {format}", row.needs, row.extra)
     placing.check(path, row)
     return path
 
@@ -151,6 +150,15 @@ def check(path: Path | str, format: str, int8: bool, device: str = "auto") -> Pa
 def is_own_onnx(data: bytes) -> bool:
     """Whether the beginning of a file is that of an ONNX file which this package wrote: it names its producer."""
     return PRODUCER.encode() in data[:32]
+
+
+def check_installed(what: str, names: Sequence[str] = ONNX, extra: str | None = "onnx", instead: str = "") -> None:
+    """`ValueError` if modules that `what` needs cannot be found. `instead`: what else could be done, for the end."""
+    missing = not_installed(names)
+    if missing:
+        raise ValueError(
+            f"{what} needs {', '.join(missing)}, not installed here: pip install 'dfkd_ray[{extra}]'{instead}"
+        )
 
 
 def not_installed(names: Sequence[str]) -> list[str]:

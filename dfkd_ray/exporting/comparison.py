@@ -5,7 +5,7 @@ the network, which the result states. Only a file that answers differently on ev
 use, or the runtime computes it wrongly.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,11 +60,11 @@ def compared(run: Run, images: np.ndarray, expected: np.ndarray, head: Head, is_
     return Comparison(len(images), largest, spread, agreement, max(0.0, float(head.kl(other, own, 1.0))))
 
 
-def in_batches(run: Run, images: np.ndarray) -> np.ndarray:
-    """Float32 logits of all images, each run once, in batches of `BATCHES` in turn."""
+def in_batches(run: Run, images: np.ndarray, sizes: Sequence[int] = BATCHES) -> np.ndarray:
+    """Float32 logits of all images, each run once, in batches of these sizes in turn."""
     parts, start, turn = [], 0, 0
     while start < len(images):
-        size = BATCHES[turn % len(BATCHES)]
+        size = sizes[turn % len(sizes)]
         parts.append(np.asarray(run(images[start : start + size]), np.float32))
         start, turn = start + size, turn + 1
     return np.concatenate(parts)
@@ -74,8 +74,7 @@ def accuracy(run: Run, test: Iterable[tuple[Batch, np.ndarray]], head: Head) -> 
     """Accuracy of a file in [0, 1] on test batches with their normalised images; labels have been checked."""
     hits = total = 0
     for batch, images in test:
-        step = evaluation.EVALUATION_BATCH // 5
-        logits = np.concatenate([run(images[start : start + step]) for start in range(0, len(images), step)])
+        logits = in_batches(run, images, (evaluation.EVALUATION_BATCH // 5,))
         right = head.agrees(torch.from_numpy(logits), torch.from_numpy(np.array(batch.labels)))
         hits, total = hits + int(right.sum()), total + right.numel()
     return hits / total

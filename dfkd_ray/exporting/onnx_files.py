@@ -8,6 +8,7 @@ import io
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,14 @@ PRODUCER = "dfkd_ray"
 PREFIX = f"{PRODUCER}."  # of metadata names
 MISSING = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.:]+)', overload=")
 MAX_BYTES = 2**31 - 2**20  # an ONNX file is one protobuf message, of less than 2 GiB
+
+
+@dataclass(frozen=True)
+class Written:
+    """A network's ONNX files, as bytes."""
+
+    float32: bytes
+    int8: bytes
 
 
 def converted(network: nn.Module, input_shape: Sequence[int]) -> bytes:
@@ -109,9 +118,14 @@ def runs(opened: Any) -> Run:
     return lambda images: opened.run([OUTPUT], {INPUT: images})[0]
 
 
+def run_of(model: bytes) -> Run:
+    """A model as a function of images. Its threads do not wait in loops: others on the machine need the time."""
+    return runs(session(model, spinning=False))
+
+
 def running(model: bytes, batch: np.ndarray) -> Callable[[], np.ndarray]:
     """What runs one batch through a model, for the measuring of latency."""
-    call = runs(session(model, spinning=False))
+    call = run_of(model)
     return lambda: call(batch)
 
 

@@ -7,7 +7,7 @@ font. Equal tables give equal bytes.
 import io
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -190,39 +190,20 @@ def heat_map(maps: Mapping[float, Frame], title: str, measure: str) -> "Figure":
 
 def pareto(configs: Frame, best: Frame) -> "Figure":
     """Accuracy against stored bytes: a dot per configuration, the front as steps, the dense teachers as stars."""
-    networks = list(dict.fromkeys(configs["network"]))
-    measure = MEASURES[str(configs["measure"].iloc[0])]
+
+    def star(rows: Frame) -> tuple[float, float] | None:
+        teacher = rows[rows["at_teacher"].notna() & rows["dense_bytes"].notna()]
+        if not len(teacher) or "→" in rows["network"].iloc[0]:  # a student of another architecture has another size
+            return None
+        return teacher.iloc[0]["dense_bytes"], teacher.iloc[0]["at_teacher"]
+
     with style():
-        figure = new_figure(3.9)
-        axes = figure.subplots()
-        handles, labels = [], []
-        for index, network in enumerate(networks):
-            rows = configs[configs["network"] == network]
-            color = PALETTE[index] if index < len(PALETTE) else OTHERS
-            dots = axes.scatter(
-                rows["stored_bytes"], 100 * rows["at_recovered"], s=16, color=color, alpha=0.75, linewidths=0,
-                rasterized=len(configs) > NUM_VECTOR_POINTS,
-            )  # fmt: skip
-            teacher = rows[rows["at_teacher"].notna() & rows["dense_bytes"].notna()]
-            if len(teacher) and "→" not in network:  # a student of another architecture has another dense size
-                star = teacher.iloc[0]
-                axes.scatter(star["dense_bytes"], 100 * star["at_teacher"], s=70, marker="*", color=color, zorder=3)
-            if index <= len(PALETTE):
-                handles.append(dots)
-                labels.append(f" {cut(network, 40)}" if index < len(PALETTE) else " other networks")
-        line = axes.step(best["stored_bytes"], 100 * best["at_recovered"], where="post", color=INK, linewidth=1.0)[0]
-        axes.scatter(
-            best["stored_bytes"], 100 * best["at_recovered"], s=34, facecolors="none", edgecolors=INK, zorder=3
-        )
+        figure, axes, handles, labels = trade_off(configs, best, "stored_bytes", star)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _place: size(value).replace(".0 ", " "))
         few_ticks(axes, configs)
-        axes.set_ylim(*front_limits(configs, best))
         axes.set_xlabel("stored size of the student (log scale)")
-        axes.set_ylabel(f"{measure}, %")
-        figure.legend(
-            [line, *handles], ["front", *labels], loc="outside lower center", ncols=2 if len(labels) > 1 else 3
-        )
+        figure.legend(handles, labels, loc="outside lower center", ncols=2 if len(labels) > 2 else 3)
     return figure
 
 
@@ -231,33 +212,46 @@ def speeds(rows: Frame, best: Frame) -> "Figure":
 
     `rows`: `aggregates.deployed`; `best`: its front, the fastest first.
     """
-    networks = list(dict.fromkeys(rows["network"]))
     with style():
-        figure = new_figure(3.9)
-        axes = figure.subplots()
-        handles, labels = [], []
-        for index, network in enumerate(networks):
-            color = PALETTE[index] if index < len(PALETTE) else OTHERS
-            own = rows[rows["network"] == network]
-            dots = [
-                axes.scatter(
-                    part["speed"], 100 * part["at_recovered"], s=18, marker=marker, color=color, alpha=0.75,
-                    linewidths=0, rasterized=len(rows) > NUM_VECTOR_POINTS,
-                )
-                for part, marker in ((own[own["kind"] == kind], marker) for kind, marker in KINDS.items())
-            ]  # fmt: skip
-            if index <= len(PALETTE):
-                handles.append(dots[0])
-                labels.append(f" {cut(network, 40)}" if index < len(PALETTE) else " other networks")
-            axes.scatter(1.0, 100 * own["at_teacher"].iloc[0], s=70, marker="*", color=color, zorder=3)
-        line = axes.step(best["speed"], 100 * best["at_recovered"], where="post", color=INK, linewidth=1.0)[0]
-        axes.scatter(best["speed"], 100 * best["at_recovered"], s=36, facecolors="none", edgecolors=INK, zorder=3)
-        axes.set_ylim(*front_limits(rows, best))
+        figure, axes, handles, labels = trade_off(rows, best, "speed", lambda own: (1.0, own["at_teacher"].iloc[0]))
         axes.margins(x=0.08)
         axes.set_xlabel("times as fast as the teacher")
-        axes.set_ylabel(f"{MEASURES[str(rows['measure'].iloc[0])]}, %")
-        figure.legend([line, *handles], ["front", *labels], loc="outside lower center")
+        figure.legend(handles, labels, loc="outside lower center")
     return figure
+
+
+def trade_off(
+    rows: Frame, best: Frame, cost: str, star: Callable[[Frame], tuple[float, float] | None]
+) -> tuple["Figure", "Axes", list[Any], list[str]]:
+    """A figure of accuracy against a cost, with what its legend has: handles and labels.
+
+    Each network has a colour, each `kind` of rows (if they have kinds) a marker. `best`: the front. `star`: from a
+    network's rows to the place of its teacher.
+    """
+    figure = new_figure(3.9)
+    axes = figure.subplots()
+    handles, labels = [], []
+    for index, network in enumerate(dict.fromkeys(rows["network"])):
+        own = rows[rows["network"] == network]
+        color = PALETTE[index] if index < len(PALETTE) else OTHERS
+        kinds = own["kind"] if "kind" in own else pd.Series("float32", index=own.index)
+        dots = [
+            axes.scatter(
+                part[cost], 100 * part["at_recovered"], s=16, marker=KINDS[str(kind)], color=color, alpha=0.75,
+                linewidths=0, rasterized=len(rows) > NUM_VECTOR_POINTS,
+            )
+            for kind, part in own.groupby(kinds)
+        ]  # fmt: skip
+        if (place := star(own)) is not None:
+            axes.scatter(place[0], 100 * place[1], s=70, marker="*", color=color, zorder=3)
+        if index <= len(PALETTE):
+            handles.append(dots[0])
+            labels.append(f" {cut(network, 40)}" if index < len(PALETTE) else " other networks")
+    line = axes.step(best[cost], 100 * best["at_recovered"], where="post", color=INK, linewidth=1.0)[0]
+    axes.scatter(best[cost], 100 * best["at_recovered"], s=34, facecolors="none", edgecolors=INK, zorder=3)
+    axes.set_ylim(*front_limits(rows, best))
+    axes.set_ylabel(f"{MEASURES[str(rows['measure'].iloc[0])]}, %")
+    return figure, axes, [line, *handles], ["front", *labels]
 
 
 def front_limits(configs: Frame, best: Frame) -> tuple[float, float]:

@@ -255,14 +255,17 @@ def renamed(table: str, number: int, names: list[str]) -> list[str]:
 
 
 def migrated(table: str, rows: pa.Table, columns: list[str]) -> pa.Table:
-    """Rows of an older version in today's schema, restricted to `columns`; missing values are null, or no int8."""
+    """Rows of an older version in today's schema, restricted to `columns`.
+
+    What is missing is null, or the default of a newer section.
+    """
     rows = rows.rename_columns(renamed(table, version_of(table, rows.schema) or 1, rows.column_names))
     today = schema(table)
     fields = [today.field(name) for name in columns]
     have = set(rows.column_names)
 
     def missing(field: pa.Field) -> pa.Array:
-        value = NEWER_FIELDS.get(field.name)  # they had none: null would look like another setting
+        value = NEWER_FIELDS.get(field.name)  # null would look like another setting
         return pa.nulls(len(rows), field.type) if value is None else pa.repeat(pa.scalar(value, field.type), len(rows))
 
     arrays = [rows.column(f.name).cast(f.type) if f.name in have else missing(f) for f in fields]

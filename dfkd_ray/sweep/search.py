@@ -19,7 +19,7 @@ from dfkd_ray.config import STRICT
 from dfkd_ray.config.fields import LARGEST_FLOAT, NUMBER, Count, Seed, plain
 from dfkd_ray.config.parsing import name_fault
 from dfkd_ray.plain import SHOWN_PATH, alike, cut, fault, given, named
-from dfkd_ray.text import is_null
+from dfkd_ray.text import number_in
 
 Point = dict[str, Any]  # dotted field → value
 BOUNDED = {"uniform": 2, "loguniform": 2, "quniform": 3, "qloguniform": 3}
@@ -232,10 +232,10 @@ class StopConfig(BaseModel):
 
 def loss(name: str, row: Mapping[str, Any]) -> float | None:
     """An objective's value in a row, negative where larger is better; None if the row has none."""
-    value = row.get(name)
-    if is_null(value):
+    value = number_in(row, name)
+    if value is None:
         value = IN_TEACHERS_SHAPE.get(name)
-    return None if value is None else -float(value) if name in LARGER_IS_BETTER else float(value)
+    return None if value is None else -value if name in LARGER_IS_BETTER else value
 
 
 def excess(search: SearchConfig, row: Mapping[str, Any]) -> dict[str, float]:

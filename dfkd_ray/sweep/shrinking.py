@@ -10,7 +10,7 @@ from typing import Any
 
 from dfkd_ray.config import with_overrides
 from dfkd_ray.ladder import QUANTISED, RECOVERED, TEACHER, Rung
-from dfkd_ray.text import is_null
+from dfkd_ray.text import is_null, number_in
 
 # Exponents of the shares of multiplications that are kept, 1 / faster ** t: a student is slower than its share says
 # (narrow layers use a core less well), and int8 is faster.
@@ -41,7 +41,7 @@ class Candidate:
     importance: str | None
     speed: float
     lost: float
-    num_bytes: int | None
+    num_bytes: float | None
     is_doubtful: bool = False
 
     @property
@@ -85,17 +85,13 @@ def candidates(rows: Iterable[Mapping[str, Any]]) -> list[Candidate]:
             continue
         removed = 1 - row["num_macs"] / row["teacher_num_macs"]
         importance = None if removed == 0 or is_null(row.get("pruning.importance")) else row["pruning.importance"]
-        for rung, is_int8, speed, size in (
-            (RECOVERED, False, row.get(SPEEDS[False]), row.get("float_file_bytes")),
-            (QUANTISED, True, row.get(SPEEDS[True]), row.get("int8_file_bytes")),
-        ):
-            points = lost(row, rung)
-            if speed is None or is_null(speed) or points is None:
+        for rung, is_int8, size in ((RECOVERED, False, "float_file_bytes"), (QUANTISED, True, "int8_file_bytes")):
+            speed, points, num_bytes = number_in(row, SPEEDS[is_int8]), lost(row, rung), number_in(row, size)
+            if speed is None or points is None:
                 continue
-            num_bytes = None if size is None or is_null(size) else int(size)
             texts = str(row.get("latency_warning")).split("; ")
             doubtful = any(text.startswith(f"{SPEEDS[is_int8]} is doubtful") for text in texts)
-            own = Candidate(row["trial_id"], is_int8, removed, importance, float(speed), points, num_bytes, doubtful)
+            own = Candidate(row["trial_id"], is_int8, removed, importance, speed, points, num_bytes, doubtful)
             found.append(own)
     return sorted(found, key=lambda each: -each.speed)
 
@@ -107,16 +103,11 @@ def is_measured(rows: Sequence[Mapping[str, Any]]) -> bool:
 
 def lost(row: Mapping[str, Any], rung: Rung) -> float | None:
     """Percentage points that a rung's network loses; None where nothing says it."""
-    before, own = row.get(TEACHER.accuracy), row.get(rung.accuracy)
-    if before is not None and not is_null(before):
-        return None if own is None or is_null(own) else 100 * (before - own)
-    kl = row.get("quantised_kl" if rung is QUANTISED else "reference_kl")
-    return None if kl is None or is_null(kl) else estimated(float(kl))
-
-
-def estimated(kl: float) -> float:
-    """Points of accuracy that a network loses, from its KL divergence on the reference set: see `POINTS_PER_NAT`."""
-    return POINTS_PER_NAT * kl
+    before, own = number_in(row, TEACHER.accuracy), number_in(row, rung.accuracy)
+    if before is not None:
+        return None if own is None else 100 * (before - own)
+    kl = number_in(row, "quantised_kl" if rung is QUANTISED else "reference_kl")
+    return None if kl is None else POINTS_PER_NAT * kl
 
 
 def choose(found: Sequence[Candidate], faster: float, lose_at_most: float) -> Candidate | None:

@@ -267,8 +267,6 @@ def steps(
     pruned = tuple(pruning.prunable(student)) if (config.pruning.sparsity > 0 or start.masks) and choice is None else ()
     row |= size_columns(student, pruned) | cost_columns(student, teacher)
     warned = [*start.warnings, *starting.warnings_of(config, teacher)]
-    if choice is not None or config.student.architecture is not None:
-        row |= speed.columns(config.latency, network, student, teacher.info.input_shape, device)
     if config.pruning.structure == "channels":  # its sparsity is no number of zeros, even where nothing was removed
         row["achieved_sparsity"] = 1 - row["num_parameters"] / num_before
     if choice is not None:
@@ -282,18 +280,19 @@ def steps(
         )
         return Outcome({**row, "status": "failed", "reason": reason})
     info = student_info(config, teacher, row, () if choice is None else choice.edits)
-    int8 = None
+    files = None
     if config.quantisation.int8:
         sha256 = bundles.stored_sha256(student.state_dict(), pruned)
         described = info.model_copy(update={"weights_sha256": sha256})
         own = Teacher(student.requires_grad_(False), described, teacher.hash, row["trial_id"])
-        int8 = quantisation.quantise(own, config, network, pool, rungs)
-        if int8 is not None:
-            speed.add_int8(row, config.latency, network, int8, info.input_shape)
+        files = quantisation.quantise(own, config, network, pool, rungs)
     else:
         rungs.leave_out(ladder.QUANTISED)
+    of_another_shape = student if choice is not None or config.student.architecture is not None else None
+    row |= speed.columns(config.latency, network, of_another_shape, files, info.input_shape, device)
     images = Batch(0, pool.images, pool.labels, rounds.key)
     rows = (*held_out.rows, *rounds.rows)
+    int8 = None if files is None else files.int8
     return Outcome(row, student.requires_grad_(False), info, pruned, (images,), tuple(state.epochs), rows, int8)
 
 

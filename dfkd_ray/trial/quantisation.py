@@ -8,7 +8,7 @@ written again; the file nearer to the teacher is kept. The student itself is not
 import logging
 import time
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from dfkd_ray.config import TrialConfig
 from dfkd_ray.devices import Runtime
 from dfkd_ray.distillation import Pool
 from dfkd_ray.exporting import comparison, images, int8, metadata, onnx_files, torch_files
-from dfkd_ray.exporting.comparison import Run
+from dfkd_ray.exporting.onnx_files import Written
 from dfkd_ray.heads import HEADS
 from dfkd_ray.storage import without_secrets
 from dfkd_ray.text import one_line
@@ -39,23 +39,11 @@ MOST_LOST, MOST_DISAGREEMENT = 0.01, 0.05
 CAN_BE_WRITTEN: set[tuple[str, str]] = set()  # (teacher's hash, student) of this process: trying takes seconds
 
 
-@dataclass(frozen=True)
-class Written:
-    """A student's ONNX files: the models as bytes, without metadata."""
-
-    float32: bytes
-    int8: bytes
-
-
 def check(config: TrialConfig, teacher: Teacher, student: nn.Module) -> None:
     """`ValueError` if int8 is wanted and ONNX's packages are missing, or the student cannot be written as ONNX."""
     if not config.quantisation.int8:
         return
-    missing = exporting.not_installed(exporting.ONNX)
-    if missing:
-        raise ValueError(
-            f"quantisation.int8 needs {', '.join(missing)}, not installed here: pip install 'dfkd_ray[onnx]'"
-        )
+    exporting.check_installed("quantisation.int8")
     own = (teacher.hash, config.student.model_dump_json())
     if own not in CAN_BE_WRITTEN:
         with exporting.quiet():
@@ -66,8 +54,8 @@ def check(config: TrialConfig, teacher: Teacher, student: nn.Module) -> None:
         CAN_BE_WRITTEN.add(own)
 
 
-def quantise(student: Teacher, config: TrialConfig, teacher: nn.Module, pool: Pool, rungs: Rungs) -> bytes | None:
-    """Write and measure a student in int8, into the columns of the rungs' row. Returns the file.
+def quantise(student: Teacher, config: TrialConfig, teacher: nn.Module, pool: Pool, rungs: Rungs) -> Written | None:
+    """Write and measure a student in int8, into the columns of the rungs' row. Returns the files.
 
     `student`: on the CPU, with the description of its bundle; `teacher`: the network that it was distilled from. If the
     student cannot be quantised, the columns are null, the row's warnings say why, and there is no file.
@@ -76,7 +64,7 @@ def quantise(student: Teacher, config: TrialConfig, teacher: nn.Module, pool: Po
     rungs.report("quantising", 0, 1, {})
     try:
         with rungs.reference.runtime.numerics(), exporting.quiet():
-            file, columns, warned = measured(student, config, teacher, pool, rungs)
+            files, columns, warned = measured(student, config, teacher, pool, rungs)
     except OSError:  # a full disk: the trial resumes
         raise
     except Exception as error:  # the student is there, and worth keeping
@@ -88,7 +76,7 @@ def quantise(student: Teacher, config: TrialConfig, teacher: nn.Module, pool: Po
     row["quantisation_wall_s"] = time.perf_counter() - start
     for text in warned:
         warn(row, text)
-    return file
+    return files
 
 
 def said(error: Exception) -> str:
@@ -103,14 +91,14 @@ def warn(row: dict[str, Any], text: str) -> None:
 
 def measured(
     student: Teacher, config: TrialConfig, teacher: nn.Module, pool: Pool, rungs: Rungs
-) -> tuple[bytes, dict[str, Any], list[str]]:
-    """The int8 file, the row's columns about it, and warnings."""
+) -> tuple[Written, dict[str, Any], list[str]]:
+    """The files, the row's columns about the int8 one, and warnings."""
     settings, reference = config.quantisation, rungs.reference
     compared = images.normalised(student, reference.images)
     calibration = images.normalised(student, pool.images[: settings.num_images])
 
     def distance(model: bytes) -> tuple[float, float]:
-        return reference.distance(torch.from_numpy(in_parts(runs(model), compared)))
+        return reference.distance(torch.from_numpy(logits_of(model, compared)))
 
     files, steps, warned = written(student, calibration, compared), 0, []
     float_agreement, float_kl = distance(files.float32)
@@ -129,14 +117,14 @@ def measured(
     columns = {rung.accuracy: None, str(rung.agreement): agreement, "quantised_kl": kl, "int8_steps": steps}
     if rungs.test is not None:
         pairs = ((batch, images.normalised(student, batch.images)) for batch in rungs.test)
-        columns[rung.accuracy] = comparison.accuracy(runs(files.int8), pairs, HEADS[student.info.head])
+        columns[rung.accuracy] = comparison.accuracy(onnx_files.run_of(files.int8), pairs, HEADS[student.info.head])
     # With steps the file has other weights than those that it names.
     about = metadata.texts(student, format="onnx", precision="int8", opset=onnx_files.OPSET, int8_steps=steps)
-    file = onnx_files.files(files.int8, about)[".onnx"]
-    float_file = onnx_files.files(files.float32, {**about, "precision": "float32"})[".onnx"]
-    columns |= {"int8_file_bytes": len(file), "float_file_bytes": len(float_file)}
+    float32 = onnx_files.files(files.float32, {**about, "precision": "float32"})[".onnx"]
+    files = Written(float32, onnx_files.files(files.int8, about)[".onnx"])
+    columns |= {"int8_file_bytes": len(files.int8), "float_file_bytes": len(files.float32)}
     lost = lost_by_int8(rungs.row, columns, float_agreement)
-    return file, columns, [*warned, *([lost] if lost else [])]
+    return files, columns, [*warned, *([lost] if lost else [])]
 
 
 def written(student: Teacher, calibration: np.ndarray, compared: np.ndarray) -> Written:
@@ -147,19 +135,13 @@ def written(student: Teacher, calibration: np.ndarray, compared: np.ndarray) -> 
     model = onnx_files.converted(student.network, student.info.input_shape)
     checked = compared[:NUM_CHECKED]
     expected = torch_files.runs(student.network)(checked.copy())
-    comparison.compared(runs(model), checked, expected, HEADS[student.info.head], is_int8=False)
+    comparison.compared(onnx_files.run_of(model), checked, expected, HEADS[student.info.head], is_int8=False)
     return Written(model, int8.quantised(model, calibration))
 
 
-def runs(model: bytes) -> Run:
-    """A model as a function of images. Its threads do not wait in loops: other trials need the time."""
-    return onnx_files.runs(onnx_files.session(model, spinning=False))
-
-
-def in_parts(run: Run, given: np.ndarray) -> np.ndarray:
-    """Float32 logits of normalised images, in batches. `FloatingPointError` if one is not a finite number."""
-    parts = [np.asarray(run(given[start : start + BATCH]), np.float32) for start in range(0, len(given), BATCH)]
-    logits = np.concatenate(parts)
+def logits_of(model: bytes, given: np.ndarray) -> np.ndarray:
+    """Float32 logits of normalised images. `FloatingPointError` if one is not a finite number."""
+    logits = comparison.in_batches(onnx_files.run_of(model), given, (BATCH,))
     if not np.isfinite(logits).all():
         raise FloatingPointError("the file gives logits that are not finite numbers")
     return logits
