@@ -205,6 +205,16 @@ def test_the_front_is_what_no_other_beats():
     assert len(front) == len(points - beaten) > 2
 
 
+def test_a_teachers_star_is_at_its_own_size_and_not_at_that_of_a_student_with_fewer_channels():
+    macs = {"teacher_num_macs": 100, "dense_bytes": 500_000}
+    rows = [full_row(n, temperature=float(n), num_macs=num, **macs) for n, num in ((1, 50), (2, 100))]
+    for kept, num_stars in ((rows[:1], 0), (rows, 1)):
+        configs = aggregates.configurations(frame(kept))
+        (axes,) = figures.pareto(configs, aggregates.front(configs)).axes
+        stars = [dots for dots in axes.collections if dots.get_sizes().tolist() == [70]]
+        assert len(stars) == num_stars
+
+
 def test_the_front_in_speed_has_students_and_their_int8_files_and_zeros_are_as_fast_as_the_teacher():
     common = {"teacher_num_macs": 100, "latency_ratio": None, "int8_latency_ratio": None, "quantised_accuracy": None}
     rows = [

@@ -192,8 +192,9 @@ def pareto(configs: Frame, best: Frame) -> "Figure":
     """Accuracy against stored bytes: a dot per configuration, the front as steps, the dense teachers as stars."""
 
     def star(rows: Frame) -> tuple[float, float] | None:
-        teacher = rows[rows["at_teacher"].notna() & rows["dense_bytes"].notna()]
-        if not len(teacher) or "→" in rows["network"].iloc[0]:  # a student of another architecture has another size
+        # A student of another architecture, or with fewer channels, has another dense size than its teacher.
+        teacher = rows[rows["at_teacher"].notna() & rows["dense_bytes"].notna() & ~(rows["macs_left"] < 1)]
+        if not len(teacher) or "→" in rows["network"].iloc[0]:
             return None
         return teacher.iloc[0]["dense_bytes"], teacher.iloc[0]["at_teacher"]
 
