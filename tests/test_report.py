@@ -211,7 +211,8 @@ def test_a_teachers_star_is_at_its_own_size_and_not_at_that_of_a_student_with_fe
     for kept, num_stars in ((rows[:1], 0), (rows, 1)):
         configs = aggregates.configurations(frame(kept))
         (axes,) = figures.pareto(configs, aggregates.front(configs)).axes
-        stars = [dots for dots in axes.collections if dots.get_sizes().tolist() == [70]]
+        dots: list[Any] = list(axes.collections)
+        stars = [each for each in dots if each.get_sizes().tolist() == [70]]
         assert len(stars) == num_stars
 
 
