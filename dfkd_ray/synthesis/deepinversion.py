@@ -31,6 +31,7 @@ from dfkd_ray.heads import HEADS
 from dfkd_ray.images import PixelSpace
 from dfkd_ray.synthesis.optimiser import (
     Aim,
+    Made,
     batches,
     bn_term,
     compose,
@@ -55,11 +56,11 @@ def source(teacher: Teacher, config: DeepInversionConfig, key: str, device: torc
     run = compiled(network) if config.compile else network
     space, head = teacher.info.space, HEADS[teacher.info.head]
 
-    def make(slower: DeepInversionConfig, labels: Tensor, generator: torch.Generator, _seed: int) -> Any:
+    def make(slower: DeepInversionConfig, labels: Tensor, generator: torch.Generator, _seed: int) -> Made:
         there = labels.to(device)
         parts = initial_parts(slower, teacher.info.image_shape, generator, device)
         images, steps = invert(network, run, slower, space, parts, Aim(there, head), generator)
-        return images, steps, lambda stored: measure(network, config, stored, Aim(there, head))
+        return Made(images, steps, lambda stored: measure(network, config, stored, Aim(there, head)))
 
     return batches(teacher, config, key, device, make)
 

@@ -9,8 +9,10 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,10 +25,24 @@ from dfkd_ray.images import decode, encode
 
 ATTEMPTS = 3  # for a batch whose loss is not finite
 CHECK_EVERY = 25  # steps between checks of the loss: each one synchronises a GPU with the host
-# A method's function of (config, labels, generator, seed). It returns normalised images, the number of steps, and a
-# function that measures the terms of the images as stored.
-Make = Callable[[Any, Tensor, torch.Generator, int], tuple[Tensor, int, Callable[[Tensor], dict[str, Any]]]]
 Result = TypeVar("Result")
+
+
+class Made(NamedTuple):
+    """The images of a batch, normalised; the steps taken; a function that measures the terms of the images as stored.
+
+    `contribution`: the batch's summand of the next round's state. `labels`: those of the images, None for the given.
+    """
+
+    images: Tensor
+    num_steps: int
+    measure: Callable[[Tensor], dict[str, Any]]
+    contribution: Mapping[str, np.ndarray] = MappingProxyType({})
+    labels: Tensor | None = None
+
+
+# A method's function of (config, labels, generator, seed).
+Make = Callable[[Any, Tensor, torch.Generator, int], Made]
 
 
 @dataclass(frozen=True)
@@ -49,16 +65,17 @@ def batches(teacher: Teacher, config: Any, key: str, device: torch.device, make:
         with devices.numerics(config.precision, device, config.num_threads, getattr(config, "fast", False)):
             labels = HEADS[teacher.info.head].labels(key, index, config.batch_size, num_classes)
 
-            def attempt(number: int) -> tuple[Tensor, int, Callable[[Tensor], dict[str, Any]]]:
+            def attempt(number: int) -> Made:
                 generator = torch.Generator().manual_seed(mix_seed(seed, number) if number else seed)
                 slower = config.model_copy(update={"learning_rate": config.learning_rate / 2**number})
                 return make(slower, labels, generator, seed)
 
-            (images, steps, measure), num_attempts = with_attempts(attempt, f"batch {index} of {key[:12]}")
-            stored = encode(images, space, config.storage)
-            terms = measure(decode(stored, space, device))
-        terms |= {"num_steps": steps, "num_attempts": num_attempts, "wall_s": time.perf_counter() - start}
-        return Batch(index, stored, labels.numpy(), key, terms)
+            made, num_attempts = with_attempts(attempt, f"batch {index} of {key[:12]}")
+            stored = encode(made.images, space, config.storage)
+            terms = made.measure(decode(stored, space, device))
+        terms |= {"num_steps": made.num_steps, "num_attempts": num_attempts, "wall_s": time.perf_counter() - start}
+        labels = labels if made.labels is None else made.labels.cpu()
+        return Batch(index, stored, labels.numpy(), key, terms, made.contribution)
 
     return batch
 

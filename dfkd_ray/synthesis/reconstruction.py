@@ -35,6 +35,7 @@ from dfkd_ray.records import gaussian, spectral, taps
 from dfkd_ray.records.format import SPECTRAL, Record
 from dfkd_ray.synthesis.optimiser import (
     Aim,
+    Made,
     batches,
     bn_term,
     compose,
@@ -60,18 +61,14 @@ def source(teacher: Teacher, config: RecordsConfig, key: str, device: torch.devi
     found = taps.find(network, teacher.info.image_shape)
     space = teacher.info.space
 
-    def make(slower: RecordsConfig, labels: Tensor, generator: torch.Generator, seed: int) -> Any:
+    def make(slower: RecordsConfig, labels: Tensor, generator: torch.Generator, seed: int) -> Made:
         drawn = [target.to(device) for target in draw(record, labels, generator)]
         targets = targets_of(record, drawn, config.residual)
         parts = initial_parts(slower, teacher.info.image_shape, generator, device)
         there = labels.to(device)
         with frozen_dropout(network, config.dropout, mix_seed(seed, 0xD0)):
             images, steps = reconstruct(network, found, record, slower, space, parts, targets, there)
-        return (
-            images,
-            steps,
-            lambda stored: measure(network, found, record, config, stored, targets, there),
-        )
+        return Made(images, steps, lambda stored: measure(network, found, record, config, stored, targets, there))
 
     return batches(teacher, config, key, device, make)
 
