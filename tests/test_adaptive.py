@@ -1,5 +1,7 @@
 """Generators, the terms of the methods that go by rounds, and one batch of each: pure in its state, or refused."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -32,7 +34,7 @@ def student(teacher) -> nn.Module:
     return bundles.freeze(network)
 
 
-def small(method: str, **fields):
+def small(method: str, **fields) -> Any:
     return parse_synthesis({"method": method, **SMALL, **fields})
 
 
@@ -176,7 +178,7 @@ def test_dfq_without_its_students_term_gives_the_same_bytes_with_and_without_a_s
     assert with_one.terms.keys() == without.terms.keys()
 
 
-def adi(**fields):
+def adi(**fields) -> Any:
     plain = {"batch_size": 8, "num_steps": 2, "num_threads": 1, "precision": "float32"}
     return parse_synthesis({"method": "adi", "adaptive_steps": 3, **plain, **fields})
 
