@@ -92,7 +92,7 @@ def test_column_names_are_unique_and_explained():
     schema = results.schema("trials")
     assert len(set(schema.names)) == len(schema.names)
     assert all(field.metadata[b"deterministic"] in (b"true", b"false") for field in schema)
-    assert schema.metadata[b"dfkd_ray.schema"] == b"dfkd_ray.trials/7"
+    assert schema.metadata[b"dfkd_ray.schema"] == b"dfkd_ray.trials/8"
 
 
 def test_deterministic_columns_exclude_seconds_hosts_and_versions():

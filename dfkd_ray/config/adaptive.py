@@ -53,7 +53,7 @@ class GenerativeConfig(BaseModel):
     num_steps: Count = Field(default=20, ge=1, description="steps of the generator in each batch of a round")
     learning_rate: Number = Field(default=1e-3, gt=0, description="Adam learning rate of the generator")
     num_inputs: Count = Field(default=256, ge=1, description="size of the generator's input z ~ N(0, 1)")
-    num_channels: Count = Field(default=128, ge=1, le=4096, description="channels of the generator")
+    num_channels: Count = Field(default=64, ge=1, le=4096, description="channels of the generator")
     flip: bool = Field(default=True, description="flip the batch left to right in half of the steps")
     jitter: Pixels = Field(default=2, description="largest cyclic shift per step, pixels")
     precision: Precision = Field(default="bfloat16", description="of the networks; losses stay in float32")
