@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
+from dfkd_ray.config.adaptive import FastConfig, NayerConfig
 from dfkd_ray.config.fields import (
     LARGEST_FLOAT,
     STRICT,
@@ -187,6 +188,7 @@ class Method:
 
 LABEL, BN = "label loss of the stored images", "BatchNorm statistics term"
 TV, L2 = "total variation", "mean squared normalised pixel"
+ADVERSARIAL = "divergence of the student from the teacher, negative, where they agree on the class"
 METHODS: dict[str, Method] = {
     "deepinversion": Method(
         DeepInversionConfig,
@@ -201,6 +203,24 @@ METHODS: dict[str, Method] = {
         "dfkd_ray.synthesis.reconstruction",
         terms={"label": LABEL, "bn": BN, "tv": TV, "record": "term of the activation record"},
         cost_fields=("precision", "parametrisation", "channels_last", "record"),
+    ),
+    "fast": Method(
+        FastConfig,
+        "a generator that every batch adapts in a few steps",
+        "dfkd_ray.synthesis.fast",
+        terms={"label": LABEL, "bn": BN, "adversarial": ADVERSARIAL},
+        cost_fields=("precision", "num_channels"),
+        is_stationary=False,
+        looks_at_student=lambda config: config.adversarial_weight > 0,
+    ),
+    "nayer": Method(
+        NayerConfig,
+        "a generator from class embeddings and noisy layers",
+        "dfkd_ray.synthesis.nayer",
+        terms={"label": LABEL, "bn": BN, "adversarial": ADVERSARIAL},
+        cost_fields=("precision", "num_channels"),
+        is_stationary=False,
+        looks_at_student=lambda config: config.adversarial_weight > 0,
     ),
     "noise": Method(NoiseConfig, "Gaussian images: the lower baseline", "dfkd_ray.synthesis.noise", has_labels=False),
     "real": Method(RealConfig, "real images: the upper bound, not data-free", None, is_data_free=False),
