@@ -6,7 +6,7 @@ returned student is the one with the lowest KL divergence on the reference set; 
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dfkd_ray import batchnorm, checkpoints, devices, storage
+from dfkd_ray import batchnorm, checkpoints, devices, losses, storage
 from dfkd_ray.batches import mix_seed
 from dfkd_ray.compression import pruning, unreached
 from dfkd_ray.config import DistillationConfig, PruningConfig
@@ -108,6 +108,42 @@ def last_linear_inputs(network: nn.Module, wanted: bool):
             handle.remove()
 
 
+Maps = dict[tuple[int, ...], Tensor]
+
+
+@contextmanager
+def last_maps(network: nn.Module, wanted: bool) -> Iterator[Maps]:
+    """Yields a dict; while open, a forward pass of `network` stores the last feature map of each height and width."""
+    seen: Maps = {}
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim >= 3 and math.prod(output.shape[2:]) > 1:
+            seen[tuple(output.shape[2:])] = output
+
+    handles = [module.register_forward_hook(keep) for module in network.modules()] if wanted else []
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def attention_loss(student: Maps, teacher: Maps) -> Tensor:
+    """The distances of attention maps, summed over the sizes that both networks have; `ValueError` if there is none.
+
+    Source: Micaelli and Storkey 2019, arXiv 1905.09768, equation 1, on the last map of each size.
+    """
+    shared = [size for size in teacher if size in student]
+    if not shared:
+        sizes = [", ".join("x".join(map(str, size)) for size in maps) or "none" for maps in (student, teacher)]
+        raise ValueError(
+            "distillation.attention_weight compares feature maps of equal height and width; the student's are "
+            f"{sizes[0]}, the teacher's {sizes[1]}; set it to 0 for this pair"
+        )
+    terms = [losses.attention_distance(student[size].float(), teacher[size].float()) for size in shared]
+    return torch.stack(terms).sum()
+
+
 def set_mode(student: nn.Module, bn_mode: str) -> None:
     """Set train mode, but BatchNorm layers to eval mode unless `bn_mode` trains them on batch statistics."""
     student.train()
@@ -151,6 +187,8 @@ def distil(
         torch.random.fork_rng(devices=gpus),
         last_linear_inputs(student, config.feature_weight > 0) as student_features,
         last_linear_inputs(teacher, config.feature_weight > 0) as teacher_features,
+        last_maps(student, config.attention_weight > 0) as student_maps,
+        last_maps(teacher, config.attention_weight > 0) as teacher_maps,
         unreached.zero_gradients(student, decode(reference.images[:1], runtime.space, device)),
     ):
         if state.step == 0:
@@ -169,6 +207,8 @@ def distil(
             torch.manual_seed(mix_seed(config.seed, 3, step))  # dropout uses the global generator
             student_features.clear()
             teacher_features.clear()
+            student_maps.clear()
+            teacher_maps.clear()
             with runtime.autocast():
                 with torch.no_grad():
                     teacher_logits = teacher(devices.laid_out(images, teacher)).float()
@@ -179,6 +219,8 @@ def distil(
                 terms["label"] = reference.head.mixed_label_loss(student_logits, labels, partner, weight)
             if config.feature_weight:
                 terms["feature"] = feature_loss(student_features[0], teacher_features[0])
+            if config.attention_weight:
+                terms["attention"] = attention_loss(student_maps, teacher_maps)
             loss = config.kl_weight * terms["kl"]
             loss = loss + sum(getattr(config, f"{name}_weight") * terms[name] for name in terms if name != "kl")
             update(student, optimiser, loss, masks, config, step)

@@ -39,7 +39,7 @@ def changed(settings: Any, **fields: Any) -> Any:
 
 def snapshot() -> dict[str, np.ndarray]:
     """The weights of a student that differs from the teacher."""
-    return {name: np.array(tensor) for name, tensor in tiny_network(seed=1).state_dict().items()}
+    return {name: tensor.numpy().copy() for name, tensor in tiny_network(seed=1).state_dict().items()}
 
 
 def made(teacher: bundles.Teacher, settings: Any, state: RoundState, index: int = 0) -> Batch:
@@ -108,7 +108,7 @@ def test_a_student_of_weight_0_changes_no_byte_and_one_of_more_weight_does(teach
     assert same(alone, beside) and "adversarial" not in beside.terms
     assert not config.METHODS[settings.method].looks_at_student(deaf)
     # One whose classes are the teacher's but for the temperature: the mask is open.
-    agreeing = {name: np.array(tensor) for name, tensor in teacher.network.state_dict().items()}
+    agreeing = {name: tensor.numpy().copy() for name, tensor in teacher.network.state_dict().items()}
     agreeing |= {name: agreeing[name] * 3 for name in ("fc.weight", "fc.bias")}
     heard = changed(settings, adversarial_weight=5, precision="float32")
     state = second(teacher, heard, agreeing)

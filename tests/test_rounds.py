@@ -17,6 +17,7 @@ from ray.exceptions import WorkerCrashedError
 
 from dfkd_ray import bundles, cache_entries, fleet, results
 from dfkd_ray.batches import RoundState, summed
+from dfkd_ray.config import METHODS
 from helpers import Done, assert_one_error
 
 TOYS = Path(__file__).parent / "toys"
@@ -93,6 +94,22 @@ def fleets(tiny_teacher, tmp_path_factory) -> Iterator[dict[int, fleet.Fleet]]:
             fleet.started(settings(2), [teacher]) as two,
         ):
             yield {1: one, 2: two}
+
+
+# The shipped methods in rounds, made small: 3 rounds of two batches of 8 images.
+SMALL_GENERATOR = {"num_channels": 4, "num_inputs": 4}
+ADAPTIVE: dict[str, dict[str, Any]] = {
+    "adi": {"adaptive_steps": 1},
+    "dfq": SMALL_GENERATOR,
+    "dafl": SMALL_GENERATOR,
+    "dfad": SMALL_GENERATOR,
+    "zskt": SMALL_GENERATOR,
+}
+
+
+def adaptive_config(teacher: Path, method: str) -> dict:
+    small = {"batch_size": 8, "num_rounds": 3, "num_steps": 1, "num_threads": 1, **ADAPTIVE[method]}
+    return config_of(teacher, method=method, lag=1, **small)
 
 
 def in_ray(name: str, *arguments: Any) -> Any:
@@ -189,6 +206,34 @@ def test_a_student_of_another_architecture_is_looked_at(server, fleets, tiny_tea
     student = {"architecture": "resnet8", "arguments": {"width_multiplier": 0.25}}
     config = {**config_of(tiny_teacher), "student": student, "pruning": {"sparsity": 0.0}}
     assert server.trial(config, tmp_path / "1") == on_fleet(fleets[1], config, tmp_path / "2")
+
+
+def test_every_method_in_rounds_is_tested_here():
+    assert set(ADAPTIVE) == {name for name, row in METHODS.items() if not row.is_stationary}
+
+
+@pytest.mark.parametrize("method", ADAPTIVE)
+def test_each_adaptive_method_gives_the_same_bytes_alone_on_a_fleet_and_killed(
+    server, fleets, tiny_teacher, tmp_path, method
+):
+    config = adaptive_config(tiny_teacher, method)
+    told = server.trial(config, tmp_path / "alone")
+    assert told["row"]["status"] == "finished" and [batch[0] for batch in told["batches"]] == [0, 0, 1, 1, 2, 2]
+    assert len({batch[2] for batch in told["batches"]}) == 6, "no two batches are equal"
+    assert on_fleet(fleets[2], config, tmp_path / "fleet") == told
+    server.kill_trial(config, tmp_path / "killed", 6)
+    assert server.trial(config, tmp_path / "killed") == told
+
+
+def test_adi_begins_with_the_images_of_deepinversion_and_shares_them(server, tiny_teacher, tmp_path):
+    config = adaptive_config(tiny_teacher, "adi")
+    told = server.trial(config, tmp_path)
+    keys = {e.manifest["key"]: e.num_batches for e in cache_entries.entries(tmp_path / "cache") if e.manifest}
+    plain = config | {"synthesis": {"method": "deepinversion", "batch_size": 8, "num_steps": 1, "num_threads": 1}}
+    plainly = server.trial(plain, tmp_path)
+    assert [b[2] for b in plainly["batches"][:2]] == [b[2] for b in told["batches"][:2]], "the same images"
+    assert plainly["row"]["synthesis_key"] in keys, "in the cache for both"
+    assert sorted(keys.values()) == [1, 2], "the reference set and round 0; rounds that saw a student are not kept"
 
 
 def test_more_rounds_than_steps_are_refused(server, tiny_teacher, tmp_path):

@@ -1,4 +1,8 @@
-"""The configs of the synthesis methods that train an image generator in rounds, beside the student."""
+"""The configs of the methods that go by rounds: images that answer to the student, and generators.
+
+A round has `batch_size` images or more. With `lag` 0 a round uses the student at the end of the round before, with
+`lag` 1 the student one round earlier, so that its images can be made while the student trains.
+"""
 
 from typing import Literal
 
@@ -17,6 +21,100 @@ from dfkd_ray.config.fields import (
     Threads,
     Weight,
 )
+from dfkd_ray.config.inversion import DeepInversionConfig
+
+
+class AdiConfig(DeepInversionConfig):
+    """DeepInversion, and in later rounds its images moved to where the student fails.
+
+    Round 0 is the plain method's, shared with its trials. Each later round starts from these images. Source: Yin et al.
+    2020, arXiv 1912.08795, section 3.3, with the masked term of Fang et al. 2021, arXiv 2105.08584, equation 8.
+
+    It has the fields of the plain method because it begins with it.
+    """
+
+    method: Literal["adi"] = "adi"  # type: ignore[assignment]  # the tag of the union
+    num_rounds: Count = Field(default=4, ge=1, description="rounds, the first of them plain")
+    lag: Literal[0, 1] = Field(default=0, description="0: the student of the round before; 1: of the one before that")
+    adaptive_steps: Count = Field(default=30, ge=1, description="optimiser steps of a batch in a later round")
+    adaptive_learning_rate: Number = Field(default=0.05, gt=0, description="Adam learning rate of these steps")
+    adversarial_weight: Weight = Field(
+        default=1.0, description="weight of the student's term where it has the teacher's class; 0: no student"
+    )
+
+    @property
+    def plain(self) -> DeepInversionConfig:
+        """The config of the images that it starts from."""
+        return DeepInversionConfig(**{name: getattr(self, name) for name in set(PLAIN_FIELDS) - {"method"}})
+
+
+PLAIN_FIELDS = tuple(DeepInversionConfig.model_fields)
+
+
+class GenerativeConfig(BaseModel):
+    """The fields of the methods that train one generator, round by round, from the teacher and the student."""
+
+    model_config = STRICT
+
+    seed: Seed = Field(default=0, description="seed of generator and inputs, with the teacher, round and batch index")
+    batch_size: BatchSize = Field(default=256, description="images of a step of the generator, and of a batch")
+    num_rounds: Count = Field(
+        default=20, ge=1, description="alternations of generator and student; images of all rounds so far are used"
+    )
+    lag: Literal[0, 1] = Field(default=0, description="0: the student of the round before; 1: of the one before that")
+    num_steps: Count = Field(default=20, ge=1, description="steps of the generator in each batch of a round")
+    learning_rate: Number = Field(default=1e-3, gt=0, description="Adam learning rate of the generator")
+    num_inputs: Count = Field(default=256, ge=1, description="size of the generator's input z ~ N(0, 1)")
+    num_channels: Count = Field(default=128, ge=1, le=4096, description="channels of the generator")
+    flip: bool = Field(default=True, description="flip the batch left to right in half of the steps")
+    jitter: Pixels = Field(default=2, description="largest cyclic shift per step, pixels")
+    precision: Precision = Field(default="bfloat16", description="of the networks; losses stay in float32")
+    channels_last: bool = True
+    storage: Storage = Field(default="uint8", description="type of a stored image")
+    num_threads: Threads = 2
+
+
+class DfqConfig(GenerativeConfig):
+    """A generator that fits the BatchNorm statistics, against the student.
+
+    Source: Choi et al. 2020, arXiv 2005.04136.
+    """
+
+    method: Literal["dfq"] = "dfq"
+    bn_weight: Weight = Field(default=1.0, description="weight of the BatchNorm statistics term")
+    label_weight: Weight = Field(default=1.0, description="weight of cross-entropy to the teacher's own class")
+    balance_weight: Weight = Field(default=20.0, description="weight of the classes' balance in a batch")
+    adversarial_weight: Weight = Field(default=1.0, description="weight of KL(teacher || student), maximised")
+
+
+class DaflConfig(GenerativeConfig):
+    """A generator of images that the teacher is sure of. Source: Chen et al. 2019, arXiv 1904.01186, equations 2 to 5.
+
+    It does not look at the student, so trials share its images.
+    """
+
+    method: Literal["dafl"] = "dafl"
+    label_weight: Weight = Field(default=1.0, description="weight of cross-entropy to the teacher's own class")
+    activation_weight: Weight = Field(default=0.1, description="weight of the last linear layer's mean input")
+    balance_weight: Weight = Field(default=5.0, description="weight of the classes' balance in a batch, in nats")
+
+
+class DfadConfig(GenerativeConfig):
+    """A generator of images on which the logits differ. Source: Fang et al. 2019, arXiv 1912.11006, section 3."""
+
+    method: Literal["dfad"] = "dfad"
+    adversarial_weight: Number = Field(default=1.0, gt=0, description="weight of the logits' difference, maximised")
+
+
+class ZsktConfig(GenerativeConfig):
+    """A generator of images on which the distributions differ. Source: Micaelli and Storkey 2019, arXiv 1905.09768.
+
+    The paper's student also learns the teacher's attention maps: set `distillation.attention_weight`.
+    """
+
+    method: Literal["zskt"] = "zskt"
+    adversarial_weight: Number = Field(default=1.0, gt=0, description="weight of KL(teacher || student), maximised")
+    clip_norm: Number = Field(default=5.0, gt=0, description="largest norm of the generator's gradient")
 
 
 class FastConfig(BaseModel):
@@ -31,16 +129,14 @@ class FastConfig(BaseModel):
     seed: Seed = Field(default=0, description="seed of the generator and every batch, with the teacher and the index")
     batch_size: BatchSize = Field(default=256, description="images per batch; they share their BatchNorm statistics")
     num_rounds: Count = Field(default=10, ge=1, description="rounds; the generator takes one step after each")
-    lag: Literal[0, 1] = Field(
-        default=0, description="0: a round uses the student at its beginning; 1: that of one round before"
-    )
+    lag: Literal[0, 1] = Field(default=0, description="0: the student of the round before; 1: of the one before that")
     num_steps: Count = Field(default=10, ge=1, description="inner steps of each batch, from the generator of its round")
     learning_rate: Number = Field(
         default=2e-3, gt=0, description="Adam's, of the inner steps; the generator's own is num_steps times as large"
     )
     input_learning_rate: Number = Field(default=0.01, gt=0, description="Adam's, of the generator's inputs")
-    num_inputs: Count = Field(default=256, ge=1, le=10**5, description="inputs of the generator")
-    num_channels: Count = Field(default=64, ge=1, le=10**4, description="channels of the generator's widest layers")
+    num_inputs: Count = Field(default=256, ge=1, description="size of the generator's input z ~ N(0, 1)")
+    num_channels: Count = Field(default=64, ge=1, le=4096, description="channels of the generator")
     label_weight: Weight = Field(default=0.5, description="weight of the label loss")
     bn_weight: Weight = Field(default=10.0, description="weight of the BatchNorm statistics term")
     bn_momentum: Share = Field(
@@ -82,9 +178,7 @@ class NayerConfig(BaseModel):
     seed: Seed = Field(default=0, description="seed of the generator and every batch, with the teacher and the index")
     batch_size: BatchSize = Field(default=256, description="images per batch; they share their BatchNorm statistics")
     num_rounds: Count = Field(default=10, ge=1, description="rounds; the generator is carried from one to the next")
-    lag: Literal[0, 1] = Field(
-        default=0, description="0: a round uses the student at its beginning; 1: that of one round before"
-    )
+    lag: Literal[0, 1] = Field(default=0, description="0: the student of the round before; 1: of the one before that")
     num_steps: Count = Field(default=30, ge=1, description="steps of each batch, from the generator of its round")
     learning_rate: Number = Field(default=4e-3, gt=0, description="Adam's, of the generator")
     embedding: Literal["classifier", "orthonormal", "one_hot"] = Field(
@@ -95,8 +189,8 @@ class NayerConfig(BaseModel):
     generator_life: Count = Field(
         default=10, ge=0, description="rounds after which a new generator takes the old one's place; 0: never"
     )
-    num_inputs: Count = Field(default=256, ge=1, le=10**5, description="outputs of the noisy layers")
-    num_channels: Count = Field(default=64, ge=1, le=10**4, description="channels of the generator's widest layers")
+    num_inputs: Count = Field(default=256, ge=1, description="outputs of the noisy layers")
+    num_channels: Count = Field(default=64, ge=1, le=4096, description="channels of the generator")
     label_weight: Weight = Field(default=0.5, description="weight of the label loss")
     bn_weight: Weight = Field(default=10.0, description="weight of the BatchNorm statistics term")
     bn_momentum: Share = Field(

@@ -11,9 +11,9 @@ from functools import reduce
 from operator import or_
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag
 
-from dfkd_ray.config.adaptive import FastConfig, NayerConfig
+from dfkd_ray.config.adaptive import AdiConfig, DaflConfig, DfadConfig, DfqConfig, FastConfig, NayerConfig, ZsktConfig
 from dfkd_ray.config.fields import (
     LARGEST_FLOAT,
     STRICT,
@@ -22,7 +22,6 @@ from dfkd_ray.config.fields import (
     Count,
     Name,
     Number,
-    Pixels,
     Precision,
     Seed,
     Storage,
@@ -31,65 +30,10 @@ from dfkd_ray.config.fields import (
     method_of,
     validate,
 )
+from dfkd_ray.config.inversion import DeepInversionConfig
 from dfkd_ray.plain import given
 
 RecordKind = Literal["top", "all", "spectral", "spectral_pairs"]  # of activation records; methods in `dfkd_ray.records`
-
-
-class DeepInversionConfig(BaseModel):
-    """Images by gradient descent on the teacher. Source: Yin et al. 2020, arXiv 1912.08795, equations 1 to 4."""
-
-    model_config = STRICT
-
-    method: Literal["deepinversion"] = "deepinversion"
-    seed: Seed = Field(default=0, description="seed of every batch, together with the teacher and the batch index")
-    batch_size: AutoBatchSize = Field(
-        default=256,
-        description="images per batch; they share their BatchNorm statistics; auto: the default, halved until it fits",
-    )
-    num_steps: Count = Field(default=60, ge=1, description="optimiser steps per batch")
-    parametrisation: Literal["pyramid", "pixel"] = Field(
-        default="pyramid",
-        description="what Adam moves: a sum of images at halved resolutions, or the pixels themselves",
-    )
-    learning_rate: Number = Field(default=0.1, gt=0, description="Adam learning rate, in units of normalised pixels")
-    schedule: Literal["cosine", "constant"] = Field(default="cosine", description="learning rate over the steps")
-    label_loss: Literal["cross_entropy", "entropy"] = Field(
-        default="cross_entropy", description="cross-entropy to balanced labels, or entropy of the teacher's own output"
-    )
-    label_weight: Weight = Field(default=1.0, description="weight of the label loss")
-    bn_weight: Weight = Field(default=0.2, description="weight of the BatchNorm statistics term")
-    bn_first_multiplier: Weight = Field(default=1.0, description="extra factor on the first BatchNorm layer's term")
-    tv_weight: Weight = Field(
-        default=0.01, description="weight of total variation, mean-reduced (free of batch and resolution)"
-    )
-    l2_weight: Weight = Field(default=0.0, description="weight of the mean squared normalised pixel")
-    jitter: Pixels = Field(default=2, description="largest cyclic shift per step, pixels")
-    flip: bool = Field(default=True, description="flip the batch left to right in half of the steps")
-    precision: Precision = Field(
-        default="bfloat16",
-        description="of the network; statistics and images stay in float32; a CPU without bfloat16 runs it in float32",
-    )
-    channels_last: bool = True
-    compile: bool = Field(
-        default=False, description="torch.compile the network; without a compiler it is said and left out"
-    )
-    fast: bool = Field(default=False, description="CUDA: autotuned, non-deterministic kernels")
-    plateau_patience: Count = Field(
-        default=0,
-        ge=0,
-        description="stop a batch when the loss has not improved for this many checks (every 25 steps); 0: never",
-    )
-    storage: Storage = Field(
-        default="uint8", description="type of a stored image, uint8 over the teacher's pixel range"
-    )
-    num_threads: Threads = 2
-
-    @model_validator(mode="after")
-    def _something_to_minimise(self) -> "DeepInversionConfig":
-        if not self.label_weight and not self.bn_weight:
-            raise ValueError("label_weight and bn_weight are both 0: nothing ties the images to the teacher")
-        return self
 
 
 class RecordsConfig(BaseModel):
@@ -188,7 +132,16 @@ class Method:
 
 LABEL, BN = "label loss of the stored images", "BatchNorm statistics term"
 TV, L2 = "total variation", "mean squared normalised pixel"
-ADVERSARIAL = "divergence of the student from the teacher, negative, where they agree on the class"
+BALANCE, ADVERSARIAL = "minus the entropy of the batch's mean prediction", "student's term: minus its distance"
+ACTIVATION = "minus the mean absolute input of the last linear layer"
+OF_GENERATOR = ("precision", "num_channels", "channels_last")  # what decides the seconds of a step
+
+
+def of_adversary(config: Any) -> bool:
+    """Whether a config's images depend on the student: they do if its term has a weight."""
+    return config.adversarial_weight > 0
+
+
 METHODS: dict[str, Method] = {
     "deepinversion": Method(
         DeepInversionConfig,
@@ -204,23 +157,67 @@ METHODS: dict[str, Method] = {
         terms={"label": LABEL, "bn": BN, "tv": TV, "record": "term of the activation record"},
         cost_fields=("precision", "parametrisation", "channels_last", "record"),
     ),
+    "adi": Method(
+        AdiConfig,
+        "DeepInversion, then rounds of its images moved to where the student fails",
+        "dfkd_ray.synthesis.adaptive",
+        terms={"label": LABEL, "bn": BN, "tv": TV, "l2": L2, "adversarial": ADVERSARIAL},
+        cost_fields=("precision", "parametrisation", "channels_last", "fast"),
+        is_stationary=False,
+        looks_at_student=of_adversary,
+    ),
+    "dfq": Method(
+        DfqConfig,
+        "a generator: BatchNorm statistics, sure and balanced classes, against the student",
+        "dfkd_ray.synthesis.generative",
+        terms={"label": LABEL, "bn": BN, "balance": BALANCE, "adversarial": ADVERSARIAL},
+        cost_fields=OF_GENERATOR,
+        is_stationary=False,
+        looks_at_student=of_adversary,
+    ),
+    "dafl": Method(
+        DaflConfig,
+        "a generator: sure and balanced classes, strong features; no BatchNorm needed",
+        "dfkd_ray.synthesis.generative",
+        terms={"label": LABEL, "balance": BALANCE, "activation": ACTIVATION},
+        cost_fields=OF_GENERATOR,
+        is_stationary=False,
+    ),
+    "dfad": Method(
+        DfadConfig,
+        "a generator of images on which the student's logits differ; no BatchNorm needed",
+        "dfkd_ray.synthesis.generative",
+        terms={"adversarial": ADVERSARIAL},
+        cost_fields=OF_GENERATOR,
+        is_stationary=False,
+        looks_at_student=of_adversary,
+    ),
+    "zskt": Method(
+        ZsktConfig,
+        "a generator of images on which the student's distribution differs; no BatchNorm needed",
+        "dfkd_ray.synthesis.generative",
+        terms={"adversarial": ADVERSARIAL},
+        cost_fields=OF_GENERATOR,
+        is_stationary=False,
+        looks_at_student=of_adversary,
+    ),
     "fast": Method(
         FastConfig,
         "a generator that every batch adapts in a few steps",
         "dfkd_ray.synthesis.fast",
         terms={"label": LABEL, "bn": BN, "adversarial": ADVERSARIAL},
-        cost_fields=("precision", "num_channels"),
+        cost_fields=OF_GENERATOR,
         is_stationary=False,
-        looks_at_student=lambda config: config.adversarial_weight > 0,
+        looks_at_student=of_adversary,
     ),
     "nayer": Method(
         NayerConfig,
         "a generator from class embeddings and noisy layers",
         "dfkd_ray.synthesis.nayer",
         terms={"label": LABEL, "bn": BN, "adversarial": ADVERSARIAL},
-        cost_fields=("precision", "num_channels"),
+        cost_fields=OF_GENERATOR,
         is_stationary=False,
-        looks_at_student=lambda config: config.adversarial_weight > 0,
+        looks_at_student=of_adversary,
     ),
     "noise": Method(NoiseConfig, "Gaussian images: the lower baseline", "dfkd_ray.synthesis.noise", has_labels=False),
     "real": Method(RealConfig, "real images: the upper bound, not data-free", None, is_data_free=False),

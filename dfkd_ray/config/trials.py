@@ -288,6 +288,9 @@ class DistillationConfig(BaseModel):
     feature_weight: Weight = Field(
         default=0.0, description="weight of the mean squared error of the last linear layer's input"
     )
+    attention_weight: Weight = Field(
+        default=0.0, description="weight of the squared difference of attention maps, where both networks have one"
+    )
     bn_mode: Literal["frozen", "reestimated", "trained"] = Field(
         default="trained",
         description="BatchNorm: the teacher's statistics, re-estimated ones held fixed, or batch statistics",
@@ -340,8 +343,8 @@ class LatencyConfig(BaseModel):
     repeats: Count = Field(default=15, ge=3, le=1000, description="alternating runs of both; medians count")
 
 
-# Dotted field → default, of sections that older rows do not have: what their nulls stand for.
-NEWER_FIELDS = {
+# Dotted field → default, of fields that older rows do not have: what their nulls stand for.
+NEWER_FIELDS = {"distillation.attention_weight": DistillationConfig.model_fields["attention_weight"].default} | {
     f"{section}.{name}": field.default
     for section, model in (("quantisation", QuantisationConfig), ("latency", LatencyConfig))
     for name, field in model.model_fields.items()

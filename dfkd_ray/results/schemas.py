@@ -122,6 +122,7 @@ EPOCHS: Columns = {
     "loss": (pa.float64(), True, "what was minimised, mean over the steps since the look before"),
     "kl": (pa.float64(), True, "unweighted distillation term, the same mean"),
     "label": (pa.float64(), True, "unweighted label loss; null where it has no weight"),
+    "attention": (pa.float64(), True, "unweighted attention term; null where it has no weight"),
     "feature": (pa.float64(), True, "unweighted feature term; null where it has no weight"),
     "learning_rate": (pa.float64(), True, "of the last step; null before the first"),
     "sparsity": (pa.float64(), True, "zeros over all Conv and Linear weights of the student, as it then was"),

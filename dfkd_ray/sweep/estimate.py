@@ -104,7 +104,11 @@ def wanted(job: Job) -> Iterator[Synthesis]:
         reestimates = config.student.architecture is not None or bool(batchnorm.layers(teacher.network))
         sets["train"] = (config.synthesis, trial.batches_wanted(config, reestimates)[1] * config.synthesis.batch_size)
     for domain, (own, num_images) in sets.items():
-        key, num_batches = synthesis_key(teacher.hash, own, domain), -(-num_images // own.batch_size)
+        rounds = 1 if METHODS[own.method].is_stationary else own.num_rounds
+        key, num_batches = (
+            synthesis_key(teacher.hash, own, domain),
+            -(-num_images // (own.batch_size * rounds)) * rounds,
+        )
         yield Synthesis(key, domain, teacher, own, num_batches)
 
 
@@ -203,7 +207,8 @@ def synthesis_cost(one: Synthesis, device: torch.device, share_s: float) -> Cost
     def ready(steps: int, batch_size: int) -> Callable[[], Any]:
         changes = {"num_steps": steps, "batch_size": batch_size, "compile": False}
         changes = {name: value for name, value in changes.items() if hasattr(one.config, name)}
-        make = synthesis.source(one.teacher, one.config.model_copy(update=changes), device)[1]
+        config, state = synthesis.first_round(one.teacher, one.config.model_copy(update=changes))
+        make = synthesis.source(one.teacher, config, device, state=state)[1]
         return lambda: [make(index) for index in range(1 if "num_steps" in changes else steps)]
 
     return per_step(ready, one.config.batch_size, share_s)

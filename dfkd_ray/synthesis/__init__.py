@@ -16,6 +16,8 @@ The module of a method in rounds (`Method.is_stationary` is false) defines inste
 * `first_state(teacher, config) -> arrays`: the state of round 0, which uses no student.
 * `advance(teacher, config, state, contributions, student) -> arrays`: the state of the next round. `contributions` is
   the sum over the batches of `state`'s round. It must be pure: a trial that was killed calls it again.
+* `plain(config) -> config`, if round 0 is that of a stationary method: its config. Trials of that method share round
+  0, and its images and labels are the `contributions` to round 1 (arrays `images` and `labels`, as stored).
 
 Real images have no module: they are injected (see `dfkd_ray.trial.run`).
 """
@@ -63,6 +65,16 @@ def pinned(teacher: Teacher, config: Any, device: str = "auto", where: str = "sy
         config = config.model_copy(update={"batch_size": size})
     of_method = getattr(module_of(config), "pin", None)
     return config if of_method is None else of_method(teacher, config)
+
+
+def first_round(teacher: Teacher, config: Any) -> tuple[Any, RoundState | None]:
+    """Config and state of the images that a method begins with; no state for those of a stationary method."""
+    if METHODS[config.method].is_stationary:
+        return config, None
+    module = module_of(config)
+    assert module is not None
+    plain = getattr(module, "plain", None)
+    return (config, RoundState(0, module.first_state(teacher, config))) if plain is None else (plain(config), None)
 
 
 def key_of(teacher: Teacher, config: Any, domain: str, state: RoundState | None, student: StudentConfig | None) -> str:

@@ -32,6 +32,7 @@ from dfkd_ray.images import PixelSpace
 from dfkd_ray.synthesis.optimiser import (
     Aim,
     Made,
+    augmented,
     batches,
     bn_term,
     compose,
@@ -109,9 +110,11 @@ def invert(
     parts: Sequence[Tensor],
     aim: Aim,
     generator: torch.Generator,
+    student: nn.Module | None = None,
 ) -> tuple[Tensor, int]:
     """Optimise the parts of images; returns the images (normalised, within the pixel range) and the steps taken.
 
+    `student`: a frozen network in eval mode, whose term `losses.decision_adversary` is added; None: without the term.
     `FloatingPointError` when the loss is no longer finite.
     """
     low, high = space.bounds(aim.labels.device)
@@ -126,7 +129,11 @@ def invert(
             with devices.autocast(config.precision, images.device):
                 seen = augmented(images, config, generator)
                 logits = run(devices.laid_out(seen, network, channels_last=config.channels_last)).float()
-            loss = total(config, terms(config, images, logits, aim, statistics))
+                answers = None if student is None else student(devices.laid_out(seen, student)).float()
+            own = terms(config, images, logits, aim, statistics)
+            if answers is not None:
+                own["adversarial"] = losses.decision_adversary(answers, logits)
+            loss = total(config, own)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
@@ -143,16 +150,6 @@ def invert(
     return torch.clamp(compose(variables), low, high).detach(), steps
 
 
-def augmented(images: Tensor, config: DeepInversionConfig, generator: torch.Generator) -> Tensor:
-    """The batch, shifted cyclically and mirrored with probability 1/2: one draw per step, no GPU synchronisation."""
-    if config.jitter:
-        dy, dx = torch.randint(-config.jitter, config.jitter + 1, (2,), generator=generator).tolist()
-        images = torch.roll(images, (dy, dx), dims=(2, 3))
-    if config.flip and images.shape[2] > 1 and float(torch.rand((), generator=generator)) < 0.5:
-        images = images.flip(3)
-    return images
-
-
 def terms(
     config: DeepInversionConfig, images: Tensor, logits: Tensor, aim: Aim, statistics: batchnorm.Statistics
 ) -> dict[str, Tensor]:
@@ -164,10 +161,14 @@ def terms(
 
 
 @torch.no_grad()
-def measure(network: nn.Module, config: DeepInversionConfig, images: Tensor, aim: Aim) -> dict[str, Any]:
+def measure(
+    network: nn.Module, config: DeepInversionConfig, images: Tensor, aim: Aim, student: nn.Module | None = None
+) -> dict[str, Any]:
     """The terms of the stored images, without jitter; also teacher confidence, label agreement, class histogram."""
     images = devices.laid_out(images, network, channels_last=config.channels_last)
     with batchnorm.recorded(network) as statistics, devices.autocast(config.precision, images.device):
         logits = network(images).float()
         own = terms(config, images, logits, aim, statistics)
+        if student is not None:
+            own["adversarial"] = losses.decision_adversary(student(images).float(), logits)
     return measured(own, logits, aim)

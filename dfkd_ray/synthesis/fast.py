@@ -79,7 +79,7 @@ def adapt(
             sums[name] += parameter.grad
 
     images, statistics = inner_loop.lowest(lambda: learner(z), optimiser, against, config, aim, generator, add)
-    return images, {f"{GRADIENT}{name}": np.array(total.cpu()) for name, total in sums.items()} | statistics
+    return images, {f"{GRADIENT}{name}": total.cpu().numpy().copy() for name, total in sums.items()} | statistics
 
 
 def first_state(teacher: Teacher, config: FastConfig) -> Arrays:

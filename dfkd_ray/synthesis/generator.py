@@ -93,7 +93,7 @@ def pixels(shares: Float[Tensor, "n c h w"], space: PixelSpace) -> Float[Tensor,
 
 def arrays_of(module: nn.Module, prefix: str = "generator.") -> Arrays:
     """The state of a module as arrays, under a prefix."""
-    return {f"{prefix}{name}": np.array(tensor.detach().cpu()) for name, tensor in module.state_dict().items()}
+    return {f"{prefix}{name}": tensor.detach().cpu().numpy().copy() for name, tensor in module.state_dict().items()}
 
 
 def load(module: nn.Module, arrays: Mapping[str, np.ndarray], device: torch.device, prefix: str = "generator.") -> None:
@@ -110,7 +110,7 @@ def adam_arrays(optimiser: torch.optim.Optimizer, module: nn.Module, prefix: str
         held = optimiser.state.get(parameter, {})
         for what in ("exp_avg", "exp_avg_sq"):
             tensor = held.get(what, torch.zeros_like(parameter))
-            arrays[f"{prefix}{what}.{name}"] = np.array(tensor.detach().cpu())
+            arrays[f"{prefix}{what}.{name}"] = tensor.detach().cpu().numpy().copy()
         arrays[f"{prefix}step.{name}"] = np.asarray(float(held.get("step", 0.0)), np.float32)
     return arrays
 

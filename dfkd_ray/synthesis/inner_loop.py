@@ -171,7 +171,7 @@ def moments(statistics: batchnorm.Statistics) -> Arrays:
     """The statistics of a batch as arrays."""
     found = {f"{MEAN}{place}": mean for place, mean in enumerate(statistics.means)}
     found |= {f"{VARIANCE}{place}": variance for place, variance in enumerate(statistics.variances)}
-    return {name: np.array(tensor.detach().cpu()) for name, tensor in found.items()}
+    return {name: tensor.detach().cpu().numpy().copy() for name, tensor in found.items()}
 
 
 def averages_of(arrays: Mapping[str, np.ndarray], device: torch.device) -> Averages:

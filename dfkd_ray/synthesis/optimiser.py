@@ -105,6 +105,16 @@ def compose(parts: Sequence[Tensor]) -> Tensor:
     return sum(coarse, start=parts[0])
 
 
+def augmented(images: Tensor, config: Any, generator: torch.Generator) -> Tensor:
+    """The batch, shifted cyclically and mirrored with probability 1/2: one draw per step, no GPU synchronisation."""
+    if config.jitter:
+        dy, dx = torch.randint(-config.jitter, config.jitter + 1, (2,), generator=generator).tolist()
+        images = torch.roll(images, (dy, dx), dims=(2, 3))
+    if config.flip and images.shape[2] > 1 and float(torch.rand((), generator=generator)) < 0.5:
+        images = images.flip(3)
+    return images
+
+
 def learning_rate(config: Any, step: int) -> float:
     """Adam's learning rate at `step`."""
     if config.schedule == "constant":

@@ -105,10 +105,9 @@ class Rounds:
         self.joined: tuple[int, Pool] | None = None  # (number of rounds, their images concatenated)
         self.state: RoundState | None = None  # of the last round gathered
         self.next: RoundState | None = None
+        self.begins_with, first_state = synthesis.first_round(first.teacher, settings)
         if not row.is_stationary:
-            module = synthesis.module_of(settings)
-            assert module is not None
-            self.next = RoundState(0, module.first_state(first.teacher, settings))
+            self.next = first_state or RoundState(0)
             self.load()
 
     def first_pool(self) -> Pool:
@@ -144,14 +143,23 @@ class Rounds:
 
     def round_of(self, state: RoundState | None) -> Round:
         """The round that a state belongs to."""
+        if state is not None and self.is_plain(state):
+            return replace(self.first, config=self.begins_with)
         seen = state is not None and state.student is not None
         return replace(self.first, state=state, owner=self.owner if seen else "")
+
+    def is_plain(self, state: RoundState) -> bool:
+        """Whether a state is that of round 0, and its images those of a stationary method."""
+        return state.number == 0 and self.begins_with is not self.config
 
     def enter(self) -> None:
         """Gather the next round."""
         self.state, self.next = self.next, None
         stage = "synthesising" if self.num_rounds == 1 else f"round {len(self.gathered) + 1}/{self.num_rounds}"
-        self.gathered.append(gather(self.source, self.round_of(self.state), self.num_batches, stage, self.report))
+        gathered = gather(self.source, self.round_of(self.state), self.num_batches, stage, self.report)
+        if self.state is not None and self.is_plain(self.state):
+            gathered.total = {"images": gathered.pool.images, "labels": gathered.pool.labels}
+        self.gathered.append(gathered)
         self.save()
 
     def advance(self, step: int, at_round: int, student: nn.Module) -> None:
