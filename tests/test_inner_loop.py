@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from dfkd_ray import batchnorm, bundles, config, synthesis
+from dfkd_ray import batchnorm, bundles, config, devices, synthesis
 from dfkd_ray.batches import Batch, RoundState, summed
 from dfkd_ray.config import FastConfig, NayerConfig, StudentConfig
 from dfkd_ray.heads import SOFTMAX
@@ -118,30 +118,26 @@ def test_a_student_of_weight_0_changes_no_byte_and_one_of_more_weight_does(teach
     assert not same(looked, made(teacher, heard, replace(state, student=None)))
 
 
-@METHODS
-def test_images_of_the_lowest_loss_are_kept(teacher, settings):
-    """Steps too large make the loss rise: the first images are kept, those of one step with any rate."""
-    steps = changed(settings, num_steps=4, learning_rate=30, shift=0, flip=False, precision="float32")
-    if settings.method == "fast":
-        steps = changed(steps, input_learning_rate=30)
-    seen: list[float] = []
-    images: list[torch.Tensor] = []
-    against = inner_loop.fixed(teacher, steps, CPU, RoundState(0), None)
-    aim = Aim(torch.arange(8), SOFTMAX)
+def test_images_of_the_lowest_loss_are_kept(teacher):
+    settings = changed(FAST, num_steps=4, shift=0, flip=False, precision="float32")
+    against = inner_loop.fixed(teacher, settings, CPU, RoundState(0), None)
+    aim, seen = Aim(torch.arange(8), SOFTMAX), []
     parameter = torch.zeros(8, 1, 16, 16, requires_grad=True)
-    optimiser = torch.optim.Adam([parameter], lr=30)
 
     def shares() -> torch.Tensor:
-        with torch.no_grad():
-            made = generator.pixels(parameter.sigmoid(), against.space)
-            terms = inner_loop.measure(steps, made, against, aim)
-            seen.append(steps.label_weight * terms["label"] + steps.bn_weight * terms["bn"])
-            images.append(made)
+        seen.append(generator.pixels(parameter.sigmoid(), against.space).detach())
         return parameter.sigmoid()
 
-    kept, _ = inner_loop.lowest(shares, optimiser, against, steps, aim, torch.Generator())
-    assert len(set(seen)) > 1
-    torch.testing.assert_close(kept, images[int(np.argmin(seen))])
+    places = []
+    for rate in (0.01, 30.0):  # the loss falls, and jumps
+        seen.clear()
+        optimiser = devices.Adam([parameter], lr=rate)
+        kept, _ = inner_loop.lowest(shares, optimiser, against, settings, aim, torch.Generator())
+        terms = [inner_loop.measure(settings, images, against, aim) for images in seen]
+        found = [settings.label_weight * one["label"] + settings.bn_weight * one["bn"] for one in terms]
+        places.append(int(np.argmin(found)))
+        torch.testing.assert_close(kept, seen[places[-1]])
+    assert places[0] == 3 and places[1] < 3
 
 
 @METHODS
@@ -216,7 +212,7 @@ def test_fasts_contribution_is_the_sum_of_the_inner_gradients_of_a_hand_written_
 def test_fasts_generator_takes_adam_steps_along_the_mean_contribution_and_keeps_its_moments(teacher):
     settings = changed(FAST, num_steps=3, learning_rate=0.01)
     state, reference = first(teacher, settings), fast.generator_of(teacher, settings, first(teacher, settings), CPU)
-    adam = torch.optim.Adam(reference.parameters(), lr=0.03, betas=generator.BETAS)
+    adam = devices.Adam(reference.parameters(), lr=0.03, betas=generator.BETAS)
     for number in range(3):
         parts = []
         for place in range(2):
@@ -348,8 +344,23 @@ def test_later_rounds_lower_the_loss_that_a_batch_starts_from(teacher, settings)
     assert 0.5 * end["label"] + 10 * end["bn"] < 0.5 * begin["label"] + 10 * begin["bn"]
 
 
-@METHODS
-def test_a_contribution_that_is_not_finite_is_no_contribution(settings):
+def test_a_batch_of_fast_that_starts_again_halves_both_learning_rates(teacher, monkeypatch):
+    rates, adapt = [], fast.adapt
+
+    def fail_first(learner: Any, against: Any, given: FastConfig, *rest: Any) -> Any:
+        rates.append((given.learning_rate, given.input_learning_rate))
+        images, contribution = adapt(learner, against, given, *rest)
+        if len(rates) == 1:
+            contribution["gradient.last.bias"] = np.full(1, np.nan, np.float32)
+        return images, contribution
+
+    monkeypatch.setattr(fast, "adapt", fail_first)
+    batch = made(teacher, FAST, first(teacher, FAST))
+    assert rates == [(2e-3, 0.01), (1e-3, 0.005)] and batch.terms["num_attempts"] == 2
+    assert all(np.isfinite(array).all() for array in batch.contribution.values())
+
+
+def test_a_contribution_that_is_not_finite_is_no_contribution():
     with pytest.raises(FloatingPointError, match=r"gradient\.x is not finite"):
         inner_loop.finite({"gradient.x": np.asarray([1.0, np.nan])})
 

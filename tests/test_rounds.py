@@ -104,6 +104,8 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
     "dafl": SMALL_GENERATOR,
     "dfad": SMALL_GENERATOR,
     "zskt": SMALL_GENERATOR,
+    "fast": SMALL_GENERATOR,
+    "nayer": SMALL_GENERATOR,
 }
 
 
