@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, Discriminator, Field, Tag
 
-from dfkd_ray.config.adaptive import AdiConfig, CmiConfig, DaflConfig, DfadConfig, DfqConfig, ZsktConfig
+from dfkd_ray.config.adaptive import (
+    AdiConfig,
+    CmiConfig,
+    DaflConfig,
+    DfadConfig,
+    DfqConfig,
+    FastConfig,
+    NayerConfig,
+    ZsktConfig,
+)
 from dfkd_ray.config.fields import (
     LARGEST_FLOAT,
     STRICT,
@@ -208,6 +217,24 @@ METHODS: dict[str, Method] = {
         "dfkd_ray.synthesis.contrastive",
         terms={"label": LABEL, "bn": BN, "adversarial": ADVERSARIAL, "contrastive": CONTRASTIVE},
         cost_fields=(*OF_GENERATOR, "num_negatives", "num_projected"),
+        is_stationary=False,
+        looks_at_student=of_adversary,
+    ),
+    "fast": Method(
+        FastConfig,
+        "a generator that every batch adapts in a few steps",
+        "dfkd_ray.synthesis.fast",
+        terms={"label": LABEL, "bn": BN, "adversarial": ADVERSARIAL},
+        cost_fields=OF_GENERATOR,
+        is_stationary=False,
+        looks_at_student=of_adversary,
+    ),
+    "nayer": Method(
+        NayerConfig,
+        "a generator from class embeddings and noisy layers",
+        "dfkd_ray.synthesis.nayer",
+        terms={"label": LABEL, "bn": BN, "adversarial": ADVERSARIAL},
+        cost_fields=OF_GENERATOR,
         is_stationary=False,
         looks_at_student=of_adversary,
     ),
