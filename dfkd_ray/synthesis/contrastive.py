@@ -84,7 +84,8 @@ def source(
             return terms | ({"contrastive": float(kept["contrastive"])} if contrast else {})
 
         contribution = contrast.contribution(kept["features"]) if contrast else {}
-        return Made(kept["images"], config.num_steps, measure, contribution)
+        passes = {"teacher_passes": 2 if contrast else 1, "student_passes": int(adversary is not None)}
+        return Made(kept["images"], config.num_steps, measure, contribution, **passes)
 
     make_batch = batches(teacher, config, key, device, make)
 
