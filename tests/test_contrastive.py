@@ -142,17 +142,20 @@ def test_the_bank_has_the_batches_in_the_order_of_their_numbers(teacher: bundles
     assert bank[:, 0, 0].tolist() == [i for i in range(12) for _ in range(2)]
 
 
-def test_the_bank_holds_features_of_both_views_of_the_kept_images_and_does_not_grow_without_end(
-    teacher: bundles.Teacher,
-):
-    config = changed(num_steps=1, crop_scale=1.0, shift=0, flip=False)  # both views are the image itself
+@pytest.mark.parametrize("crop_scale", [1.0, 0.25])
+def test_the_bank_holds_features_of_the_kept_images_local_view_first(teacher: bundles.Teacher, crop_scale: float):
+    config = changed(num_steps=1, crop_scale=crop_scale, shift=0, flip=False)  # the global view is the image itself
     batch = made(teacher, config, first(teacher, config))
     with torch.no_grad(), contrastive.observed(teacher.network) as taken:
         teacher.network((torch.from_numpy(batch.images.copy()) - 0.5) / 0.25)
         expected = taken(8).numpy()
-    for view in range(2):
-        np.testing.assert_allclose(batch.contribution["features.0"][:, view], expected, rtol=2e-3, atol=2e-3)
-    assert len(following(teacher, config, num_batches=4).arrays["bank"]) == config.bank_size == 20
+    local, whole = (batch.contribution["features.0"][:, view] for view in range(2))
+    np.testing.assert_allclose(whole, expected, rtol=2e-3, atol=2e-3)
+    assert np.allclose(local, expected, rtol=2e-3, atol=2e-3) == (crop_scale == 1.0)
+
+
+def test_the_bank_does_not_grow_without_end(teacher: bundles.Teacher):
+    assert len(following(teacher, changed(num_steps=1), num_batches=4).arrays["bank"]) == SMALL.bank_size == 20
 
 
 def test_features_beyond_the_type_of_the_bank_stay_finite():
@@ -199,6 +202,9 @@ def test_a_crop_shows_a_share_of_the_image_between_its_bounds():
     shares, aspects = height * width, height / width
     assert 0.249 < shares.min() < 0.3 and 0.95 < shares.max() < 1.001 and abs(float(shares.mean()) - 0.625) < 0.04
     assert 0.749 < aspects.min() < 0.8 and 1.25 < aspects.max() < 1.334
+    middle = seen[:, :, h // 2, w // 2]
+    assert abs(float(middle[:, 0].mean()) - h / 2) < 1 and abs(float(middle[:, 1].mean()) - w / 2) < 1
+    assert middle[:, 0].std() > 2 and middle[:, 1].std() > 2
     assert seen[:, 0].diff(dim=1).min() >= 0 and seen.min() >= 0 and seen[:, 0].max() <= h - 1
 
 
@@ -275,6 +281,8 @@ def test_the_states_are_pure_functions_and_nothing_given_is_changed(teacher: bun
     network = tiny_network(seed=1).eval()  # advancing does not look at it
     after = [RoundState(2, contrastive.advance(teacher, SMALL, state, total, one)).hash for one in (None, network)]
     assert hashes[0] == hashes[1] and after[0] == after[1]
+    steps = [float(one["head_adam.step.0.weight"]) for one in (state.arrays, total)]
+    assert steps == [SMALL.num_steps, 2 * 2 * SMALL.num_steps], "the head's optimiser goes on, in each of two batches"
     assert (RoundState(1, {**total}, None).hash, RoundState(1, state.arrays, student).hash) == before
     assert all(torch.equal(weights[name], tensor) for name, tensor in teacher.network.state_dict().items())
 
@@ -303,10 +311,8 @@ def test_without_a_weight_a_student_changes_no_byte_and_with_one_it_does(teacher
     config = changed(adversarial_weight=0.0)
     state = following(teacher, config)
     network = tiny_network(seed=1).eval()
-    with_it, without = (
-        replace(contrastive.source(teacher, config, "ab" * 32, CPU, state, one)(0), terms={}) for one in (network, None)
-    )
-    assert same(with_it, without)
+    with_it, without = (contrastive.source(teacher, config, "ab" * 32, CPU, state, one)(0) for one in (network, None))
+    assert same(with_it, without) and with_it.terms.keys() == without.terms.keys()
     # One that always agrees on the class, and is less sure of it.
     less_sure = {name: tensor.numpy().copy() for name, tensor in teacher.network.state_dict().items()}
     for name in [*less_sure][-2:]:
