@@ -321,13 +321,16 @@ def test_without_a_weight_a_student_changes_no_byte_and_with_one_it_does(teacher
     alone = following(teacher, config)
     looked = made(teacher, config, RoundState(1, alone.arrays, less_sure))
     assert looked.terms["adversarial"] < 0
+    passes = [[batch.terms[f"num_{who}_passes"] for who in ("teacher", "student")] for batch in (looked, with_it)]
+    assert passes == [[2 * 3 * 8, 3 * 8], [2 * 2 * 8, 0]], "both views through the teacher, one through the student"
     assert not np.array_equal(looked.images, made(teacher, config, alone).images)
 
 
 def test_without_a_contrastive_weight_there_is_no_state_and_other_images(teacher: bundles.Teacher):
     config = changed(contrastive_weight=0.0)
     state = following(teacher, config)
-    assert state.arrays == {} and "contrastive" not in made(teacher, config, state).terms
+    batch = made(teacher, config, state)
+    assert state.arrays == {} and "contrastive" not in batch.terms and batch.terms["num_teacher_passes"] == 2 * 8
 
 
 def test_the_images_of_the_lowest_loss_are_kept():

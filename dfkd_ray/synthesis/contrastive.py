@@ -84,8 +84,10 @@ def source(
             return terms | ({"contrastive": float(kept["contrastive"])} if contrast else {})
 
         contribution = contrast.contribution(kept["features"]) if contrast else {}
-        passes = {"teacher_passes": 2 if contrast else 1, "student_passes": int(adversary is not None)}
-        return Made(kept["images"], config.num_steps, measure, contribution, **passes)
+        seen, by_student = 2 if contrast else 1, int(adversary is not None)
+        return Made(
+            kept["images"], config.num_steps, measure, contribution, teacher_passes=seen, student_passes=by_student
+        )
 
     make_batch = batches(teacher, config, key, device, make)
 
