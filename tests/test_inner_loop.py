@@ -456,5 +456,5 @@ def test_images_that_nothing_ties_to_the_teacher_are_refused(settings):
 
 
 def test_a_reset_that_never_comes_is_refused():
-    with pytest.raises(ValueError, match="round 10 never comes with num_rounds=10"):
-        changed(FAST, reset_round=10)
+    with pytest.raises(ValueError, match="round 20 never comes with num_rounds=20"):
+        changed(FAST, reset_round=20)
