@@ -6,6 +6,7 @@ write into a shared stored batch.
 """
 
 import io
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from dfkd_ray.batches import NO_LABEL, Batch
 
 SHEET = 1200  # pixels of a picture's side
+LARGEST_ASPECT = 4 / 3  # of a crop, relative to the image's own
 PLOT = (48, 160)  # height and width of a signal in a picture, pixels
 STORAGE_DTYPES = {"uint8": torch.uint8, "float16": torch.float16, "float32": torch.float32}
 
@@ -132,6 +134,38 @@ def flip_images(images: Float[Tensor, "n c h w"], generator: torch.Generator) ->
         return images
     chosen = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
     return torch.where(chosen[:, None, None, None], images.flip(3), images)
+
+
+def crop_images(
+    images: Float[Tensor, "n c h w"], smallest: float, generator: torch.Generator
+) -> Float[Tensor, "n c h w"]:
+    """A random crop of each image, resized to the image's size by bilinear interpolation. `generator` is on the CPU.
+
+    Its area is a share of the image's, uniform from `smallest` to 1; the logarithm of its aspect ratio, relative to the
+    image's, is uniform up to 3/4 and 4/3, as far as the crop fits. So a crop of share 1 is the image. An axis of length
+    1 is left as it is. The interpolation is two products of matrices, whose gradient is deterministic on GPUs.
+    """
+    n, _, h, w = images.shape
+    scale, aspect, top, left = torch.rand(4, n, generator=generator)
+    scale = smallest + (1 - smallest) * scale
+    limit = torch.clamp(-scale.log(), max=math.log(LARGEST_ASPECT))
+    stretch = ((2 * aspect - 1) * limit).exp()
+    height, width = (scale / stretch).sqrt().clamp(max=1), (scale * stretch).sqrt().clamp(max=1)
+    if min(h, w) == 1:
+        height = width = scale
+    rows = interpolation(h, height, (1 - height) * h * top).to(images)
+    columns = interpolation(w, width, (1 - width) * w * left).to(images)
+    return rows[:, None] @ images @ columns.transpose(1, 2)[:, None]
+
+
+def interpolation(side: int, share: Float[Tensor, " n"], start: Float[Tensor, " n"]) -> Float[Tensor, "n side side"]:
+    """Weights of bilinear interpolation along one axis: to `side` pixels from a share of them that begins at `start`.
+
+    Row o has the weights of output pixel o. Pixel centres are at whole numbers; beyond the border is the last pixel.
+    """
+    places = torch.arange(side, dtype=torch.float32)
+    seen = (start[:, None] + (places + 0.5) * share[:, None] - 0.5).clamp(0, side - 1)
+    return (1 - (seen[:, :, None] - places).abs()).clamp(min=0)
 
 
 def mix_images(

@@ -111,3 +111,19 @@ def moving(mean: Float[Tensor, " c"], average: Float[Tensor, " c"] | None, momen
     Source: Fang et al. 2022, arXiv 2112.06253, section 3.3.
     """
     return mean if average is None else (1 - momentum) * mean + momentum * average
+
+
+def contrastive(
+    queries: Float[Tensor, "n features"], keys: Float[Tensor, "n features"], num_current: int, temperature: float
+) -> Float[Tensor, ""]:
+    """Each query finds its own key among all keys: cross-entropy over the rows of queries · keys / temperature.
+
+    Row i of either is a view of image i, of length 1. The first `num_current` rows are the images being made, the rest
+    a memory. It is the mean over the former plus the mean over the latter, in nats. Keys get no gradient: each image is
+    moved away from the keys of the others, and the others are not moved. Source: Fang et al. 2021, arXiv 2105.08584.
+    """
+    similarity = queries @ keys.detach().T / temperature
+    own = torch.arange(len(queries), device=queries.device)
+    rows = F.cross_entropy(similarity, own, reduction="none")
+    parts = [part.mean() for part in (rows[:num_current], rows[num_current:]) if len(part)]
+    return torch.stack(parts).sum()

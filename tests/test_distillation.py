@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from dfkd_ray import batchnorm, bundles, devices, distillation, evaluation, storage
+from dfkd_ray import batchnorm, bundles, devices, distillation, evaluation, losses, storage
 from dfkd_ray.compression import pruning
 from dfkd_ray.config import PruningConfig
 from dfkd_ray.heads import SOFTMAX
@@ -190,6 +190,7 @@ def test_cubic_schedule_never_selects_a_student_that_is_too_dense(teacher, monke
         {"temperature": 1.0},
         {"label_weight": 1.0},
         {"feature_weight": 5.0},
+        {"attention_weight": 50.0},
         {"kl_weight": 3.0},
         {"shift": 0},
         {"flip": False},
@@ -236,6 +237,30 @@ def test_feature_term_of_unequal_widths_is_refused(teacher):
             pruning_config=PruningConfig(sparsity=0),
             student=student,
         )
+
+
+def test_attention_maps_are_compared_at_the_sizes_that_both_networks_have():
+    maps = {(4, 4): torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)), (2, 2): torch.ones(2, 5, 2, 2)}
+    other = {(4, 4): maps[4, 4].flip(3), (8, 8): torch.ones(2, 3, 8, 8)}
+    found = distillation.attention_loss(other, maps)
+    torch.testing.assert_close(found, losses.attention_distance(other[4, 4], maps[4, 4]))
+    assert float(distillation.attention_loss(maps, maps)) == 0.0
+    with pytest.raises(ValueError, match="the student's are 8x8, the teacher's 2x2; set it to 0"):
+        distillation.attention_loss({(8, 8): other[8, 8]}, {(2, 2): maps[2, 2]})
+
+
+def test_maps_are_the_last_of_each_size_and_hooks_do_not_stay():
+    network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(2, 3, 1), nn.Flatten())
+    images = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    with distillation.last_maps(network, True) as maps:
+        network(images)
+        expected = {(4, 4): network[:2](images), (2, 2): network[:4](images)}
+    assert maps.keys() == expected.keys()
+    for size, found in expected.items():
+        torch.testing.assert_close(maps[size], found)
+    with distillation.last_maps(network, False) as maps:
+        network(images)
+    assert not maps and not any(module._forward_hooks for module in network.modules())
 
 
 def test_a_loss_that_is_not_finite_is_an_error_that_says_so(teacher):

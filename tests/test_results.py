@@ -92,7 +92,7 @@ def test_column_names_are_unique_and_explained():
     schema = results.schema("trials")
     assert len(set(schema.names)) == len(schema.names)
     assert all(field.metadata[b"deterministic"] in (b"true", b"false") for field in schema)
-    assert schema.metadata[b"dfkd_ray.schema"] == b"dfkd_ray.trials/7"
+    assert schema.metadata[b"dfkd_ray.schema"] == b"dfkd_ray.trials/8"
 
 
 def test_deterministic_columns_exclude_seconds_hosts_and_versions():
@@ -239,7 +239,7 @@ def test_the_synthesis_table_says_which_columns_are_deterministic():
 
 
 def test_an_unknown_column_of_a_batch_is_refused(tmp_path):
-    with pytest.raises(KeyError, match=r"version 5 of synthesis.*walls"):
+    with pytest.raises(KeyError, match=r"version 6 of synthesis.*walls"):
         results.write_batches(tmp_path, [batch_row(0, walls=1.0)])
     with pytest.raises(ValueError, match="no synthesis table"):
         results.read(tmp_path, "synthesis")

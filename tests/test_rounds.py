@@ -104,6 +104,7 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
     "dafl": SMALL_GENERATOR,
     "dfad": SMALL_GENERATOR,
     "zskt": SMALL_GENERATOR,
+    "cmi": {**SMALL_GENERATOR, "num_projected": 4, "bank_size": 20, "num_negatives": 6},
     "fast": SMALL_GENERATOR,
     "nayer": SMALL_GENERATOR,
 }

@@ -13,6 +13,7 @@ from dfkd_ray import batchnorm, bundles, evaluation, models, results, trial
 from dfkd_ray.batches import Batch
 from dfkd_ray.compression import layerwise, moments, pruning
 from dfkd_ray.config import FROM_IMAGES, TrialConfig, validate
+from dfkd_ray.trial.row import pass_columns
 from helpers import TINY_NOISE, randomise_statistics, same_weights, tiny_trial
 
 FIELDS = {"synthesis.num_steps": 2, "distillation.num_images": 16, "distillation.num_steps": 3}
@@ -352,3 +353,11 @@ def test_networks_of_every_kind_are_reconstructed_or_their_row_says_why_not(name
         assert 0 <= row["reconstructed_agreement"] <= 1 and "layer-wise" not in warnings
         if batchnorm.layers(network):  # untrained networks without it give nearly constant logits
             assert distances[2] < 0.5 * min(distances[:2])
+
+
+def test_passes_count_each_step_of_each_batch_and_the_distillation():
+    rows = [{"num_steps": 2, "num_teacher_passes": 16, "num_student_passes": 0}] * 2
+    assert pass_columns(rows, 10) == {"num_teacher_passes": 42, "num_student_passes": 10}
+    assert pass_columns([{"num_steps": None}], 10) == {"num_teacher_passes": 10, "num_student_passes": 10}
+    of_older_cache = {"num_steps": 2}
+    assert pass_columns([*rows, of_older_cache], 10) == {"num_teacher_passes": None, "num_student_passes": None}

@@ -53,9 +53,7 @@ def recover(
     teacher: TeacherName,
     out: Out,
     sparsity: Annotated[float | None, typer.Option(help="share of weights to remove")] = None,
-    method: Annotated[
-        str | None, typer.Option(help="deepinversion, records, noise, or real (with --real-data)")
-    ] = None,
+    method: Annotated[str | None, typer.Option(help=f"{', '.join(configs.METHODS)}; real needs --real-data")] = None,
     seed: Annotated[int | None, typer.Option(help="of synthesis and distillation")] = None,
     effort: Effort = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with a trial config")] = None,

@@ -4,7 +4,7 @@ A config file and assignments `a.b=c` are merged into one dict and validated onc
 one line each, with the field's path. Imports pydantic but not torch, so that help and validation are fast.
 """
 
-from dfkd_ray.config.adaptive import AdiConfig, FastConfig, NayerConfig
+from dfkd_ray.config.adaptive import AdiConfig, CmiConfig, FastConfig, NayerConfig
 from dfkd_ray.config.efforts import EFFORTS, Effort, with_effort
 from dfkd_ray.config.fields import STRICT, field_paths, nested_models, validate
 from dfkd_ray.config.hashes import (
@@ -59,6 +59,7 @@ __all__ = [
     "TRIAL_ID",
     "TRIAL_VERSION",
     "AdiConfig",
+    "CmiConfig",
     "DeepInversionConfig",
     "DistillationConfig",
     "Effort",

@@ -65,7 +65,7 @@ class GenerativeConfig(BaseModel):
     num_steps: Count = Field(default=20, ge=1, description="steps of the generator in each batch of a round")
     learning_rate: Number = Field(default=1e-3, gt=0, description="Adam learning rate of the generator")
     num_inputs: Count = Field(default=256, ge=1, description="size of the generator's input z ~ N(0, 1)")
-    num_channels: Count = Field(default=128, ge=1, le=4096, description="channels of the generator")
+    num_channels: Count = Field(default=64, ge=1, le=4096, description="channels of the generator")
     flip: bool = Field(default=True, description="flip the batch left to right in half of the steps")
     jitter: Pixels = Field(default=2, description="largest cyclic shift per step, pixels")
     precision: Precision = Field(default="bfloat16", description="of the networks; losses stay in float32")
@@ -115,6 +115,62 @@ class ZsktConfig(GenerativeConfig):
     method: Literal["zskt"] = "zskt"
     adversarial_weight: Number = Field(default=1.0, gt=0, description="weight of KL(teacher || student), maximised")
     clip_norm: Number = Field(default=5.0, gt=0, description="largest norm of the generator's gradient")
+
+
+class CmiConfig(BaseModel):
+    """Contrastive model inversion: images that differ from all earlier ones.
+
+    Source: Fang et al. 2021, arXiv 2105.08584.
+    """
+
+    model_config = STRICT
+
+    method: Literal["cmi"] = "cmi"
+    seed: Seed = Field(default=0, description="seed of every batch, together with the teacher and the batch index")
+    batch_size: BatchSize = Field(default=256, description="images per batch; they share a generator")
+    num_rounds: Count = Field(default=10, ge=1, description="rounds; each adds its images to the memory bank")
+    lag: Literal[0, 1] = Field(default=0, description="0: the student of the round before; 1: of the one before that")
+    num_steps: Count = Field(default=200, ge=1, description="optimiser steps per batch")
+    learning_rate: Number = Field(
+        default=1e-3, gt=0, description="Adam learning rate of generator, its inputs and the projection head"
+    )
+    num_inputs: Count = Field(default=256, ge=1, description="inputs of the generator")
+    num_channels: Count = Field(default=64, ge=1, le=4096, description="channels of the generator's widest layers")
+    bn_weight: Weight = Field(default=1.0, description="weight of the BatchNorm statistics term")
+    label_weight: Weight = Field(default=0.5, description="weight of the cross-entropy to balanced labels")
+    adversarial_weight: Weight = Field(
+        default=0.5, description="weight of the student's divergence where it agrees on the class, from round 1 on"
+    )
+    contrastive_weight: Weight = Field(default=0.8, description="weight of the contrastive loss; 0: no memory bank")
+    temperature: Number = Field(default=0.1, gt=0, description="of the contrastive loss")
+    num_projected: Count = Field(
+        default=256, ge=1, le=65536, description="width of the projection head's hidden layer and of its output"
+    )
+    bank_size: Count = Field(
+        default=4096, ge=0, description="images whose features the memory bank holds: the newest (the paper's: 40,960)"
+    )
+    bank_type: Literal["float16", "float32"] = Field(default="float16", description="type of the bank's features")
+    num_negatives: Count = Field(
+        default=512, ge=0, le=65536, description="rows of the bank drawn per step, at most all (the paper's: 4,096)"
+    )
+    crop_scale: Share = Field(default=0.25, gt=0, description="smallest share of the image in its local view")
+    shift: Pixels = Field(default=4, description="largest shift of the global view, pixels")
+    flip: bool = Field(default=True, description="flip half of the images left to right, in each view")
+    precision: Precision = Field(
+        default="bfloat16",
+        description="of the networks; statistics, features and losses stay in float32; a CPU without bfloat16 runs "
+        "them in float32",
+    )
+    channels_last: bool = True
+    storage: Storage = Field(
+        default="uint8", description="type of a stored image, uint8 over the teacher's pixel range"
+    )
+    num_threads: Threads = 2
+
+    @model_validator(mode="after")
+    def _something_to_minimise(self) -> "CmiConfig":
+        tied_to_teacher(self.label_weight, self.bn_weight)
+        return self
 
 
 class FastConfig(BaseModel):

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, Discriminator, Field, Tag
 
-from dfkd_ray.config.adaptive import AdiConfig, DaflConfig, DfadConfig, DfqConfig, FastConfig, NayerConfig, ZsktConfig
+from dfkd_ray.config.adaptive import (
+    AdiConfig,
+    CmiConfig,
+    DaflConfig,
+    DfadConfig,
+    DfqConfig,
+    FastConfig,
+    NayerConfig,
+    ZsktConfig,
+)
 from dfkd_ray.config.fields import (
     LARGEST_FLOAT,
     STRICT,
@@ -134,6 +143,7 @@ LABEL, BN = "label loss of the stored images", "BatchNorm statistics term"
 TV, L2 = "total variation", "mean squared normalised pixel"
 BALANCE, ADVERSARIAL = "minus the entropy of the batch's mean prediction", "student's term: minus its distance"
 ACTIVATION = "minus the mean absolute input of the last linear layer"
+CONTRASTIVE = "contrastive loss of the kept step"
 OF_GENERATOR = ("precision", "num_channels", "channels_last")  # what decides the seconds of a step
 
 
@@ -198,6 +208,15 @@ METHODS: dict[str, Method] = {
         "dfkd_ray.synthesis.generative",
         terms={"adversarial": ADVERSARIAL},
         cost_fields=OF_GENERATOR,
+        is_stationary=False,
+        looks_at_student=of_adversary,
+    ),
+    "cmi": Method(
+        CmiConfig,
+        "a new generator for each batch, whose images differ from all earlier ones in the teacher's features",
+        "dfkd_ray.synthesis.contrastive",
+        terms={"label": LABEL, "bn": BN, "adversarial": ADVERSARIAL, "contrastive": CONTRASTIVE},
+        cost_fields=(*OF_GENERATOR, "num_negatives", "num_projected"),
         is_stationary=False,
         looks_at_student=of_adversary,
     ),

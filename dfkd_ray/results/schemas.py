@@ -26,10 +26,11 @@ SCHEMA = b"dfkd_ray.schema"
 RENAMED: dict[str, list[Mapping[str, str]]] = {
     # 2: written_at_s; 3: trial_version, synthesis_version; 4: selected, warnings, test_set, test_sha256; 5: the rung
     # "reconstructed"; 6: num_macs, teacher_num_parameters, teacher_num_macs, channels; 7: the rung "quantised",
-    # latency, num_kept_zeros
-    "trials": [{}, {}, {}, {}, {}, {}],
+    # latency, num_kept_zeros; 8: num_teacher_passes, num_student_passes
+    "trials": [{}, {}, {}, {}, {}, {}, {}],
     "epochs": [],
-    "synthesis": [{}, {}, {}, {}],  # 2: written_at_s; 3: record; 4: synthesis_version; 5: round
+    # 2: written_at_s; 3: record; 4: synthesis_version; 5: round; 6: num_teacher_passes, num_student_passes
+    "synthesis": [{}, {}, {}, {}, {}],
 }
 # The primary key of each table: of rows with equal keys, readers keep the one written last.
 KEYS = {"trials": ["trial_id"], "epochs": ["trial_id", "step"], "synthesis": ["synthesis_key", "batch_index"]}
@@ -41,6 +42,7 @@ SEEDS = ("synthesis.seed", "distillation.seed")
 BEST_FIRST = {"trial_version": False, "reference.mixed": False, "reference_kl": True, "agreement": False}
 
 SYNTHESIS_VERSION_MEANING = "of the algorithms that make images; null in rows from before it was counted"
+PASSES = "in synthesis and distillation, forward and backward as one; null where a batch does not know its own"
 WRITING: Columns = {WRITTEN_AT: (pa.float64(), False, "when the row was written, seconds since 1970")}
 
 # name: (type, deterministic, meaning)
@@ -83,6 +85,8 @@ METRICS: Columns = {
     "teacher_hash": (pa.string(), True, "of architecture, normalisation and weights"),
     "synthesis_key": (pa.string(), True, "of teacher hash and synthesis config"),
     "images_sha256": (pa.string(), True, "of all images distilled on, as stored"),
+    "num_teacher_passes": (pa.int64(), True, f"images through the teacher, {PASSES}"),
+    "num_student_passes": (pa.int64(), True, f"images through the student, {PASSES}"),
     "image_confidence": (pa.float64(), True, "teacher's mean top probability over the images"),
     "image_bn": (pa.float64(), True, "unweighted BN term at the end, mean over batches"),
     "class_histogram": (pa.string(), True, "teacher's argmax over the images, counts as JSON"),
@@ -145,6 +149,8 @@ SYNTHESIS: Columns = {
     "label_agreement": (pa.float64(), True, "share of images that the teacher sees as their label"),
     "class_histogram": (pa.string(), True, "teacher's argmax, counts as JSON"),
     "num_steps": (pa.int64(), True, "optimiser steps taken"),
+    "num_teacher_passes": (pa.int64(), True, "images through the teacher while it was made"),
+    "num_student_passes": (pa.int64(), True, "the same of the student"),
     "num_attempts": (pa.int64(), True, "1, or more where the loss had turned NaN"),
     "wall_s": (pa.float64(), False, "seconds of making it"),
     "host": (pa.string(), False, "where it was made"),

@@ -9,6 +9,7 @@ Jensen-Shannon divergence and no mask); the mask: Fang et al. 2021, arXiv 2105.0
 
 from collections.abc import Mapping
 from copy import deepcopy
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,12 +56,11 @@ def source(
             there = slower.model_copy(update={"learning_rate": rate})
             parts = parts_of(decode(np.array(state.arrays["images"][rows]), space, device), config)
             images, steps = deepinversion.invert(network, run, there, space, parts, aim, generator, student)
-            return Made(
-                images,
-                steps,
-                lambda stored: deepinversion.measure(network, config, stored, aim, student),
-                labels=labels,
-            )
+
+            def measure(stored: Tensor) -> dict[str, Any]:
+                return deepinversion.measure(network, config, stored, aim, student)
+
+            return Made(images, steps, measure, labels=labels, student_passes=int(student is not None))
 
         return batches(teacher, moved, key, device, make)(index)
 

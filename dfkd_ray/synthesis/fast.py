@@ -54,6 +54,7 @@ def source(
             config.num_steps,
             lambda stored: inner_loop.measure(config, stored, against, aim),
             inner_loop.finite(contribution),
+            student_passes=int(against.student is not None),
         )
 
     return batches(teacher, config, key, device, make)

@@ -77,7 +77,7 @@ def source(
                 found, logits = measure_terms(network, config, stored, student, own)
             return measured(found, logits, Aim(labels, head))
 
-        return Made(images, num_steps, measure, contribution, labels)
+        return Made(images, num_steps, measure, contribution, labels, student_passes=int("adversarial" in own))
 
     return batches(teacher, config, key, device, make)
 

@@ -93,6 +93,7 @@ def source(
             config.num_steps,
             lambda stored: inner_loop.measure(config, stored, against, aim),
             inner_loop.finite(arrays_of(own) | adam_arrays(optimiser, own) | statistics),
+            student_passes=int(against.student is not None),
         )
 
     return batches(teacher, config, key, device, make)

@@ -32,6 +32,8 @@ class Made(NamedTuple):
     """The images of a batch, normalised; the steps taken; a function that measures the terms of the images as stored.
 
     `contribution`: the batch's summand of the next round's state. `labels`: those of the images, None for the given.
+    `teacher_passes`, `student_passes`: how often a step takes the batch through these networks; a forward pass and its
+    backward pass are one.
     """
 
     images: Tensor
@@ -39,6 +41,8 @@ class Made(NamedTuple):
     measure: Callable[[Tensor], dict[str, Any]]
     contribution: Mapping[str, np.ndarray] = MappingProxyType({})
     labels: Tensor | None = None
+    teacher_passes: int = 1
+    student_passes: int = 0
 
 
 # A method's function of (config, labels, generator, seed).
@@ -73,6 +77,9 @@ def batches(teacher: Teacher, config: Any, key: str, device: torch.device, make:
             made, num_attempts = with_attempts(attempt, f"batch {index} of {key[:12]}")
             stored = encode(made.images, space, config.storage)
             terms = made.measure(decode(stored, space, device))
+        through = made.num_steps * config.batch_size
+        terms |= {"num_teacher_passes": made.teacher_passes * through}
+        terms |= {"num_student_passes": made.student_passes * through}
         terms |= {"num_steps": made.num_steps, "num_attempts": num_attempts, "wall_s": time.perf_counter() - start}
         labels = labels if made.labels is None else made.labels.cpu()
         return Batch(index, stored, labels.numpy(), key, terms, made.contribution)

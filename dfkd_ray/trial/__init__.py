@@ -50,7 +50,7 @@ from dfkd_ray.trial.identity import (
     trial_id,
 )
 from dfkd_ray.trial.images import Rounds, RoundsLostError, batches_wanted, gather_reference, reference_of
-from dfkd_ray.trial.row import cost_columns, made_columns, size_columns, student_info, test_columns
+from dfkd_ray.trial.row import cost_columns, made_columns, pass_columns, size_columns, student_info, test_columns
 from dfkd_ray.trial.rungs import Rungs, before_training
 from dfkd_ray.trial.warnings import warnings_of
 
@@ -262,7 +262,7 @@ def steps(
         # Distillation may have kept what it began with.
         "selected": (start.rung if selected is ladder.RECOVERED and state.best_step == 0 else selected).name,
         "status": "finished",
-    }
+    } | pass_columns(rounds.rows, state.step * kd.batch_size)
     student, choice = devices.place(student, torch.device("cpu"), channels_last=False), start.choice
     pruned = tuple(pruning.prunable(student)) if (config.pruning.sparsity > 0 or start.masks) and choice is None else ()
     row |= size_columns(student, pruned) | cost_columns(student, teacher)

@@ -43,6 +43,19 @@ def made_columns(rounds: Rounds, pool: Pool, network: nn.Module, head: Head, run
     return made | image_columns(pool, rounds.rows, network, head, runtime)
 
 
+def pass_columns(rows: Sequence[Mapping[str, Any]], distilled: int) -> dict[str, int | None]:
+    """Images through teacher and student: in the synthesis of these rows, and `distilled` images in distillation.
+
+    Batches that are not optimised need none. Null if a batch does not know, as those of an older cache.
+    """
+    made = [row for row in rows if row.get("num_steps") is not None]
+    found = {name: [row.get(name) for row in made] for name in ("num_teacher_passes", "num_student_passes")}
+    return {
+        name: None if any(count is None for count in counts) else sum(map(int, counts)) + distilled
+        for name, counts in found.items()
+    }
+
+
 def test_columns(test: Sequence[Batch] | None) -> dict[str, Any]:
     """Columns about the test set of all accuracies; null without one."""
     about = evaluation.test_set(test) if test else {}
