@@ -184,7 +184,7 @@ class FastConfig(BaseModel):
     method: Literal["fast"] = "fast"
     seed: Seed = Field(default=0, description="seed of the generator and every batch, with the teacher and the index")
     batch_size: BatchSize = Field(default=256, description="images per batch; they share their BatchNorm statistics")
-    num_rounds: Count = Field(default=10, ge=1, description="rounds; the generator takes one step after each")
+    num_rounds: Count = Field(default=20, ge=1, description="rounds; the generator takes one step after each")
     lag: Literal[0, 1] = Field(default=0, description="0: the student of the round before; 1: of the one before that")
     num_steps: Count = Field(default=10, ge=1, description="inner steps of each batch, from the generator of its round")
     learning_rate: Number = Field(
@@ -233,7 +233,7 @@ class NayerConfig(BaseModel):
     method: Literal["nayer"] = "nayer"
     seed: Seed = Field(default=0, description="seed of the generator and every batch, with the teacher and the index")
     batch_size: BatchSize = Field(default=256, description="images per batch; they share their BatchNorm statistics")
-    num_rounds: Count = Field(default=10, ge=1, description="rounds; the generator is carried from one to the next")
+    num_rounds: Count = Field(default=20, ge=1, description="rounds; the generator is carried from one to the next")
     lag: Literal[0, 1] = Field(default=0, description="0: the student of the round before; 1: of the one before that")
     num_steps: Count = Field(default=30, ge=1, description="steps of each batch, from the generator of its round")
     learning_rate: Number = Field(default=4e-3, gt=0, description="Adam's, of the generator")
