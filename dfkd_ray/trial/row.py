@@ -49,11 +49,11 @@ def pass_columns(rows: Sequence[Mapping[str, Any]], distilled: int) -> dict[str,
     Batches that are not optimised need none. Null if a batch does not know, as those of an older cache.
     """
     made = [row for row in rows if row.get("num_steps") is not None]
-    found = {name: [row.get(name) for row in made] for name in ("num_teacher_passes", "num_student_passes")}
-    return {
-        name: None if any(count is None for count in counts) else sum(map(int, counts)) + distilled
-        for name, counts in found.items()
-    }
+    columns: dict[str, int | None] = {}
+    for name in ("num_teacher_passes", "num_student_passes"):
+        known = [int(row[name]) for row in made if row.get(name) is not None]
+        columns[name] = sum(known) + distilled if len(known) == len(made) else None
+    return columns
 
 
 def test_columns(test: Sequence[Batch] | None) -> dict[str, Any]:
