@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from dfkd_ray.fleet import Settings
     from dfkd_ray.image_sets import Export
 
-METHODS = tuple(name for name, row in configs.METHODS.items() if row.is_data_free)
+METHODS = {name: row for name, row in configs.METHODS.items() if row.is_data_free}
+ALONE = tuple(name for name, row in METHODS.items() if row.is_stationary)  # without a student
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -49,7 +50,7 @@ def synthesize(
     ] = "folder",
     config: Annotated[Path | None, typer.Option(help="YAML file with a synthesis config")] = None,
     set_: Set = None,
-    method: Annotated[str | None, typer.Option(help=", ".join(METHODS))] = None,
+    method: Annotated[str | None, typer.Option(help=", ".join(ALONE))] = None,
     seed: Annotated[int | None, typer.Option(help="of the images")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     synthesizers: Synthesizers = "auto",
@@ -118,7 +119,12 @@ def settings_of(file: Path | None, method: str | None, seed: int | None, assignm
     data = settled(data, {"--method": {"method": method}, "--seed": {"seed": seed}}, assignments)
     chosen = data.get("method", "deepinversion")
     if chosen not in METHODS:
-        raise ValueError(f"method {given(chosen)}: expected one of {', '.join(METHODS)}")
+        raise ValueError(f"method {given(chosen)}: expected one of {', '.join(ALONE)}")
+    if chosen not in ALONE:
+        raise ValueError(
+            f"method {chosen} makes its images in rounds, while a student trains on them; run `dfkd-ray recover`, or give "
+            f"one of {', '.join(ALONE)}"
+        )
     return configs.parse_synthesis(data)
 
 

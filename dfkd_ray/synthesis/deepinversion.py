@@ -72,9 +72,8 @@ def check(teacher: Teacher, config: DeepInversionConfig, where: str) -> None:
         batchnorm.require_layers(teacher.network)
         batchnorm.check_recording(teacher.network, teacher.info.image_shape)
     except ValueError as error:
-        raise ValueError(
-            f"{where}.method={config.method}: {error}; or {where}.method=records, where it has some, or noise"
-        ) from None
+        others = "records, where it has some, dafl, or noise" if where == "synthesis" else "records, or noise"
+        raise ValueError(f"{where}.method={config.method}: {error}; or {where}.method={others}") from None
 
 
 def compiled(network: nn.Module) -> Callable[[Tensor], Tensor]:
