@@ -211,3 +211,16 @@ def test_what_timings_cannot_say_is_one_line_with_what_to_do(dry, tiny_teacher, 
     assert ", and 4 more" in done.err and timings_in(cpu).costs == costs_of(jobs), "nothing was added"
     done = dry("--timings", str(path), "--gpus", "4", device="cpu")
     assert done.code == 2 and "all trials have device=cpu" in done.err
+
+
+def test_images_that_answer_to_a_student_are_counted_for_each_trial_and_in_whole_rounds(tiny_teacher):
+    def made(method: str) -> dict[str, int]:
+        synthesis = {"method": method, "batch_size": 8, "num_rounds": 3, "num_threads": 1}
+        distillation = {"num_images": 8, "num_steps": 6, "num_threads": 1}
+        jobs = grid_jobs(tiny_teacher, synthesis=synthesis, distillation=distillation, bn_num_images=8)
+        found = [one for one in estimate.syntheses(jobs) if one.domain == "train"]
+        assert {one.num_users for one in found} == {len(jobs) // len(found)}
+        return {one.key: one.num_batches for one in found}
+
+    assert list(made("dafl").values()) == [3], "shared by all three trials"
+    assert list(made("dfad").values()) == [3, 3, 3]

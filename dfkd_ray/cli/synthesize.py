@@ -122,8 +122,8 @@ def settings_of(file: Path | None, method: str | None, seed: int | None, assignm
         raise ValueError(f"method {given(chosen)}: expected one of {', '.join(ALONE)}")
     if chosen not in ALONE:
         raise ValueError(
-            f"method {chosen} makes its images in rounds, while a student trains on them; run `dfkd-ray recover`, or give "
-            f"one of {', '.join(ALONE)}"
+            f"method {chosen} makes its images in rounds, while a student trains on them; run "
+            f"`dfkd-ray recover`, or give one of {', '.join(ALONE)}"
         )
     return configs.parse_synthesis(data)
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from dfkd_ray import batchnorm, devices, distillation, evaluation, synthesis, trial
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.compression import pruning
-from dfkd_ray.config import METHODS, PruningConfig, synthesis_key
+from dfkd_ray.config import METHODS, PruningConfig, stable_hash, synthesis_key
 from dfkd_ray.sweep.jobs import Job
 from dfkd_ray.trial import reconstruction
 
@@ -104,11 +104,12 @@ def wanted(job: Job) -> Iterator[Synthesis]:
         reestimates = config.student.architecture is not None or bool(batchnorm.layers(teacher.network))
         sets["train"] = (config.synthesis, trial.batches_wanted(config, reestimates)[1] * config.synthesis.batch_size)
     for domain, (own, num_images) in sets.items():
-        rounds = 1 if METHODS[own.method].is_stationary else own.num_rounds
-        key, num_batches = (
-            synthesis_key(teacher.hash, own, domain),
-            -(-num_images // (own.batch_size * rounds)) * rounds,
-        )
+        row = METHODS[own.method]
+        rounds = 1 if row.is_stationary else own.num_rounds
+        num_batches = rounds * -(-num_images // (own.batch_size * rounds))
+        key = synthesis_key(teacher.hash, own, domain)
+        if row.looks_at_student(own):  # its images are this trial's alone
+            key = stable_hash({"of": key, "trial": job.id})
         yield Synthesis(key, domain, teacher, own, num_batches)
 
 
