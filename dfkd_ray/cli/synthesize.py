@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from dfkd_ray.fleet import Settings
     from dfkd_ray.image_sets import Export
 
-METHODS = {name: row for name, row in configs.METHODS.items() if row.is_data_free}
-ALONE = tuple(name for name, row in METHODS.items() if row.is_stationary)  # without a student
+METHODS = tuple(name for name, row in configs.METHODS.items() if row.is_data_free)
+ALONE = tuple(name for name in METHODS if configs.METHODS[name].is_stationary)  # without a student
 DEVICES = ("auto", "cpu", "cuda")
 
 
