@@ -256,7 +256,7 @@ LAYERS = {
 @pytest.mark.parametrize("kind", LAYERS)
 def test_scores_from_images_have_the_weights_shape_and_weigh_its_own_inputs(criterion, kind):
     layer, shape = LAYERS[kind]
-    network = nn.Sequential(copy.deepcopy(layer))
+    network = fill(nn.Sequential(copy.deepcopy(layer)), "random")
     images = torch.randn(6, *shape, generator=torch.Generator().manual_seed(0))
     axis = 1 if kind == "tokens" else 0
     images.select(axis + 1, 0).zero_()  # the first input is dead

@@ -412,7 +412,7 @@ def test_the_default_references_key_and_columns_are_those_of_before():
     own = {"reference.num_images", "reference.mixed"}
     assert set(names) == own | {*(f"reference.synthesis.{field}" for field in fields)}
     assert len(names) == len(set(names))
-    assert json.loads(str(results.schema("trials").metadata[b"dfkd_ray.schema"].rpartition(b"/")[2].decode())) == 7
+    assert json.loads(str(results.schema("trials").metadata[b"dfkd_ray.schema"].rpartition(b"/")[2].decode())) == 8
 
 
 def test_a_sweep_leaves_out_overrides_of_another_references_method(teacher_folder):
