@@ -31,12 +31,16 @@ torch.set_num_threads(1)
 
 # Tests that take long: run where `-m` asks for them by name, and with no other choice of tests.
 LONG = ("fuzz", "soak", "venvs")
-# Few tests that take minutes each: what begins last runs alone. (`--no-loadscope-reorder` keeps this order.)
+# The files that take longest, so that none of them runs alone at the end; each file runs in one process, which makes
+# its fixtures once. Those that wait (for Ray, for a host that is lost) come with those that compute, so that both cores
+# have work. (`--no-loadscope-reorder` keeps this order.)
 FIRST = [
-    *("test_cluster.py", "test_shipped_sweeps.py", "test_fleet_sweep.py", "test_session.py", "test_rounds.py"),
-    *("test_killed_sweep.py", "test_unasked_code.py", "test_sweep_running.py", "test_elastic.py", "test_sweep.py"),
-    *("test_cli_synthesize.py", "test_streams.py", "test_search.py", "test_trial.py", "test_fleet.py"),
-    "test_shrinking.py",
+    *("test_cluster.py", "test_shipped_sweeps.py", "test_fuzz.py", "test_fleet_sweep.py", "test_session.py"),
+    *("test_rounds.py", "test_killed_sweep.py", "test_unasked_code.py", "test_bench_scaling.py", "test_search.py"),
+    *("test_sweep_running.py", "test_channels.py", "test_elastic.py", "test_doors.py", "test_streams.py"),
+    *("test_token.py", "test_cli_paper.py", "test_quantisation.py", "test_sweep.py", "test_shrinking.py"),
+    *("test_cli_synthesize.py", "test_records.py", "test_trial.py", "test_fleet.py", "test_targets.py"),
+    *("test_without_batchnorm.py", "test_exporting_families.py", "test_report.py"),
 ]
 
 
