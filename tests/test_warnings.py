@@ -158,12 +158,12 @@ def of_images(tmp_path):
     teacher = make_teacher(tmp_path / "t", num_classes=3)
     config = validate(TrialConfig, tiny_trial("t"))
 
-    def found(labels=(0, 1, 2), agreement=1.0, confidence=0.9, histogram="[10, 10, 10]", about=(), **row):
+    def found(labels=(0, 1, 2), agreement=1.0, confidence=0.9, histogram="[10, 10, 10]", about=(), num_steps=1, **row):
         labels = np.array(labels * 10)
         pool = Pool(np.zeros((len(labels), 1, 32, 32), np.uint8), labels)
         row = {"class_histogram": histogram, "image_confidence": confidence, "selected": "recovered", **row}
         other = replace(teacher, info=teacher.info.model_copy(update={"trained": True, **dict(about)}))
-        return list(warnings_of(config, other, row, [{"label_agreement": agreement}], pool))
+        return list(warnings_of(config, other, row, [{"label_agreement": agreement, "num_steps": num_steps}], pool))
 
     return found
 
@@ -176,6 +176,7 @@ def of_images(tmp_path):
         ({"histogram": "[30, 0, 0]"}, "predicts 2 of 3 classes for none"),
         ({"confidence": 0.35}, "not sure"),
         ({"selected": "pruned"}, "plain pruning"),
+        ({"num_steps": 0}, "of an untrained generator: use another method"),
     ],
 )
 def test_each_warning_says_what_is_wrong(of_images, changes, says):

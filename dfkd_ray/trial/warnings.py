@@ -50,9 +50,13 @@ def warnings_of(
         )
     labels = np.unique(pool.labels[pool.labels != NO_LABEL])
     if one_class and 0 < len(labels) < num_classes:
+        few = len(pool.labels) < num_classes  # a generator's labels are what the teacher sees, however many there are
+        advice = f": set distillation.num_images to {num_classes:,} or more" if few else ""
+        yield f"{num_classes - len(labels):,} of {num_classes:,} classes have no image{advice}"
+    if config.student.architecture is None and any(row.get("num_steps") == 0 for row in rows):
         yield (
-            f"{num_classes - len(labels):,} of {num_classes:,} classes have no image: set distillation.num_images to "
-            f"{num_classes:,} or more"
+            f"synthesis.method={method} has no term without a student, so the images of round 0, on which the pruned "
+            "network is repaired, are of an untrained generator: use another method, or set student.architecture"
         )
     histogram = json.loads(row["class_histogram"])
     unseen = sum(count == 0 for count in histogram)
