@@ -738,7 +738,8 @@ def test_latency_is_null_in_the_teachers_shape_and_where_it_is_not_wanted(tiny_t
 def test_a_trial_keeps_its_id_from_before_latency_was_measured_and_another_runtime_is_another_trial(tiny_teacher):
     teacher = bundles.load(tiny_teacher)
     plain, other = (
-        validate(TrialConfig, tiny_trial(tiny_teacher, **options)) for options in ({}, {"latency.runtime": "none"})
+        validate(TrialConfig, tiny_trial(tiny_teacher, **{"latency.repeats": 15, "latency.runtime": runtime}))
+        for runtime in ("pytorch", "none")
     )
     newer = {"latency": True, "quantisation": True, "distillation": {"attention_weight"}}
     fields = plain.model_dump(mode="json", exclude={"teacher": True, "device": True, **newer})
