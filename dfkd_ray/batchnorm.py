@@ -228,10 +228,11 @@ CHECKED: WeakSet[nn.Module] = WeakSet()  # the networks that `check_recording` h
 
 @torch.no_grad()
 def check_recording(network: nn.Module, image_shape: Sequence[int]) -> None:
-    """`ValueError` if `recorded` changes the logits of a network (eval mode): compared once, on two images of noise.
+    """`ValueError` for a network without BatchNorm statistics, or whose logits `recorded` changes (eval mode).
 
-    Images would then be made for another network than the one that was handed in.
+    They are compared once, on two images of noise. Images would be made for another network than was handed in.
     """
+    require_layers(network)
     if network in CHECKED:
         return
     images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0))

@@ -6,8 +6,8 @@ returned student is the one with the lowest KL divergence on the reference set; 
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dfkd_ray import batchnorm, checkpoints, devices, losses, storage
+from dfkd_ray import batchnorm, checkpoints, devices, features, losses, storage
 from dfkd_ray.batches import mix_seed
 from dfkd_ray.compression import pruning, unreached
 from dfkd_ray.config import DistillationConfig, PruningConfig
 from dfkd_ray.devices import Runtime
 from dfkd_ray.evaluation import Reference
+from dfkd_ray.features import Maps
 from dfkd_ray.images import decode, flip_images, mix_images, shift_images
 from dfkd_ray.storage import Folder, Where
 
@@ -91,41 +92,18 @@ def rows_of(config: DistillationConfig, num_images: int, step: int) -> Tensor:
     return order[position * size : (position + 1) * size]
 
 
-@contextmanager
-def last_linear_inputs(network: nn.Module, wanted: bool):
-    """Yields a list; while open, each forward pass of `network` stores the input of its last Linear layer there."""
-    seen: list[Tensor] = []
-    handle = None
-    if wanted:
-        linears = [module for module in network.modules() if isinstance(module, nn.Linear)]
-        if not linears:
-            raise ValueError("distillation.feature_weight needs a network with a Linear layer; set it to 0")
-        handle = linears[-1].register_forward_pre_hook(lambda _module, args: seen.append(args[0].flatten(1)))
-    try:
-        yield seen
-    finally:
-        if handle:
-            handle.remove()
+def linear_inputs(network: nn.Module, wanted: bool) -> AbstractContextManager[list[Tensor]]:
+    """`features.last_linear_inputs` if they are wanted; `ValueError` for a network without a Linear layer."""
+    if not wanted:
+        return nullcontext([])
+    if features.last_linear(network) is None:
+        raise ValueError("distillation.feature_weight needs a network with a Linear layer; set it to 0")
+    return features.last_linear_inputs(network)
 
 
-Maps = dict[tuple[int, ...], Tensor]
-
-
-@contextmanager
-def last_maps(network: nn.Module, wanted: bool) -> Iterator[Maps]:
-    """Yields a dict; while open, a forward pass of `network` stores the last feature map of each height and width."""
-    seen: Maps = {}
-
-    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.ndim >= 3 and math.prod(output.shape[2:]) > 1:
-            seen[tuple(output.shape[2:])] = output
-
-    handles = [module.register_forward_hook(keep) for module in network.modules()] if wanted else []
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+def maps(network: nn.Module, wanted: bool) -> AbstractContextManager[Maps]:
+    """`features.last_maps` if they are wanted."""
+    return features.last_maps(network) if wanted else nullcontext({})
 
 
 def attention_loss(student: Maps, teacher: Maps) -> Tensor:
@@ -135,7 +113,7 @@ def attention_loss(student: Maps, teacher: Maps) -> Tensor:
     """
     shared = [size for size in teacher if size in student]
     if not shared:
-        sizes = [", ".join("x".join(map(str, size)) for size in maps) or "none" for maps in (student, teacher)]
+        sizes = [", ".join("x".join(map(str, size)) for size in found) or "none" for found in (student, teacher)]
         raise ValueError(
             "distillation.attention_weight compares feature maps of equal height and width; the student's are "
             f"{sizes[0]}, the teacher's {sizes[1]}; set it to 0 for this pair"
@@ -185,10 +163,10 @@ def distil(
     with (
         runtime.numerics(),
         torch.random.fork_rng(devices=gpus),
-        last_linear_inputs(student, config.feature_weight > 0) as student_features,
-        last_linear_inputs(teacher, config.feature_weight > 0) as teacher_features,
-        last_maps(student, config.attention_weight > 0) as student_maps,
-        last_maps(teacher, config.attention_weight > 0) as teacher_maps,
+        linear_inputs(student, config.feature_weight > 0) as student_features,
+        linear_inputs(teacher, config.feature_weight > 0) as teacher_features,
+        maps(student, config.attention_weight > 0) as student_maps,
+        maps(teacher, config.attention_weight > 0) as teacher_maps,
         unreached.zero_gradients(student, decode(reference.images[:1], runtime.space, device)),
     ):
         if state.step == 0:

@@ -14,7 +14,7 @@ from dfkd_ray import batchnorm, bundles, losses, synthesis
 from dfkd_ray.batches import Batch, RoundState, summed
 from dfkd_ray.config import CmiConfig
 from dfkd_ray.images import PixelSpace, crop_images, flip_images
-from dfkd_ray.synthesis import contrastive
+from dfkd_ray.synthesis import contrastive, inner_loop
 from helpers import make_teacher, tiny_network
 
 CPU = torch.device("cpu")
@@ -181,7 +181,7 @@ def test_views_are_differentiable_keep_shape_and_range_and_repeat_with_their_see
     space = PixelSpace((0.5,) * shape[1], (0.25,) * shape[1])
     given = (4 * torch.rand(shape, generator=seeded()) - 2).requires_grad_()
     for view in (
-        lambda seed: contrastive.global_view(given, SMALL, space, seeded(seed)),
+        lambda seed: inner_loop.augmented(given, SMALL, space, seeded(seed)),
         lambda seed: contrastive.local_view(given, SMALL, seeded(seed)),
     ):
         seen = view(1)

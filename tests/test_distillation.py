@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from dfkd_ray import batchnorm, bundles, devices, distillation, evaluation, losses, storage
+from dfkd_ray import batchnorm, bundles, devices, distillation, evaluation, features, losses, storage
 from dfkd_ray.compression import pruning
 from dfkd_ray.config import PruningConfig
 from dfkd_ray.heads import SOFTMAX
@@ -252,13 +252,13 @@ def test_attention_maps_are_compared_at_the_sizes_that_both_networks_have():
 def test_maps_are_the_last_of_each_size_and_hooks_do_not_stay():
     network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(2, 3, 1), nn.Flatten())
     images = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    with distillation.last_maps(network, True) as maps:
+    with features.last_maps(network) as maps:
         network(images)
         expected = {(4, 4): network[:2](images), (2, 2): network[:4](images)}
     assert maps.keys() == expected.keys()
     for size, found in expected.items():
         torch.testing.assert_close(maps[size], found)
-    with distillation.last_maps(network, False) as maps:
+    with distillation.maps(network, False) as maps:
         network(images)
     assert not maps and not any(module._forward_hooks for module in network.modules())
 

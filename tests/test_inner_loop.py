@@ -15,7 +15,7 @@ from dfkd_ray.batches import Batch, RoundState, summed
 from dfkd_ray.config import FastConfig, NayerConfig, StudentConfig
 from dfkd_ray.heads import SOFTMAX
 from dfkd_ray.synthesis import fast, generator, inner_loop, nayer
-from dfkd_ray.synthesis.optimiser import Aim
+from dfkd_ray.synthesis.optimiser import Aim, bn_term
 from helpers import tiny_network
 
 CPU = torch.device("cpu")
@@ -47,6 +47,10 @@ def changed(settings: Any, **fields: Any) -> Any:
 def snapshot() -> dict[str, np.ndarray]:
     """The weights of a student that differs from the teacher."""
     return {name: tensor.numpy().copy() for name, tensor in tiny_network(seed=1).state_dict().items()}
+
+
+def restored(teacher: bundles.Teacher, settings: Any, state: RoundState) -> generator.Generator:
+    return generator.restored(teacher.info.image_shape, settings, state.arrays, CPU)
 
 
 def made(teacher: bundles.Teacher, settings: Any, state: RoundState, index: int = 0) -> Batch:
@@ -168,13 +172,17 @@ def test_the_batchnorm_term_compares_moving_averages_and_in_the_first_round_the_
     images = normal(8, 1, 16, 16)
     with batchnorm.recorded(teacher.network) as statistics:
         teacher.network(images)
+
+    def term(earlier: Any, momentum: float) -> torch.Tensor:
+        return bn_term(inner_loop.averaged(statistics, earlier, momentum), CPU)
+
     own = losses_of(statistics, [(None, None)] * len(statistics.layers))
-    torch.testing.assert_close(inner_loop.bn_term(statistics, [], 0.9), own)
+    torch.testing.assert_close(term([], 0.9), own)
     earlier = [(normal(len(mean), seed=3), normal(len(mean), seed=4).square()) for mean in statistics.means]
-    torch.testing.assert_close(inner_loop.bn_term(statistics, earlier, 0.9), losses_of(statistics, earlier))
-    torch.testing.assert_close(inner_loop.bn_term(statistics, earlier, 0.0), own)
+    torch.testing.assert_close(term(earlier, 0.9), losses_of(statistics, earlier))
+    torch.testing.assert_close(term(earlier, 0.0), own)
     matched: Any = [(layer.running_mean, layer.running_var) for layer in statistics.layers]
-    torch.testing.assert_close(inner_loop.bn_term(statistics, matched, 0.75), own / 4)
+    torch.testing.assert_close(term(matched, 0.75), own / 4)
 
 
 def losses_of(statistics: batchnorm.Statistics, earlier: Any) -> torch.Tensor:
@@ -190,8 +198,8 @@ def losses_of(statistics: batchnorm.Statistics, earlier: Any) -> torch.Tensor:
 def test_fasts_contribution_is_the_sum_of_the_inner_gradients_of_a_hand_written_loop(teacher):
     settings = changed(FAST, num_steps=3, precision="float32", shift=0, flip=False, batch_size=8)
     state = first(teacher, settings)
-    learner = fast.generator_of(teacher, settings, state, CPU)
-    own, aim = fast.generator_of(teacher, settings, state, CPU), Aim(torch.arange(8), SOFTMAX)
+    learner = restored(teacher, settings, state)
+    own, aim = restored(teacher, settings, state), Aim(torch.arange(8), SOFTMAX)
     against = inner_loop.fixed(teacher, settings, CPU, state, None)
     _, contribution = fast.adapt(learner, against, settings, aim, torch.Generator().manual_seed(5))
 
@@ -220,7 +228,7 @@ def test_fasts_contribution_is_the_sum_of_the_inner_gradients_of_a_hand_written_
 
 def test_fasts_generator_takes_adam_steps_along_the_mean_contribution_and_keeps_its_moments(teacher):
     settings = changed(FAST, num_steps=3, learning_rate=0.01)
-    state, reference = first(teacher, settings), fast.generator_of(teacher, settings, first(teacher, settings), CPU)
+    state, reference = first(teacher, settings), restored(teacher, settings, first(teacher, settings))
     adam = devices.Adam(reference.parameters(), lr=0.03, betas=generator.BETAS)
     for number in range(3):
         parts = []
@@ -247,7 +255,7 @@ def test_every_batch_of_fast_starts_from_the_rounds_generator_with_inputs_of_its
     from dfkd_ray.batches import batch_seed
 
     z = normal(8, 6, seed=batch_seed(seeds, 3))
-    images = generator.pixels(fast.generator_of(teacher, settings, state, CPU)(z), teacher.info.space).detach()
+    images = generator.pixels(restored(teacher, settings, state)(z), teacher.info.space).detach()
     mean, std = teacher.info.space.per_channel()
     np.testing.assert_allclose(batch.images, (images * std + mean).numpy(), atol=1e-4)
 

@@ -21,7 +21,7 @@ from dfkd_ray.config.fields import (
     Threads,
     Weight,
 )
-from dfkd_ray.config.inversion import DeepInversionConfig
+from dfkd_ray.config.inversion import DeepInversionConfig, tied_to_teacher
 
 
 class AdiConfig(DeepInversionConfig):
@@ -51,27 +51,37 @@ class AdiConfig(DeepInversionConfig):
 PLAIN_FIELDS = tuple(DeepInversionConfig.model_fields)
 
 
-class GenerativeConfig(BaseModel):
-    """The fields of the methods that train one generator, round by round, from the teacher and the student."""
+class GeneratorConfig(BaseModel):
+    """The fields of all methods whose images come from a generator."""
 
     model_config = STRICT
 
     seed: Seed = Field(default=0, description="seed of generator and inputs, with the teacher, round and batch index")
-    batch_size: BatchSize = Field(default=256, description="images of a step of the generator, and of a batch")
+    batch_size: BatchSize = Field(default=256, description="images of a step and of a batch; they share a generator")
     num_rounds: Count = Field(
-        default=20, ge=1, description="alternations of generator and student; images of all rounds so far are used"
+        default=20, ge=1, description="alternations of images and student; images of all rounds so far are used"
     )
     lag: Literal[0, 1] = Field(default=0, description="0: the student of the round before; 1: of the one before that")
-    num_steps: Count = Field(default=20, ge=1, description="steps of the generator in each batch of a round")
-    learning_rate: Number = Field(default=1e-3, gt=0, description="Adam learning rate of the generator")
     num_inputs: Count = Field(default=256, ge=1, description="size of the generator's input z ~ N(0, 1)")
     num_channels: Count = Field(default=64, ge=1, le=4096, description="channels of the generator")
+    precision: Precision = Field(
+        default="bfloat16",
+        description="of the networks; statistics and losses stay in float32; a CPU without bfloat16 runs in float32",
+    )
+    channels_last: bool = True
+    storage: Storage = Field(
+        default="uint8", description="type of a stored image, uint8 over the teacher's pixel range"
+    )
+    num_threads: Threads = 2
+
+
+class GenerativeConfig(GeneratorConfig):
+    """The fields of the methods that train one generator, round by round, from the teacher and the student."""
+
+    num_steps: Count = Field(default=20, ge=1, description="steps of the generator in each batch of a round")
+    learning_rate: Number = Field(default=1e-3, gt=0, description="Adam learning rate of the generator")
     flip: bool = Field(default=True, description="flip the batch left to right in half of the steps")
     jitter: Pixels = Field(default=2, description="largest cyclic shift per step, pixels")
-    precision: Precision = Field(default="bfloat16", description="of the networks; losses stay in float32")
-    channels_last: bool = True
-    storage: Storage = Field(default="uint8", description="type of a stored image")
-    num_threads: Threads = 2
 
 
 class DfqConfig(GenerativeConfig):
@@ -117,25 +127,18 @@ class ZsktConfig(GenerativeConfig):
     clip_norm: Number = Field(default=5.0, gt=0, description="largest norm of the generator's gradient")
 
 
-class CmiConfig(BaseModel):
+class CmiConfig(GeneratorConfig):
     """Contrastive model inversion: images that differ from all earlier ones.
 
     Source: Fang et al. 2021, arXiv 2105.08584.
     """
 
-    model_config = STRICT
-
     method: Literal["cmi"] = "cmi"
-    seed: Seed = Field(default=0, description="seed of every batch, together with the teacher and the batch index")
-    batch_size: BatchSize = Field(default=256, description="images per batch; they share a generator")
     num_rounds: Count = Field(default=10, ge=1, description="rounds; each adds its images to the memory bank")
-    lag: Literal[0, 1] = Field(default=0, description="0: the student of the round before; 1: of the one before that")
     num_steps: Count = Field(default=200, ge=1, description="optimiser steps per batch")
     learning_rate: Number = Field(
         default=1e-3, gt=0, description="Adam learning rate of generator, its inputs and the projection head"
     )
-    num_inputs: Count = Field(default=256, ge=1, description="inputs of the generator")
-    num_channels: Count = Field(default=64, ge=1, le=4096, description="channels of the generator's widest layers")
     bn_weight: Weight = Field(default=1.0, description="weight of the BatchNorm statistics term")
     label_weight: Weight = Field(default=0.5, description="weight of the cross-entropy to balanced labels")
     adversarial_weight: Weight = Field(
@@ -156,16 +159,6 @@ class CmiConfig(BaseModel):
     crop_scale: Share = Field(default=0.25, gt=0, description="smallest share of the image in its local view")
     shift: Pixels = Field(default=4, description="largest shift of the global view, pixels")
     flip: bool = Field(default=True, description="flip half of the images left to right, in each view")
-    precision: Precision = Field(
-        default="bfloat16",
-        description="of the networks; statistics, features and losses stay in float32; a CPU without bfloat16 runs "
-        "them in float32",
-    )
-    channels_last: bool = True
-    storage: Storage = Field(
-        default="uint8", description="type of a stored image, uint8 over the teacher's pixel range"
-    )
-    num_threads: Threads = 2
 
     @model_validator(mode="after")
     def _something_to_minimise(self) -> "CmiConfig":
@@ -173,26 +166,9 @@ class CmiConfig(BaseModel):
         return self
 
 
-class FastConfig(BaseModel):
-    """Images by a generator that each batch adapts in a few steps. Source: Fang et al. 2022, arXiv 2112.06253.
+class InnerLoopConfig(GeneratorConfig):
+    """The fields of the methods whose batches go on training the generator of their round: Fast and NAYER."""
 
-    The defaults are the paper's for 10 inner steps on CIFAR-10 and a ResNet-34, with half the channels.
-    """
-
-    model_config = STRICT
-
-    method: Literal["fast"] = "fast"
-    seed: Seed = Field(default=0, description="seed of the generator and every batch, with the teacher and the index")
-    batch_size: BatchSize = Field(default=256, description="images per batch; they share their BatchNorm statistics")
-    num_rounds: Count = Field(default=20, ge=1, description="rounds; the generator takes one step after each")
-    lag: Literal[0, 1] = Field(default=0, description="0: the student of the round before; 1: of the one before that")
-    num_steps: Count = Field(default=10, ge=1, description="inner steps of each batch, from the generator of its round")
-    learning_rate: Number = Field(
-        default=2e-3, gt=0, description="Adam's, of the inner steps; the generator's own is num_steps times as large"
-    )
-    input_learning_rate: Number = Field(default=0.01, gt=0, description="Adam's, of the generator's inputs")
-    num_inputs: Count = Field(default=256, ge=1, description="size of the generator's input z ~ N(0, 1)")
-    num_channels: Count = Field(default=64, ge=1, le=4096, description="channels of the generator")
     label_weight: Weight = Field(default=0.5, description="weight of the label loss")
     bn_weight: Weight = Field(default=10.0, description="weight of the BatchNorm statistics term")
     bn_momentum: Share = Field(
@@ -201,19 +177,33 @@ class FastConfig(BaseModel):
     adversarial_weight: Weight = Field(
         default=1.33, description="weight of the student's divergence, where it agrees on the class; from round 1 on"
     )
+    flip: bool = Field(default=True, description="flip half of the images left to right in each step")
+    shift: Pixels = Field(default=4, description="largest shift of an image in each step, pixels")
+
+    @model_validator(mode="after")
+    def _something_to_minimise(self) -> "InnerLoopConfig":
+        tied_to_teacher(self.label_weight, self.bn_weight)
+        return self
+
+
+class FastConfig(InnerLoopConfig):
+    """Images by a generator that each batch adapts in a few steps. Source: Fang et al. 2022, arXiv 2112.06253.
+
+    The defaults are the paper's for 10 inner steps on CIFAR-10 and a ResNet-34, with half the channels.
+    """
+
+    method: Literal["fast"] = "fast"
+    num_steps: Count = Field(default=10, ge=1, description="inner steps of each batch, from the generator of its round")
+    learning_rate: Number = Field(
+        default=2e-3, gt=0, description="Adam's, of the inner steps; the generator's own is num_steps times as large"
+    )
+    input_learning_rate: Number = Field(default=0.01, gt=0, description="Adam's, of the generator's inputs")
     reset_round: Count = Field(
         default=0, ge=0, description="round before which the generator's first two layers are drawn anew; 0: never"
     )
-    flip: bool = Field(default=True, description="flip half of the images left to right in each step")
-    shift: Pixels = Field(default=4, description="largest shift of an image in each step, pixels")
-    precision: Precision = Field(default="bfloat16", description="of the networks; statistics stay in float32")
-    channels_last: bool = True
-    storage: Storage = Field(default="uint8", description="type of a stored image")
-    num_threads: Threads = 2
 
     @model_validator(mode="after")
-    def _valid(self) -> "FastConfig":
-        tied_to_teacher(self.label_weight, self.bn_weight)
+    def _reset_comes(self) -> "FastConfig":
         if self.reset_round >= self.num_rounds and self.reset_round:
             raise ValueError(
                 f"reset_round: round {self.reset_round} never comes with num_rounds={self.num_rounds}, they count from "
@@ -222,19 +212,13 @@ class FastConfig(BaseModel):
         return self
 
 
-class NayerConfig(BaseModel):
+class NayerConfig(InnerLoopConfig):
     """Images by a generator from class embeddings and noisy layers. Source: Tran et al. 2024, arXiv 2310.00258.
 
     The defaults are the paper's for CIFAR-10 and a ResNet-34, with half the channels and a quarter of the inputs.
     """
 
-    model_config = STRICT
-
     method: Literal["nayer"] = "nayer"
-    seed: Seed = Field(default=0, description="seed of the generator and every batch, with the teacher and the index")
-    batch_size: BatchSize = Field(default=256, description="images per batch; they share their BatchNorm statistics")
-    num_rounds: Count = Field(default=20, ge=1, description="rounds; the generator is carried from one to the next")
-    lag: Literal[0, 1] = Field(default=0, description="0: the student of the round before; 1: of the one before that")
     num_steps: Count = Field(default=30, ge=1, description="steps of each batch, from the generator of its round")
     learning_rate: Number = Field(default=4e-3, gt=0, description="Adam's, of the generator")
     embedding: Literal["classifier", "orthonormal", "one_hot"] = Field(
@@ -246,29 +230,3 @@ class NayerConfig(BaseModel):
         default=10, ge=0, description="rounds after which a new generator takes the old one's place; 0: never"
     )
     num_inputs: Count = Field(default=256, ge=1, description="outputs of the noisy layers")
-    num_channels: Count = Field(default=64, ge=1, le=4096, description="channels of the generator")
-    label_weight: Weight = Field(default=0.5, description="weight of the label loss")
-    bn_weight: Weight = Field(default=10.0, description="weight of the BatchNorm statistics term")
-    bn_momentum: Share = Field(
-        default=0.9, ge=0, lt=1, description="share of earlier rounds in the statistics that are matched; 0: none"
-    )
-    adversarial_weight: Weight = Field(
-        default=1.33, description="weight of the student's divergence, where it agrees on the class; from round 1 on"
-    )
-    flip: bool = Field(default=True, description="flip half of the images left to right in each step")
-    shift: Pixels = Field(default=4, description="largest shift of an image in each step, pixels")
-    precision: Precision = Field(default="bfloat16", description="of the networks; statistics stay in float32")
-    channels_last: bool = True
-    storage: Storage = Field(default="uint8", description="type of a stored image")
-    num_threads: Threads = 2
-
-    @model_validator(mode="after")
-    def _valid(self) -> "NayerConfig":
-        tied_to_teacher(self.label_weight, self.bn_weight)
-        return self
-
-
-def tied_to_teacher(label_weight: float, bn_weight: float) -> None:
-    """`ValueError` if nothing that is minimised depends on the teacher in every round."""
-    if not label_weight and not bn_weight:
-        raise ValueError("label_weight and bn_weight are both 0: nothing ties the images to the teacher")

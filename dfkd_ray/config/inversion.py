@@ -69,6 +69,11 @@ class DeepInversionConfig(BaseModel):
 
     @model_validator(mode="after")
     def _something_to_minimise(self) -> "DeepInversionConfig":
-        if not self.label_weight and not self.bn_weight:
-            raise ValueError("label_weight and bn_weight are both 0: nothing ties the images to the teacher")
+        tied_to_teacher(self.label_weight, self.bn_weight)
         return self
+
+
+def tied_to_teacher(label_weight: float, bn_weight: float) -> None:
+    """`ValueError` if nothing that is minimised depends on the teacher in every round."""
+    if not label_weight and not bn_weight:
+        raise ValueError("label_weight and bn_weight are both 0: nothing ties the images to the teacher")

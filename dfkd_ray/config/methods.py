@@ -7,7 +7,7 @@ derived from the table.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import partial, reduce
 from operator import or_
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
@@ -144,7 +144,9 @@ TV, L2 = "total variation", "mean squared normalised pixel"
 BALANCE, ADVERSARIAL = "minus the entropy of the batch's mean prediction", "student's term: minus its distance"
 ACTIVATION = "minus the mean absolute input of the last linear layer"
 CONTRASTIVE = "contrastive loss of the kept step"
-OF_GENERATOR = ("precision", "num_channels", "channels_last")  # what decides the seconds of a step
+# What decides the seconds of a step.
+OF_INVERSION = ("precision", "parametrisation", "channels_last", "fast")
+OF_GENERATOR = ("precision", "num_channels", "channels_last")
 
 
 def of_adversary(config: Any) -> bool:
@@ -152,13 +154,14 @@ def of_adversary(config: Any) -> bool:
     return config.adversarial_weight > 0
 
 
+ADAPTIVE = partial(Method, is_stationary=False, looks_at_student=of_adversary)
 METHODS: dict[str, Method] = {
     "deepinversion": Method(
         DeepInversionConfig,
         "gradient descent until the BatchNorm statistics and the labels fit",
         "dfkd_ray.synthesis.deepinversion",
         terms={"label": LABEL, "bn": BN, "tv": TV, "l2": L2},
-        cost_fields=("precision", "parametrisation", "channels_last", "fast"),
+        cost_fields=OF_INVERSION,
     ),
     "records": Method(
         RecordsConfig,
@@ -167,23 +170,19 @@ METHODS: dict[str, Method] = {
         terms={"label": LABEL, "bn": BN, "tv": TV, "record": "term of the activation record"},
         cost_fields=("precision", "parametrisation", "channels_last", "record"),
     ),
-    "adi": Method(
+    "adi": ADAPTIVE(
         AdiConfig,
         "DeepInversion, then rounds of its images moved to where the student fails",
         "dfkd_ray.synthesis.adaptive",
         terms={"label": LABEL, "bn": BN, "tv": TV, "l2": L2, "adversarial": ADVERSARIAL},
-        cost_fields=("precision", "parametrisation", "channels_last", "fast"),
-        is_stationary=False,
-        looks_at_student=of_adversary,
+        cost_fields=OF_INVERSION,
     ),
-    "dfq": Method(
+    "dfq": ADAPTIVE(
         DfqConfig,
         "a generator: BatchNorm statistics, sure and balanced classes, against the student",
         "dfkd_ray.synthesis.generative",
         terms={"label": LABEL, "bn": BN, "balance": BALANCE, "adversarial": ADVERSARIAL},
         cost_fields=OF_GENERATOR,
-        is_stationary=False,
-        looks_at_student=of_adversary,
     ),
     "dafl": Method(
         DaflConfig,
@@ -193,50 +192,40 @@ METHODS: dict[str, Method] = {
         cost_fields=OF_GENERATOR,
         is_stationary=False,
     ),
-    "dfad": Method(
+    "dfad": ADAPTIVE(
         DfadConfig,
         "a generator of images on which the student's logits differ; no BatchNorm needed",
         "dfkd_ray.synthesis.generative",
         terms={"adversarial": ADVERSARIAL},
         cost_fields=OF_GENERATOR,
-        is_stationary=False,
-        looks_at_student=of_adversary,
     ),
-    "zskt": Method(
+    "zskt": ADAPTIVE(
         ZsktConfig,
         "a generator of images on which the student's distribution differs; no BatchNorm needed",
         "dfkd_ray.synthesis.generative",
         terms={"adversarial": ADVERSARIAL},
         cost_fields=OF_GENERATOR,
-        is_stationary=False,
-        looks_at_student=of_adversary,
     ),
-    "cmi": Method(
+    "cmi": ADAPTIVE(
         CmiConfig,
         "a new generator for each batch, whose images differ from all earlier ones in the teacher's features",
         "dfkd_ray.synthesis.contrastive",
         terms={"label": LABEL, "bn": BN, "adversarial": ADVERSARIAL, "contrastive": CONTRASTIVE},
         cost_fields=(*OF_GENERATOR, "num_negatives", "num_projected"),
-        is_stationary=False,
-        looks_at_student=of_adversary,
     ),
-    "fast": Method(
+    "fast": ADAPTIVE(
         FastConfig,
         "a generator that every batch adapts in a few steps",
         "dfkd_ray.synthesis.fast",
         terms={"label": LABEL, "bn": BN, "adversarial": ADVERSARIAL},
         cost_fields=OF_GENERATOR,
-        is_stationary=False,
-        looks_at_student=of_adversary,
     ),
-    "nayer": Method(
+    "nayer": ADAPTIVE(
         NayerConfig,
         "a generator from class embeddings and noisy layers",
         "dfkd_ray.synthesis.nayer",
         terms={"label": LABEL, "bn": BN, "adversarial": ADVERSARIAL},
         cost_fields=OF_GENERATOR,
-        is_stationary=False,
-        looks_at_student=of_adversary,
     ),
     "noise": Method(NoiseConfig, "Gaussian images: the lower baseline", "dfkd_ray.synthesis.noise", has_labels=False),
     "real": Method(RealConfig, "real images: the upper bound, not data-free", None, is_data_free=False),

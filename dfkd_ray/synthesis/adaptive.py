@@ -22,7 +22,7 @@ from dfkd_ray.config import AdiConfig, DeepInversionConfig
 from dfkd_ray.heads import HEADS
 from dfkd_ray.images import decode
 from dfkd_ray.synthesis import deepinversion
-from dfkd_ray.synthesis.optimiser import Aim, Made, batches, pyramid_sizes
+from dfkd_ray.synthesis.optimiser import Aim, Made, batches, pyramid_sizes, require_classes
 
 
 def plain(config: AdiConfig) -> DeepInversionConfig:
@@ -70,11 +70,7 @@ def source(
 def check(teacher: Teacher, config: AdiConfig, where: str) -> None:
     """`ValueError` for a teacher whose BatchNorm statistics cannot be matched, or whose classes are no classes."""
     deepinversion.check(teacher, config, where)
-    if teacher.info.head != "softmax":
-        raise ValueError(
-            f"{where}.method=adi compares classes that exclude each other, and this teacher's head is "
-            f"{teacher.info.head}; use {where}.method=deepinversion"
-        )
+    require_classes(teacher, config, where)
 
 
 def parts_of(images: Tensor, config: AdiConfig) -> list[Tensor]:

@@ -17,7 +17,6 @@ as the features. Here it has `num_projected` channels, because the head travels 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -29,23 +28,35 @@ from torch import Tensor, nn
 
 from dfkd_ray import batchnorm, devices, losses, untrusted
 from dfkd_ray.batches import Batch, BatchSource, RoundState
-from dfkd_ray.bundles import Teacher, freeze
+from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import CmiConfig
 from dfkd_ray.heads import HEADS
-from dfkd_ray.images import PixelSpace, crop_images, flip_images, shift_images
+from dfkd_ray.images import crop_images, flip_images
+from dfkd_ray.synthesis import inner_loop
 from dfkd_ray.synthesis.generator import (
     BETAS,
     Arrays,
     adam_arrays,
     arrays_of,
     draw,
+    finite,
     load,
     mean_of,
     new,
     pixels,
     put_adam,
 )
-from dfkd_ray.synthesis.optimiser import Aim, Made, batches, bn_term, looked_at, measured, total
+from dfkd_ray.synthesis.inner_loop import Fixed
+from dfkd_ray.synthesis.optimiser import (
+    Aim,
+    Made,
+    batches,
+    looked_at,
+    measured,
+    require_classes,
+    require_statistics,
+    total,
+)
 
 HEAD, ADAM, BANK, FEATURES = "head.", "head_adam.", "bank", "features"  # names of arrays, and beginnings of names
 MOST_STATE = 2**30  # bytes: each batch of a round is sent the state
@@ -64,10 +75,9 @@ def source(
     The source uses a copy of the teacher's network on `device`; the network itself is not modified.
     """
     assert state is not None, "a method in rounds"
-    devices.check_precision(config.precision, device)
-    network = devices.place(freeze(deepcopy(teacher.network)), device, channels_last=config.channels_last)
-    batchnorm.require_layers(network)
-    adversary = student if config.adversarial_weight else None
+    against = inner_loop.fixed(teacher, config, device, state, student)
+    batchnorm.require_layers(against.network)
+    against = replace(against, matches_bn=True)  # measured whatever its weight, as by DeepInversion
     head, shape = HEADS[teacher.info.head], teacher.info.image_shape
 
     def make(slower: CmiConfig, labels: Tensor, generator: torch.Generator, _seed: int) -> Made:
@@ -76,7 +86,7 @@ def source(
         own_seed = int(torch.randint(2**62, (), generator=generator))
         maker = new(shape, config.num_inputs, config.num_channels, own_seed)
         devices.place(maker, device, channels_last=config.channels_last)
-        inverter = Inverter(network, adversary, contrast, slower, teacher.info.space, aim)
+        inverter = Inverter(against, contrast, slower, aim)
         kept = invert(maker, inverter, generator)
 
         def measure(stored: Tensor) -> dict[str, Any]:
@@ -84,7 +94,7 @@ def source(
             return terms | ({"contrastive": float(kept["contrastive"])} if contrast else {})
 
         contribution = contrast.contribution(kept["features"]) if contrast else {}
-        seen, by_student = 2 if contrast else 1, int(adversary is not None)
+        seen, by_student = 2 if contrast else 1, int(against.student is not None)
         return Made(
             kept["images"], config.num_steps, measure, contribution, teacher_passes=seen, student_passes=by_student
         )
@@ -130,18 +140,13 @@ def advance(
 
 def check(teacher: Teacher, config: CmiConfig, where: str) -> None:
     """`ValueError` for a teacher that the method cannot use; `where`: the config's dotted name."""
-    what = f"{where}.method={config.method}"
-    if teacher.info.head != "softmax":
-        raise ValueError(
-            f"{what}: the teacher's labels are independent (head: {teacher.info.head}); this method needs classes that "
-            f"exclude each other; use {where}.method=deepinversion"
-        )
+    what, others = f"{where}.method={config.method}", "method=records, where it has some, or noise"
+    require_classes(teacher, config, where)
+    require_statistics(teacher, config, where, others)
     try:
-        batchnorm.require_layers(teacher.network)
-        batchnorm.check_recording(teacher.network, teacher.info.image_shape)
         size = num_features(teacher.network, teacher.info.image_shape) if config.contrastive_weight else 0
     except ValueError as error:
-        raise ValueError(f"{what}: {error}; or {where}.method=records, where it has some, or noise") from None
+        raise ValueError(f"{what}: {error}; or {where}.{others}") from None
     num_bytes = state_bytes(config, size)
     if num_bytes > MOST_STATE:
         raise ValueError(
@@ -158,14 +163,6 @@ def state_bytes(config: CmiConfig, size: int) -> int:
 
 
 # ---- views -----------------------------------------------------------------------------------------------------------
-
-
-def global_view(
-    images: Float[Tensor, "n c h w"], config: CmiConfig, space: PixelSpace, generator: torch.Generator
-) -> Float[Tensor, "n c h w"]:
-    """Each image shifted, the border filled with the lowest pixel value, and flipped or not. Differentiable."""
-    seen = shift_images(images, config.shift, space.bounds(images.device)[0], generator)
-    return flip_images(seen, generator) if config.flip else seen
 
 
 def local_view(
@@ -261,50 +258,35 @@ class Contrast:
     def contribution(self, features: Float[Tensor, "n views features"]) -> Arrays:
         """The batch's summand of the next state: the trained head, and the features of the images."""
         head = {**arrays_of(self.head, HEAD), **adam_arrays(self.optimiser, self.head, ADAM)}
-        return {**head, FEATURES: stored(features, self.config.bank_type), "batches": np.asarray(1.0)}
+        return finite({**head, FEATURES: stored(features, self.config.bank_type)})
 
 
 # ---- optimisation ----------------------------------------------------------------------------------------------------
 
 
 class Inverter:
-    """The networks and settings of one batch, and its loss terms."""
+    """What one batch is held against and for, and its loss terms."""
 
-    def __init__(
-        self,
-        network: nn.Module,
-        student: nn.Module | None,
-        contrast: Contrast | None,
-        config: CmiConfig,
-        space: PixelSpace,
-        aim: Aim,
-    ):
-        self.network, self.student, self.contrast = network, student, contrast
-        self.config, self.space, self.aim = config, space, aim
-
-    def run(self, network: nn.Module, images: Tensor) -> Tensor:
-        """Logits of normalised images, float32."""
-        with devices.autocast(self.config.precision, images.device):
-            return network(devices.laid_out(images, network, channels_last=self.config.channels_last)).float()
+    def __init__(self, against: Fixed, contrast: Contrast | None, config: CmiConfig, aim: Aim):
+        self.against, self.contrast, self.config, self.aim = against, contrast, config, aim
 
     def fit(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """The unweighted terms of a view, without the contrastive loss; the teacher's logits."""
-        with batchnorm.recorded(self.network) as statistics:
-            logits = self.run(self.network, images)
-        terms = {"label": self.aim.head.label_loss(logits, self.aim.labels), "bn": bn_term(statistics, images.device)}
-        if self.student is not None:
-            terms["adversarial"] = losses.decision_adversary(self.run(self.student, images), logits)
-        return terms, logits
+        with self.against.recorded() as statistics:
+            logits = inner_loop.logits_of(self.config, images, self.against)
+        return inner_loop.terms(logits, self.aim, statistics), logits[0]
 
     def terms(
         self, images: Tensor, taken: Callable[[int], Tensor], generator: torch.Generator
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """All unweighted terms of images by name; what else is kept of them. `taken`: see `observed`."""
-        terms, _ = self.fit(global_view(images, self.config, self.space, generator))
+        terms, _ = self.fit(inner_loop.augmented(images, self.config, self.against.space, generator))
         whole = taken(len(images))
         if self.contrast is None:
             return terms, {"images": images}
-        self.run(self.network, local_view(images, self.config, generator))
+        inner_loop.logits_of(
+            self.config, local_view(images, self.config, generator), replace(self.against, student=None)
+        )
         features = torch.stack([taken(len(images)), whole], dim=1)
         terms["contrastive"] = self.contrast.loss(features, generator)
         return terms, {"images": images, "features": features, "contrastive": terms["contrastive"]}
@@ -327,10 +309,10 @@ def invert(maker: nn.Module, inverter: Inverter, generator: torch.Generator) -> 
     optimisers = [devices.Adam([*maker.parameters(), z], lr=config.learning_rate, betas=BETAS)]
     optimisers += [contrast.optimiser] if contrast else []
     kept: dict[str, Tensor] = {}
-    with observed(inverter.network) as taken:
+    with observed(inverter.against.network) as taken:
         for step in range(config.num_steps):
             with devices.autocast(config.precision, device):
-                images = pixels(maker(z), inverter.space)
+                images = pixels(maker(z), inverter.against.space)
             terms, values = inverter.terms(images, taken, generator)
             loss = total(config, terms)
             kept = lower(kept, {"loss": loss.detach()} | {name: value.detach() for name, value in values.items()})

@@ -39,6 +39,7 @@ from dfkd_ray.synthesis.optimiser import (
     looked_at,
     measured,
     pyramid_sizes,
+    require_statistics,
     set_learning_rate,
     total,
 )
@@ -68,12 +69,8 @@ def source(teacher: Teacher, config: DeepInversionConfig, key: str, device: torc
 
 def check(teacher: Teacher, config: DeepInversionConfig, where: str) -> None:
     """`ValueError` for a teacher whose BatchNorm statistics cannot be matched; `where`: the config's dotted name."""
-    try:
-        batchnorm.require_layers(teacher.network)
-        batchnorm.check_recording(teacher.network, teacher.info.image_shape)
-    except ValueError as error:
-        others = "records, where it has some, dafl, or noise" if where == "synthesis" else "records, or noise"
-        raise ValueError(f"{where}.method={config.method}: {error}; or {where}.method={others}") from None
+    others = "records, where it has some, dafl, or noise" if where == "synthesis" else "records, or noise"
+    require_statistics(teacher, config, where, f"method={others}")
 
 
 def compiled(network: nn.Module) -> Callable[[Tensor], Tensor]:

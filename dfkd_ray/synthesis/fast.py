@@ -23,7 +23,7 @@ from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import FastConfig
 from dfkd_ray.heads import SOFTMAX
 from dfkd_ray.synthesis import inner_loop
-from dfkd_ray.synthesis.generator import BETAS, Arrays, Generator, adam_arrays, arrays_of, draw, load, new, put_adam
+from dfkd_ray.synthesis.generator import BETAS, Arrays, Generator, adam_arrays, arrays_of, draw, new, put_adam, restored
 from dfkd_ray.synthesis.inner_loop import Fixed
 from dfkd_ray.synthesis.optimiser import Aim, Made, batches
 
@@ -43,19 +43,13 @@ def source(
 ) -> BatchSource:
     """The batches of a round. `ValueError` for a teacher without BatchNorm statistics if they are to be matched."""
     against = inner_loop.fixed(teacher, config, device, state, student)
-    learner = generator_of(teacher, config, state, device)
+    learner = restored(teacher.info.image_shape, config, state.arrays, device)
 
     def make(slower: FastConfig, labels: Tensor, generator: torch.Generator, _seed: int) -> Made:
         aim, slowness = Aim(labels.to(device), SOFTMAX), slower.learning_rate / config.learning_rate
         slower = slower.model_copy(update={"input_learning_rate": slowness * config.input_learning_rate})
         images, contribution = adapt(deepcopy(learner), against, slower, aim, generator)
-        return Made(
-            images,
-            config.num_steps,
-            lambda stored: inner_loop.measure(config, stored, against, aim),
-            inner_loop.finite(contribution),
-            student_passes=int(against.student is not None),
-        )
+        return inner_loop.made(images, contribution, against, config, aim)
 
     return batches(teacher, config, key, device, make)
 
@@ -97,7 +91,7 @@ def advance(
     student: nn.Module | None,
 ) -> Arrays:
     """One Adam step of the generator along minus the mean contribution, and the next BatchNorm averages."""
-    learner = generator_of(teacher, config, state, CPU)
+    learner = restored(teacher.info.image_shape, config, state.arrays, CPU)
     optimiser = meta_optimiser(learner, config)
     put_adam(optimiser, learner, state.arrays)
     count = float(contributions["batches"])
@@ -112,13 +106,6 @@ def advance(
         draw(learner.first, generator)
     carried = arrays_of(learner) | adam_arrays(optimiser, learner)
     return carried | inner_loop.next_averages(state, contributions, config.bn_momentum)
-
-
-def generator_of(teacher: Teacher, config: FastConfig, state: RoundState, device: torch.device) -> Generator:
-    """The generator in a state, in train mode."""
-    generator = new(teacher.info.image_shape, config.num_inputs, config.num_channels, 0)
-    load(generator, state.arrays, device)
-    return generator
 
 
 def meta_optimiser(generator: Generator, config: FastConfig) -> torch.optim.Adam:

@@ -18,8 +18,8 @@ The student is in eval mode, so that images do not move its BatchNorm statistics
 only term is the student's stores images of the untrained generator there.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -27,12 +27,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dfkd_ray import batchnorm, devices, losses
+from dfkd_ray import batchnorm, devices, features, losses
 from dfkd_ray.batches import BatchSource, RoundState
 from dfkd_ray.bundles import Teacher, freeze
 from dfkd_ray.heads import HEADS
 from dfkd_ray.synthesis import generator as generators
-from dfkd_ray.synthesis.optimiser import Aim, Made, augmented, batches, bn_term, looked_at, measured, total
+from dfkd_ray.synthesis.optimiser import (
+    Aim,
+    Made,
+    augmented,
+    batches,
+    bn_term,
+    looked_at,
+    measured,
+    require_classes,
+    require_statistics,
+    total,
+)
 
 __all__ = ["advance", "check", "first_state", "source"]
 
@@ -44,6 +55,7 @@ def source(
     devices.check_precision(config.precision, device)
     network = devices.place(freeze(deepcopy(teacher.network)), device, channels_last=config.channels_last)
     own = terms_of(config, student)
+    learner = generators.restored(teacher.info.image_shape, config, state.arrays, device)
     space, head = teacher.info.space, HEADS[teacher.info.head]
 
     def images_of(generator: nn.Module, draws: torch.Generator) -> Tensor:
@@ -51,8 +63,7 @@ def source(
         return generators.pixels(generator(z), space)
 
     def make(slower: Any, _labels: Tensor, draws: torch.Generator, _seed: int) -> Made:
-        generator = generators.new(teacher.info.image_shape, config.num_inputs, config.num_channels, seed=0)
-        generators.load(generator, state.arrays, device)
+        generator = deepcopy(learner)
         optimiser = devices.Adam(generator.parameters(), lr=slower.learning_rate, betas=generators.BETAS)
         generators.put_adam(optimiser, generator, state.arrays)
         num_steps = config.num_steps if own else 0
@@ -70,13 +81,13 @@ def source(
             images = images_of(generator, draws)
             labels = network(devices.laid_out(images, network, channels_last=config.channels_last)).float().argmax(1)
         contribution = generators.arrays_of(generator) | generators.adam_arrays(optimiser, generator)
-        contribution["batches"] = np.asarray(1.0)
 
         def measure(stored: Tensor) -> dict[str, Any]:
             with torch.no_grad():
                 found, logits = measure_terms(network, config, stored, student, own)
             return measured(found, logits, Aim(labels, head))
 
+        contribution = generators.finite(contribution)
         return Made(images, num_steps, measure, contribution, labels, student_passes=int("adversarial" in own))
 
     return batches(teacher, config, key, device, make)
@@ -95,8 +106,8 @@ def measure_terms(
     """The unweighted terms by name, and the teacher's logits."""
     laid_out = devices.laid_out(images, network, channels_last=config.channels_last)
     recording = batchnorm.recorded(network) if "bn" in names else nullcontext()
-    featured = last_linear_input(network, "activation" in names)
-    with recording as statistics, featured as features, devices.autocast(config.precision, images.device):
+    noting = features.last_linear_inputs(network) if "activation" in names else nullcontext([])
+    with recording as statistics, noting as inputs, devices.autocast(config.precision, images.device):
         logits = network(laid_out).float()
     terms: dict[str, Tensor] = {}
     for name in names:
@@ -109,7 +120,7 @@ def measure_terms(
             case "balance":
                 terms[name] = losses.batch_balance(logits)
             case "activation":
-                terms[name] = losses.activation(features[-1].float())
+                terms[name] = losses.activation(inputs[-1].float())
             case _:
                 assert student is not None
                 with devices.autocast(config.precision, images.device):
@@ -124,43 +135,15 @@ def mean_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return losses.divergences(student, teacher).mean()
 
 
-@contextmanager
-def last_linear_input(network: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
-    """Yields a list; while open, each forward pass appends the input of the last Linear layer."""
-    seen: list[Tensor] = []
-    if not wanted:
-        yield seen
-        return
-    last = linears(network)[-1]
-    handle = last.register_forward_pre_hook(lambda _module, args: seen.append(args[0].flatten(1)))
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-def linears(network: nn.Module) -> list[nn.Linear]:
-    """The Linear layers of a network."""
-    return [module for module in network.modules() if isinstance(module, nn.Linear)]
-
-
 def check(teacher: Teacher, config: Any, where: str) -> None:
     """`ValueError` for a teacher that lacks what the method's terms are taken from."""
     method = f"{where}.method={config.method}"
-    if teacher.info.head != "softmax":
-        raise ValueError(
-            f"{method} compares classes that exclude each other, and this teacher's head is {teacher.info.head}; "
-            f"use {where}.method=deepinversion"
-        )
+    require_classes(teacher, config, where)
     if not terms_of(config, teacher.network):
         raise ValueError(f"{method}: all weights are 0: nothing ties the images to the teacher")
     if getattr(config, "bn_weight", 0):
-        try:
-            batchnorm.require_layers(teacher.network)
-            batchnorm.check_recording(teacher.network, teacher.info.image_shape)
-        except ValueError as error:
-            raise ValueError(f"{method}: {error}; or {where}.method=dafl, dfad or zskt, which need none") from None
-    if getattr(config, "activation_weight", 0) and not linears(teacher.network):
+        require_statistics(teacher, config, where, "method=dafl, dfad or zskt, which need none")
+    if getattr(config, "activation_weight", 0) and features.last_linear(teacher.network) is None:
         raise ValueError(
             f"{method} wants the input of the teacher's last Linear layer, and it has none; "
             f"set {where}.activation_weight=0"

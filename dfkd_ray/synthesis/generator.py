@@ -9,6 +9,7 @@ its transposed convolutions, as usual in data-free distillation (Fang et al. 202
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from dfkd_ray.images import PixelSpace
 SLOPE = 0.2  # of the leaky ReLUs
 INIT_STD = 0.02
 BETAS = (0.5, 0.999)  # of Adam, for every generator
+
+GENERATOR, ADAM = "generator.", "adam."  # what the names of a generator's arrays and of its moments begin with
 
 Arrays = dict[str, np.ndarray]
 
@@ -77,12 +80,26 @@ def draw(module: nn.Module, generator: torch.Generator) -> None:
                 parameter.copy_(noise + 1 if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d) else noise)
 
 
+def unfilled(image_shape: Sequence[int], num_inputs: int, num_channels: int) -> Generator:
+    """A generator in train mode on the CPU, for parameters to be put into; PyTorch's random state does not move."""
+    with torch.random.fork_rng(devices=[]):
+        return Generator(image_shape, num_inputs, num_channels).train()
+
+
 def new(image_shape: Sequence[int], num_inputs: int, num_channels: int, seed: int) -> Generator:
     """A generator with parameters drawn from a seed, in train mode, on the CPU."""
-    with torch.random.fork_rng(devices=[]):  # PyTorch's own first draw
-        generator = Generator(image_shape, num_inputs, num_channels)
+    generator = unfilled(image_shape, num_inputs, num_channels)
     draw(generator, torch.Generator().manual_seed(seed))
-    return generator.train()
+    return generator
+
+
+def restored(
+    image_shape: Sequence[int], config: Any, arrays: Mapping[str, np.ndarray], device: torch.device
+) -> Generator:
+    """The generator in a state, in train mode; `config` has `num_inputs` and `num_channels`."""
+    generator = unfilled(image_shape, config.num_inputs, config.num_channels)
+    load(generator, arrays, device)
+    return generator
 
 
 def pixels(shares: Float[Tensor, "n c h w"], space: PixelSpace) -> Float[Tensor, "n c h w"]:
@@ -91,19 +108,19 @@ def pixels(shares: Float[Tensor, "n c h w"], space: PixelSpace) -> Float[Tensor,
     return low + (high - low) * shares
 
 
-def arrays_of(module: nn.Module, prefix: str = "generator.") -> Arrays:
+def arrays_of(module: nn.Module, prefix: str = GENERATOR) -> Arrays:
     """The state of a module as arrays, under a prefix."""
     return {f"{prefix}{name}": tensor.detach().cpu().numpy().copy() for name, tensor in module.state_dict().items()}
 
 
-def load(module: nn.Module, arrays: Mapping[str, np.ndarray], device: torch.device, prefix: str = "generator.") -> None:
+def load(module: nn.Module, arrays: Mapping[str, np.ndarray], device: torch.device, prefix: str = GENERATOR) -> None:
     """Give a module the state that `arrays_of` has taken, and move it to a device."""
     state = {name: torch.from_numpy(np.array(arrays[f"{prefix}{name}"])) for name in module.state_dict()}
     module.load_state_dict(state)
     devices.place(module, device)
 
 
-def adam_arrays(optimiser: torch.optim.Optimizer, module: nn.Module, prefix: str = "adam.") -> Arrays:
+def adam_arrays(optimiser: torch.optim.Optimizer, module: nn.Module, prefix: str = ADAM) -> Arrays:
     """The moments and counters of an Adam over a module's parameters; those of a parameter without a step are 0."""
     arrays: Arrays = {}
     for name, parameter in module.named_parameters():
@@ -116,7 +133,7 @@ def adam_arrays(optimiser: torch.optim.Optimizer, module: nn.Module, prefix: str
 
 
 def put_adam(
-    optimiser: torch.optim.Optimizer, module: nn.Module, arrays: Mapping[str, np.ndarray], prefix: str = "adam."
+    optimiser: torch.optim.Optimizer, module: nn.Module, arrays: Mapping[str, np.ndarray], prefix: str = ADAM
 ) -> None:
     """Give an Adam over a module's parameters the moments that `adam_arrays` has taken."""
     for name, parameter in module.named_parameters():
@@ -137,3 +154,14 @@ def mean_of(contributions: Mapping[str, np.ndarray], like: Mapping[str, np.ndarr
     """
     count = float(contributions["batches"])
     return {name: (np.asarray(contributions[name]) / count).astype(array.dtype) for name, array in like.items()}
+
+
+def finite(contribution: Arrays) -> Arrays:
+    """A batch's contribution, counted. `FloatingPointError` if a value is not finite: it would spoil every later round.
+
+    The loss may be finite where its gradient is not.
+    """
+    for name, array in contribution.items():
+        if not np.isfinite(array).all():
+            raise FloatingPointError(f"synthesis: {name} is not finite after the last step; lower learning_rate")
+    return {**contribution, "batches": np.asarray(1.0)}

@@ -28,8 +28,17 @@ from dfkd_ray import batchnorm, devices, losses
 from dfkd_ray.batches import RoundState
 from dfkd_ray.bundles import Teacher, freeze
 from dfkd_ray.images import PixelSpace, flip_images, shift_images
-from dfkd_ray.synthesis.generator import Arrays, pixels
-from dfkd_ray.synthesis.optimiser import Aim, looked_at, measured, total
+from dfkd_ray.synthesis.generator import Arrays, finite, pixels
+from dfkd_ray.synthesis.optimiser import (
+    Aim,
+    Made,
+    bn_term,
+    looked_at,
+    measured,
+    require_classes,
+    require_statistics,
+    total,
+)
 
 MEAN, VARIANCE = "bn_mean.", "bn_variance."  # of a layer, by its position, in states and contributions
 Averages = Sequence[tuple[Tensor, Tensor]]  # mean and variance of each BatchNorm layer's input; empty in round 0
@@ -62,19 +71,9 @@ def fixed(teacher: Teacher, config: Any, device: torch.device, state: RoundState
 
 def check(teacher: Teacher, config: Any, where: str) -> None:
     """`ValueError` for a teacher without exclusive classes, or without the statistics that the config matches."""
-    head = teacher.info.head
-    if head != "softmax":
-        raise ValueError(
-            f"{where}.method={config.method}: the teacher's head is {head}, expected softmax: each image is made for "
-            f"one class; use {where}.method=deepinversion"
-        )
-    if not config.bn_weight:
-        return
-    try:
-        batchnorm.require_layers(teacher.network)
-        batchnorm.check_recording(teacher.network, teacher.info.image_shape)
-    except ValueError as error:
-        raise ValueError(f"{where}.method={config.method}: {error}; or {where}.bn_weight=0") from None
+    require_classes(teacher, config, where)
+    if config.bn_weight:
+        require_statistics(teacher, config, where, "bn_weight=0")
 
 
 def lowest(
@@ -100,7 +99,7 @@ def lowest(
             images = pixels(made, against.space)
             seen = augmented(images, config, against.space, generator)
             logits = logits_of(config, seen, against)
-            loss = total(config, terms(config, logits, aim, statistics, against.averages))
+            loss = total(config, terms(logits, aim, averaged(statistics, against.averages, config.bn_momentum)))
             is_lower = loss.detach() < best
             best = torch.where(is_lower, loss.detach(), best)
             kept = images.detach() if kept is None else torch.where(is_lower, images.detach(), kept)
@@ -129,34 +128,29 @@ def logits_of(config: Any, images: Tensor, against: Fixed) -> tuple[Tensor, Tens
         return logits, against.student(devices.laid_out(images, against.student)).float()
 
 
-def terms(
-    config: Any,
-    logits: tuple[Tensor, Tensor | None],
-    aim: Aim,
-    statistics: batchnorm.Statistics,
-    averages: Averages,
-) -> dict[str, Tensor]:
-    """The unweighted terms by name, of those that are minimised."""
+def terms(logits: tuple[Tensor, Tensor | None], aim: Aim, statistics: batchnorm.Statistics) -> dict[str, Tensor]:
+    """The unweighted terms by name: of the labels, of the statistics if any were recorded, of the student if any."""
     teachers, students = logits
     found = {"label": aim.head.label_loss(teachers, aim.labels)}
     if statistics.layers:
-        found["bn"] = bn_term(statistics, averages, config.bn_momentum)
+        found["bn"] = bn_term(statistics, teachers.device)
     if students is not None:
         found["adversarial"] = losses.decision_adversary(students, teachers)
     return found
 
 
-def bn_term(statistics: batchnorm.Statistics, averages: Averages, momentum: float) -> Tensor:
-    """The sum over the layers of the distances of the moving averages; of a batch's own statistics without averages."""
-    distances = []
-    before = averages or [(None, None)] * len(statistics.layers)
-    for layer, mean, variance, (old_mean, old_variance) in zip(
-        statistics.layers, statistics.means, statistics.variances, before, strict=True
-    ):
-        assert layer.running_mean is not None and layer.running_var is not None
-        mean, variance = losses.moving(mean, old_mean, momentum), losses.moving(variance, old_variance, momentum)
-        distances.append(losses.batchnorm_distance(mean, variance, layer.running_mean, layer.running_var))
-    return torch.stack(distances).sum()
+def averaged(statistics: batchnorm.Statistics, averages: Averages, momentum: float) -> batchnorm.Statistics:
+    """The moving averages of a batch's statistics, which are matched; the batch's own where there are no averages."""
+    if not averages:
+        return statistics
+    means, variances = zip(*averages, strict=True)
+
+    def moved(ours: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor]:
+        return [losses.moving(new, old, momentum) for new, old in zip(ours, before, strict=True)]
+
+    return batchnorm.Statistics(
+        moved(statistics.means, means), moved(statistics.variances, variances), statistics.layers
+    )
 
 
 @torch.no_grad()
@@ -164,7 +158,7 @@ def measure(config: Any, images: Tensor, against: Fixed, aim: Aim) -> dict[str, 
     """The terms of the stored images as they are; also teacher confidence, label agreement, class histogram."""
     with against.recorded() as statistics:
         logits = logits_of(config, images, against)
-        return measured(terms(config, logits, aim, statistics, []), logits[0], aim)
+        return measured(terms(logits, aim, statistics), logits[0], aim)
 
 
 def moments(statistics: batchnorm.Statistics) -> Arrays:
@@ -196,12 +190,12 @@ def next_averages(state: RoundState, contributions: Mapping[str, np.ndarray], mo
     return after
 
 
-def finite(contribution: Arrays) -> Arrays:
-    """A batch's contribution, counted. `FloatingPointError` if a value is not finite: it would spoil every later round.
-
-    The loss may be finite where its gradient is not.
-    """
-    for name, array in contribution.items():
-        if not np.isfinite(array).all():
-            raise FloatingPointError(f"synthesis: {name} is not finite after the last step; lower learning_rate")
-    return {**contribution, "batches": np.asarray(1.0)}
+def made(images: Tensor, contribution: Arrays, against: Fixed, config: Any, aim: Aim) -> Made:
+    """What a batch has made in `config.num_steps` steps. `FloatingPointError` if its contribution is not finite."""
+    return Made(
+        images,
+        config.num_steps,
+        lambda stored: measure(config, stored, against, aim),
+        finite(contribution),
+        student_passes=int(against.student is not None),
+    )

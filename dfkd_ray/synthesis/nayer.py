@@ -24,14 +24,16 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dfkd_ray import devices
+from dfkd_ray import devices, features
 from dfkd_ray.batches import BatchSource, RoundState, mix_seed
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import NayerConfig
 from dfkd_ray.heads import SOFTMAX
 from dfkd_ray.synthesis import inner_loop
 from dfkd_ray.synthesis.generator import (
+    ADAM,
     BETAS,
+    GENERATOR,
     Arrays,
     Generator,
     adam_arrays,
@@ -88,13 +90,8 @@ def source(
             return own.body(mixed(own.norm(given), noisy, len(embeddings)))
 
         images, statistics = inner_loop.lowest(shares, optimiser, against, slower, aim, generator)
-        return Made(
-            images,
-            config.num_steps,
-            lambda stored: inner_loop.measure(config, stored, against, aim),
-            inner_loop.finite(arrays_of(own) | adam_arrays(optimiser, own) | statistics),
-            student_passes=int(against.student is not None),
-        )
+        contribution = arrays_of(own) | adam_arrays(optimiser, own) | statistics
+        return inner_loop.made(images, contribution, against, config, aim)
 
     return batches(teacher, config, key, device, make)
 
@@ -119,10 +116,10 @@ def embeddings_of(teacher: Teacher, config: NayerConfig) -> Float[Tensor, "class
     if config.embedding == "orthonormal":
         generator = torch.Generator().manual_seed(mix_seed(config.seed, EMBEDDING_SEEDS))
         return torch.linalg.qr(torch.randn(num_classes, num_classes, generator=generator))[0].contiguous()
-    linears = [module for module in teacher.network.modules() if isinstance(module, nn.Linear)]
-    if not linears:
+    layer = features.last_linear(teacher.network)
+    if layer is None:
         raise ValueError("needs a teacher with a linear layer, whose rows stand for the classes: it has none")
-    weights = linears[-1].weight.detach().float().cpu()
+    weights = layer.weight.detach().float().cpu()
     if len(weights) != num_classes:
         raise ValueError(
             f"needs a last linear layer with a row for each of the {num_classes} classes: the teacher's has "
@@ -190,7 +187,7 @@ def advance(
     if config.generator_life and number % config.generator_life == 0:
         after = fresh(teacher, config, embeddings.shape[1], number)
     else:
-        carried = {name: array for name, array in state.arrays.items() if name.startswith(("generator.", "adam."))}
+        carried = {name: array for name, array in state.arrays.items() if name.startswith((GENERATOR, ADAM))}
         after = mean_of(contributions, carried)
     averages = inner_loop.next_averages(state, contributions, config.bn_momentum)
     return {"embeddings": embeddings} | after | averages

@@ -87,6 +87,23 @@ def batches(teacher: Teacher, config: Any, key: str, device: torch.device, make:
     return batch
 
 
+def require_classes(teacher: Teacher, config: Any, where: str) -> None:
+    """`ValueError` for a teacher of independent labels; `where`: the config's dotted name."""
+    if teacher.info.head != "softmax":
+        raise ValueError(
+            f"{where}.method={config.method}: the teacher's head is {teacher.info.head}, expected softmax: this method "
+            f"compares classes that exclude each other; use {where}.method=deepinversion"
+        )
+
+
+def require_statistics(teacher: Teacher, config: Any, where: str, otherwise: str) -> None:
+    """`ValueError` for a teacher whose BatchNorm statistics cannot be matched; `otherwise`: what to set instead."""
+    try:
+        batchnorm.check_recording(teacher.network, teacher.info.image_shape)
+    except ValueError as error:
+        raise ValueError(f"{where}.method={config.method}: {error}; or {where}.{otherwise}") from None
+
+
 def with_attempts(attempt: Callable[[int], Result], what: str) -> tuple[Result, int]:
     """The result of the first attempt whose loss stays finite, and its number (from 1)."""
     for number in range(ATTEMPTS):

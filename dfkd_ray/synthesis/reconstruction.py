@@ -85,7 +85,6 @@ def check(teacher: Teacher, config: RecordsConfig, where: str) -> None:
         )
     if config.bn_weight:
         try:
-            batchnorm.require_layers(teacher.network)
             batchnorm.check_recording(teacher.network, teacher.info.image_shape)
         except ValueError as error:
             raise ValueError(f"{where}.bn_weight={config.bn_weight:g}: {error}; set it to 0") from None
