@@ -19,6 +19,7 @@ from PIL import Image
 from devtools import CHROMIUM, Browser
 from dfkd_ray import report, results
 from dfkd_ray.report import aggregates, figures, pictures, sections, wording
+from dfkd_ray.report import methods as methods_section
 from dfkd_ray.report.page import trial_columns
 from dfkd_ray.storage import folder
 from table_rows import batch_rows, full_row
@@ -305,6 +306,27 @@ def lines_of(axes):
         halves = [(segment[1][1] - segment[0][1]) / 2 for segment in bars[0].get_segments()]
         found[container.get_label()] = (list(line.get_ydata()), halves)
     return found
+
+
+def test_methods_are_compared_at_the_passes_that_each_row_counts(no_png):
+    methods = {"deepinversion": 61_000, "adi": 153_000, "noise": 38_400, "real": 38_400, "dfq": None}
+    rows = [
+        full_row(10 * n + seed, method=method, seed=seed, sparsity=0.9, reference_kl=0.1 * n + 0.02 * seed,
+                 num_teacher_passes=passes, num_student_passes=38_400)
+        for n, (method, passes) in enumerate(methods.items(), 1) for seed in range(2)
+    ]  # fmt: skip
+    material = sections.Material(frame(rows), None, "", {}, {}, 0)
+    parsed = Page(sections.methods(material).body)
+    table = parsed.text[parsed.text.index("recovered") :]
+    assert [word for word in table if word in methods] == list(methods), "lowest KL first, whatever is known"
+    assert "61 k" in parsed.words and "153 k" in parsed.words and parsed.words.count("– 38 k") == 1
+    assert table[table.index("adi") + 2] == "0.21\u00a0±\u00a00.01"
+    marks = methods_section.against_passes(material.configs, "t", "test accuracy").axes[1].containers
+    assert [float(mark.lines[0].get_xdata()[0]) for mark in marks] == [61.0, 153.0, 38.4, 38.4], "dfq has no place"
+    one = sections.Material(
+        frame([row for row in rows if row["synthesis.method"] in ("adi", "real")]), None, "", {}, {}, 0
+    )
+    assert "data-free method" in sections.methods(one).why_not, "real images are no method"
 
 
 def test_the_ladder_shows_means_with_deviations_of_every_rung_and_the_bound():

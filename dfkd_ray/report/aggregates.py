@@ -21,7 +21,7 @@ AVERAGED = (
     *("agreement", "reference_kl", "lost", "achieved_sparsity", "stored_bytes", "dense_bytes", "wall_s"),
     *(f"at_{rung.name}" for rung in RUNGS),
     *(f"lost_{rung.name}" for rung in BESIDE),
-    *("speed", "int8_latency_ratio", "int8_file_bytes", "macs_left"),
+    *("speed", "int8_latency_ratio", "int8_file_bytes", "macs_left", "num_teacher_passes", "num_student_passes"),
 )
 NUM_LEVELS = 12  # distinct sparsities a figure can show side by side
 LEVEL_WIDTH = 0.05

@@ -1,12 +1,13 @@
 """The sections of the report's HTML page: each function returns a section, or a sentence why it is missing."""
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from dfkd_ray.ladder import BN_REESTIMATED, QUANTISED, RECONSTRUCTED
 from dfkd_ray.report import aggregates, figures, page
+from dfkd_ray.report.material import Material
+from dfkd_ray.report.methods import methods
 from dfkd_ray.report.page import Section, escape
 from dfkd_ray.report.wording import (
     MEASURES,
@@ -28,9 +29,6 @@ from dfkd_ray.report.wording import (
 from dfkd_ray.results import selecting
 from dfkd_ray.text import is_null
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 NUM_NETWORKS = 12  # networks with figures of their own
 NUM_ROWS = 48  # of a table other than that of the trials
 # Heading → rung, and what the note says of it.
@@ -43,38 +41,6 @@ VERSIONS = (
     *("trial_version", "synthesis_version", "package_version", "commit", "torch_version", "ray_version"),
     *("numerics", "host"),
 )
-
-
-@dataclass
-class Material:
-    """The data of the report, and the figures drawn so far: file name → content."""
-
-    rows: Frame
-    batches: Frame | None
-    no_batches: str
-    about: Mapping[str, Any]
-    pictures: Mapping[str, str]  # first 12 digits of a synthesis key → data URI
-    num_pictures: int
-    drawn: dict[str, bytes] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.done = aggregates.finished(self.rows)
-        self.fields = aggregates.varying(self.done)
-        # Without real-image trials: against those, the method would only tell that the others are synthetic.
-        self.own_fields = aggregates.varying(self.done[~self.done["real_data"]]) or self.fields
-        self.configs = aggregates.configurations(self.rows)
-        self.best = aggregates.best(self.configs)
-        self.answers = aggregates.answers(self.best)
-        self.networks = list(dict.fromkeys(self.best["network"]))
-
-    def draw(self, name: str, figure: "Figure", caption: str) -> str:
-        """Add a figure as SVG and PNG files; returns it as HTML."""
-        stem = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in name.lower())[:60]
-        while f"{stem}.svg" in self.drawn:
-            stem += "-b"
-        svg = figures.as_svg(figure)
-        self.drawn |= {f"{stem}.svg": svg.encode(), f"{stem}.png": figures.as_png(figure)}
-        return page.figure(figures.inline(svg, f"f{len(self.drawn) // 2}"), caption)
 
 
 def opening(material: Material) -> str:
@@ -463,6 +429,7 @@ SECTIONS: tuple[Callable[[Material], Section], ...] = (
     choice,
     recovery,
     weights,
+    methods,
     sizes,
     speed,
     synthesis,
