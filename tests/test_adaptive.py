@@ -11,8 +11,11 @@ from torch import nn
 from dfkd_ray import bundles, losses, synthesis
 from dfkd_ray.batches import RoundState, summed
 from dfkd_ray.bundles import Teacher
-from dfkd_ray.config import parse_synthesis, seeds_key
+from dfkd_ray.config import TrialConfig, parse_synthesis, seeds_key, validate
+from dfkd_ray.image_sources import Local, Round
 from dfkd_ray.synthesis import adaptive, generative, generator
+from dfkd_ray.trial.images import Rounds
+from helpers import tiny_trial
 
 CPU = torch.device("cpu")
 SMALL = {"batch_size": 8, "num_steps": 2, "num_channels": 4, "num_inputs": 4, "num_threads": 1, "precision": "float32"}
@@ -169,6 +172,16 @@ def test_training_a_generator_lowers_its_loss(teacher, student, method):
 
     trained = generative.advance(teacher, config, state, batch_of(teacher, config, state, student).contribution, None)
     assert loss(RoundState(1, trained)) < loss(state) - 0.01
+
+
+def test_a_trial_holds_the_generator_of_its_last_round_alone(teacher, student):
+    fields = {"synthesis.method": "dafl", "synthesis.num_rounds": 4, "distillation.num_steps": 4}
+    config = validate(TrialConfig, tiny_trial(**fields))
+    first = Round(teacher, config.synthesis, CPU)
+    rounds = Rounds(config, first, Local(), None, lambda *_: None, "a trial", reestimates=False)
+    for step in rounds.starts:
+        rounds.pool_at(step, student)
+    assert [bool(one.total) for one in rounds.gathered] == [False, False, False, True]
 
 
 def test_dfq_without_its_students_term_gives_the_same_bytes_with_and_without_a_student(teacher, student):

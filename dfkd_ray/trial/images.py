@@ -159,6 +159,8 @@ class Rounds:
         gathered = gather(self.source, self.round_of(self.state), self.num_batches, stage, self.report)
         if self.state is not None and self.is_plain(self.state):
             gathered.total = {"images": gathered.pool.images, "labels": gathered.pool.labels}
+        if self.gathered:
+            self.gathered[-1].total = {}  # the state of this round has it: a generator with its moments, megabytes
         self.gathered.append(gathered)
         self.save()
 
