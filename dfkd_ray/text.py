@@ -1,10 +1,12 @@
-"""Makes foreign text (names, error messages, paths) safe to print on a terminal."""
+"""Makes foreign text (names, error messages, paths) safe to print on a terminal, and in Markdown."""
 
+import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 MAX_MESSAGE = 280  # characters of an error's line
+MOST_CODE = 120  # characters of a foreign text in Markdown
 # Joiners, which some scripts and emoji need, are the only invisible characters that are kept.
 JOINERS = "\u200c\u200d"
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format (bidirectional marks are such), lone surrogates, line ends
@@ -41,6 +43,29 @@ def shortened(text: str, most: int) -> str:
 def one_line(text: object, most: int = MAX_MESSAGE) -> str:
     """Foreign text for an error: one line of at most `most` characters, without terminal control characters."""
     return shortened(shown(" ".join(str(text)[: 8 * most].split())), most)
+
+
+def code(text: object, most: int = MOST_CODE) -> str:
+    """A foreign text as a code span in one line, shortened.
+
+    CommonMark 0.31, section 6.1: a span ends at a run of as many backticks as it began with, so it begins with more
+    than any run in the text. Invisible characters are escapes.
+    """
+    line = one_line(text, most).strip() or "(empty)"
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    space = " " if "`" in (line[0], line[-1]) else ""
+    return f"{fence}{space}{line}{space}{fence}"
+
+
+def cell(text: str) -> str:
+    """Markdown in a cell of a table: a bar ends a cell, in a code span too, unless it is escaped."""
+    return text.replace("|", "\\|")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell(text) for text in line)} |" for line in lines)
 
 
 def number_in(row: Mapping[str, Any], name: str) -> float | None:

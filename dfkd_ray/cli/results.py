@@ -1,4 +1,4 @@
-"""`dfkd-ray results`: print, filter, sort and export the tables of a sweep."""
+"""`dfkd-ray results`: print, filter, sort and export the tables of a sweep; its other two jobs are in checks.py."""
 
 import json
 import re
@@ -9,13 +9,15 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from dfkd_ray.cli import checks
 from dfkd_ray.cli.show import short_names
 from dfkd_ray.cli.streams import say
 from dfkd_ray.ladder import RUNGS
 from dfkd_ray.text import is_null, shown
 
-Format = Literal["table", "csv", "markdown", "latex", "json"]
+Format = Literal["table", "csv", "markdown", "latex", "json", "parquet"]
 SUFFIXES: dict[str, Format] = {".csv": "csv", ".md": "markdown", ".tex": "latex", ".json": "json"}
+SUFFIXES |= {".parquet": "parquet"}
 # The default columns, in addition to the config fields that differ between the rows.
 METRICS = [
     *(rung.accuracy for rung in RUNGS),
@@ -30,7 +32,12 @@ FORMULA = tuple("=+-@\t\r")  # first characters of a text that spreadsheets woul
 
 
 def results(
-    place: Annotated[str, typer.Argument(help="folder or URI with a sweep's results")],
+    places: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="PLACE", help="folder or URI with a sweep's results, or a rows file; with --render: documents"
+        ),
+    ] = None,
     table: Annotated[Literal["trials", "epochs", "synthesis"], typer.Option(help="which table")] = "trials",
     where: Annotated[
         list[str] | None, typer.Option(help="NAME, one of = != < <= > >=, VALUE or null; repeatable: all must hold")
@@ -39,9 +46,16 @@ def results(
     columns: Annotated[str | None, typer.Option(help="names with commas between them")] = None,
     limit: Annotated[int | None, typer.Option(min=0, help="so many rows at most")] = None,
     format: Annotated[Format | None, typer.Option(help="default: what --out ends in, else table")] = None,
-    out: Annotated[Path | None, typer.Option(help="file to write (.csv, .md, .tex, .json)")] = None,
+    out: Annotated[Path | None, typer.Option(help="file to write (.csv, .md, .tex, .json, .parquet)")] = None,
     mean_std: Annotated[
         bool, typer.Option("--mean-std", help="fold finished trials that differ in seeds only: mean ± std")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="compare the results with the ranges in about.expected of their sweep file")
+    ] = False,
+    sweep: Annotated[Path | None, typer.Option(help="with --check: the sweep file; default: what ran in PLACE")] = None,
+    render: Annotated[
+        bool, typer.Option("--render", help="render the tables of Markdown documents again, from their rows files")
     ] = False,
 ) -> None:
     """Print a table of a sweep's results, or export it; also while the sweep runs.
@@ -51,18 +65,48 @@ def results(
     tab or a carriage return get an apostrophe, because spreadsheets would evaluate them. Numbers are unchanged.
 
     dfkd-ray results runs/quickstart --where 'sparsity>=0.75' --where status=finished --sort reference_kl --limit 10
+
+    With --check, a line for each range that the sweep file expects; exit code 1 if one is not met or has no rows.
+
+    dfkd-ray results runs/quickstart --check
+
+    A rows file (--out rows.parquet) holds the chosen trials without hosts and folders of machines. --render rewrites
+    each table between <!-- table of ROWS.parquet … --> and <!-- end of table --> in documents, and says what changed.
+
+    dfkd-ray results runs/quickstart --where status=finished --out rows.parquet
+
+    dfkd-ray results --render README.md
     """
+    choosing = {"where": where, "sort": sort, "columns": columns, "limit": limit, "mean-std": mean_std or None}
+    given = {**choosing, "format": format, "out": out, "table": table if table != "trials" else None}
+    if render:
+        checks.refuse("render", given | {"check": check or None, "sweep": sweep})
+        checks.render(places or [])
+        return
+    if len(places or ()) != 1 or not places:
+        raise ValueError(f"expected one PLACE, got {len(places or ())}; several documents go with --render")
+    (place,) = places
+    if check:
+        checks.refuse("check", given)
+        checks.check(place, sweep)
+        return
+    if sweep is not None:
+        raise ValueError("--sweep goes with --check")
     kind = format or (SUFFIXES.get(out.suffix.lower()) if out else "table")
     if kind is None:
         raise ValueError(f"--out {out}: it ends in none of {', '.join(SUFFIXES)}; say which with --format")
     if mean_std and table != "trials":
         raise ValueError(f"--mean-std is for --table trials: the rows of {table} have no seeds")
+    if kind == "parquet":
+        checks.refuse("format parquet", given, but=("where", "format", "out"))
+        checks.write_rows(place, where or (), out)
+        return
 
     from dfkd_ray import results as tables
     from dfkd_ray import storage, targets
     from dfkd_ray.results.selecting import with_whole_numbers
 
-    everything = tables.read(place, table)
+    everything = checks.rows_of(place, table).to_pandas()
     rows: Any = tables.select(everything, where or ())
     mixed = tables.mixed(rows)
     if mean_std:

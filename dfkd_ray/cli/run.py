@@ -185,6 +185,8 @@ def sweep(
     if effort is not None and isinstance(data.setdefault("base", {}), dict):
         data["base"] = configs.with_effort(data["base"], effort)
     settings = sweeps.parse(data, str(file))
+    if effort not in (None, "standard"):
+        settings = sweeps.without_ranges(settings, f"the file's ranges are not for effort {effort}")
     plan = sweeps.prepare(
         settings,
         lambda name: load_teacher(name, trust_code, teachers, download),

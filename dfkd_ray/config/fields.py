@@ -59,6 +59,7 @@ Count = Annotated[int, Field(le=10**9), NUMBER]
 BatchSize = Annotated[int, Field(ge=2, le=10**6), NUMBER]
 AUTO = "auto"  # replaced by a number before a trial has an id: `dfkd_ray.synthesis.memory`
 AUTO_OR_NUMBER = "auto or a number"  # pydantic's name for the second kind of value of such a field
+UNION_TAGS = ("a sentence", "a list of ranges")  # the same of a sweep file's about.expected
 if TYPE_CHECKING:
     AutoBatchSize: TypeAlias = int
 else:
@@ -137,7 +138,7 @@ def path_of(model: type[BaseModel], places: Iterable[int | str]) -> str:
     path, models = [], [model]
     for place in places:
         tags = {one.model_fields["method"].default for one in models if "method" in one.model_fields}
-        if (len(models) > 1 and place in tags) or place == AUTO_OR_NUMBER:
+        if (len(models) > 1 and place in tags) or place in (AUTO_OR_NUMBER, *UNION_TAGS):
             continue
         path.append(str(place))
         fields = [one.model_fields[place] for one in models if place in one.model_fields]

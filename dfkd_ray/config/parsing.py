@@ -36,12 +36,15 @@ PLAIN_TAGS = (None, "!", "tag:yaml.org,2002:str", "tag:yaml.org,2002:map", "tag:
 MERGE = "<<"
 
 
-def read_text(path: Path, most: int = MOST_BYTES) -> str:
-    """Read a text file. `ValueError` if it is missing, not a regular file, larger than `most` bytes, or not UTF-8."""
+def read_text(path: Path, most: int = MOST_BYTES, kind: str = "YAML") -> str:
+    """Read a text file. `ValueError` if it is missing, not a regular file, larger than `most` bytes, or not UTF-8.
+
+    `kind` is what such a file is called in that case.
+    """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            kind = "a folder" if path.is_dir() else "no regular file"
-            raise ValueError(f"{named(path)}: {kind}; expected a file")
+            found = "a folder" if path.is_dir() else "no regular file"
+            raise ValueError(f"{named(path)}: {found}; expected a file")
         # The size is not checked beforehand: system files report none and may be endless.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             data = file.read(most + 1)
@@ -59,7 +62,7 @@ def read_text(path: Path, most: int = MOST_BYTES) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{named(path)}: not valid YAML: line {line}: not UTF-8 text") from None
+        raise ValueError(f"{named(path)}: not valid {kind}: line {line}: not UTF-8 text") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pandas as pd
 from dfkd_ray import results, storage, targets
 from dfkd_ray.config import parsing
 from dfkd_ray.report import aggregates, page, pictures, sections
-from dfkd_ray.report.wording import Frame
+from dfkd_ray.report.wording import Frame, expected_text
 from dfkd_ray.storage import Folder
 
 NAME = "report.html"
@@ -120,4 +120,6 @@ def about_of(source: Folder) -> Mapping[str, Any]:
     except ValueError:
         return {}
     about = content.get("about") if isinstance(content, dict) else None
-    return {str(key): str(value) for key, value in about.items()} if isinstance(about, dict) else {}
+    if not isinstance(about, dict):
+        return {}
+    return {str(key): expected_text(value) if key == "expected" else str(value) for key, value in about.items()}

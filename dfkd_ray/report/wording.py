@@ -29,10 +29,11 @@ def percent(value: Any) -> str:
     return "–" if is_null(value) else f"{number(value, 2, 100.0)}\u00a0%"
 
 
-def plus_minus(mean: Any, std: Any, scale: float = 100.0) -> str:
+def plus_minus(mean: Any, std: Any, scale: float = 100.0, digits: int = 2) -> str:
     """`0.26 ± 0.03`, kept on one line; only the mean if there is no spread."""
-    spread = number(std, 2, scale)
-    return number(mean, 2, scale) + ("" if is_null(mean) or spread in ("–", "0.00") else f"\u00a0±\u00a0{spread}")
+    spread = number(std, digits, scale)
+    no_spread = spread == "–" or not spread.strip("0.")
+    return number(mean, digits, scale) + ("" if is_null(mean) or no_spread else f"\u00a0±\u00a0{spread}")
 
 
 def seconds(value: Any) -> str:
@@ -158,3 +159,30 @@ def sentence(rows: Frame, fields: Sequence[str]) -> str:
 def dicts(frame: Frame) -> list[dict[str, Any]]:
     """The rows of a frame, as dicts by column name."""
     return [dict(zip(frame.columns, row, strict=True)) for row in frame.itertuples(index=False, name=None)]
+
+
+def expected_text(value: Any) -> str:
+    """A sweep file's `about.expected`, a sentence or a list of ranges, as one text."""
+    parts = value if isinstance(value, list) else [value]
+    return "; ".join(range_text(part) if isinstance(part, Mapping) else str(part) for part in parts)
+
+
+def range_text(expected: Mapping[str, Any]) -> str:
+    """One range: `points_lost at pruning.sparsity=0.75: at most 0.5`."""
+    where = expected.get("where")
+    at = where_text(where) if isinstance(where, Mapping) else ""
+    best = ", of the lowest reference_kl" if expected.get("of") == "best" else ""
+    return f"{expected.get('metric')}{f' at {at}' if at else ''}{best}: {bounds_text(expected)}"
+
+
+def where_text(where: Mapping[str, Any]) -> str:
+    """Conditions: `pruning.sparsity=0.75, teacher=resnet18`."""
+    return ", ".join(f"{name}={short(value)}" for name, value in where.items())
+
+
+def bounds_text(expected: Mapping[str, Any]) -> str:
+    """The bounds of a range: `0.1 to 0.5`, `at most 0.5`."""
+    low, high = expected.get("at_least"), expected.get("at_most")
+    if low is not None and high is not None:
+        return f"{short(low)} to {short(high)}"
+    return f"at most {short(high)}" if low is None else f"at least {short(low)}"

@@ -2,7 +2,7 @@
 
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ CONDITION = re.compile(r"\s*([\w.]+)\s*(==|!=|<=|>=|=|<|>)\s*(.*?)\s*")
 TRUTHS = {"true": True, "false": False}
 NUM_SEEDS = "num_seeds"
 ALGORITHMS = ("trial_version", "synthesis_version")
+MADE_OF = ("teacher_architecture", "teacher_hash", "real_data", *ALGORITHMS)
 # Columns that may explain different numbers of equal trials, other than config fields.
 MADE_BY = {
     "trial_version": "versions of the trial's algorithms",
@@ -87,6 +88,24 @@ def matching(frame: pd.DataFrame, condition: str) -> pd.Series:
     return met.astype(bool)
 
 
+def matching_all(frame: pd.DataFrame, where: Mapping[str, Any]) -> pd.Series:
+    """A mask of the rows that have, in each of these columns, the value that is given, or one of several."""
+    mask = pd.Series(True, frame.index)
+    for name, wanted in where.items():
+        found = pd.Series(False, frame.index)
+        for value in wanted if isinstance(wanted, list) else [wanted]:
+            found |= matching(frame, f"{name}={written(value)}")
+        mask &= found
+    return mask
+
+
+def written(value: Any) -> str:
+    """A plain value as the VALUE of a condition."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return repr(value) if isinstance(value, float) else str(value)
+
+
 def select(
     frame: pd.DataFrame, where: Sequence[str] = (), sort: Sequence[str] = (), limit: int | None = None
 ) -> pd.DataFrame:
@@ -123,6 +142,19 @@ def varied_fields(trials: pd.DataFrame) -> list[str]:
     ]
 
 
+def fixed_columns() -> list[str]:
+    """The columns that are equal in trials that differ in seeds only."""
+    return [*MADE_OF, *(name for name in config_fields() if name not in SEEDS)]
+
+
+def seed_groups(trials: pd.DataFrame) -> pd.Series:
+    """A number for each trial, equal for trials that differ in seeds only. Null is a value like any other."""
+    varied = [name for name in fixed_columns() if num_values(trials, name) > 1]  # few; the others cannot tell apart
+    if not varied:
+        return pd.Series(0, trials.index)
+    return trials.groupby(varied, dropna=False, sort=False).ngroup()
+
+
 def fold_seeds(trials: pd.DataFrame) -> pd.DataFrame:
     """Finished trials, grouped over seeds: one row per group with the mean of each number and its std as `<name>_std`.
 
@@ -132,12 +164,8 @@ def fold_seeds(trials: pd.DataFrame) -> pd.DataFrame:
     numeric = (pa.float64(), pa.int64())
     known = {WRITTEN_AT, *ALGORITHMS}
     numbers = [name for name, (kind, _, _) in METRICS.items() if kind in numeric and name not in known]
-    fields = [name for name in config_fields() if name not in SEEDS]
-    first = ["teacher_architecture", "teacher_hash", "real_data", *ALGORITHMS]
-    fixed = [*first, *fields]
-    varied = [name for name in fixed if num_values(trials, name) > 1]
-    # Group by the few fields that differ; null is a value like any other.
-    group = trials.groupby(varied, dropna=False, sort=False).ngroup() if varied else pd.Series(0, trials.index)
+    fixed = fixed_columns()
+    group = seed_groups(trials)
     groups: Any = trials.groupby(group.to_numpy(), sort=False)
     spread = groups[numbers].std().add_suffix(STD)
     folded = pd.concat(
@@ -145,7 +173,7 @@ def fold_seeds(trials: pd.DataFrame) -> pd.DataFrame:
     )
     folded[NUM_SEEDS] = groups.size()
     order = [column for name in numbers for column in (name, name + STD)]
-    folded: Any = folded[[*first, NUM_SEEDS, *order, *fields]]
+    folded: Any = folded[[*MADE_OF, NUM_SEEDS, *order, *fixed[len(MADE_OF) :]]]
     return folded.sort_values(list(BEST_FIRST), ascending=list(BEST_FIRST.values())).reset_index(drop=True)
 
 

@@ -32,6 +32,7 @@ PART_NAME = re.compile(r"(t-[0-9a-f]{12}|merged-[0-9a-f]{16}|k-[0-9a-f]{16}-\d+)
 LEFTOVER_S = 600.0  # a part is written in seconds: an older temporary file belongs to no running writer
 NUM_THREADS = 16  # for reading: parts are small, and on an object store each costs a network round trip
 ATTEMPTS = 20
+ADVICE = "remove it to make its rows again"  # for a damaged part
 FINAL = ("finished", "stopped")  # statuses of trials that are not run again
 # "Best" means closest to the teacher on the reference set, never test accuracy.
 ORDERS: dict[str, dict[str, bool]] = {
@@ -49,13 +50,18 @@ def read(place: Where, table: str, columns: Sequence[str] | None = None) -> pd.D
     or of a newer version.
     """
     schemas.known(table, columns or ())
+    frame = read_arrow(place, table, columns).to_pandas()
+    return frame if columns is None else frame[list(columns)]
+
+
+def read_arrow(place: Where, table: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """`read` as an Arrow table, whose whole numbers are exact; with `columns` also those of `_bookkeeping`."""
     needed = None if columns is None else list(dict.fromkeys([*columns, *_bookkeeping(table)]))
     folder = storage.folder(place) / table
     parts = read_parts(folder, table, needed)
     if not parts:
         raise ValueError(f"{storage.folder(place)}: no {table} table there (expected {folder}/*{SUFFIX})")
-    frame = distinct(pa.concat_tables(parts.values()), table).to_pandas()
-    return frame if columns is None else frame[list(columns)]
+    return distinct(pa.concat_tables(parts.values()), table)
 
 
 def is_place(place: Where) -> bool:
@@ -185,8 +191,11 @@ def read_parts(folder: Folder, table: str, columns: list[str] | None = None) -> 
     raise OSError(f"{folder}: its parts come and go faster than they can be read; try again")
 
 
-def parsed(folder: Folder, name: str, table: str, columns: list[str]) -> pa.Table | None:
-    """One part in today's schema, restricted to `columns`; None if it does not exist. `ValueError` if it is damaged."""
+def parsed(folder: Folder, name: str, table: str, columns: list[str], advice: str = ADVICE) -> pa.Table | None:
+    """One part in today's schema, restricted to `columns`; None if it does not exist.
+
+    `ValueError`, with `advice`, if it is damaged.
+    """
     problem = ""
     # An object store returns size and bytes in two requests: a part replaced in between looks truncated.
     for _ in range(1 if folder.is_local else 3):
@@ -202,9 +211,7 @@ def parsed(folder: Folder, name: str, table: str, columns: list[str]) -> pa.Tabl
                     return file.read(columns=columns, use_threads=False).select(columns)
                 return schemas.migrated(table, file.read(use_threads=False), columns)
         except (pa.ArrowException, OSError, ValueError) as error:
-            problem = (
-                f"damaged ({(str(error) or type(error).__name__).splitlines()[0]}); remove it to make its rows again"
-            )
+            problem = f"damaged ({(str(error) or type(error).__name__).splitlines()[0]}); {advice}"
             continue
         raise ValueError(f"{folder / name}: {refusal}")
     raise ValueError(f"{folder / name}: {problem}")

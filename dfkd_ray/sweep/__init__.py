@@ -39,6 +39,8 @@ True
 `folder` is a `pathlib.Path`; a URI works too. Called again, both sweeps resume where they stopped.
 """
 
+from dfkd_ray.sweep.checking import Checked, Finding, check, settings_in, without_ranges
+from dfkd_ray.sweep.expectations import Expectation
 from dfkd_ray.sweep.jobs import About, Job, Plan, SweepConfig, expand, parse, plan, prepare
 from dfkd_ray.sweep.machines import preflight
 from dfkd_ray.sweep.places import Stopped, check_target, explained
@@ -53,8 +55,11 @@ __all__ = [
     "About",
     "AshaConfig",
     "Callbacks",
+    "Checked",
     "Cluster",
     "Data",
+    "Expectation",
+    "Finding",
     "Job",
     "Plan",
     "SearchConfig",
@@ -62,6 +67,7 @@ __all__ = [
     "StopConfig",
     "Stopped",
     "SweepConfig",
+    "check",
     "check_target",
     "expand",
     "explained",
@@ -74,4 +80,6 @@ __all__ = [
     "rows_in",
     "run",
     "run_job",
+    "settings_in",
+    "without_ranges",
 ]

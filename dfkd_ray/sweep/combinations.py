@@ -22,10 +22,21 @@ from dfkd_ray.config import (
     with_overrides,
 )
 from dfkd_ray.config.fields import describe
-from dfkd_ray.plain import alike, given, named, value_at
+from dfkd_ray.plain import given, named, value_at
 from dfkd_ray.storage import without_secrets
+from dfkd_ray.sweep import expectations
 from dfkd_ray.sweep.files import SweepConfig
-from dfkd_ray.sweep.search import MOST_TRIALS, Point, StopConfig, can_match, options, probes, random_points, shown
+from dfkd_ray.sweep.search import (
+    MOST_TRIALS,
+    Point,
+    StopConfig,
+    can_match,
+    is_one_of,
+    options,
+    probes,
+    random_points,
+    shown,
+)
 
 SEED_FIELDS = ("synthesis.seed", "distillation.seed")
 SECTIONS = ("pruning", "student", "synthesis", "distillation", "reference", "reference.synthesis")
@@ -160,6 +171,9 @@ def expanded(
         errors += stop_errors(sweep.stop, list(configs.values()))
         if not configs and not errors:
             errors.append("exclude leaves no combination to run")
+        expected = sweep.about.expected if sweep.about else ""
+        if isinstance(expected, list) and not (errors or overrides or tiny):  # the ranges hold for the file as it is
+            errors += expectations.faults(expected, list(configs.values()))
     return list(configs.values()), list(teachers), list(dict.fromkeys(errors))
 
 
@@ -250,11 +264,6 @@ def matching(sweep: SweepConfig, data: Mapping[str, Any]) -> list[int]:
         for index, entry in enumerate(sweep.exclude)
         if all(is_one_of(values[name], options(wanted)) for name, wanted in entry.items())
     ]
-
-
-def is_one_of(value: Any, wanted: Sequence[Any]) -> bool:
-    """Whether a value is among `wanted`; unlike Python's `in`, true is not 1 (see `alike`)."""
-    return value in wanted and any(alike(value, one) for one in wanted)
 
 
 def filled(data: Mapping[str, Any]) -> dict[str, Any]:

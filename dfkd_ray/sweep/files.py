@@ -7,16 +7,23 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
 
 from dfkd_ray.config import STRICT, TrialConfig, validate
-from dfkd_ray.config.fields import NUMBER, hint, known_fields, plain, value_fault
+from dfkd_ray.config.fields import NUMBER, UNION_TAGS, hint, known_fields, plain, value_fault
 from dfkd_ray.config.parsing import MOST_VALUES, name_fault
 from dfkd_ray.plain import LARGEST, fault, given, named
+from dfkd_ray.sweep.expectations import Expectation
 from dfkd_ray.sweep.search import MOST_TRIALS, SearchConfig, StopConfig
 
 MOST_AXES_SHOWN = 6
+SETTINGS = "sweep.yaml"  # in a results place: the last sweep file that ran there
 Line = Annotated[str, plain(1, 20_000)]
+SENTENCE, RANGES = UNION_TAGS
+Expected = Annotated[
+    Annotated[Line, Tag(SENTENCE)] | Annotated[list[Expectation], Field(min_length=1, max_length=1000), Tag(RANGES)],
+    Discriminator(lambda value: RANGES if isinstance(value, list) else SENTENCE),
+]
 
 
 class About(BaseModel):
@@ -27,7 +34,7 @@ class About(BaseModel):
     source: Line
     command: Line
     cost: Line
-    expected: Line
+    expected: Expected = Field(description="a sentence, or ranges that are checked")
 
 
 class SweepConfig(BaseModel):
@@ -96,6 +103,10 @@ class SweepConfig(BaseModel):
             raise ValueError(
                 f"stop ends trials by their reference_kl, and search.objective is {self.search.objective}: leave stop "
                 "out, or search for the lowest reference_kl with a bound on the other"
+            )
+        if self.search is not None and self.about is not None and isinstance(self.about.expected, list):
+            raise ValueError(
+                "about.expected: ranges go with grid, whose trials are known; for a search write a sentence"
             )
         if self.num_points > MOST_TRIALS:
             raise ValueError(

@@ -22,6 +22,7 @@ from dfkd_ray.fleet import node_check
 from dfkd_ray.results import FINAL, finished_ids
 from dfkd_ray.storage import Where, in_one_line
 from dfkd_ray.sweep import asha, places
+from dfkd_ray.sweep.files import SETTINGS
 from dfkd_ray.sweep.jobs import Job, Plan
 from dfkd_ray.sweep.ledger import Ledger, OnRow, compact, harmless
 from dfkd_ray.sweep.machines import FIRST_MACHINE_S, Asked, first_machine, preflight
@@ -32,7 +33,6 @@ from dfkd_ray.text import is_null
 
 Stages = Mapping[str, tuple[str, int, int]]  # trial id → (stage, done, total), running trials only
 LOOK_S = 15.0
-SETTINGS = "sweep.yaml"  # in a results place: the last sweep file that ran there
 
 
 @dataclass(frozen=True)

@@ -289,3 +289,8 @@ def can_match(entry: Mapping[str, Any], search: SearchConfig, fixed: Mapping[str
 def options(wanted: Any) -> Sequence[Any]:
     """The values of a field in an `exclude` entry, always as a list."""
     return wanted if isinstance(wanted, list) else [wanted]
+
+
+def is_one_of(value: Any, wanted: Sequence[Any]) -> bool:
+    """Whether a value is among `wanted`; unlike Python's `in`, true is not 1 (see `alike`)."""
+    return value in wanted and any(alike(value, one) for one in wanted)

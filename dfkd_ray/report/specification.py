@@ -1,0 +1,202 @@
+"""What a table in a document is made of: the YAML of its comment, validated before any row is read.
+
+    rows: {metric: {reconstructed_points_lost: reconstructed, points_lost: "**recovered**"}}
+    columns: {pruning.sparsity: [0.75, 0.9]}
+
+An axis is a level, or a list of levels that are crossed. A level is one of
+
+* a column of `trials` and its values: a list, or a mapping of values to labels; the name alone takes all its values,
+* `metric` and names of metrics, in the same two forms,
+* `entries` and a mapping of labels to conditions (column → value, or a list of values).
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
+
+from dfkd_ray.config import STRICT
+from dfkd_ray.plain import fault, given
+from dfkd_ray.results.metrics import metric
+from dfkd_ray.results.schemas import schema
+from dfkd_ray.results.selecting import column_of
+
+METRIC, ENTRIES = "metric", "entries"
+MOST_VALUES = 1000  # of a specification
+FORMS = "a column with its values, metric with names, or entries with conditions"
+
+
+class Level(BaseModel):
+    """One level of an axis. `entries`: label → conditions, or label → metric; None: all values of the column."""
+
+    model_config = STRICT
+
+    column: str | None
+    entries: dict[str, Any] | None
+
+
+class Format(BaseModel):
+    """How a metric is shown."""
+
+    model_config = STRICT
+
+    decimals: int = Field(default=2, ge=0, le=9, description="digits behind the point")
+    times: float = Field(default=1.0, gt=0, description="factor before it is shown; 100: a share in percent")
+
+
+def axis_of(value: Any) -> Any:
+    """The levels of an axis, from its plain data. `ValueError` for anything else."""
+    if wrong := fault(value, MOST_VALUES):
+        raise ValueError(wrong)
+    levels = [level_of(one) for one in (value if isinstance(value, list) else [value])]
+    if not levels:
+        raise ValueError(f"an axis without levels; expected {FORMS}")
+    return levels
+
+
+def level_of(value: Any) -> dict[str, Any]:
+    """One level, from its plain data."""
+    if isinstance(value, str) and value not in (METRIC, ENTRIES):
+        return {"column": column(value), "entries": None}
+    if not isinstance(value, Mapping) or len(value) != 1:
+        raise ValueError(f"{given(value)}: expected {FORMS}; several levels are a list")
+    ((name, values),) = value.items()
+    if not isinstance(values, Mapping | list) or not values:
+        raise ValueError(f"{given(name)}: expected a list of values, or values with labels, got {given(values)}")
+    if name == ENTRIES:
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{ENTRIES}: expected labels with conditions, as in {{mine: {{real_data: false}}}}")
+        return {"column": None, "entries": {label(text): conditions(own) for text, own in values.items()}}
+    if isinstance(values, Mapping):
+        labels = {label(text): one for one, text in values.items()}
+    else:
+        labels = {None if one is None else str(scalar(one)): one for one in values}
+    if len(labels) < len(values):
+        raise ValueError(f"{given(name)}: two of its values have the same label")
+    if name == METRIC:
+        return {"column": METRIC, "entries": {str(text): known_metric(one) for text, one in labels.items()}}
+    own = column(name)
+    return {"column": own, "entries": {shown(text, one): {own: one} for text, one in labels.items()}}
+
+
+def shown(text: str | None, value: Any) -> str:
+    """The label of a value: what was given, else the value as YAML writes it."""
+    if text is None:
+        return "–"
+    return str(value).lower() if isinstance(value, bool) else text
+
+
+def label(text: Any) -> str:
+    """A label in one line."""
+    line = " ".join(str(text).split()) if isinstance(text, str | int | float) else ""
+    if not line:
+        raise ValueError(f"{given(text)}: expected a label")
+    return line
+
+
+def scalar(value: Any) -> Any:
+    """A value of a column: no list and no mapping."""
+    if isinstance(value, list | Mapping):
+        raise ValueError(f"{given(value)}: expected a single value")
+    return value
+
+
+def column(name: Any) -> str:
+    """The column of `trials` that a name, or the end of one, means."""
+    return column_of(str(name), schema("trials").names)
+
+
+def known_metric(name: Any) -> str:
+    """The name of a metric."""
+    return metric(str(scalar(name))).name
+
+
+def conditions(where: Any) -> dict[str, Any]:
+    """Conditions with the full names of their columns: column → value, or a list of values."""
+    if not isinstance(where, Mapping):
+        raise ValueError(f"{given(where)}: expected conditions, as in {{pruning.sparsity: 0.75}}")
+    for name, wanted in where.items():
+        values = wanted if isinstance(wanted, list) else [wanted]
+        if not values:
+            raise ValueError(f"{name}: a list without values meets no row")
+        for value in values:
+            scalar(value)
+    named = {column(name): wanted for name, wanted in where.items()}
+    if len(named) < len(where):
+        raise ValueError("a column is named twice")
+    return named
+
+
+def checked(where: Any) -> Any:
+    """`conditions` of plain data."""
+    if wrong := fault(where, MOST_VALUES):
+        raise ValueError(wrong)
+    return conditions(where)
+
+
+Axis = Annotated[tuple[Level, ...], BeforeValidator(axis_of)]
+Conditions = Annotated[dict[str, Any], BeforeValidator(checked)]
+MetricName = Annotated[str, BeforeValidator(known_metric)]
+
+
+class Specification(BaseModel):
+    """The comment before a table."""
+
+    model_config = STRICT
+
+    rows: Axis = Field(description="what makes a row")
+    columns: Axis = Field(description="what makes a column")
+    metric: MetricName | None = Field(default=None, description="of all cells, unless an axis has the level metric")
+    where: Conditions = Field(default_factory=dict, description="which rows of the file the table is about")
+    formats: dict[MetricName, Format] = Field(default_factory=dict, description="metric → how it is shown")
+    heading: str = Field(default="", max_length=200, description="of the labels of the rows")
+    behind: MetricName | None = Field(
+        default=None, description="a metric, equal in all trials of a row, in brackets behind its label"
+    )
+    sweep: str | None = Field(default=None, description="the sweep file whose about.command made the rows")
+    command: str | None = Field(default=None, max_length=1000, description="in place of sweep: the command")
+    note: str | None = Field(default=None, max_length=2000, description="the author's words, in the caption")
+
+    @model_validator(mode="after")
+    def _one_metric_a_cell(self) -> "Specification":
+        levels = [level for level in (*self.rows, *self.columns) if level.column == METRIC]
+        if len(levels) + (self.metric is not None) != 1:
+            raise ValueError("expected one metric a cell: either `metric`, or one level `metric` in rows or columns")
+        return self
+
+    @model_validator(mode="after")
+    def _formats_act(self) -> "Specification":
+        idle = [name for name in self.formats if name not in (*self.metrics, self.behind)]
+        if idle:
+            raise ValueError(f"formats: {idle[0]} is in no cell of this table")
+        return self
+
+    @model_validator(mode="after")
+    def _one_command(self) -> "Specification":
+        if self.sweep is not None and self.command is not None:
+            raise ValueError("expected either sweep or command: the sweep file has its command")
+        return self
+
+    @model_validator(mode="after")
+    def _no_column_on_both_axes(self) -> "Specification":
+        seen: set[str] = set(self.where)
+        for level in (*self.rows, *self.columns):
+            entries = level.entries.values() if level.entries and level.column is None else ()
+            own = {level.column} if level.column else {name for entry in entries for name in entry}
+            if both := sorted(seen & own):
+                raise ValueError(f"{both[0]} is given twice: in where, rows and columns once at most")
+            seen |= own
+        return self
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of the metrics in its cells."""
+        if self.metric is not None:
+            return [self.metric]
+        levels = [level for level in (*self.rows, *self.columns) if level.column == METRIC]
+        return [str(name) for level in levels for name in (level.entries or {}).values()]
+
+    def format_of(self, name: str) -> Format:
+        """How a metric is shown."""
+        known = metric(name)
+        return self.formats.get(name, Format(decimals=known.decimals, times=known.times))
