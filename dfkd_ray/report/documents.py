@@ -29,8 +29,8 @@ from dfkd_ray.results import row_files
 
 BEGIN = re.compile(r"<!-- table of (\S+\.parquet(?: and \S+\.parquet)*)")
 END, CLOSE = "<!-- end of table -->", "-->"
-LIKE_BEGIN = re.compile(r"<!--\s*tables?\s+of\s.*\.parquet", re.I)
-LIKE_END = re.compile(r"<!--\s*end\s+of\s+(the\s+)?table", re.I)
+LIKE_BEGIN = re.compile(r"\s*<!--\s*tables?\s+of\s.*\.parquet", re.I)
+LIKE_END = re.compile(r"\s*<!--\s*end\s+of\s+(the\s+)?table", re.I)
 FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 MOST_BYTES = 10_000_000  # of a document
 Known = dict[tuple[str, ...], Frame]  # the trials in files that were read
@@ -64,8 +64,7 @@ def render(path: Path) -> Rendered:
     `ValueError` if it has none or a broken one, or if a file of rows is missing or damaged.
     """
     text = parsing.read_text(path, MOST_BYTES, "text")
-    # Only \n ends a line: other characters that Python takes for line ends stay what they are.
-    lines = re.findall(r"[^\n]*\n|[^\n]+", text)
+    lines = lines_of(text)
     newline = "\r\n" if lines and lines[0].endswith("\r\n") else "\n"
     found = list(tables_of(lines, named(path)))
     if not found:
@@ -80,6 +79,11 @@ def render(path: Path) -> Rendered:
         out += [*lines[end : table.first], *new]
         end = table.last
     return Rendered(path, text, "".join([*out, *lines[end:]]), changed)
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text with their ends; only a newline ends one, unlike in `str.splitlines`."""
+    return re.findall(r"[^\n]*\n|[^\n]+", text)
 
 
 def write(documents: list[Rendered]) -> None:
@@ -107,7 +111,7 @@ def tables_of(lines: list[str], name: str) -> Iterator[Table]:
             continue
         if fence:
             continue
-        if LIKE_BEGIN.search(line):
+        if LIKE_BEGIN.match(line):
             match = BEGIN.fullmatch(line)
             if match is None:
                 raise ValueError(f"{name}, line {number}: expected <!-- table of FILE.parquet alone on its line")
@@ -118,7 +122,7 @@ def tables_of(lines: list[str], name: str) -> Iterator[Table]:
                 raise ValueError(f"{name}, line {number}: its comment is not closed; expected {CLOSE} on a line alone")
             begun = (number, match[1].split(" and "), "".join(lines[index:close]), close + 1)
             index = close + 1
-        elif LIKE_END.search(line):
+        elif LIKE_END.match(line):
             if line != END:
                 raise ValueError(f"{name}, line {number}: {expected()} alone on its line")
             if begun is None:
