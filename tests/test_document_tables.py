@@ -189,6 +189,15 @@ def test_several_machines_or_versions_are_said(folder):
     assert re.search(r"``[^`]*`H100` <b>.*``", caption), "a machine's name is code, never markup"
 
 
+def test_distances_on_two_kinds_of_reference_images_are_said_to_be_no_comparison(folder):
+    rows_file(folder / "kinds.parquet", [*rows_of(), *rows_of("resnet8", 10, trial_version=2)])
+    spec = {"rows": "teacher", "columns": "sparsity"}
+    says = "two kinds of reference images"
+    assert says in table_in(folder, spec | {"metric": "reference_kl"}, "kinds.parquet")[1]
+    assert says not in table_in(folder, spec | {"metric": "points_lost"}, "kinds.parquet")[1]
+    assert says not in table_in(folder, spec | {"metric": "agreement"})[1]
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

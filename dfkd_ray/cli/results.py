@@ -103,7 +103,6 @@ def results(
         return
 
     from dfkd_ray import results as tables
-    from dfkd_ray import storage, targets
     from dfkd_ray.results.selecting import with_whole_numbers
 
     everything = checks.rows_of(place, table).to_pandas()
@@ -117,15 +116,7 @@ def results(
         rows = with_whole_numbers(rows, table)
     text = FORMATS[kind](rows, names)
     if out:
-        target = out.expanduser().absolute()
-        parent, own = storage.folder(target.parent), heading(text, kind)
-        targets.check_file(
-            parent,
-            target.name,
-            lambda data: heading(data.decode(errors="replace"), kind) == own,
-            "an export of these columns",
-        )
-        parent.write(target.name, text.encode(errors="backslashreplace"))
+        export(text, kind, out)
         say(f"written: {out} ({len(rows)} rows)")
         if mixed:
             say(mixed)
@@ -156,6 +147,21 @@ def chosen_columns(rows: Any, table: str, kind: Format, columns: str | None) -> 
         names = [each for name in names for each in (name, f"{name}_std") if each in rows.columns]
         names = list(dict.fromkeys(names))
     return names
+
+
+def export(text: str, kind: Format, out: Path) -> None:
+    """Write an exported table; it replaces only an export of the same columns."""
+    from dfkd_ray import storage, targets
+
+    target = out.expanduser().absolute()
+    parent, own = storage.folder(target.parent), heading(text, kind)
+    targets.check_file(
+        parent,
+        target.name,
+        lambda data: heading(data.decode(errors="replace"), kind) == own,
+        "an export of these columns",
+    )
+    parent.write(target.name, text.encode(errors="backslashreplace"))
 
 
 def heading(text: str, kind: Format) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from dfkd_ray.ladder import STUDENTS
 from dfkd_ray.report.cells import Filled
 from dfkd_ray.report.specification import Specification
 from dfkd_ray.report.wording import Frame, count, listed, percent
@@ -15,6 +16,7 @@ from dfkd_ray.results.metrics import SHARES, metric
 from dfkd_ray.text import code, is_null
 
 MOST_SIGNS = 1000  # of a command
+ON_REFERENCE = {str(rung.agreement) for rung in STUDENTS} | {"reference_kl", "quantised_kl"}
 
 
 def caption(done: Filled, spec: Specification, command: str | None) -> str:
@@ -28,6 +30,8 @@ def caption(done: Filled, spec: Specification, command: str | None) -> str:
     sentences.append(f"{'; '.join(made)}." if made else "")
     if mixed := selecting.mixtures(finished):
         sentences.append(f"Mixed: {code('; '.join(mixed), MOST_SIGNS)}.")
+    if any(name in ON_REFERENCE for name in spec.metrics) and len(selecting.reference_sets(finished)) > 1:
+        sentences.append("KL and agreement are on two kinds of reference images, and cannot be compared.")
     return " ".join(sentence for sentence in sentences if sentence)
 
 
@@ -37,8 +41,9 @@ def units(finished: Frame, spec: Specification) -> list[str]:
     on = test_set(finished) if any(each.is_tested for each in shown) else ""
     sentences = []
     if any(one.rung for one in shown):
-        accuracies, one = finished["teacher_accuracy"].dropna().unique(), finished["teacher_hash"].nunique() == 1
-        teacher = f" ({percent(accuracies[0])})".replace("\u00a0", " ") if one and len(accuracies) == 1 else ""
+        values = finished["teacher_accuracy"].dropna().unique()
+        is_one = len(values) == 1 and finished["teacher_hash"].nunique() == 1
+        teacher = f" ({percent(values[0])})".replace("\u00a0", " ") if is_one else ""
         sentences.append(f"Percentage points of test accuracy lost against the teacher{teacher}{on}.")
     shares = [one for one in shown if one.name in SHARES]
     if shares:
