@@ -155,6 +155,23 @@ def test_a_second_file_is_another_row_and_real_images_are_said(folder):
     assert "6 of 12 trials on real images: an upper bound, not data-free." in caption
 
 
+def test_an_entry_has_its_own_conditions_and_metric(folder):
+    synthetic, real = {"real_data": False}, {"real_data": True}
+    entries = {
+        "BN only": {**synthetic, "metric": "bn_reestimated_points_lost"},
+        "**recovered**": {**synthetic, "metric": "points_lost"},
+        "real images": {**real, "metric": "points_lost"},
+    }
+    spec = {"rows": {"entries": entries}, "columns": {"sparsity": [0.9]}, "where": {"teacher": "runs/resnet20"}}
+    cells, _ = table_in(folder, spec, "grid.parquet and bound.parquet")
+    own, bound = rows_of()[3:], rows_of(first=20)[3:]
+    assert cells[1:] == [
+        ["BN only", mean_std([lost(row, "bn_reestimated") for row in own])],
+        ["**recovered**", f"**{mean_std([lost(row) for row in own])}**"],
+        ["real images", mean_std([lost(row) for row in bound])],
+    ]
+
+
 def test_what_has_not_finished_is_in_no_mean_and_is_said(folder):
     rows = rows_of()
     nothing = dict.fromkeys(("recovered_accuracy", "reference_kl", "agreement"))
@@ -232,6 +249,11 @@ WRONG = {
     "equal labels": LOST | {"columns": {"pruning.sparsity": {"0.75": "a", "0.9": "a"}}},
     "no label": LOST | {"columns": {"pruning.sparsity": {"0.75": ""}}},
     "entries without conditions": LOST | {"columns": {"entries": ["a"]}},
+    "a metric in one entry of two": {
+        "rows": {"entries": {"a": {"real_data": True}, "b": {"metric": "points_lost"}}},
+        "columns": "sparsity",
+    },
+    "an unknown metric in an entry": {"rows": {"entries": {"b": {"metric": "points_lots"}}}, "columns": "sparsity"},
     "a column on both axes": LOST | {"columns": "teacher"},
     "text for a number": LOST | {"where": {"pruning.sparsity": "high"}},
     "rows that are not there": LOST | {"where": {"teacher": "nobody"}},

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from dfkd_ray.report.specification import METRIC, Level, Specification
+from dfkd_ray.report.specification import Level, Specification
 from dfkd_ray.report.wording import Frame, Series, base_name, number, plus_minus, short
 from dfkd_ray.results import selecting
 from dfkd_ray.results.metrics import Metric, metric
@@ -108,9 +108,7 @@ def both(line: Line, other: Line) -> Line:
 def entries_of(level: Level, trials: Frame) -> list[Line]:
     """The entries of a level; all values of its column, in order, where it names none."""
     if level.entries is not None:
-        if level.column == METRIC:
-            return [Line(text, {}, str(name)) for text, name in level.entries.items()]
-        return [Line(text, where, None) for text, where in level.entries.items()]
+        return [Line(text, where, level.metrics.get(text)) for text, where in level.entries.items()]
     assert level.column is not None
     values = trials[level.column]
     found = sorted(values.dropna().unique().tolist()) + ([None] if values.isna().any() else [])

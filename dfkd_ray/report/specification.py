@@ -7,7 +7,8 @@ An axis is a level, or a list of levels that are crossed. A level is one of
 
 * a column of `trials` and its values: a list, or a mapping of values to labels; the name alone takes all its values,
 * `metric` and names of metrics, in the same two forms,
-* `entries` and a mapping of labels to conditions (column → value, or a list of values).
+* `entries` and a mapping of labels to conditions (column → value, or a list of values). Beside its conditions each may
+  name its own metric: `{reconstructed: {synthesis.method: adi, metric: reconstructed_points_lost}}`.
 """
 
 from collections.abc import Mapping
@@ -27,12 +28,13 @@ FORMS = "a column with its values, metric with names, or entries with conditions
 
 
 class Level(BaseModel):
-    """One level of an axis. `entries`: label → conditions, or label → metric; None: all values of the column."""
+    """One level of an axis. `entries`: label → conditions; None: all values of the column. `metrics`: by label."""
 
     model_config = STRICT
 
-    column: str | None
-    entries: dict[str, Any] | None
+    column: str | None = None
+    entries: dict[str, dict[str, Any]] | None = None
+    metrics: dict[str, str] = Field(default_factory=dict)
 
 
 class Format(BaseModel):
@@ -57,7 +59,7 @@ def axis_of(value: Any) -> Any:
 def level_of(value: Any) -> dict[str, Any]:
     """One level, from its plain data."""
     if isinstance(value, str) and value not in (METRIC, ENTRIES):
-        return {"column": column(value), "entries": None}
+        return {"column": column(value)}
     if not isinstance(value, Mapping) or len(value) != 1:
         raise ValueError(f"{given(value)}: expected {FORMS}; several levels are a list")
     ((name, values),) = value.items()
@@ -66,7 +68,7 @@ def level_of(value: Any) -> dict[str, Any]:
     if name == ENTRIES:
         if not isinstance(values, Mapping):
             raise ValueError(f"{ENTRIES}: expected labels with conditions, as in {{mine: {{real_data: false}}}}")
-        return {"column": None, "entries": {label(text): conditions(own) for text, own in values.items()}}
+        return level_of_entries({label(text): own for text, own in values.items()})
     if isinstance(values, Mapping):
         labels = {label(text): one for one, text in values.items()}
     else:
@@ -74,9 +76,25 @@ def level_of(value: Any) -> dict[str, Any]:
     if len(labels) < len(values):
         raise ValueError(f"{given(name)}: two of its values have the same label")
     if name == METRIC:
-        return {"column": METRIC, "entries": {str(text): known_metric(one) for text, one in labels.items()}}
+        metrics = {str(text): known_metric(one) for text, one in labels.items()}
+        return {"entries": {text: {} for text in metrics}, "metrics": metrics}
     own = column(name)
     return {"column": own, "entries": {shown(text, one): {own: one} for text, one in labels.items()}}
+
+
+def level_of_entries(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A level of conditions by label; each of them names a metric, or none does."""
+    metrics = {
+        text: known_metric(own[METRIC]) for text, own in values.items() if isinstance(own, Mapping) and METRIC in own
+    }
+    if metrics and len(metrics) < len(values):
+        missing = next(text for text in values if text not in metrics)
+        raise ValueError(f"{ENTRIES}: {given(missing)} names no {METRIC}, and others do")
+    rest = {
+        text: {name: one for name, one in own.items() if name != METRIC} if isinstance(own, Mapping) else own
+        for text, own in values.items()
+    }
+    return {"entries": {text: conditions(own) for text, own in rest.items()}, "metrics": metrics}
 
 
 def shown(text: str | None, value: Any) -> str:
@@ -159,9 +177,9 @@ class Specification(BaseModel):
 
     @model_validator(mode="after")
     def _one_metric_a_cell(self) -> "Specification":
-        levels = [level for level in (*self.rows, *self.columns) if level.column == METRIC]
+        levels = [level for level in (*self.rows, *self.columns) if level.metrics]
         if len(levels) + (self.metric is not None) != 1:
-            raise ValueError("expected one metric a cell: either `metric`, or one level `metric` in rows or columns")
+            raise ValueError("expected one metric a cell: either `metric`, or one level in rows or columns that has it")
         return self
 
     @model_validator(mode="after")
@@ -181,7 +199,7 @@ class Specification(BaseModel):
     def _no_column_on_both_axes(self) -> "Specification":
         seen: set[str] = set(self.where)
         for level in (*self.rows, *self.columns):
-            entries = level.entries.values() if level.entries and level.column is None else ()
+            entries = level.entries.values() if level.entries else ()
             own = {level.column} if level.column else {name for entry in entries for name in entry}
             if both := sorted(seen & own):
                 raise ValueError(f"{both[0]} is given twice: in where, rows and columns once at most")
@@ -193,8 +211,8 @@ class Specification(BaseModel):
         """The names of the metrics in its cells."""
         if self.metric is not None:
             return [self.metric]
-        levels = [level for level in (*self.rows, *self.columns) if level.column == METRIC]
-        return [str(name) for level in levels for name in (level.entries or {}).values()]
+        names = [name for level in (*self.rows, *self.columns) for name in level.metrics.values()]
+        return list(dict.fromkeys(names))
 
     def format_of(self, name: str) -> Format:
         """How a metric is shown."""
