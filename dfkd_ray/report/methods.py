@@ -27,7 +27,7 @@ ROWS = (  # column, its standard deviation, scale, label of the axis
 def methods(material: Material) -> Section:
     """Accuracy and KL against passes through the teacher, a figure per network and sparsity, and a table."""
     name, title = "methods", "Synthesis methods and what they cost"
-    if METHOD not in material.own_fields:
+    if material.num_methods < 2:
         return Section(name, title, why_not="the data-free trials that finished have one synthesis method.")
     configs = material.configs[material.configs[METHOD].notna()]
     groups = [
@@ -52,7 +52,7 @@ def methods(material: Material) -> Section:
                     label,
                     row[METHOD],
                     plus_minus(row["at_recovered"], row["at_recovered_std"]) + "\u00a0%",
-                    plus_minus(row["reference_kl"], row["reference_kl_std"], 1.0),
+                    plus_minus(row["reference_kl"], row["reference_kl_std"], 1.0, 3),
                     thousands(row[PASSES]),
                     thousands(row["num_student_passes"]),
                     row["num_seeds"],
