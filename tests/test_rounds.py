@@ -298,6 +298,7 @@ def test_toy_methods_pass_through_a_sweep_to_the_numbers_of_a_trial_alone(swept,
         for name in ("trial_id", "images_sha256", "agreement", "reference_kl", "synthesis_key", "num_images"):
             assert by_lag[lag][name] == told["row"][name], (lag, name)
     assert "4/4" in said and len(rows) == 4
+    assert "several synthesis methods (toy_rounds, toy_term): KL" in said
 
 
 def test_a_new_term_is_a_column_by_itself_and_methods_share_what_can_be_shared(swept, server):

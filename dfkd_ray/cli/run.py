@@ -269,6 +269,8 @@ def sweep(
     table = tables.read(place, "trials")
     table = table[table["trial_id"].isin(view.names)]
     print_trials(table, place)
+    if mixed := tables.mixed(table):
+        say(mixed)
     print_warnings(table)
     print_failures(table)
     wall_s = time.monotonic() - start

@@ -56,8 +56,6 @@ def opening(material: Material) -> str:
         "Of several configurations the best is the closest one to the teacher (KL divergence) on mixtures of held-out "
     )
     note += "synthetic images, mean over seeds. Test accuracy is reported, never used to choose."
-    if material.num_methods > 1:
-        note += " One method made these images, and they may favour its own students: compare methods in their section."
     return f'<div class="lead">{page.paragraph(state)}<ul>{items}</ul></div>{warning}{page.paragraph(note, "note")}'
 
 
