@@ -97,7 +97,7 @@ def test_our_rows_files_are_small_and_say_nothing_of_machines():
     files = sorted((ROOT / "sweeps" / "results").glob("*"))
     assert sum(path.stat().st_size for path in files) <= 3_000_000
     for path in files:
-        assert path.suffix == ".parquet" and row_files.packed(row_files.read([path])) == path.read_bytes()
+        assert path.suffix == ".parquet" and bytes(row_files.packed(row_files.read([path]))) == path.read_bytes()
 
 
 def test_rungs_down_and_sparsities_across_are_means_over_seeds(folder):
