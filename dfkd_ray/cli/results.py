@@ -84,7 +84,7 @@ def results(
         checks.render(places or [])
         return
     if len(places or ()) != 1 or not places:
-        raise ValueError(f"expected one PLACE, got {len(places or ())}; several documents go with --render")
+        raise typer.BadParameter(f"expected one PLACE, got {len(places or ())}; several documents go with --render")
     (place,) = places
     if check:
         checks.refuse("check", given)
@@ -105,7 +105,7 @@ def results(
     from dfkd_ray import results as tables
     from dfkd_ray.results.selecting import with_whole_numbers
 
-    everything = checks.rows_of(place, table).to_pandas()
+    everything = checks.rows_of(place, table).to_pandas() if checks.is_file(place) else tables.read(place, table)
     rows: Any = tables.select(everything, where or ())
     mixed = tables.mixed(rows)
     if mean_std:
