@@ -4,7 +4,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -266,7 +266,7 @@ def sweep(
             if isinstance(error, sweeps.Stopped):
                 raise
             raise SystemExit(130) from None
-    table = tables.read(place, "trials")
+    table: Any = tables.read(place, "trials")
     table = table[table["trial_id"].isin(view.names)]
     print_trials(table, place)
     if mixed := tables.mixed(table):
