@@ -19,12 +19,17 @@ def refuse(what: str, given: Mapping[str, object], but: Sequence[str] = ()) -> N
         raise ValueError(f"--{what} takes no {wrong[0]}")
 
 
-def rows_of(place: str, table: str = "trials") -> Any:
-    """The rows of a results place, or of a rows file, as an Arrow table."""
-    from dfkd_ray.results import row_files, tables
+def frame_of(place: str, table: str = "trials") -> Any:
+    """The rows of a results place, or of a rows file, as a DataFrame."""
+    from dfkd_ray import results
 
-    if not is_file(place):
-        return tables.read_arrow(place, table)
+    return in_file(place, table).to_pandas() if is_file(place) else results.read(place, table)
+
+
+def in_file(place: str, table: str = "trials") -> Any:
+    """The rows of a rows file, as an Arrow table."""
+    from dfkd_ray.results import row_files
+
     if table != "trials":
         raise ValueError(f"{place}: a rows file holds trials alone, no {table}")
     return row_files.read([Path(place).expanduser()])
@@ -38,14 +43,14 @@ def is_file(place: str) -> bool:
 def write_rows(place: str, where: Sequence[str], out: Path | None) -> None:
     """Write the chosen trials of a place as a rows file; it replaces a rows file only."""
     from dfkd_ray import results, storage, targets
-    from dfkd_ray.results import row_files
+    from dfkd_ray.results import row_files, tables
 
     if out is None:
         raise ValueError("--format parquet: say with --out which file to write")
     target = out.expanduser().absolute()
     parent = storage.folder(target.parent)
     targets.check_file(parent, target.name, lambda _data: row_files.is_own(parent, target.name), "a rows file")
-    rows = rows_of(place)
+    rows = in_file(place) if is_file(place) else tables.read_arrow(place, "trials")  # whole numbers stay exact
     chosen = results.select(rows.to_pandas(), where)
     if chosen.empty:
         raise ValueError(f"{place}: no trial meets these conditions; nothing is written")
@@ -77,7 +82,7 @@ def check(place: str, file: Path | None) -> None:
     if file is None and is_file(place):
         raise ValueError(f"{place}: a rows file does not say which sweep it is of; give the file with --sweep")
     settings = sweep.settings_in(place) if file is None else sweep.parse(config.read_yaml(file), str(file))
-    done = sweep.check(settings, rows_of(place).to_pandas())
+    done = sweep.check(settings, frame_of(place))
     if done.num_finished < done.num_trials:
         say(f"{done.num_finished} of the sweep's {done.num_trials} trials have finished")
     for num, what in ((done.num_others, "trials that are none of the sweep"), (done.num_older, "older versions")):

@@ -105,7 +105,7 @@ def results(
     from dfkd_ray import results as tables
     from dfkd_ray.results.selecting import with_whole_numbers
 
-    everything = checks.rows_of(place, table).to_pandas() if checks.is_file(place) else tables.read(place, table)
+    everything = checks.frame_of(place, table)
     rows: Any = tables.select(everything, where or ())
     mixed = tables.mixed(rows)
     if mean_std:

@@ -28,7 +28,6 @@ class Material:
         self.fields = aggregates.varying(self.done)
         # Without real-image trials: against those, the method would only tell that the others are synthetic.
         self.own_fields = aggregates.varying(self.done[~self.done["real_data"]]) or self.fields
-        self.num_methods = int(self.done.loc[~self.done["real_data"], "synthesis.method"].nunique())  # without data
         self.configs = aggregates.configurations(self.rows)
         self.best = aggregates.best(self.configs)
         self.answers = aggregates.answers(self.best)

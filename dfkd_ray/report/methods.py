@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from dfkd_ray.report import figures, page
 from dfkd_ray.report.material import Material
-from dfkd_ray.report.page import Section
-from dfkd_ray.report.wording import MEASURES, Frame, count, cut, dicts, number, plus_minus, settings, sparsity
+from dfkd_ray.report.page import NUM_ROWS, Section
+from dfkd_ray.report.wording import MEASURES, Frame, cut, dicts, more, number, plus_minus, settings, sparsity
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 METHOD, PASSES = "synthesis.method", "num_teacher_passes"
 MARKERS = "osD^vP*X<>hp"
 NUM_FIGURES = 8
-NUM_ROWS = 48
 ROWS = (  # column, its standard deviation, scale, label of the axis
     ("at_recovered", "at_recovered_std", 100.0, "{measure}, %"),
     ("reference_kl", "reference_kl_std", 1.0, "KL on the reference set"),
@@ -27,7 +26,7 @@ ROWS = (  # column, its standard deviation, scale, label of the axis
 def methods(material: Material) -> Section:
     """Accuracy and KL against passes through the teacher, a figure per network and sparsity, and a table."""
     name, title = "methods", "Synthesis methods and what they cost"
-    if material.num_methods < 2:
+    if material.done.loc[~material.done["real_data"], METHOD].nunique() < 2:
         return Section(name, title, why_not="the data-free trials that finished have one synthesis method.")
     configs = material.configs[material.configs[METHOD].notna()]
     groups = [
@@ -64,8 +63,7 @@ def methods(material: Material) -> Section:
     table = page.table(headings, cells[:NUM_ROWS], numbers=numbers, long=["configuration"], key="recovered")
     note = "Lowest KL first. Passes: thousands of images through the network, in synthesis and distillation; – where a "
     note += "row does not know. The reference images come from one method, whose own students they may favour."
-    for total, shown, noun in ((len(cells), len(cells[:NUM_ROWS]), "row"), (len(measured), len(drawn), "figure")):
-        note += f" {count(total - shown, noun)} more not shown." if total > shown else ""
+    note += more(len(cells), NUM_ROWS, "row") + more(len(measured), NUM_FIGURES, "figure")
     return Section(name, title, f'<div class="figures">{"".join(drawn)}</div>' + table + page.paragraph(note, "note"))
 
 

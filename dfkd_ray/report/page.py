@@ -19,6 +19,7 @@ from dfkd_ray.ladder import RUNGS
 from dfkd_ray.report.wording import Frame, Series, count, listed, short_names
 from dfkd_ray.text import shown
 
+NUM_ROWS = 48  # of a table other than that of the trials
 GENERATOR = '<meta name="generator" content="dfkd_ray report">'  # identifies our pages
 
 

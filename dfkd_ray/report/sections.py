@@ -8,7 +8,7 @@ from dfkd_ray.ladder import BN_REESTIMATED, QUANTISED, RECONSTRUCTED
 from dfkd_ray.report import aggregates, figures, page
 from dfkd_ray.report.material import Material
 from dfkd_ray.report.methods import methods
-from dfkd_ray.report.page import Section, escape
+from dfkd_ray.report.page import NUM_ROWS, Section, escape
 from dfkd_ray.report.wording import (
     MEASURES,
     Frame,
@@ -17,6 +17,7 @@ from dfkd_ray.report.wording import (
     dicts,
     lead,
     listed,
+    more,
     number,
     percent,
     plus_minus,
@@ -30,7 +31,6 @@ from dfkd_ray.results import selecting
 from dfkd_ray.text import is_null
 
 NUM_NETWORKS = 12  # networks with figures of their own
-NUM_ROWS = 48  # of a table other than that of the trials
 # Heading → rung, and what the note says of it.
 BESIDE = {
     QUANTISED.heading: (QUANTISED, QUANTISED.how),
@@ -108,11 +108,6 @@ def answer(material: Material) -> Section:
     note += "pruned, with nothing done. "
     note += "Best student: its folder under students/."
     return Section(name, title, html + page.paragraph(note + more(len(material.answers), len(rows), "row"), "note"))
-
-
-def more(total: int, shown: int, noun: str) -> str:
-    """A sentence with the number of items that are not shown, or nothing."""
-    return f" {count(total - shown, noun)} more not shown." if total > shown else ""
 
 
 def recovery(material: Material) -> Section:

@@ -64,6 +64,11 @@ def count(value: Any, noun: str) -> str:
     return f"{int(value):,} {noun if int(value) == 1 else plural}"
 
 
+def more(total: int, shown: int, noun: str) -> str:
+    """A sentence with the number of items that are not shown, or nothing."""
+    return f" {count(total - shown, noun)} more not shown." if total > shown else ""
+
+
 def short(value: Any) -> str:
     """A config value as short text."""
     if is_null(value):
