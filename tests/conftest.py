@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import type_checks  # noqa: F401  before the package, whose types it checks
 from dfkd_ray import bundles, cli
 from helpers import TINY_INFO, Done, tiny_network
 
