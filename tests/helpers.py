@@ -29,7 +29,7 @@ TINY_TRIAL: dict[str, Any] = {
     "reconstruction": {"num_images": 16},
     "distillation": {"num_images": 8, "num_steps": 2, "batch_size": 8, "num_threads": 1},
     "reference": {"num_images": 8, "synthesis": {"batch_size": 8, "num_steps": 1, "num_threads": 1}},
-    "latency": {"repeats": 1},  # each repeat takes 0.1 s of a trial whose student has another shape
+    "latency": {"repeats": 3},  # each repeat takes 0.1 s of a trial whose student has another shape
 }
 TINY_NOISE = {"method": "noise", "batch_size": 8}  # the same number of images as above, without a step of synthesis
 TINY_SETS = flat(TINY_TRIAL)  # dotted field -> value

@@ -1,6 +1,6 @@
-"""Types are checked while tests run: array shapes by jaxtyping, functions without shapes by beartype alone.
+"""Types are checked while tests run: functions of tensors by jaxtyping, with their shapes; others by beartype alone.
 
-jaxtyping's import hook wraps every function of the package to check shapes, and those without shapes are called most:
+jaxtyping's import hook wraps every function of the package to check shapes, and those without tensors are called most:
 that took a sixth of a trial's CPU time. To be imported before the package.
 """
 
@@ -10,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 import beartype
 import jaxtyping
+from torch import Tensor
 
 WITH_SHAPES = jaxtyping.jaxtyped
 
@@ -19,7 +20,7 @@ def checked(given: Any = None, *, typechecker: Any) -> Any:
     if given is None:
         return lambda wrapped: checked(wrapped, typechecker=typechecker)
     hints = hints_of(given) if inspect.isfunction(given) else None
-    if hints is None or any(map(has_shape, hints.values())):
+    if hints is None or any(map(has_tensors, hints.values())):
         return WITH_SHAPES(given, typechecker=typechecker)
     given.__annotations__ = hints
     return beartype.beartype(given)
@@ -33,11 +34,11 @@ def hints_of(function: Callable[..., Any]) -> dict[str, Any] | None:
         return None
 
 
-def has_shape(hint: Any) -> bool:
-    """Whether an array's shape stands in a type."""
-    if inspect.isclass(hint) and issubclass(hint, jaxtyping.AbstractArray):
+def has_tensors(hint: Any) -> bool:
+    """Whether a type is, or holds, one of tensors. (The export turns off jaxtyping's checks where it traces them.)"""
+    if inspect.isclass(hint) and issubclass(hint, jaxtyping.AbstractArray | Tensor):
         return True
-    return any(map(has_shape, get_args(hint)))
+    return any(map(has_tensors, get_args(hint)))
 
 
 jaxtyping.jaxtyped = checked  # pyright: ignore[reportAttributeAccessIssue]  the hook looks it up when it loads a module
