@@ -180,7 +180,7 @@ def unpack(data: bytes, index: int) -> Batch | None:
         images, labels = arrays.pop("images"), arrays.pop("labels")
         contribution = {name.removeprefix(CONTRIBUTION): array for name, array in arrays.items()}
         key, terms = meta["key"], meta["terms"]
-        if not isinstance(key, str) or meta["sha256"] != digest(index, images, labels, terms, contribution):
+        if meta["sha256"] != digest(index, images, labels, terms, contribution):
             return None
         values = json.loads(terms)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # a wrong byte can cause each of these
@@ -188,7 +188,7 @@ def unpack(data: bytes, index: int) -> Batch | None:
     return Batch(index, images, labels, key, values, contribution) if isinstance(values, dict) else None
 
 
-def parse(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def parse(data: bytes) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     """Metadata and arrays of a shard without a copy.
 
     The format: 8 bytes of header size (little-endian), a JSON header, the arrays one after the other. Source:
@@ -217,7 +217,10 @@ def parse(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         end = stop
     if end != len(data) - begin:
         raise ValueError("bytes that belong to no array")
-    return header["__metadata__"], arrays
+    metadata = header["__metadata__"]
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("metadata that is no map of texts")
+    return metadata, arrays
 
 
 def fetched(indices: Iterable[int], key: str, make: BatchSource, folder: Where | None) -> Iterator[tuple[Batch, bool]]:
