@@ -1,13 +1,11 @@
-"""Types are checked while tests run, of functions with and without array shapes."""
+"""Types are checked while tests run. That shapes are, `test_losses.py` shows."""
 
 from typing import Any
 
 import beartype.roar
-import jaxtyping
 import pytest
-import torch
 
-from dfkd_ray import losses, storage, text
+from dfkd_ray import storage, text
 
 WRONG: Any = 5
 
@@ -20,8 +18,3 @@ def test_an_argument_of_another_type_is_refused():
 def test_an_argument_of_another_type_is_refused_by_a_method(tmp_path):
     with pytest.raises(beartype.roar.BeartypeCallHintViolation):
         storage.folder(tmp_path).read(WRONG)
-
-
-def test_arrays_of_different_shapes_are_refused():
-    with pytest.raises(jaxtyping.TypeCheckError):
-        losses.batchnorm_distance(*(torch.zeros(length) for length in (1, 1, 5, 5)))

@@ -6,9 +6,9 @@ that took a sixth of a trial's CPU time. To be imported before the package.
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, get_args, get_type_hints
 
-import beartype
 import jaxtyping
 from torch import Tensor
 
@@ -18,12 +18,12 @@ WITH_SHAPES = jaxtyping.jaxtyped
 def checked(given: Any = None, *, typechecker: Any) -> Any:
     """A function whose types are checked when it is called; a class is handed on."""
     if given is None:
-        return lambda wrapped: checked(wrapped, typechecker=typechecker)
+        return partial(checked, typechecker=typechecker)
     hints = hints_of(given) if inspect.isfunction(given) else None
     if hints is None or any(map(has_tensors, hints.values())):
         return WITH_SHAPES(given, typechecker=typechecker)
     given.__annotations__ = hints
-    return beartype.beartype(given)
+    return typechecker(given)
 
 
 def hints_of(function: Callable[..., Any]) -> dict[str, Any] | None:
