@@ -224,7 +224,7 @@ def test_the_metadata_are_those_of_huggingface_hub(tmp_path):
     found = card_metadata.metadata(
         "x: y",
         "onnx",
-        True,
+        "int8",
         is_of_images=True,
         techniques=("pruning",),
         base_model="owner/name",

@@ -124,10 +124,10 @@ MODELS: dict[str, bytes] = {}
 def converted_once(monkeypatch):
     """Each network is converted to ONNX once: that takes seconds, and both ONNX and OpenVINO begin with it."""
 
-    def converted(network, shape):
-        key = bundles.sha256(bundles.safetensors_bytes(network.state_dict())) + repr(network)
+    def converted(teacher):
+        key = bundles.sha256(bundles.safetensors_bytes(teacher.network.state_dict())) + repr(teacher.network)
         if key not in MODELS:
-            MODELS[key] = onnx_files.converted(network, shape)
+            MODELS[key] = onnx_files.converted(teacher.network, teacher.info.input_shape)
         return MODELS[key]
 
     for name in ("onnx", "openvino"):
@@ -189,7 +189,7 @@ def test_every_format_gives_the_network_s_logits_for_batches_of_any_size(kind, f
 def test_int8_agrees_and_its_file_says_so(kind, format_, tmp_path):
     teacher = TEACHERS[kind]()
     done = dfkd_ray.export(teacher, tmp_path / NAMES[format_], format=format_, int8=True)
-    assert done.is_int8 and done.comparison.agreement >= comparison.AGREEMENT_INT8
+    assert done.is_int8 and done.comparison.agreement >= comparison.AGREEMENT["int8"]
     assert 0 < done.comparison.largest_difference < 2 * done.comparison.spread
     about = metadata.read(exporting.FORMATS[format_].read(done.path))
     assert about["precision"] == "int8" and about["format"] == format_
@@ -416,27 +416,29 @@ def test_variables_are_not_overwritten_while_they_are_needed():
 def test_a_file_that_is_not_the_network_is_an_error_and_is_not_kept(format_, tmp_path, monkeypatch):
     teacher, other = TEACHERS["plain"](), teacher_of(plain(), seed=1)
     row = exporting.FORMATS[format_]
-    monkeypatch.setitem(
-        exporting.FORMATS, format_, replace(row, convert=lambda _network, shape: row.convert(other.network, shape))
-    )
+    monkeypatch.setitem(exporting.FORMATS, format_, replace(row, convert=lambda _teacher: row.convert(other)))
     with pytest.raises(FloatingPointError, match="is not the network: on 40 images it agrees on"):
         dfkd_ray.export(teacher, tmp_path / "new" / NAMES[format_], format=format_)
     assert left(tmp_path) == []
 
 
 @pytest.mark.parametrize(
-    ("change", "is_int8", "passes"),
+    ("change", "precision", "passes"),
     [
-        (lambda y: y, False, True),
-        (lambda y: y + 1e-6, False, True),
-        (lambda y: y + 0.01 * y.std(), False, False),
-        (lambda y: y + 0.01 * y.std(), True, True),
-        (lambda y: np.where(np.arange(len(y))[:, None] == 3, np.nan, y), True, False),
-        (lambda y: y[:, ::-1], True, False),
-        (lambda y: y[:, :-1], False, False),
+        (lambda y: y, "float32", True),
+        (lambda y: y + 1e-6, "float32", True),
+        (lambda y: y + 0.01 * y.std(), "float32", False),
+        (lambda y: y + 0.01 * y.std(), "float16", True),
+        (lambda y: y + 0.1 * y.std(), "float16", False),
+        (lambda y: y + 0.1 * y.std(), "int8", True),
+        (lambda y: np.where(np.arange(len(y))[:, None] == 3, np.nan, y), "int8", False),
+        (lambda y: np.where(np.arange(len(y))[:, None] == 3, np.nan, y), None, False),
+        (lambda y: y[:, ::-1], "float16", False),
+        (lambda y: y[:, ::-1], "int8", False),
+        (lambda y: y[:, :-1], "float32", False),
     ],
 )
-def test_the_comparison_refuses_what_is_not_the_network(change, is_int8, passes):
+def test_the_comparison_refuses_what_is_not_the_network(change, precision, passes):
     expected = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
     given = np.arange(50, dtype=np.float32)
 
@@ -444,11 +446,11 @@ def test_the_comparison_refuses_what_is_not_the_network(change, is_int8, passes)
         return change(expected)[batch.astype(int)]
 
     if passes:
-        found = comparison.compared(run, given, expected, SOFTMAX, is_int8)
-        assert found.agreement == 1.0 and found.num_images == 50 and found.kl < 1e-3
+        found = comparison.compared(run, given, expected, SOFTMAX, precision)
+        assert found.agreement == 1.0 and found.num_images == 50 and found.kl < 0.01
     else:
         with pytest.raises(FloatingPointError, match="not kept"):
-            comparison.compared(run, given, expected, SOFTMAX, is_int8)
+            comparison.compared(run, given, expected, SOFTMAX, precision)
 
 
 def test_a_file_is_run_in_batches_of_two_sizes_and_on_every_image_once():
@@ -470,7 +472,7 @@ def test_a_full_disk_leaves_nothing(format_, where, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     row = exporting.FORMATS[format_]
-    quick = replace(row, convert=lambda network, _shape: network, open=lambda _path: torch_files.runs(teacher.network))
+    quick = replace(row, convert=lambda teacher: teacher, open=lambda _path: torch_files.runs(teacher.network))
     suffixes = {"torch": ["model.py", "weights.safetensors"], "openvino": [".bin", ".xml"]}.get(format_, [row.suffix])
     quick = replace(quick, write=lambda _model, _texts: dict.fromkeys(suffixes, b"x"))
     monkeypatch.setitem(exporting.FORMATS, format_, quick)
@@ -539,7 +541,10 @@ def test_the_command_writes_and_prints_few_lines_of_80_columns(run_cli, tiny_tea
     ("words", "parts"),
     [
         (["--format", "torch", "--out", "net", "--int8"], ["--int8", "onnx or openvino", "torch"]),
-        (["--format", "tflite", "--out", "net"], ["--format 'tflite'", "onnx, torch-export, openvino, torch"]),
+        (["--format", "tflite", "--out", "net"], ["--format 'tflite'", "onnx, torch-export, openvino, torch, bundle"]),
+        (["--out", "net.onnx", "--values", "float16"], ["--values float16", "format bundle, not with onnx"]),
+        (["--format", "bundle", "--out", "net", "--values", "half"], ["--values 'half'", "float32 or float16"]),
+        (["--format", "bundle", "--out", "net", "--push", "owner/name"], ["--push", "bundle"]),
         (["--out", "net.pt2"], ["net.pt2", "ends in .onnx"]),
         (["--out", "there.onnx"], ["there.onnx", "there already"]),
         (["--format", "torch", "--out", "full"], ["full", "there already"]),

@@ -1,5 +1,6 @@
 """The rung after distillation: the student as an int8 file, measured as it runs; the float student stays as it is."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from dfkd_ray import bundles, exporting, ladder, results, trial
@@ -15,7 +17,7 @@ from dfkd_ray.bundles import Teacher
 from dfkd_ray.cli import show
 from dfkd_ray.compression import pruning
 from dfkd_ray.config import QuantisationConfig, TrialConfig, flat, validate, with_overrides
-from dfkd_ray.exporting import int8, metadata, onnx_files, simulated, torch_files
+from dfkd_ray.exporting import int8, metadata, of_trial, onnx_files, simulated, torch_files
 from dfkd_ray.sweep import estimate
 from dfkd_ray.trial import quantisation
 from helpers import (
@@ -131,6 +133,43 @@ def test_the_row_is_measured_on_the_file_and_the_float_student_is_the_same_as_wi
     logits = run(exporting.images.normalised(teacher, batch.images))
     assert on.row["quantised_accuracy"] == pytest.approx((logits.argmax(1) == batch.labels).mean())
     assert on.row["quantised_kl"] > 0 and 0 <= on.row["quantised_agreement"] <= 1 and on.row["int8_steps"] == 0
+
+
+def test_the_card_of_a_trial_s_int8_file_has_the_numbers_of_the_trial(pair, tmp_path, monkeypatch):
+    def noise(teacher, *_):
+        drawn = torch.randn(24, *teacher.info.input_shape, generator=torch.Generator().manual_seed(1)).numpy()
+        return exporting.images.Images(drawn, None, "noise")
+
+    monkeypatch.setattr(exporting.images, "made", noise)
+    done, row = pair[0], {**pair[0].row, "quantised_accuracy": 0.3141, "quantised_agreement": 0.2718}
+    done.save_student(tmp_path / "student")
+    student = bundles.load(str(tmp_path / "student"))
+    refusal(lambda: of_trial.copied(student, done.int8, tmp_path / "net.onnx"), "row of its trial is not beside it")
+    (tmp_path / "row.json").write_text(json.dumps(row))
+    other = student.info.model_copy(update={"weights_sha256": "0" * 64})
+    of_others = replace(student, info=other)
+    refusal(lambda: of_trial.copied(of_others, done.int8, tmp_path / "net.onnx"), "int8 file is of weights")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["row.json", "student"]
+    found = of_trial.copied(student, done.int8, tmp_path / "net.onnx")
+    assert (tmp_path / "net.onnx").read_bytes() == done.int8
+    text = found.card.read_text()
+    for part in (
+        "| accuracy of this file | 31.41 % |",
+        f"| accuracy of the network before it was written | {100 * row['recovered_accuracy']:.2f} % |",
+        "| same answer as the teacher (this int8 file) | 27.18 % |",
+        f"| KL divergence from the teacher, nats (this int8 file) | {row['quantised_kl']:.3g} |",
+        f"{len(done.int8):,} bytes | the same format in float32: {row['float_file_bytes']:,} bytes |",
+        "activations are from 8 of the images that the student was distilled on",
+        f"trial `{row['trial_id']}`",
+        "- int8",
+    ):
+        assert part in text, part
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert front["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.3141
+    row |= dict.fromkeys(("quantised_accuracy", "recovered_accuracy", "test_set", "test_sha256", "num_test_images"))
+    (tmp_path / "row.json").write_text(json.dumps(row))
+    text = of_trial.copied(student, done.int8, tmp_path / "other.onnx").card.read_text()
+    assert "| accuracy of this int8 file | not known |" in text and "model-index" not in text
 
 
 def test_the_same_seed_gives_the_same_bytes_also_after_a_full_disk(pair, teacher, tmp_path, monkeypatch):

@@ -97,6 +97,8 @@ def test_the_command_runs_the_sweep_exports_what_it_chose_and_says_when_nothing_
     else:
         assert ran.returncode == 0 and best.trial_id in ran.stdout, ran.stderr
         assert file.stat().st_size > 1000
+        card = (tmp_path / "found" / "student.onnx.md").read_text()
+        assert f"trial `{best.trial_id}`" in card and ("- int8" in card) == best.is_int8
     ran = done([*words, "--faster", "1.5", "--lose-at-most", "-1"], tmp_path)  # the trials are there
     assert ran.returncode == 1 and "nothing is 1.5 times as fast and loses at most -1 points" in ran.stdout, ran.stderr
     assert not file.exists(), "the file of an earlier choice is not left for this one's"

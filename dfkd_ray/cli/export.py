@@ -1,4 +1,4 @@
-"""`dfkd-ray export`: a network as a file for other programs."""
+"""`dfkd-ray export`: a network as a file for other programs, or as a bundle."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,18 +13,21 @@ from dfkd_ray.cli.streams import say
 
 def export(
     student: TeacherName,
-    out: Annotated[Path, typer.Option(help="file to write: .onnx, .pt2, .xml; for format torch a folder")],
+    out: Annotated[Path, typer.Option(help="file to write: .onnx, .pt2, .xml; for format torch or bundle a folder")],
     format_: Annotated[
         str,
         typer.Option(
             "--format",
             help="onnx; torch-export (for torch.export.load); openvino (.xml and .bin); torch (a folder: readable "
-            "source code and safetensors, for PyTorch alone)",
+            "source code and safetensors, for PyTorch alone); bundle (a folder for this package)",
         ),
     ] = "onnx",
     int8: Annotated[
         bool, typer.Option("--int8", help="with onnx, openvino: int8 weights and activations, on synthetic images")
     ] = False,
+    values: Annotated[
+        str, typer.Option(help="with bundle: float32, or float16, which rounds the weights and makes the file smaller")
+    ] = "float32",
     test_data: TestData = "none",
     data_root: DataRoot = Path("data"),
     download: Download = False,
@@ -44,7 +47,7 @@ def export(
         bool, typer.Option("--replace", help="with --push: also into a repository that this command did not make")
     ] = False,
 ) -> None:
-    """Write a network for programs without this package, with a model card, and compare what is written with it.
+    """Write a network for other programs, or as a bundle, with a model card, and compare what is written with it.
 
     The file takes normalised images, (pixel - mean) / std, float32, in batches of any size, and gives logits. Mean,
     std, classes and more are in its metadata. It is kept only if it answers as the network on synthetic images.
@@ -55,13 +58,15 @@ def export(
     from dfkd_ray import exporting
     from dfkd_ray.exporting import hub
 
-    path = exporting.check(out, format_, int8, device)
+    if push is not None and format_ == "bundle":
+        raise ValueError("--push does not go with --format bundle: its notes may have paths of this machine")
+    path = exporting.check(out, format_, int8, device, values)
     repository = None if push is None else hub.check(push, public=public, replace=replace)
     root = caches.check_target(cache or caches.default_folder()).uri
     loaded = load_teacher(student, trust_code, download=download)
     test = open_test(loaded, test_data, data_root, download)
     making = exporting.Making(device, root, Progress())
-    done = exporting.export(loaded, path, format=format_, int8=int8, test=test, making=making)
+    done = exporting.export(loaded, path, format=format_, int8=int8, values=values, test=test, making=making)
     for line in lines(done):
         say(line)
     if done.warning:
@@ -75,13 +80,13 @@ def export(
 
 def lines(done: Any) -> list[str]:
     """The result, in lines of at most 80 columns but for the path."""
-    found, kind = done.comparison, f"{done.format}, {'int8' if done.is_int8 else 'float32'}"
+    found, kind = done.comparison, f"{done.format}, {done.precision}"
     told = [
         f"written: {done.path}",
         f"its model card: {done.card}",
         f"{kind}: {done.size_bytes:,} bytes, {done.size_bytes / done.dense_bytes:.2f} of the dense float32 weights",
     ]
-    if done.is_int8:
+    if done.precision != "float32":
         told.append(f"{done.size_bytes / done.float32_bytes:.2f} of the float32 file ({done.float32_bytes:,} bytes)")
     told += [
         f"compared on {found.num_images} mixed images,",

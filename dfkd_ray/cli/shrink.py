@@ -38,11 +38,13 @@ def shrink(
     """Find a student that is FASTER times as fast and loses at most LOSE_AT_MOST points, and export it as ONNX.
 
     A small sweep on this machine tries shares of channels, each in float32 and int8, on ONNX Runtime with one thread.
-    Writes OUT/sweep (tables, students), OUT/shrink.yaml (its sweep file) and OUT/student.onnx. After an interruption,
-    the same command resumes. Exit code 1 if nothing fits: then the nearest are named and nothing is exported. The loss
-    is estimated, or measured on --test-data, which then chooses: measure the chosen one again on other data.
+    Writes OUT/sweep (tables, students), OUT/shrink.yaml (its sweep file) and OUT/student.onnx with its model card.
+    After an interruption, the same command resumes. Exit code 1 if nothing fits: then the nearest are named and nothing
+    is exported. The loss is estimated, or measured on --test-data, which then chooses: measure the chosen one again on
+    other data.
     """
     from dfkd_ray import exporting, results, targets, trial
+    from dfkd_ray.exporting import of_trial
     from dfkd_ray.sweep import shrinking
 
     fields = configs.parse_overrides(set_ or [])
@@ -86,12 +88,13 @@ def shrink(
         raise typer.Exit(1)
     student = place / SWEEP / "students" / best.trial_id
     target = Path(out) / STUDENT
+    network = load_teacher(str(student), trust_code)
     if best.is_int8:
         written = student.read(trial.INT8_FILE)
         assert written is not None
-        place.write(STUDENT, written)
+        of_trial.copied(network, written, target)
     else:
-        exporting.export(load_teacher(str(student), trust_code), target)
+        exporting.export(network, target)
     kind = "on the data that chose it" if measured else "estimated"
     say(f"chosen: {best.name}: {best.speed:.2f} times as fast, {best.lost:.2f} points lost ({kind})")
     say(f"written: {target}; as a bundle: {student}")

@@ -1,4 +1,4 @@
-"""Writes a trained network for programs without this package: ONNX, torch.export, OpenVINO, or PyTorch source code.
+"""Writes a trained network for other programs (ONNX, torch.export, OpenVINO, PyTorch source code) or as a bundle.
 
 `FORMATS` has a row per format. The common path is in `export`: convert the network, write the files beside their place,
 run them on images and compare the logits with the network's, and only then rename them to their place.
@@ -33,6 +33,7 @@ from dfkd_ray.heads import HEADS, Head
 from dfkd_ray.plain import given
 
 CPU, DEVICES = torch.device("cpu"), ("auto", "cpu", "cuda")
+VALUES = ("float32", "float16")
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,10 @@ class Exported:
     """What was written, and how it compares with the network.
 
     `files`: all that was written but the card, the main file last. `size_bytes` is of all of them, `float32_bytes` what
-    the same format takes without int8, `dense_bytes` the network's tensors in float32. `comparison` is on images that
+    the same format takes in float32, `dense_bytes` the network's tensors in float32. `comparison` is on images that
     are not data (`images` says where they are from). Accuracies, in [0, 1], are None without test batches; `test_set`
-    has their set's name, number of images and SHA-256. `warning`: what to look at, or None.
+    has their set's name, number of images and SHA-256. `warning`: what to look at, or None. `values`: float32 or
+    float16, of the weights. `is_of_trial`: the file and the accuracies are those of a trial.
     """
 
     path: Path
@@ -59,6 +61,13 @@ class Exported:
     network_accuracy: float | None = None
     test_set: Mapping[str, Any] | None = None
     warning: str | None = None
+    values: str = "float32"
+    is_of_trial: bool = False
+
+    @property
+    def precision(self) -> str:
+        """float32, float16 or int8."""
+        return "int8" if self.is_int8 else self.values
 
 
 def export(
@@ -67,6 +76,7 @@ def export(
     *,
     format: str = "onnx",
     int8: bool = False,
+    values: str = "float32",
     test: Sequence[Batch] | None = None,
     row: Mapping[str, Any] | None = None,
     download: bool = False,
@@ -76,8 +86,9 @@ def export(
 
     `network`: a bundle's folder, URI or name, a library's network by name, or a `Teacher` (`Teacher.from_network` makes
     one from a module in memory, `dfkd_ray.load` with `trust_code` one whose architecture is code). The file takes
-    normalised images in batches of any size. `int8` quantises weights and activations, on synthetic images. `test`:
-    test batches, for reporting only. `row`: of the trial that made the network, for the model card; a bundle's own is
+    normalised images in batches of any size. `int8` quantises weights and activations, on synthetic images.
+    `values`: float16 rounds the weights of a bundle (see `bundle_files`). `test`: test batches, for reporting only.
+    `row`: of the trial that made the network, for the model card; a bundle's own is
     looked for beside it. `making`: where the synthetic images are made and kept.
 
     A model card is written with it: README.md in a folder, NAME.md beside a file NAME.
@@ -89,7 +100,7 @@ def export(
     # A trial imports this package, and needs neither; `origins` reads tables, with pandas.
     from dfkd_ray.exporting import card, origins
 
-    path = check(path, format, int8, making.device)
+    path = check(path, format, int8, making.device, values)
     if isinstance(network, nn.Module):
         raise ValueError(
             "network is an nn.Module: make a teacher of it with `Teacher.from_network`, which describes it"
@@ -100,6 +111,7 @@ def export(
     if test is not None and not any(len(batch.labels) for batch in test):
         raise ValueError("the test set has no images")
     row = origins.row_of(teacher) if row is None else row
+    own = teacher if kind.round is None or values == "float32" else kind.round(teacher)
     made = images.made(teacher, int8, making)
     with quiet():
         expected = torch_files.runs(teacher.network)(made.compared)
@@ -108,9 +120,11 @@ def export(
                 f"{teacher.name}: its logits on synthetic images are not finite numbers; nothing to compare"
             )
         files, float32_bytes = converted(teacher, kind, format, made.calibration if int8 else None)
+        if own is not teacher:
+            files, _ = converted(own, kind, format, None)
         with placing.beside(path, kind, files) as written:
             run = kind.open(written)
-            compared = comparison.compared(run, made.compared, expected, head, int8)
+            compared = comparison.compared(run, made.compared, expected, head, "int8" if int8 else values)
             accuracies = measured(run, teacher, test, head, Runtime(CPU, info.space))
             done = Exported(
                 path=path,
@@ -127,12 +141,13 @@ def export(
                 network_accuracy=accuracies[1],
                 test_set=evaluation.test_set(test) if test else None,
                 warning=warning_of(compared, int8),
+                values=values,
             )
-            placing.add(written, done.card, card.text(done, teacher, row).encode())
+            placing.add(written, done.card, card.text(done, own, row).encode())
     return done
 
 
-def check(path: Path | str, format: str, int8: bool, device: str = "auto") -> Path:
+def check(path: Path | str, format: str, int8: bool, device: str = "auto", values: str = "float32") -> Path:
     """The path, if a format may be written there; else `ValueError` (one line), before any work."""
     if format not in FORMATS:
         raise ValueError(f"`format={given(format)}`: expected one of {', '.join(FORMATS)}")
@@ -142,6 +157,11 @@ def check(path: Path | str, format: str, int8: bool, device: str = "auto") -> Pa
     if int8 and row.quantise is None:
         able = " or ".join(name for name, each in FORMATS.items() if each.quantise)
         raise ValueError(f"`int8` goes with format {able}, not with {format}")
+    if values not in VALUES:
+        raise ValueError(f"`values={given(values)}`: expected {' or '.join(VALUES)}")
+    if values != "float32" and row.round is None:
+        able = " or ".join(name for name, each in FORMATS.items() if each.round)
+        raise ValueError(f"`values={values}` goes with format {able}, not with {format}")
     check_installed(f"format {format}", row.needs, row.extra)
     placing.check(path, row)
     return path
@@ -178,7 +198,7 @@ def converted(
     teacher: Teacher, row: Format, format: str, calibration: np.ndarray | None
 ) -> tuple[dict[str, bytes], int]:
     """The contents of the files, by name or suffix; and the size of the float32 ones in bytes."""
-    model = row.convert(teacher.network, teacher.info.input_shape)
+    model = row.convert(teacher)
     about = metadata.texts(teacher, format=format, precision="float32", **dict(row.notes))
     files = row.write(model, about)
     size = num_bytes(files)

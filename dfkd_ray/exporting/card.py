@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import dfkd_ray
-from dfkd_ray import commit
+from dfkd_ray import commit, models
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.compression import pruning
-from dfkd_ray.exporting import card_metadata, origins
+from dfkd_ray.exporting import bundle_files, card_metadata, origins
 from dfkd_ray.exporting.card_numbers import UNKNOWN, numbers
 from dfkd_ray.exporting.code_layout import text as literal
 from dfkd_ray.exporting.images import NUM_CALIBRATION
@@ -20,7 +20,13 @@ from dfkd_ray.exporting.markdown import block, bullets, code
 if TYPE_CHECKING:
     from dfkd_ray.exporting import Exported
 
-FORMATS = {"onnx": "ONNX", "openvino": "OpenVINO", "torch-export": "torch.export", "torch": "PyTorch source code"}
+FORMATS = {
+    "onnx": "ONNX",
+    "openvino": "OpenVINO",
+    "torch-export": "torch.export",
+    "torch": "PyTorch source code",
+    "bundle": "of a bundle of dfkd_ray",
+}
 MOST_CLASSES = 50  # names that are listed
 PRUNING = {
     "unstructured": "single weights are zero",
@@ -39,7 +45,7 @@ def text(done: "Exported", teacher: Teacher, row: Mapping[str, Any] | None) -> s
     head = card_metadata.metadata(
         teacher.name,
         done.format,
-        done.is_int8,
+        done.precision,
         is_of_images=len(teacher.info.input_shape) == 3,
         techniques=techniques(facts),
         base_model=origins.hub_repository(str(facts.get("teacher", teacher.name))),
@@ -49,7 +55,7 @@ def text(done: "Exported", teacher: Teacher, row: Mapping[str, Any] | None) -> s
     sections = {
         "Numbers": numbers(done, teacher, facts),
         "Input and classes": input_and_classes(teacher),
-        "How to load it": block(loading(done)),
+        "How to load it": block(loading(done, teacher)),
         "How it was made": bullets(making(done, teacher, facts)),
         "Limits": bullets(limits(done, teacher, facts)),
     }
@@ -78,12 +84,12 @@ def techniques(facts: Mapping[str, Any]) -> tuple[str, ...]:
 def own_accuracy(done: "Exported", teacher: Teacher) -> tuple[float | None, str | None]:
     """The accuracy of the written file and the test set's name, where both are known.
 
-    A float32 file has its network's accuracy: it was compared. An int8 file has only what was measured on it.
+    A float32 file has its network's accuracy: it was compared. Another one has only what was measured on it.
     """
     if done.accuracy is not None and done.test_set is not None:
         return done.accuracy, origins.public_name(str(done.test_set["name"]))
     noted = teacher.info.notes.get("test_set")
-    if done.is_int8 or teacher.info.test_accuracy is None or noted is None:
+    if done.precision != "float32" or teacher.info.test_accuracy is None or noted is None:
         return None, None
     return teacher.info.test_accuracy, origins.public_name(str(noted["name"]))
 
@@ -95,7 +101,7 @@ def summary(done: "Exported", teacher: Teacher, facts: Mapping[str, Any]) -> str
     what = (
         f"A classifier ({code(origins.public_name(info.architecture), 80)}, {info.num_classes:,} {kind}, input "
         f"{'x'.join(map(str, info.input_shape))}) in the format {FORMATS[done.format]}, "
-        f"{'int8' if done.is_int8 else 'float32'}."
+        f"{done.precision}."
     )
     if not info.trained:
         what += " **It is not trained**: its weights are random."
@@ -131,8 +137,10 @@ def floats(values: Sequence[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 
-def loading(done: "Exported") -> list[str]:
+def loading(done: "Exported", teacher: Teacher) -> list[str]:
     """A program of few lines that runs the file."""
+    module = models.module_of(teacher.info.architecture)
+    trust = "" if module is None else f", trust_code={literal(module)}"
     name = literal(done.path.name)
     return {
         "onnx": [
@@ -155,6 +163,11 @@ def loading(done: "Exported") -> list[str]:
             "network = load()",
             "logits = network(normalised(pixels))  # pixels: a tensor",
         ],
+        "bundle": [
+            "import dfkd_ray",
+            f"network = dfkd_ray.load({name}{trust}).network  # float32",
+            "logits = network(images)  # images: a tensor",
+        ],
     }[done.format]
 
 
@@ -163,13 +176,38 @@ def making(done: "Exported", teacher: Teacher, facts: Mapping[str, Any]) -> list
     lines = of_trial(facts) if is_student(facts) else [f"How it was trained is {UNKNOWN} here."]
     if not is_student(facts) and teacher.info.dataset is not None:
         lines = [f"Trained on {code(origins.public_name(teacher.info.dataset))}, as its bundle says."]
-    if done.is_int8:
-        lines.append(
-            f"int8: static quantisation by ONNX Runtime; the ranges of activations are from {NUM_CALIBRATION} images "
-            f"that are no data ({done.images}), and biases are corrected on them."
-        )
+    lines += of_values(done, teacher, facts)
     own = commit.of_package()
     lines.append(f"Written by dfkd_ray {dfkd_ray.__version__}{f', commit {own}' if own else ''}.")
+    return lines
+
+
+def of_values(done: "Exported", teacher: Teacher, facts: Mapping[str, Any]) -> list[str]:
+    """What was done to the values of the weights, by this export or before."""
+    lines = []
+    note = teacher.info.notes.get(bundle_files.NOTE)
+    if isinstance(note, Mapping):
+        before, raised = code(note.get("weights_sha256") or UNKNOWN, 80), note.get("num_raised")
+        lines.append(
+            "float16: weights, biases, and scales and shifts of BatchNorm are rounded to the nearest float16 values, "
+            f"from weights with SHA-256 {before}; BatchNorm's running statistics are not. Accuracies and agreement of "
+            "the trial are from before that."
+        )
+        if type(raised) is int and raised > 0:
+            lines[-1] += f" {raised:,} values were too small for float16, and became its smallest, 6e-8."
+    if done.is_int8:
+        images = f"{NUM_CALIBRATION} images that are no data ({done.images})"
+        if done.is_of_trial:
+            numbers = [facts[name] for name in ("quantisation.num_images", "num_images") if name in facts]
+            images = f"{f'{min(numbers):,}' if numbers else 'some'} of the images that the student was distilled on"
+        lines.append(
+            f"int8: static quantisation by ONNX Runtime; the ranges of activations are from {images}, and biases are "
+            "corrected on them."
+        )
+        if done.is_of_trial and facts.get("int8_steps"):
+            lines.append(
+                f"Its weights were then distilled for {facts['int8_steps']:,} steps through fake quantisation."
+            )
     return lines
 
 
@@ -232,8 +270,8 @@ def measured_sparsity(facts: Mapping[str, Any]) -> str:
 def limits(done: "Exported", teacher: Teacher, facts: Mapping[str, Any]) -> list[str]:
     """What the network and the numbers above do not say."""
     lines = []
-    if done.accuracy is None and (done.is_int8 or teacher.info.test_accuracy is None):
-        of = "this int8 file" if done.is_int8 else "this network"
+    if done.accuracy is None and (done.precision != "float32" or teacher.info.test_accuracy is None):
+        of = "this network" if done.precision == "float32" else f"this {done.precision} file"
         lines.append(
             f"**The accuracy of {of} is {UNKNOWN}**: no test data was given. Agreement and KL divergence on synthetic "
             "images say how near it is to another network, and not how often it is right."
@@ -251,6 +289,8 @@ def limits(done: "Exported", teacher: Teacher, facts: Mapping[str, Any]) -> list
         lines.append(
             "Fewer channels are fewer multiplications; how much faster that is, is to be measured where it runs."
         )
+    elif done.format == "bundle":
+        lines.append("Its zeros, if it has any, make the file smaller and not the network faster.")
     elif pruning.num_nonzero(teacher.network) < 0.9 * pruning.num_parameters(teacher.network):
         special = " without kernels for this pattern" if structure == "n_of_m" else ""
         lines.append(f"Its zeros do not make it faster or its file smaller{special}: weights are stored dense.")

@@ -13,14 +13,14 @@ import yaml
 from dfkd_ray.text import one_line
 
 TAG = "dfkd-ray"  # of every card of this package; by it a repository is known as one that it has made
-LIBRARIES = {"onnx": "onnx", "openvino": "openvino", "torch-export": "pytorch", "torch": "pytorch"}
+LIBRARIES = {"onnx": "onnx", "openvino": "openvino", "torch-export": "pytorch", "torch": "pytorch", "bundle": "pytorch"}
 TASK = "image-classification"
 
 
 def metadata(
     name: str,
     format: str,
-    is_int8: bool,
+    precision: str,
     *,
     is_of_images: bool,
     techniques: tuple[str, ...] = (),
@@ -32,7 +32,7 @@ def metadata(
     found: dict[str, Any] = {"library_name": LIBRARIES[format]}
     if is_of_images:
         found["pipeline_tag"] = TASK
-    found["tags"] = [TAG, format, *(["int8"] if is_int8 else []), *techniques]
+    found["tags"] = [TAG, format, *([] if precision == "float32" else [precision]), *techniques]
     if base_model is not None:
         found["base_model"] = base_model
     if accuracy is not None and test_set is not None and is_of_images:

@@ -17,7 +17,7 @@ UNKNOWN = "not known"
 
 def numbers(done: "Exported", teacher: Teacher, facts: Mapping[str, Any]) -> str:
     """Accuracies, distance from the teacher, sizes, and the comparison of the file with the network."""
-    rows = [*accuracies(done, teacher, facts), *distances(facts), *sizes(done, teacher, facts)]
+    rows = [*accuracies(done, teacher, facts), *distances(facts, done.is_of_trial), *sizes(done, teacher, facts)]
     found = done.comparison
     compared = (
         f"The file was run on {found.num_images} mixed images, {done.images}, and compared with the network that it "
@@ -47,21 +47,24 @@ def accuracies(done: "Exported", teacher: Teacher, facts: Mapping[str, Any]) -> 
             ("accuracy of the network before it was written", share(done.network_accuracy), on),
             ("accuracy of this file", share(done.accuracy), on),
         ]
-    elif done.is_int8:
-        rows.append(("accuracy of this int8 file", UNKNOWN, "no test data was given when it was written"))
+    elif done.precision != "float32":
+        rows.append((f"accuracy of this {done.precision} file", UNKNOWN, "no test data was given when it was written"))
     return rows or [("accuracy", UNKNOWN, "no test data was given")]
 
 
-def distances(facts: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Rows of the student's distance from its teacher."""
+def distances(facts: Mapping[str, Any], with_int8: bool) -> list[tuple[str, str, str]]:
+    """Rows of the student's distance from its teacher, and of its int8 file's."""
     mixed = "mixtures of " if facts.get("reference.mixed", True) else ""
     many = facts.get("reference.num_images")
     on = f"{'' if many is None else f'{many:,} '}{mixed}synthetic images, held out of training; without data"
-    rows = []
-    if "agreement" in facts:
-        rows.append(("same answer as the teacher (float32 network)", share(facts["agreement"]), on))
-    if "reference_kl" in facts:
-        rows.append(("KL divergence from the teacher, nats (float32 network)", f"{facts['reference_kl']:.3g}", on))
+    rows, of = [], [("agreement", "reference_kl", "float32 network")]
+    if with_int8:
+        of.append(("quantised_agreement", "quantised_kl", "this int8 file"))
+    for agreement, kl, what in of:
+        if agreement in facts:
+            rows.append((f"same answer as the teacher ({what})", share(facts[agreement]), on))
+        if kl in facts:
+            rows.append((f"KL divergence from the teacher, nats ({what})", f"{facts[kl]:.3g}", on))
     return rows
 
 
@@ -76,10 +79,12 @@ def sizes(done: "Exported", teacher: Teacher, facts: Mapping[str, Any]) -> list[
     nonzero = pruning.num_nonzero(network)
     macs = operations.num_macs(network, teacher.info.image_shape)
     num_bytes = f"{done.size_bytes:,} bytes"
-    against = f"the same format in float32: {done.float32_bytes:,} bytes" if done.is_int8 else "all files but this card"
+    against = "all files but this card"
+    if done.precision != "float32":
+        against = f"the same format in float32: {done.float32_bytes:,} bytes"
     return [
         ("parameters", f"{pruning.num_parameters(network):,}", of_teacher.get("teacher_num_parameters", "")),
-        ("parameters that are not zero", f"{nonzero:,}", "zeros are stored too"),
+        ("parameters that are not zero", f"{nonzero:,}", "" if done.format == "bundle" else "zeros are stored too"),
         ("multiplications (MACs) for one input", f"{macs:,}", of_teacher.get("teacher_num_macs", "")),
         ("size of the written files", num_bytes, against),
     ]

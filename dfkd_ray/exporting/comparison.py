@@ -2,9 +2,10 @@
 
 A float32 file must: what differs is the order of summation. An int8 file need not: how much it differs is a property of
 the network, which the result states. Only a file that answers differently on every tenth image is refused: it is of no
-use, or the runtime computes it wrongly.
+use, or the runtime computes it wrongly. Between them, weights of float16 are off by at most 1/2048 each.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,10 +18,10 @@ from dfkd_ray.heads import Head
 
 Run = Callable[[np.ndarray], np.ndarray]  # normalised float32 images (n, *input_shape) → logits (n, classes)
 BATCHES = (1, 7)  # sizes of the batches that a file is run on, in turn: its batch size must be free
-AGREEMENT, AGREEMENT_INT8 = 0.999, 0.9  # the least
+AGREEMENT = {"float32": 0.999, "float16": 0.97, "int8": 0.9}  # the least
 AIM_INT8 = 0.99  # below it the result has a warning
-# The largest difference of a float32 file's logits: a share of their standard deviation, and of their largest value.
-OF_SPREAD, OF_LARGEST = 1e-3, 1e-5
+# The largest difference of a file's logits: a share of their standard deviation, and of their largest value.
+OF_SPREAD, OF_LARGEST = {"float32": 1e-3, "float16": 0.05}, 1e-5
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,11 @@ class Comparison:
     kl: float
 
 
-def compared(run: Run, images: np.ndarray, expected: np.ndarray, head: Head, is_int8: bool) -> Comparison:
-    """Run a file and compare it. `FloatingPointError` if it does not compute what the network computes."""
+def compared(run: Run, images: np.ndarray, expected: np.ndarray, head: Head, precision: str | None) -> Comparison:
+    """Run a file and compare it, by the bounds of its precision: float32, float16, int8; None: only finite logits.
+
+    `FloatingPointError` if it does not compute what the network computes.
+    """
     found = in_batches(run, images)
     if found.shape != expected.shape:
         raise FloatingPointError(
@@ -48,11 +52,12 @@ def compared(run: Run, images: np.ndarray, expected: np.ndarray, head: Head, is_
     own, other = torch.from_numpy(expected), torch.from_numpy(found)
     largest = float(np.abs(found - expected).max())
     spread, agreement = float(expected.std()), head.agreement(other, own)
-    bound = OF_SPREAD * spread + OF_LARGEST * float(np.abs(expected).max())
-    least = AGREEMENT_INT8 if is_int8 else AGREEMENT
+    bound, least = math.inf, AGREEMENT.get(precision or "", 0.0)
+    if precision in OF_SPREAD:
+        bound = OF_SPREAD[precision] * spread + OF_LARGEST * float(np.abs(expected).max())
     # `not <=`: a difference that is not a number is a mismatch too.
-    if not np.isfinite(found).all() or agreement < least or not (is_int8 or largest <= bound):
-        limit = "" if is_int8 else f" and a difference of at most {bound:.2g}"
+    if not np.isfinite(found).all() or agreement < least or not largest <= bound:
+        limit = "" if math.isinf(bound) else f" and a difference of at most {bound:.2g}"
         raise FloatingPointError(
             f"the written file is not the network: on {len(images)} images it agrees on {100 * agreement:.1f} %, and "
             f"its logits differ by up to {largest:.2g}; expected {100 * least:g} %{limit}; it was not kept"

@@ -135,7 +135,7 @@ def written(student: Teacher, calibration: np.ndarray, compared: np.ndarray) -> 
     model = onnx_files.converted(student.network, student.info.input_shape)
     checked = compared[:NUM_CHECKED]
     expected = torch_files.runs(student.network)(checked.copy())
-    comparison.compared(onnx_files.run_of(model), checked, expected, HEADS[student.info.head], is_int8=False)
+    comparison.compared(onnx_files.run_of(model), checked, expected, HEADS[student.info.head], "float32")
     return Written(model, int8.quantised(model, calibration))
 
 
