@@ -17,6 +17,7 @@ from dfkd_ray.batches import Batch
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.compression import channels, pruning
 from dfkd_ray.config import PruningConfig
+from dfkd_ray.description import BundleInfo
 from dfkd_ray.exporting import bundle_files, images
 from helpers import refusal
 
@@ -187,6 +188,30 @@ def test_the_program_of_the_card_gives_the_logits_of_the_bundle(tmp_path, monkey
     given: dict[str, Any] = {"images": torch.zeros(2, 1, 32, 32)}
     exec(program, given)
     assert torch.equal(given["logits"], bundles.load("low").network(given["images"]))
+
+
+def test_a_network_whose_architecture_is_trusted_code_is_a_bundle_of_that_code(tmp_path, monkeypatch):
+    code = "from torch import nn\n\ndef tied(num_classes):\n    layer = nn.Conv2d(3, 3, 3, padding=1)\n"
+    code += "    return nn.Sequential(layer, nn.ReLU(), layer, nn.Flatten(), nn.Linear(192, num_classes))\n"
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "code_of_a_user.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path / "code"))
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 3, 3, padding=1)
+    network = nn.Sequential(layer, nn.ReLU(), layer, nn.Flatten(), nn.Linear(192, 4))
+    about = {
+        "architecture": "code_of_a_user:tied",
+        "arguments": {"num_classes": 4},
+        "num_classes": 4,
+        "input_shape": (3, 8, 8),
+    }
+    info = BundleInfo.model_validate({**about, "mean": (0.5,) * 3, "std": (0.5,) * 3})
+    bundles.save(tmp_path / "student", info, network.state_dict())
+    done = exported(dfkd_ray.load(str(tmp_path / "student"), trust_code="code_of_a_user"), tmp_path / "low")
+    assert 'dfkd_ray.load("low", trust_code="code_of_a_user").network' in done.card.read_text()
+    refusal(lambda: dfkd_ray.load(str(done.path)), "trust_code=code_of_a_user")
+    state = dfkd_ray.load(str(done.path), trust_code="code_of_a_user").network.state_dict()
+    assert all(torch.equal(state[name], tensor.half().float()) for name, tensor in network.state_dict().items())
 
 
 def test_a_note_of_unknown_origin_rounds_nothing(tmp_path):

@@ -88,8 +88,8 @@ def export(
     one from a module in memory, `dfkd_ray.load` with `trust_code` one whose architecture is code). The file takes
     normalised images in batches of any size. `int8` quantises weights and activations, on synthetic images.
     `values`: float16 rounds the weights of a bundle (see `bundle_files`). `test`: test batches, for reporting only.
-    `row`: of the trial that made the network, for the model card; a bundle's own is
-    looked for beside it. `making`: where the synthetic images are made and kept.
+    `row`: of the trial that made the network, for the model card; a bundle's own is looked for beside it. `making`:
+    where the synthetic images are made and kept.
 
     A model card is written with it: README.md in a folder, NAME.md beside a file NAME.
 
