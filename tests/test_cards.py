@@ -149,7 +149,9 @@ def test_the_accuracy_of_an_int8_file_is_the_one_measured_on_it_or_not_known(rec
     front, body = parts(card.text(done, bundle, row))
     assert front["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.3125
     assert "| accuracy of this file | 31.25 % | `pictures/test` (20 images" in body and "int8" in front["tags"]
-    front, body = parts(card.text(replace(done, accuracy=None, test_set=None), bundle, row))
+    worse = replace(done, accuracy=None, test_set=None, warning="the int8 file answers differently")
+    front, body = parts(card.text(worse, bundle, row))
+    assert "* The int8 file answers differently.\n" in body
     assert "model-index" not in front and "| accuracy of this int8 file | not known |" in body
     assert "static quantisation" in body and "**The accuracy of this int8 file is not known**" in body
 

@@ -233,7 +233,7 @@ def test_a_bundle_that_is_another_network_is_not_kept(tmp_path, monkeypatch):
 
     def broken(teacher: Teacher, texts) -> dict[str, bytes]:
         network = dfkd_ray.load(RESNET).network
-        nn.init.normal_(network.fc.weight)
+        nn.init.normal_(network.get_parameter("fc.weight"))
         return row.write(replace(teacher, network=network), texts)
 
     monkeypatch.setitem(exporting.FORMATS, "bundle", replace(row, write=broken))

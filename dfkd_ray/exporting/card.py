@@ -277,7 +277,7 @@ def limits(done: "Exported", teacher: Teacher, facts: Mapping[str, Any]) -> list
             "images say how near it is to another network, and not how often it is right."
         )
     if done.warning:
-        lines.append(f"The {done.warning}.")
+        lines.append(f"{done.warning[0].upper()}{done.warning[1:]}.")
     lines += [
         "It has the faults of the network that it was made from, and perhaps more on classes or images that are rare.",
         "No claim of privacy follows from synthetic images: weights, and images made from them, can show what the "
