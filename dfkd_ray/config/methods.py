@@ -104,6 +104,17 @@ class NoiseConfig(BaseModel):
     storage: Storage = "uint8"
 
 
+class ShapesConfig(BaseModel):
+    """Random overlapping shapes in the teacher's channel mean and standard deviation: a baseline with edges."""
+
+    model_config = STRICT
+
+    method: Literal["shapes"] = "shapes"
+    seed: Seed = Field(default=0)
+    batch_size: BatchSize = Field(default=256)
+    storage: Storage = "uint8"
+
+
 class RealConfig(BaseModel):
     """Real training images, injected by the command line: the upper bound. Not data-free; marked in every row."""
 
@@ -228,6 +239,12 @@ METHODS: dict[str, Method] = {
         cost_fields=OF_GENERATOR,
     ),
     "noise": Method(NoiseConfig, "Gaussian images: the lower baseline", "dfkd_ray.synthesis.noise", has_labels=False),
+    "shapes": Method(
+        ShapesConfig,
+        "random overlapping shapes: a baseline without the teacher",
+        "dfkd_ray.synthesis.shapes",
+        has_labels=False,
+    ),
     "real": Method(RealConfig, "real images: the upper bound, not data-free", None, is_data_free=False),
 }
 

@@ -324,6 +324,18 @@ class ReferenceConfig(BaseModel):
     mixed: bool = Field(
         default=True, description="mix the images in pairs; false where a mixture of two inputs has no meaning"
     )
+    mixed_with: Literal["images", "shapes"] = Field(
+        default="images",
+        description="mix them with each other, or with random shapes: students of several synthesis methods are "
+        "compared more fairly, since no method has trained on these",
+    )
+
+    @field_validator("mixed_with")
+    @classmethod
+    def _acts_with_mixed_only(cls, value: str, info: Any) -> str:
+        if info.data.get("mixed") is False and value != cls.model_fields["mixed_with"].default:
+            raise ValueError("mixed_with acts with mixed=true only; leave it out or set mixed=true")
+        return value
 
 
 class LatencyConfig(BaseModel):
@@ -344,7 +356,10 @@ class LatencyConfig(BaseModel):
 
 
 # Dotted field → default, of fields that older rows do not have: what their nulls stand for.
-NEWER_FIELDS = {"distillation.attention_weight": DistillationConfig.model_fields["attention_weight"].default} | {
+NEWER_FIELDS = {
+    "distillation.attention_weight": DistillationConfig.model_fields["attention_weight"].default,
+    "reference.mixed_with": ReferenceConfig.model_fields["mixed_with"].default,
+} | {
     f"{section}.{name}": field.default
     for section, model in (("quantisation", QuantisationConfig), ("latency", LatencyConfig))
     for name, field in model.model_fields.items()

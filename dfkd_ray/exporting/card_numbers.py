@@ -55,8 +55,9 @@ def accuracies(done: "Exported", teacher: Teacher, facts: Mapping[str, Any]) -> 
 def distances(facts: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Rows of the student's distance from its teacher."""
     mixed = "mixtures of " if facts.get("reference.mixed", True) else ""
+    shapes = " with random shapes" if facts.get("reference.mixed_with") == "shapes" else ""
     many = facts.get("reference.num_images")
-    on = f"{'' if many is None else f'{many:,} '}{mixed}synthetic images, held out of training; without data"
+    on = f"{'' if many is None else f'{many:,} '}{mixed}synthetic images{shapes}, held out of training; without data"
     rows = []
     if "agreement" in facts:
         rows.append(("same answer as the teacher (float32 network)", share(facts["agreement"]), on))

@@ -27,10 +27,12 @@ from dfkd_ray.distillation import Pool, Progress
 from dfkd_ray.heads import Head
 from dfkd_ray.image_sources import Gathered, Images, Round, gather
 from dfkd_ray.storage import Folder
+from dfkd_ray.synthesis import shapes
 
 log = logging.getLogger(__name__)
 ROUND_FILE = re.compile(r"round-\d{6}\.safetensors")
 STATE_FILE = "rounds.safetensors"
+SHAPES_SEED = 0x313  # of the reference set
 
 
 class RoundsLostError(Exception):
@@ -64,7 +66,10 @@ def reference_of(
     """The reference set: the teacher's logits on the held-out images, or on mixtures of them."""
     compared = held_out.pool.images[: config.reference.num_images]
     if config.reference.mixed:
-        compared = evaluation.mixtures(compared, runtime.space)
+        others = None
+        if config.reference.mixed_with == "shapes":
+            others = shapes.stored(compared.shape, runtime.space, SHAPES_SEED)
+        compared = evaluation.mixtures(compared, runtime.space, others)
     return evaluation.reference(network, compared, runtime, head)
 
 
