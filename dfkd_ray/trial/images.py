@@ -46,6 +46,14 @@ def batches_wanted(config: TrialConfig, reestimates: bool) -> tuple[int, int]:
     return distilled, max(distilled, -(-config.bn_num_images // size)) if reestimates else distilled
 
 
+def synthesis_passes(config: TrialConfig) -> int:
+    """Images through the teacher while the trial's images are made, at most, if BatchNorm is re-estimated."""
+    settings, row = config.synthesis, METHODS[config.synthesis.method]
+    num_rounds = 1 if row.is_stationary else settings.num_rounds
+    in_round = -(-batches_wanted(config, reestimates=True)[1] // num_rounds) * settings.batch_size
+    return sum(row.passes(settings, number) * in_round for number in range(num_rounds))
+
+
 def is_own_file(name: str) -> bool:
     """Whether a checkpoint file belongs to the rounds."""
     return name == STATE_FILE or ROUND_FILE.fullmatch(name) is not None
