@@ -12,6 +12,7 @@ from dfkd_ray.batches import NO_LABEL
 from dfkd_ray.config import ShapesConfig, TrialConfig, validate
 from dfkd_ray.images import PixelSpace
 from dfkd_ray.synthesis import shapes
+from dfkd_ray.trial.images import SHAPES_SEED
 from helpers import CPU, make_teacher, tiny_trial
 
 
@@ -81,7 +82,7 @@ def test_a_trial_is_compared_on_mixtures_with_shapes_where_asked_for_and_is_anot
     rows = [trial.run(config_of(tiny_teacher, **fields), teacher).row for fields in names]
     plain, pairs, _, blends = compared
     pixels = plain.astype(np.float32) / 255
-    others = shapes.stored(plain.shape, space, trial.images.SHAPES_SEED)
+    others = shapes.stored(plain.shape, space, SHAPES_SEED)
     np.testing.assert_allclose(blends, evaluation.mixtures(pixels, space, others), atol=1e-6)
     weights = (blends - others) / (pixels - others)
     at_scale = np.abs(pixels - others) > 0.1
