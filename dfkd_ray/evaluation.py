@@ -88,11 +88,12 @@ def test_set(batches: Sequence[Batch]) -> dict[str, Any]:
     return {"name": one_line(batches[0].key, 120), "num_images": num_images, "sha256": digest.hexdigest()}
 
 
-def mixtures(images: np.ndarray, space: PixelSpace) -> np.ndarray:
+def mixtures(images: np.ndarray, space: PixelSpace, others: np.ndarray | None = None) -> np.ndarray:
     """Each stored image mixed with another one: λ a + (1 - λ) b, λ ~ U(0, 1), as float32 in pixel units.
 
     The teacher is sure of the images themselves, and every usable student agrees with it on all of them. Between two
-    classes students differ. Pairs and λ depend on the number of images alone: all trials are compared on the same set.
+    classes students differ. `others`: the images b, of the same shape and stored as float32; None: the images
+    themselves, in pairs. Pairs and λ depend on the number of images alone: all trials are compared on the same set.
     """
     generator = torch.Generator().manual_seed(MIXING_SEED)
     order = torch.randperm(len(images), generator=generator).numpy()
@@ -100,9 +101,10 @@ def mixtures(images: np.ndarray, space: PixelSpace) -> np.ndarray:
     pixels = images.astype(np.float32)
     if images.dtype == np.uint8:
         pixels = pixels * np.float32((space.high - space.low) / 255.0) + np.float32(space.low)
-    partners = np.empty_like(pixels)
-    partners[order] = pixels[np.roll(order, 1)]
-    return shares * pixels + (1 - shares) * partners
+    if others is None:
+        others = np.empty_like(pixels)
+        others[order] = pixels[np.roll(order, 1)]
+    return shares * pixels + (1 - shares) * others
 
 
 @dataclass(frozen=True)

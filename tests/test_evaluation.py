@@ -125,9 +125,9 @@ def mixed_from(monkeypatch):
     """What is mixed."""
     found, real = [], evaluation.mixtures
 
-    def mixtures(images, space):
+    def mixtures(images, *more):
         found.append(images)
-        return real(images, space)
+        return real(images, *more)
 
     monkeypatch.setattr(evaluation, "mixtures", mixtures)
     return found

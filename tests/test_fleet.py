@@ -375,6 +375,9 @@ def test_without_any_synthesizer_a_reader_makes_its_batches_itself(tmp_path):
         (tmp_path / "plague").touch()
         for actor in ray.get(running.coordinator.actors.remote()):
             ray.kill(actor, no_restart=False)
+            with pytest.raises(RayError):  # until it is gone, it may make a batch
+                while True:
+                    ray.get(actor.__ray_ready__.remote(), timeout=60)
         stream = running.stream(alone_s=1.0, timeout_s=900.0)
         source = stream.batches(spec, range(4), lambda index: simulated_batch(spec.key, index, spec.config))
         for index, (batch, _) in enumerate(source):

@@ -154,8 +154,14 @@ def test_reference_sets_are_told_apart_within_one_version_too_and_failed_trials_
     rows = [trial_row(0, 0.5, seed, trial_version=3) for seed in (0, 1)]
     assert rows[0]["reference.mixed"] is True
     plain = trial_row(0, 0.5, 2, trial_version=3, **{"reference.mixed": False})
+    shapes = trial_row(0, 0.5, 2, trial_version=3, **{"reference.mixed_with": "shapes"})
     failed = trial_row(0, 0.5, 2, status="failed", trial_version=2)
-    assert results.mixed(pd.DataFrame(rows)) is None
+    assert results.mixed(pd.DataFrame(rows)) is None and results.mixed(pd.DataFrame([shapes])) is None
+    assert selecting.reference_sets(pd.DataFrame([plain, *rows, shapes])) == {
+        "mixed": 2,
+        "mixed with shapes": 1,
+        "plain": 1,
+    }
     assert selecting.reference_sets(pd.DataFrame([*rows, plain])) == {"mixed": 2, "plain": 1}
     says = "KL and agreement on two kinds of reference images cannot be compared (mixed: 2 rows, plain: 1 row)"
     assert results.mixed(pd.DataFrame([*rows, plain])) == says

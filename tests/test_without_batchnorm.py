@@ -393,7 +393,7 @@ def test_the_reference_set_is_of_any_data_free_method_and_never_real():
     assert validate(TrialConfig, {"teacher": "t"}).reference.synthesis.method == "deepinversion"
     with pytest.raises(ValueError) as caught:
         validate(TrialConfig, {"teacher": "t", "reference": {"synthesis": {"method": "real"}}})
-    says = "config: reference.synthesis.method: unknown method 'real'; expected deepinversion, records, noise"
+    says = "config: reference.synthesis.method: unknown method 'real'; expected deepinversion, records, noise, shapes"
     assert str(caught.value) == says
     with pytest.raises(ValueError, match=r"reference\.synthesis\.num_steps: unknown field"):
         validate(TrialConfig, {"teacher": "t", "reference": {"synthesis": {"method": "noise", "num_steps": 3}}})
@@ -409,7 +409,7 @@ def test_the_default_references_key_and_columns_are_those_of_before():
         "reference.synthesis.batch_size",
     ]
     fields = {*DeepInversionConfig.model_fields, *RecordsConfig.model_fields, *NoiseConfig.model_fields}
-    own = {"reference.num_images", "reference.mixed"}
+    own = {"reference.num_images", "reference.mixed", "reference.mixed_with"}
     assert set(names) == own | {*(f"reference.synthesis.{field}" for field in fields)}
     assert len(names) == len(set(names))
     assert json.loads(str(results.schema("trials").metadata[b"dfkd_ray.schema"].rpartition(b"/")[2].decode())) == 8

@@ -177,7 +177,7 @@ def heading(text: str, kind: Format) -> str:
 
 def main_columns(rows: Any, table: str) -> list[str]:
     """The main columns that are not empty: differing fields and main metrics."""
-    from dfkd_ray.results import SEEDS, varied_fields
+    from dfkd_ray.results import REFERENCE_KIND, SEEDS, varied_fields
 
     if table != "trials":
         names = [name for name in rows.columns if name not in ("written_at_s", "teacher_hash", "host", "numerics")]
@@ -185,7 +185,7 @@ def main_columns(rows: Any, table: str) -> list[str]:
         folded = "num_seeds" in rows.columns
         fields = [name for name in varied_fields(rows) if not (folded and name in SEEDS)]
         names = ["num_seeds"] if folded else ["trial_id"]
-        names += [name for name in ("trial_version", "reference.mixed") if rows[name].nunique(dropna=False) > 1]
+        names += [name for name in REFERENCE_KIND if rows[name].nunique(dropna=False) > 1]
         names = ["teacher", *fields, *names, *METRICS]
         if not folded and (rows["status"] != "finished").any():
             names += ["status", "reason"]

@@ -30,6 +30,7 @@ from dfkd_ray.config.methods import (
     RealConfig,
     RecordKind,
     RecordsConfig,
+    ShapesConfig,
     parse_synthesis,
 )
 from dfkd_ray.config.parsing import parse_overrides, read_yaml
@@ -74,6 +75,7 @@ __all__ = [
     "RecordKind",
     "RecordsConfig",
     "ReferenceConfig",
+    "ShapesConfig",
     "StudentConfig",
     "TeacherTrainingConfig",
     "TrialConfig",

@@ -39,6 +39,8 @@ def beneath(fields: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any
     """`data` with the `fields` that it does not set."""
     if data.get("method", "deepinversion") != "deepinversion":
         return dict(data)
+    if data.get("num_passes") is not None:  # it says the number of steps
+        fields = {name: value for name, value in fields.items() if name != "num_steps"}
     result = {**fields, **data}
     for name, value in fields.items():
         if isinstance(value, Mapping) and isinstance(data.get(name, {}), Mapping):

@@ -104,6 +104,17 @@ class NoiseConfig(BaseModel):
     storage: Storage = "uint8"
 
 
+class ShapesConfig(BaseModel):
+    """Random overlapping shapes in the teacher's channel mean and standard deviation: a baseline with edges."""
+
+    model_config = STRICT
+
+    method: Literal["shapes"] = "shapes"
+    seed: Seed = Field(default=0)
+    batch_size: BatchSize = Field(default=256)
+    storage: Storage = "uint8"
+
+
 class RealConfig(BaseModel):
     """Real training images, injected by the command line: the upper bound. Not data-free; marked in every row."""
 
@@ -137,6 +148,8 @@ class Method:
     `num_rounds` and `lag`, their module `first_state` and `advance`, their `source` takes the state of a round."""
     looks_at_student: Callable[[Any], bool] = lambda _config: False
     """Whether images of a config depend on the student; where they do, only one trial can use them."""
+    passes: Callable[[Any, int], int] = lambda config, _round: getattr(config, "num_steps", 0)
+    """How often a batch of (config, round) goes through the teacher, at most; forward and backward are one."""
 
 
 LABEL, BN = "label loss of the stored images", "BatchNorm statistics term"
@@ -152,6 +165,12 @@ OF_GENERATOR = ("precision", "num_channels", "channels_last")
 def of_adversary(config: Any) -> bool:
     """Whether a config's images depend on the student: they do if its term has a weight."""
     return config.adversarial_weight > 0
+
+
+def of_generator(config: Any, round_number: int) -> int:
+    """Passes of a batch. Round 0 has no student: a generator without another term stays as it is there."""
+    own = ("label_weight", "bn_weight", "balance_weight", "activation_weight")
+    return config.num_steps if round_number or any(getattr(config, name, 0) for name in own) else 0
 
 
 ADAPTIVE = partial(Method, is_stationary=False, looks_at_student=of_adversary)
@@ -176,6 +195,7 @@ METHODS: dict[str, Method] = {
         "dfkd_ray.synthesis.adaptive",
         terms={"label": LABEL, "bn": BN, "tv": TV, "l2": L2, "adversarial": ADVERSARIAL},
         cost_fields=OF_INVERSION,
+        passes=lambda config, number: config.adaptive_steps if number else config.num_steps,
     ),
     "dfq": ADAPTIVE(
         DfqConfig,
@@ -183,6 +203,7 @@ METHODS: dict[str, Method] = {
         "dfkd_ray.synthesis.generative",
         terms={"label": LABEL, "bn": BN, "balance": BALANCE, "adversarial": ADVERSARIAL},
         cost_fields=OF_GENERATOR,
+        passes=of_generator,
     ),
     "dafl": Method(
         DaflConfig,
@@ -190,6 +211,7 @@ METHODS: dict[str, Method] = {
         "dfkd_ray.synthesis.generative",
         terms={"label": LABEL, "balance": BALANCE, "activation": ACTIVATION},
         cost_fields=OF_GENERATOR,
+        passes=of_generator,
         is_stationary=False,
     ),
     "dfad": ADAPTIVE(
@@ -198,6 +220,7 @@ METHODS: dict[str, Method] = {
         "dfkd_ray.synthesis.generative",
         terms={"adversarial": ADVERSARIAL},
         cost_fields=OF_GENERATOR,
+        passes=of_generator,
     ),
     "zskt": ADAPTIVE(
         ZsktConfig,
@@ -205,6 +228,7 @@ METHODS: dict[str, Method] = {
         "dfkd_ray.synthesis.generative",
         terms={"adversarial": ADVERSARIAL},
         cost_fields=OF_GENERATOR,
+        passes=of_generator,
     ),
     "cmi": ADAPTIVE(
         CmiConfig,
@@ -212,6 +236,7 @@ METHODS: dict[str, Method] = {
         "dfkd_ray.synthesis.contrastive",
         terms={"label": LABEL, "bn": BN, "adversarial": ADVERSARIAL, "contrastive": CONTRASTIVE},
         cost_fields=(*OF_GENERATOR, "num_negatives", "num_projected"),
+        passes=lambda config, _round: config.num_steps * (2 if config.contrastive_weight else 1),
     ),
     "fast": ADAPTIVE(
         FastConfig,
@@ -228,6 +253,12 @@ METHODS: dict[str, Method] = {
         cost_fields=OF_GENERATOR,
     ),
     "noise": Method(NoiseConfig, "Gaussian images: the lower baseline", "dfkd_ray.synthesis.noise", has_labels=False),
+    "shapes": Method(
+        ShapesConfig,
+        "random overlapping shapes: a baseline without the teacher",
+        "dfkd_ray.synthesis.shapes",
+        has_labels=False,
+    ),
     "real": Method(RealConfig, "real images: the upper bound, not data-free", None, is_data_free=False),
 }
 

@@ -276,6 +276,12 @@ class DistillationConfig(BaseModel):
         ge=0,
         description="optimiser steps; 0: the student as it was before, on the rung nearest the teacher",
     )
+    num_passes: Count | None = Field(
+        default=None,
+        ge=1,
+        description="images through the teacher, in synthesis and distillation together; num_steps is what synthesis "
+        "leaves of them: methods at equal cost; null: num_steps counts",
+    )
     batch_size: BatchSize = Field(default=128)
     learning_rate: Number = Field(default=0.05, gt=0, description="peak SGD learning rate, cosine to zero")
     warmup: Number = Field(default=0.05, ge=0, lt=1, description="share of the steps with a linear rise")
@@ -313,6 +319,12 @@ class DistillationConfig(BaseModel):
     )
     num_threads: Threads = 2
 
+    @model_validator(mode="after")
+    def _one_number_of_steps(self) -> "DistillationConfig":
+        if self.num_passes is not None and self.num_steps != type(self).model_fields["num_steps"].default:
+            raise ValueError("num_passes sets num_steps; leave num_steps out, or num_passes")
+        return self
+
 
 class ReferenceConfig(BaseModel):
     """The held-out synthetic set on which students are selected: one per teacher, the same for every trial."""
@@ -324,6 +336,18 @@ class ReferenceConfig(BaseModel):
     mixed: bool = Field(
         default=True, description="mix the images in pairs; false where a mixture of two inputs has no meaning"
     )
+    mixed_with: Literal["images", "shapes"] = Field(
+        default="images",
+        description="mix them with each other, or with random shapes: students of several synthesis methods are "
+        "compared more fairly, since no method has trained on these",
+    )
+
+    @field_validator("mixed_with")
+    @classmethod
+    def _acts_with_mixed_only(cls, value: str, info: Any) -> str:
+        if info.data.get("mixed") is False and value != cls.model_fields["mixed_with"].default:
+            raise ValueError("mixed_with acts with mixed=true only; leave it out or set mixed=true")
+        return value
 
 
 class LatencyConfig(BaseModel):
@@ -344,7 +368,11 @@ class LatencyConfig(BaseModel):
 
 
 # Dotted field → default, of fields that older rows do not have: what their nulls stand for.
-NEWER_FIELDS = {"distillation.attention_weight": DistillationConfig.model_fields["attention_weight"].default} | {
+NEWER_FIELDS = {
+    "distillation.attention_weight": DistillationConfig.model_fields["attention_weight"].default,
+    "distillation.num_passes": None,
+    "reference.mixed_with": ReferenceConfig.model_fields["mixed_with"].default,
+} | {
     f"{section}.{name}": field.default
     for section, model in (("quantisation", QuantisationConfig), ("latency", LatencyConfig))
     for name, field in model.model_fields.items()
@@ -379,9 +407,10 @@ class TrialConfig(BaseModel):
             raise ValueError(f"distillation.label_weight needs labels; synthesis.method={method} has none")
         if self.pruning.schedule == "cubic" and self.distillation.num_steps == 0:
             raise ValueError("pruning.schedule=cubic prunes during distillation; distillation.num_steps is 0")
-        if not METHODS[method].is_stationary and self.synthesis.num_rounds > max(1, self.distillation.num_steps):
+        rounds = 1 if METHODS[method].is_stationary else self.synthesis.num_rounds
+        if self.distillation.num_passes is None and rounds > max(1, self.distillation.num_steps):
             raise ValueError(
-                f"synthesis.num_rounds={self.synthesis.num_rounds} needs a step of distillation each; "
+                f"synthesis.num_rounds={rounds} needs a step of distillation each; "
                 f"distillation.num_steps is {self.distillation.num_steps}"
             )
         if self.pruning.structure == "channels" and self.pruning.sparsity > 0:

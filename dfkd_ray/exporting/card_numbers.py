@@ -55,8 +55,9 @@ def accuracies(done: "Exported", teacher: Teacher, facts: Mapping[str, Any]) -> 
 def distances(facts: Mapping[str, Any], with_int8: bool) -> list[tuple[str, str, str]]:
     """Rows of the student's distance from its teacher, and of its int8 file's."""
     mixed = "mixtures of " if facts.get("reference.mixed", True) else ""
+    shapes = " with random shapes" if facts.get("reference.mixed_with") == "shapes" else ""
     many = facts.get("reference.num_images")
-    on = f"{'' if many is None else f'{many:,} '}{mixed}synthetic images, held out of training; without data"
+    on = f"{'' if many is None else f'{many:,} '}{mixed}synthetic images{shapes}, held out of training; without data"
     rows, of = [], [("agreement", "reference_kl", "float32 network")]
     if with_int8:
         of.append(("quantised_agreement", "quantised_kl", "this int8 file"))

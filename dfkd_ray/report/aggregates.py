@@ -12,7 +12,7 @@ import pandas as pd
 from dfkd_ray.config import TrialConfig
 from dfkd_ray.ladder import BESIDE, RUNGS, STUDENTS
 from dfkd_ray.report.wording import Frame, Series
-from dfkd_ray.results.schemas import BEST_FIRST, SEEDS, config_columns
+from dfkd_ray.results.schemas import BEST_FIRST, REFERENCE_KIND, SEEDS, config_columns
 from dfkd_ray.text import is_null
 
 # The network's label covers the first three; the last is what was requested, not what was used.
@@ -151,7 +151,7 @@ def regret(rows: Frame) -> Frame:
     told = told[told["lost"].notna()]
     found = []
     for network, own in told.groupby("network", sort=False):
-        kinds = [name for name in ("trial_version", "reference.mixed") if name in own]
+        kinds = [name for name in REFERENCE_KIND if name in own]
         if kinds:
             order = own.sort_values(kinds, ascending=[BEST_FIRST[name] for name in kinds], kind="stable")
             first = order[kinds].iloc[0]

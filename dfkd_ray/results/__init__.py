@@ -5,7 +5,7 @@ written atomically. A crash leaves the old or the new rows, never half a row. `c
 """
 
 from dfkd_ray.results.rows import kept, unfit, writable
-from dfkd_ray.results.schemas import METRICS, SEEDS, TABLES, deterministic_columns, schema, version
+from dfkd_ray.results.schemas import METRICS, REFERENCE_KIND, SEEDS, TABLES, deterministic_columns, schema, version
 from dfkd_ray.results.selecting import fold_seeds, mixed, select, varied_fields
 from dfkd_ray.results.tables import (
     FINAL,
@@ -22,6 +22,7 @@ from dfkd_ray.results.tables import (
 __all__ = [
     "FINAL",
     "METRICS",
+    "REFERENCE_KIND",
     "SEEDS",
     "TABLES",
     "compact",

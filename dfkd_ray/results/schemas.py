@@ -39,7 +39,8 @@ WRITTEN_AT = "written_at_s"
 SEEDS = ("synthesis.seed", "distillation.seed")
 # The order of trials, nulls last: column -> ascending. Numbers on other reference images are no better or worse, so
 # trials of the newest version come first, mixed images before plain ones, and the lowest KL within each.
-BEST_FIRST = {"trial_version": False, "reference.mixed": False, "reference_kl": True, "agreement": False}
+REFERENCE_KIND = {"trial_version": False, "reference.mixed": False, "reference.mixed_with": True}
+BEST_FIRST = {**REFERENCE_KIND, "reference_kl": True, "agreement": False}
 
 SYNTHESIS_VERSION_MEANING = "of the algorithms that make images; null in rows from before it was counted"
 PASSES = "in synthesis and distillation, forward and backward as one; null where a batch does not know its own"

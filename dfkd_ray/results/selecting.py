@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 
 from dfkd_ray.config import LEFT_OUT, follows
-from dfkd_ray.results.schemas import BEST_FIRST, METRICS, SEEDS, WRITTEN_AT, close_to, schema
+from dfkd_ray.results.schemas import BEST_FIRST, METRICS, REFERENCE_KIND, SEEDS, WRITTEN_AT, close_to, schema
 from dfkd_ray.text import shortened
 
 COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
@@ -221,14 +221,15 @@ def inverting_methods(frame: pd.DataFrame) -> list[str]:
 
 
 def reference_sets(frame: pd.DataFrame) -> dict[str, int]:
-    """Number of rows by their reference images, `mixed` or `plain`: plain ones until version 3, or where asked for."""
-    if "trial_version" not in frame or "reference.mixed" not in frame:
+    """Number of rows by their reference images: plain ones until version 3, or where asked for; mixed ones."""
+    if not REFERENCE_KIND.keys() <= set(frame.columns):
         return {}
     measured: Any = frame.loc[frame["status"] != "failed"] if "status" in frame else frame
     is_new = measured["trial_version"].fillna(0) >= MIXED_SINCE
     is_mixed: Any = is_new & measured["reference.mixed"].map(lambda value: not pd.isna(value) and bool(value))
-    counts = {"mixed": int(is_mixed.sum()), "plain": int((~is_mixed).sum())}
-    return {name: num for name, num in counts.items() if num}
+    with_shapes = is_mixed & (measured["reference.mixed_with"] == "shapes")
+    masks = {"mixed": is_mixed & ~with_shapes, "mixed with shapes": with_shapes, "plain": ~is_mixed}
+    return {name: int(mask.sum()) for name, mask in masks.items() if mask.any()}
 
 
 def value_shown(value: Any) -> str:

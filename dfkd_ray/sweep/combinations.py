@@ -304,9 +304,8 @@ def stop_errors(stop: StopConfig | None, configs: Sequence[TrialConfig]) -> list
     for name, values in compared.items():
         if any(value != values[0] for value in values):
             errors.append(f"stop compares trials by their looks at one reference set: {name} has to be the same in all")
-    for grace, steps in dict.fromkeys(
-        (stop.asha.grace_looks * config.distillation.eval_every, config.distillation.num_steps) for config in configs
-    ):
+    own = [config.distillation for config in configs if config.distillation.num_passes is None]
+    for grace, steps in dict.fromkeys((stop.asha.grace_looks * kd.eval_every, kd.num_steps) for kd in own):
         if grace >= steps:
             errors.append(
                 f"stop.asha.grace_looks={stop.asha.grace_looks}: the first look that may stop a trial is at step "

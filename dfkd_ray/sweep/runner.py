@@ -19,6 +19,7 @@ from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.bundles import Teacher, starts
 from dfkd_ray.config import RealConfig
 from dfkd_ray.fleet import node_check
+from dfkd_ray.fleet.board import Board
 from dfkd_ray.results import FINAL, finished_ids
 from dfkd_ray.storage import Where, in_one_line
 from dfkd_ray.sweep import asha, places
@@ -28,7 +29,7 @@ from dfkd_ray.sweep.ledger import Ledger, OnRow, compact, harmless
 from dfkd_ray.sweep.machines import FIRST_MACHINE_S, Asked, first_machine, preflight
 from dfkd_ray.sweep.resume import check_one_meaning, looks_in, rows_in
 from dfkd_ray.sweep.tuner import drive
-from dfkd_ray.sweep.worker import Board, Seconds, Shared
+from dfkd_ray.sweep.worker import Seconds, Shared
 from dfkd_ray.text import is_null
 
 Stages = Mapping[str, tuple[str, int, int]]  # trial id → (stage, done, total), running trials only

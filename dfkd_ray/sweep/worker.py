@@ -1,4 +1,4 @@
-"""Runs one trial and writes its results: `in_worker` in Ray Tune, `run_job` anywhere. Also the progress board actor."""
+"""Runs one trial and writes its results: `in_worker` in Ray Tune, `run_job` anywhere."""
 
 import json
 import logging
@@ -235,21 +235,6 @@ def why_stopped(error: OSError, place: Folder) -> str:
     if cache.NAMED in message:
         return message
     return f"{error.filename or f'the results folder {place}'}: {message}"
-
-
-class Board:
-    """Progress of the running trials: an actor that trials write to and the driver reads."""
-
-    def __init__(self) -> None:
-        self.stages: dict[str, tuple[str, int, int]] = {}
-
-    def tell(self, trial_id: str, stage: str, done: int, total: int) -> None:
-        """Set a trial's progress."""
-        self.stages[trial_id] = (stage, done, total)
-
-    def read(self) -> dict[str, tuple[str, int, int]]:
-        """The progress of all trials, including ended ones."""
-        return self.stages
 
 
 class Telling:

@@ -11,7 +11,7 @@ import torch
 import dfkd_ray
 from dfkd_ray import commit, devices, distillation, storage, synthesis
 from dfkd_ray.bundles import Teacher, starts
-from dfkd_ray.config import TRIAL_ID, TrialConfig, columns_of, hashed, stable_hash, versions
+from dfkd_ray.config import TRIAL_ID, TrialConfig, columns_of, hashed, stable_hash, validate, versions
 from dfkd_ray.storage import Folder
 from dfkd_ray.trial import images, structure
 
@@ -30,6 +30,8 @@ VARYING = (
 def pinned(config: TrialConfig, teacher: Teacher) -> TrialConfig:
     """The config with everything that is known only where it runs: hashes of files, and batch sizes for `auto`.
 
+    `num_steps` is set where `num_passes` is given.
+
     The files are those other than the teacher's weights: activation records, and the weights that a student starts
     from. Hashes and batch sizes are part of the trial's id and of its synthesis keys. The names of the teacher and of
     the student's file are replaced by public names, without secrets, because the config is written to rows and files
@@ -38,14 +40,37 @@ def pinned(config: TrialConfig, teacher: Teacher) -> TrialConfig:
     """
     own = synthesis.pinned(teacher, config.synthesis, config.device)
     reference = synthesis.pinned(teacher, config.reference.synthesis, config.device, "reference.synthesis")
-    return config.model_copy(
-        update={
-            "teacher": storage.public_name(config.teacher),
-            "student": starts.pinned(config.student, teacher),
-            "synthesis": own,
-            "reference": config.reference.model_copy(update={"synthesis": reference}),
-        }
+    return with_num_steps(
+        config.model_copy(
+            update={
+                "teacher": storage.public_name(config.teacher),
+                "student": starts.pinned(config.student, teacher),
+                "synthesis": own,
+                "reference": config.reference.model_copy(update={"synthesis": reference}),
+            }
+        )
     )
+
+
+def with_num_steps(config: TrialConfig) -> TrialConfig:
+    """The config with the number of steps that `distillation.num_passes` stands for; without that field.
+
+    `ValueError` if synthesis alone takes more, or if another field does not suit that number of steps.
+    """
+    kd = config.distillation
+    if kd.num_passes is None:
+        return config
+    made = images.synthesis_passes(config)
+    num_steps = (kd.num_passes - made) // kd.batch_size
+    if num_steps < 1:
+        raise ValueError(
+            f"distillation.num_passes={kd.num_passes} leaves no step of distillation: synthesis takes {made} images "
+            f"through the teacher, and a step {kd.batch_size}; set at least {made + kd.batch_size}"
+        )
+    config = config.model_copy(
+        update={"distillation": kd.model_copy(update={"num_steps": num_steps, "num_passes": None})}
+    )
+    return validate(TrialConfig, config.model_dump(mode="json"))
 
 
 def trial_id(config: TrialConfig, teacher: Teacher) -> str:

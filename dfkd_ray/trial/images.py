@@ -27,10 +27,12 @@ from dfkd_ray.distillation import Pool, Progress
 from dfkd_ray.heads import Head
 from dfkd_ray.image_sources import Gathered, Images, Round, gather
 from dfkd_ray.storage import Folder
+from dfkd_ray.synthesis import shapes
 
 log = logging.getLogger(__name__)
 ROUND_FILE = re.compile(r"round-\d{6}\.safetensors")
 STATE_FILE = "rounds.safetensors"
+SHAPES_SEED = 0x313  # of the reference set
 
 
 class RoundsLostError(Exception):
@@ -42,6 +44,14 @@ def batches_wanted(config: TrialConfig, reestimates: bool) -> tuple[int, int]:
     size = config.synthesis.batch_size
     distilled = -(-config.distillation.num_images // size)
     return distilled, max(distilled, -(-config.bn_num_images // size)) if reestimates else distilled
+
+
+def synthesis_passes(config: TrialConfig) -> int:
+    """Images through the teacher while the trial's images are made, at most, if BatchNorm is re-estimated."""
+    settings, row = config.synthesis, METHODS[config.synthesis.method]
+    num_rounds = 1 if row.is_stationary else settings.num_rounds
+    in_round = -(-batches_wanted(config, reestimates=True)[1] // num_rounds) * settings.batch_size
+    return sum(row.passes(settings, number) * in_round for number in range(num_rounds))
 
 
 def is_own_file(name: str) -> bool:
@@ -64,7 +74,10 @@ def reference_of(
     """The reference set: the teacher's logits on the held-out images, or on mixtures of them."""
     compared = held_out.pool.images[: config.reference.num_images]
     if config.reference.mixed:
-        compared = evaluation.mixtures(compared, runtime.space)
+        others = None
+        if config.reference.mixed_with == "shapes":
+            others = shapes.stored(compared.shape, runtime.space, SHAPES_SEED)
+        compared = evaluation.mixtures(compared, runtime.space, others)
     return evaluation.reference(network, compared, runtime, head)
 
 
