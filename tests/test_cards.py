@@ -145,7 +145,7 @@ def test_the_accuracy_of_an_int8_file_is_the_one_measured_on_it_or_not_known(rec
     bundle = bundles.load(str(recovered / "student"))
     row, name = json.loads((recovered / "row.json").read_text()), tmp_path / "net"
     assert bundle.info.test_accuracy is not None
-    done = replace(exported(bundle, name, test=test_batches()), is_int8=True, format="onnx", accuracy=0.3125)
+    done = replace(exported(bundle, name, test=test_batches()), precision="int8", format="onnx", accuracy=0.3125)
     front, body = parts(card.text(done, bundle, row))
     assert front["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.3125
     assert "| accuracy of this file | 31.25 % | `pictures/test` (20 images" in body and "int8" in front["tags"]

@@ -188,7 +188,7 @@ def test_every_format_gives_the_network_s_logits_for_batches_of_any_size(kind, f
 @pytest.mark.parametrize("kind", ["residual, depthwise, grouped", "signals"])
 def test_int8_agrees_and_its_file_says_so(kind, format_, tmp_path):
     teacher = TEACHERS[kind]()
-    done = dfkd_ray.export(teacher, tmp_path / NAMES[format_], format=format_, int8=True)
+    done = dfkd_ray.export(teacher, tmp_path / NAMES[format_], format=format_, precision="int8")
     assert done.is_int8 and done.comparison.agreement >= comparison.AGREEMENT["int8"]
     assert 0 < done.comparison.largest_difference < 2 * done.comparison.spread
     about = metadata.read(exporting.FORMATS[format_].read(done.path))
@@ -204,7 +204,7 @@ def test_int8_agrees_and_its_file_says_so(kind, format_, tmp_path):
 def test_an_int8_file_of_a_network_with_weights_is_a_quarter(tmp_path):
     wide = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Flatten())
     teacher = teacher_of(nn.Sequential(wide, nn.Linear(1024, CLASSES)))
-    done = dfkd_ray.export(teacher, tmp_path / "net.onnx", int8=True)
+    done = dfkd_ray.export(teacher, tmp_path / "net.onnx", precision="int8")
     assert 0.2 < done.size_bytes / done.float32_bytes < 0.4
     assert done.float32_bytes == pytest.approx(done.dense_bytes, rel=0.1)
 
@@ -217,7 +217,7 @@ def test_after_the_correction_of_biases_the_mean_logits_are_those_of_the_network
     corrected = int8.corrected
     for number, change in enumerate((lambda model, _float, _images: model, corrected)):
         monkeypatch.setattr(int8, "corrected", change)
-        path = dfkd_ray.export(teacher, tmp_path / f"{number}.onnx", int8=True).path
+        path = dfkd_ray.export(teacher, tmp_path / f"{number}.onnx", precision="int8").path
         found.append(np.abs(onnx_files.open_model(path)(calibration).mean(0) - expected).max())
     assert found[1] < found[0] / 2
 
@@ -542,8 +542,8 @@ def test_the_command_writes_and_prints_few_lines_of_80_columns(run_cli, tiny_tea
     [
         (["--format", "torch", "--out", "net", "--int8"], ["--int8", "onnx or openvino", "torch"]),
         (["--format", "tflite", "--out", "net"], ["--format 'tflite'", "onnx, torch-export, openvino, torch, bundle"]),
-        (["--out", "net.onnx", "--values", "float16"], ["--values float16", "format bundle, not with onnx"]),
-        (["--format", "bundle", "--out", "net", "--values", "half"], ["--values 'half'", "float32 or float16"]),
+        (["--out", "net.onnx", "--float16"], ["--float16", "format bundle, not with onnx"]),
+        (["--out", "net.onnx", "--int8", "--float16"], ["--int8 and --float16", "expected one of them"]),
         (["--format", "bundle", "--out", "net", "--push", "owner/name"], ["--push", "bundle"]),
         (["--out", "net.pt2"], ["net.pt2", "ends in .onnx"]),
         (["--out", "there.onnx"], ["there.onnx", "there already"]),

@@ -25,9 +25,9 @@ def export(
     int8: Annotated[
         bool, typer.Option("--int8", help="with onnx, openvino: int8 weights and activations, on synthetic images")
     ] = False,
-    values: Annotated[
-        str, typer.Option(help="with bundle: float32, or float16, which rounds the weights and makes the file smaller")
-    ] = "float32",
+    float16: Annotated[
+        bool, typer.Option("--float16", help="with bundle: weights rounded to float16, for a smaller file")
+    ] = False,
     test_data: TestData = "none",
     data_root: DataRoot = Path("data"),
     download: Download = False,
@@ -60,13 +60,16 @@ def export(
 
     if push is not None and format_ == "bundle":
         raise ValueError("--push does not go with --format bundle: its notes may have paths of this machine")
-    path = exporting.check(out, format_, int8, device, values)
+    if int8 and float16:
+        raise ValueError("--int8 and --float16: expected one of them")
+    precision = "int8" if int8 else "float16" if float16 else "float32"
+    path = exporting.check(out, format_, precision, device)
     repository = None if push is None else hub.check(push, public=public, replace=replace)
     root = caches.check_target(cache or caches.default_folder()).uri
     loaded = load_teacher(student, trust_code, download=download)
     test = open_test(loaded, test_data, data_root, download)
     making = exporting.Making(device, root, Progress())
-    done = exporting.export(loaded, path, format=format_, int8=int8, values=values, test=test, making=making)
+    done = exporting.export(loaded, path, format=format_, precision=precision, test=test, making=making)
     for line in lines(done):
         say(line)
     if done.warning:

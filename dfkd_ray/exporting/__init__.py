@@ -33,7 +33,7 @@ from dfkd_ray.heads import HEADS, Head
 from dfkd_ray.plain import given
 
 CPU, DEVICES = torch.device("cpu"), ("auto", "cpu", "cuda")
-VALUES = ("float32", "float16")
+PRECISIONS = ("float32", "float16", "int8")
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,15 @@ class Exported:
     `files`: all that was written but the card, the main file last. `size_bytes` is of all of them, `float32_bytes` what
     the same format takes in float32, `dense_bytes` the network's tensors in float32. `comparison` is on images that
     are not data (`images` says where they are from). Accuracies, in [0, 1], are None without test batches; `test_set`
-    has their set's name, number of images and SHA-256. `warning`: what to look at, or None. `values`: float32 or
-    float16, of the weights. `is_of_trial`: the file and the accuracies are those of a trial.
+    has their set's name, number of images and SHA-256. `warning`: what to look at, or None. `is_of_trial`: the
+    file and the accuracies are those of a trial.
     """
 
     path: Path
     files: tuple[Path, ...]
     card: Path
     format: str
-    is_int8: bool
+    precision: str
     size_bytes: int
     float32_bytes: int
     dense_bytes: int
@@ -61,13 +61,12 @@ class Exported:
     network_accuracy: float | None = None
     test_set: Mapping[str, Any] | None = None
     warning: str | None = None
-    values: str = "float32"
     is_of_trial: bool = False
 
     @property
-    def precision(self) -> str:
-        """float32, float16 or int8."""
-        return "int8" if self.is_int8 else self.values
+    def is_int8(self) -> bool:
+        """Whether weights and activations are int8."""
+        return self.precision == "int8"
 
 
 def export(
@@ -75,8 +74,7 @@ def export(
     path: Path | str,
     *,
     format: str = "onnx",
-    int8: bool = False,
-    values: str = "float32",
+    precision: str = "float32",
     test: Sequence[Batch] | None = None,
     row: Mapping[str, Any] | None = None,
     download: bool = False,
@@ -86,8 +84,8 @@ def export(
 
     `network`: a bundle's folder, URI or name, a library's network by name, or a `Teacher` (`Teacher.from_network` makes
     one from a module in memory, `dfkd_ray.load` with `trust_code` one whose architecture is code). The file takes
-    normalised images in batches of any size. `int8` quantises weights and activations, on synthetic images.
-    `values`: float16 rounds the weights of a bundle (see `bundle_files`). `test`: test batches, for reporting only.
+    normalised images in batches of any size. `precision`: int8 quantises weights and activations, on synthetic images;
+    float16 rounds the weights of a bundle (see `bundle_files`). `test`: test batches, for reporting only.
     `row`: of the trial that made the network, for the model card; a bundle's own is looked for beside it. `making`:
     where the synthetic images are made and kept.
 
@@ -100,7 +98,7 @@ def export(
     # A trial imports this package, and needs neither; `origins` reads tables, with pandas.
     from dfkd_ray.exporting import card, origins
 
-    path = check(path, format, int8, making.device, values)
+    path = check(path, format, precision, making.device)
     if isinstance(network, nn.Module):
         raise ValueError(
             "network is an nn.Module: make a teacher of it with `Teacher.from_network`, which describes it"
@@ -111,7 +109,8 @@ def export(
     if test is not None and not any(len(batch.labels) for batch in test):
         raise ValueError("the test set has no images")
     row = origins.row_of(teacher) if row is None else row
-    own = teacher if kind.round is None or values == "float32" else kind.round(teacher)
+    own = kind.round(teacher) if precision == "float16" and kind.round is not None else teacher
+    int8 = precision == "int8"
     made = images.made(teacher, int8, making)
     with quiet():
         expected = torch_files.runs(teacher.network)(made.compared)
@@ -124,14 +123,14 @@ def export(
             files, _ = converted(own, kind, format, None)
         with placing.beside(path, kind, files) as written:
             run = kind.open(written)
-            compared = comparison.compared(run, made.compared, expected, head, "int8" if int8 else values)
+            compared = comparison.compared(run, made.compared, expected, head, precision)
             accuracies = measured(run, teacher, test, head, Runtime(CPU, info.space))
             done = Exported(
                 path=path,
                 files=tuple(placing.files(path, kind, files)),
                 card=placing.card_place(path, kind),
                 format=format,
-                is_int8=int8,
+                precision=precision,
                 size_bytes=num_bytes(files),
                 float32_bytes=float32_bytes,
                 dense_bytes=sum(4 * tensor.numel() for tensor in teacher.network.state_dict().values()),
@@ -141,27 +140,24 @@ def export(
                 network_accuracy=accuracies[1],
                 test_set=evaluation.test_set(test) if test else None,
                 warning=warning_of(compared, int8),
-                values=values,
             )
             placing.add(written, done.card, card.text(done, own, row).encode())
     return done
 
 
-def check(path: Path | str, format: str, int8: bool, device: str = "auto", values: str = "float32") -> Path:
+def check(path: Path | str, format: str, precision: str, device: str = "auto") -> Path:
     """The path, if a format may be written there; else `ValueError` (one line), before any work."""
     if format not in FORMATS:
         raise ValueError(f"`format={given(format)}`: expected one of {', '.join(FORMATS)}")
     if device not in DEVICES:
         raise ValueError(f"`device={given(device)}`: expected {', '.join(DEVICES)}")
     row, path = FORMATS[format], Path(os.path.abspath(os.path.expanduser(path)))
-    if int8 and row.quantise is None:
-        able = " or ".join(name for name, each in FORMATS.items() if each.quantise)
-        raise ValueError(f"`int8` goes with format {able}, not with {format}")
-    if values not in VALUES:
-        raise ValueError(f"`values={given(values)}`: expected {' or '.join(VALUES)}")
-    if values != "float32" and row.round is None:
-        able = " or ".join(name for name, each in FORMATS.items() if each.round)
-        raise ValueError(f"`values={values}` goes with format {able}, not with {format}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"`precision={given(precision)}`: expected {', '.join(PRECISIONS)}")
+    for name, makes in (("int8", lambda each: each.quantise), ("float16", lambda each: each.round)):
+        if precision == name and makes(row) is None:
+            able = " or ".join(name for name, each in FORMATS.items() if makes(each))
+            raise ValueError(f"`{precision}` goes with format {able}, not with {format}")
     check_installed(f"format {format}", row.needs, row.extra)
     placing.check(path, row)
     return path

@@ -53,7 +53,7 @@ def copied(student: Teacher, int8: bytes, path: Path | str) -> Exported:
             files=(path,),
             card=placing.card_place(path, kind),
             format="onnx",
-            is_int8=True,
+            precision="int8",
             size_bytes=len(int8),
             float32_bytes=int(row["float_file_bytes"]),
             dense_bytes=sum(4 * tensor.numel() for tensor in student.network.state_dict().values()),
