@@ -1,6 +1,7 @@
 """The privacy audit: a killed one ends with the numbers of an undisturbed one; whole runs; what it refuses."""
 
 import json
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dfkd_ray import config, storage, teachers
+from dfkd_ray import config, storage, sweep, teachers, trial
 from dfkd_ray.bench import privacy, rates, shadows
 from dfkd_ray.bench.shadows import Audit, AuditConfig, Source
 from dfkd_ray.data import LabelledImages
@@ -117,7 +118,7 @@ def test_the_table_has_every_attack_on_every_arm_and_its_settings(undisturbed):
     assert set(images["num_members"]) == set(images["num_non_members"]) == {120}
     assert all(low <= rate for low, rate in zip(images["tpr_at_0.1_low"], images["tpr_at_0.1"], strict=True))
     # 30 non-members: enough for 10 %, not for 3 %.
-    assert not canaries["tpr_at_0.03"].count() and canaries["tpr_at_0.1"].count() == len(canaries)
+    assert set(canaries["tpr_at_0.03"].isna()) == {True} and set(canaries["tpr_at_0.1"].isna()) == {False}
     about = json.loads(pq.read_schema(undisturbed / privacy.TABLE).metadata[b"dfkd_ray.privacy"])
     assert json.loads(about["settings"])["num_shadows"] == 6
     assert (undisturbed / privacy.FIGURE).read_bytes().startswith(b"\x89PNG")
@@ -215,21 +216,79 @@ def test_the_self_test_tells_a_blind_audit_and_one_that_sees_what_is_not_there()
     assert "control" in privacy.self_test(found(0.3, 0.03))[0]
 
 
-def test_the_command_audits_all_arms_and_the_same_command_only_prints(run_cli, tmp_path):
+def test_rates_are_printed_as_they_are_and_fit_their_columns(source):
+    shown = privacy.cell(rates.Rate(0.1025, 0.0999, 0.10))
+    assert shown == "10.2 (9.99-10.0)" and privacy.cell(None) == "–"
+    widest = rates.Rate(1.0, 0.9994, 1.0)
+    assert privacy.cell(widest) == "100.0 (99.9-100.0)"
+    one = privacy.Attack("recovered", "images", "online_own_variance", None, 9, 9, widest, {0.1: widest, 0.03: widest})
+    printed = list(privacy.lines(Audit(settings(), source), [one], ["recovered"]))
+    assert all(len(line) <= 80 for line in printed)
+    row = next(line for line in printed if line.startswith("recovered"))
+    assert row.split() == ["recovered", "online,", "own", "var.", *2 * ["100.0", "(99.9-100.0)"], "1.000±0.000"]
+    assert (
+        "left out: recovered, of which a trial failed" in printed and "not audited: real, recovered, records" in printed
+    )
+
+
+def test_an_arm_of_which_a_trial_failed_is_left_out_and_said(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shadows.sweep, "run", lambda *_args, **_more: 6)
+    monkeypatch.setattr(shadows.sweep, "rows_in", lambda *_args: [])
+    found, num_failed = privacy.run(settings(arms=("teacher", "recovered")), source, tmp_path / "audit")
+    assert num_failed == 6 and {one.arm for one in found} == {"teacher", "control"}
+    assert "left out: recovered" in capsys.readouterr().out
+
+
+def test_students_are_trials_on_their_own_images_and_are_scored(source, undisturbed):
+    """Records, real and synthetic images of one shadow; `nearest` reads the images that the student was given."""
+    audit = Audit(settings(arms=("real", "recovered", "records", "nearest")), source)
+    place = storage.folder(undisturbed)
+    teacher = shadows.teacher_of(audit, 0, place)
+    assert teacher.record("top").info.num_examples == tuple(np.bincount(audit.labels[audit.keep[0]]))
+    jobs = shadows.jobs_of(audit, [teacher])
+    images = trial.Local(place / shadows.CACHE)
+    found = {}
+    for (arm, index), job in jobs.items():
+        real = shadows.real_source(audit, teacher, job.config.synthesis) if arm == "real" else None
+        row = sweep.run_job(job, trial.Inputs(real=real, images=images), place / shadows.SWEEP)
+        assert row["status"] == "finished", row["reason"]
+        found[arm] = shadows.scores_of(audit, arm, index, teacher, job, place)
+        if arm == "recovered":
+            assert row["synthesis_key"] == shadows.synthetic_images(teacher, job.config, place)[1]
+    found["nearest"] = shadows.scores_of(audit, "nearest", 0, teacher, None, place)
+    found["teacher"] = shadows.scores_of(audit, "teacher", 0, teacher, None, place)
+    assert {phi.shape for phi in found.values()} == {(50, 3)} and len({phi.tobytes() for phi in found.values()}) == 5
+
+
+def test_real_images_are_of_the_teachers_own_half_each_once(source, undisturbed):
+    audit = Audit(settings(arms=("real",)), source)
+    teacher = shadows.teacher_of(audit, 4, storage.folder(undisturbed))
+    made = pickle.loads(pickle.dumps(shadows.real_source(audit, teacher, shadows.real_config(audit.config))))
+    batch = made(0)
+    own = {image.tobytes(): label for image, label in half_of(audit, 4)}
+    assert len({image.tobytes() for image in batch.images}) == 8 and batch.images.dtype == np.uint8
+    assert [own[image.tobytes()] for image in batch.images] == batch.labels.tolist()
+
+
+def half_of(audit: Audit, index: int) -> list[tuple[np.ndarray, int]]:
+    members = audit.members(index)
+    return list(zip(audit.source.read(audit.rows[members]), audit.labels[members].tolist(), strict=True))
+
+
+def test_the_command_runs_an_audit_and_again_only_prints_it(run_cli, tmp_path):
     write_idx_set(tmp_path / "data", 120)
     fields = {f"trial.{name}": value for name, value in config.flat(TINY_TRIAL).items()}
     fields |= {"training.arguments": '{"width_multiplier": 0.25}', "training.num_epochs": 1, "training.batch_size": 16}
-    fields |= {"num_images": 120, "num_audited": 50, "num_queries": 1, "fprs": "[0.1]", "records.batch_size": 8}
-    fields |= {"training.device": "cpu", "records.record": "top", "records.num_steps": 1}
+    fields |= {"training.device": "cpu", "num_images": 120, "num_audited": 50, "num_queries": 1, "fprs": "[0.1]"}
     words = ["bench", "privacy", "--out", str(tmp_path / "audit"), "--size", "standard", "--shadows", "6"]
-    words += ["--canaries", "12", "--dataset", "mnist", "--data-root", str(tmp_path / "data"), *set_words(fields)]
+    words += ["--arms", "teacher,real", "--canaries", "12", "--dataset", "mnist"]
+    words += ["--data-root", str(tmp_path / "data"), *set_words(fields)]
     done = run_cli(*words)
     assert done.code == 0, done.err
     lines = done.out.splitlines()
     assert all(len(line) <= 80 for line in lines if not line.endswith(privacy.FIGURE)), max(lines, key=len)
-    for arm in ("teacher", "real", "recovered", "records", "nearest"):
-        assert sum(line.startswith(f"{arm} ") and "online" in line for line in lines) == 4, done.out
+    assert sum(line.startswith("real ") for line in lines) == 8 and "6 students, 0 failed" in done.out
+    assert "not audited: recovered, records, nearest" in lines
     again = run_cli(*words)
     tables = [[line for line in one.out.splitlines() if "±" in line] for one in (done, again)]
-    assert again.code == 0 and tables[0] == tables[1] and len(tables[0]) == 42
-    assert "18 students, 0 failed" in done.out
+    assert again.code == 0 and tables[0] == tables[1] and len(tables[0]) == 18

@@ -186,9 +186,14 @@ def write_table(place: Folder, audit: Audit, found: Sequence[Attack]) -> None:
     place.write(TABLE, encoded(table.replace_schema_metadata({"dfkd_ray.privacy": json.dumps(about)})))
 
 
+def percent(share: float) -> str:
+    """A share in percent, with three digits or two after the point."""
+    return f"{100 * share:.{2 if share < 0.09995 else 1}f}"
+
+
 def cell(rate: Rate | None) -> str:
     """A true positive rate for the terminal, in percent."""
-    return "–" if rate is None else f"{100 * rate.value:.2f} ({100 * rate.low:.2f}-{100 * rate.high:.2f})"
+    return "–" if rate is None else f"{percent(rate.value)} ({percent(rate.low)}-{percent(rate.high)})"
 
 
 def lines(audit: Audit, found: Sequence[Attack], left_out: Sequence[str]) -> Iterator[str]:
@@ -205,14 +210,12 @@ def lines(audit: Audit, found: Sequence[Attack], left_out: Sequence[str]) -> Ite
             f"{config.num_shadows} teachers: {rows[0].num_members:,} members, {rows[0].num_non_members:,} non-members; "
             "95 % intervals"
         )
-        heads = "".join(f"{f'TPR, % at FPR {100 * fpr:g} %':>21}" for fpr in config.fprs)
-        yield f"{'arm':<10}{'attack':<17}{heads}{'AUC':>11}"
+        heads = "".join(f"{f'TPR, % at FPR {100 * fpr:g} %':>20}" for fpr in config.fprs)
+        yield f"{'arm':<10}{'attack':<17}{heads}{'AUC':>12}"
         for one in rows:
-            cells = "".join(f"{cell(one.tprs[fpr]):>21}" for fpr in config.fprs)
+            cells = "".join(f"{cell(one.tprs[fpr]):>20}" for fpr in config.fprs)
             half = (one.auc.high - one.auc.low) / 2
-            yield f"{one.arm:<10}{NAMES[one.attack]:<17}{cells}{f'{one.auc.value:.3f}±{half:.3f}':>11}".replace(
-                "0.", "."
-            )
+            yield f"{one.arm:<10}{NAMES[one.attack]:<17}{cells}{f'{one.auc.value:.3f}±{half:.3f}':>12}"
         for fpr in config.fprs:
             if rows[0].tprs[fpr] is None:
                 needed = rates.fewest_non_members(fpr)

@@ -13,7 +13,7 @@ from dfkd_ray.cli.show import Progress
 if TYPE_CHECKING:
     from dfkd_ray.bench.shadows import Source
 
-app = typer.Typer(no_args_is_help=True, help="Speed as ratios against a plain reference, measured in one run.")
+app = typer.Typer(no_args_is_help=True, help="Speed as ratios, measured in one run; a privacy audit.")
 
 
 @app.command("inversion")
