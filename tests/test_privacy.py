@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dfkd_ray import config, storage, sweep, teachers, trial
+from dfkd_ray import config, devices, storage, sweep, teachers, trial
 from dfkd_ray.bench import privacy, rates, shadows
-from dfkd_ray.bench.shadows import Audit, AuditConfig, Source
+from dfkd_ray.bench.audit import Audit, AuditConfig, Source, real_config
 from dfkd_ray.data import LabelledImages
 from helpers import TINY_TRIAL, refusal, set_words, write_idx_set
 
@@ -129,8 +129,11 @@ def test_a_folder_of_another_audit_or_of_anything_else_is_refused(source, undist
         refusal(lambda fields=fields: privacy.run(settings(**fields), source, undisturbed), name)
     other = replace(source, read=lambda rows: source.read(rows) // 2)
     refusal(lambda: privacy.run(settings(), other, undisturbed), "other images")
-    (tmp_path / "mine").write_text("mine")
-    refusal(lambda: privacy.run(settings(), source, tmp_path), "not a privacy audit")
+    for place, name in ((tmp_path / "theirs", "mine"), (tmp_path / "damaged", privacy.CLAIM)):
+        place.mkdir()
+        (place / name).write_text(json.dumps({"schema": privacy.SCHEMA, "settings": "[1]"}))
+    refusal(lambda: privacy.run(settings(), source, tmp_path / "theirs"), "not a privacy audit")
+    refusal(lambda: privacy.run(settings(), source, tmp_path / "damaged"), "damaged")
 
 
 @pytest.mark.parametrize(
@@ -160,6 +163,7 @@ def test_what_does_not_fit_the_data_is_refused_before_training(source, tmp_path)
         privacy.run(settings(**fields), untouched, tmp_path / "never")
 
     refusal(lambda: run(num_images=91), "num_images=91", "90")
+    refusal(lambda: privacy.run(settings(), replace(untouched, num_classes=1), tmp_path / "never"), "one class")
     refusal(lambda: run(**{"arms": ("real",), "trial.distillation.num_images": 300}), "real", "304")
     refusal(lambda: run(**{"training.architecture": "my.nets:make"}), "my.nets:make", "code")
     assert not (tmp_path / "never").exists()
@@ -197,7 +201,7 @@ def test_queries_are_the_image_flipped_and_shifted_over_black():
 def test_an_image_among_the_synthetic_ones_is_nearest(source, undisturbed):
     audit = Audit(settings(), source)
     teacher = shadows.teacher_of(audit, 0, storage.folder(undisturbed))
-    runtime = shadows.Runtime(torch.device("cpu"), teacher.info.space)
+    runtime = devices.Runtime(torch.device("cpu"), teacher.info.space)
     phi = shadows.distance_scores(teacher, audit.images[[7, 20]], audit, runtime)
     assert set(phi[:, 0].argsort()[-2:]) == {7, 20} and np.isfinite(phi).all()
 
@@ -263,7 +267,7 @@ def test_students_are_trials_on_their_own_images_and_are_scored(source, undistur
 def test_real_images_are_of_the_teachers_own_half_each_once(source, undisturbed):
     audit = Audit(settings(arms=("real",)), source)
     teacher = shadows.teacher_of(audit, 4, storage.folder(undisturbed))
-    made = pickle.loads(pickle.dumps(shadows.real_source(audit, teacher, shadows.real_config(audit.config))))
+    made = pickle.loads(pickle.dumps(shadows.real_source(audit, teacher, real_config(audit.config))))
     batch = made(0)
     own = {image.tobytes(): label for image, label in half_of(audit, 4)}
     assert len({image.tobytes() for image in batch.images}) == 8 and batch.images.dtype == np.uint8

@@ -34,8 +34,8 @@ def log_odds(
 ) -> Float[np.ndarray, " examples"]:
     """phi = log p_y - log(sum of p_c over c != y), in float64, from logits: z_y - log(sum of exp(z_c) over c != y).
 
-    Source: Carlini et al. 2022, section 4.2. The probabilities themselves round to 0 and 1. `ValueError` for logits
-    that are not finite.
+    Source: Carlini et al. 2022, the logit scaling log(p / (1 - p)). The probabilities themselves round to 0 and 1.
+    `ValueError` for logits that are not finite.
     """
     if not np.isfinite(logits).all():
         raise ValueError("log odds: a logit is not finite; the network is broken")
@@ -104,7 +104,8 @@ def likelihood_ratio(phi: Phi, keep: Keep, *, pooled: bool) -> Scores:
 def offline(phi: Phi, keep: Keep) -> Scores:
     """Attack without models that had the example: -log of the probability of a higher phi, its mean over queries.
 
-    Source: Carlini et al. 2022, equation 4. The logarithm tells probabilities apart that are 0 in floating point.
+    Source: Carlini et al. 2022, the offline variant of algorithm 1. The logarithm tells probabilities apart that are 0
+    in floating point.
     """
     from scipy.special import log_ndtr
 

@@ -1,8 +1,8 @@
 """Privacy audit: does a student, or do the synthetic images, tell whether an image was in the teacher's training set?
 
-Likelihood ratio attacks with shadow teachers (`membership`) on what a data-free pipeline gives away (`shadows`). A
-folder holds all of it: shadow teachers, one sweep with all their students, a file of scores for each teacher and arm.
-The same command goes on with what is missing, and reads the attacks from the scores.
+Likelihood ratio attacks with shadow teachers (`membership`) on what a data-free pipeline gives away (`audit`,
+`shadows`). A folder holds all of it: shadow teachers, one sweep with all their students, a file of scores for each
+teacher and arm. The same command goes on with what is missing, and reads the attacks from the scores.
 """
 
 import json
@@ -16,9 +16,10 @@ import pyarrow as pa
 
 import dfkd_ray
 from dfkd_ray import commit, sweep, targets
+from dfkd_ray.bench import audit as audits
 from dfkd_ray.bench import membership, rates, shadows
+from dfkd_ray.bench.audit import Audit, AuditConfig, Source
 from dfkd_ray.bench.rates import Rate
-from dfkd_ray.bench.shadows import Audit, AuditConfig, Source
 from dfkd_ray.config import flat
 from dfkd_ray.results.tables import encoded
 from dfkd_ray.storage import Folder, Where
@@ -72,7 +73,7 @@ def run(config: AuditConfig, source: Source, out: Where) -> tuple[list[Attack], 
     `ValueError` for a folder of another audit, or of anything else. An arm with a failed trial is left out, and said.
     """
     audit, place = Audit(config, source), targets.check(out, PRODUCT)
-    shadows.check(audit)
+    audits.check(audit)
     claim(place, audit)
     begun, num_shadows = time.perf_counter(), config.num_shadows
     teachers = []
@@ -118,8 +119,11 @@ def claim(place: Folder, audit: Audit) -> None:
     fields = flat(audit.config.model_dump(mode="json", exclude=set(NOT_COMPARED)))
     before = targets.head(place, CLAIM)
     if before is not None:
-        found = json.loads(before)
-        earlier = json.loads(found.get("settings", "{}"))
+        found = json.loads(before)  # an object, by its schema
+        try:
+            earlier = dict(json.loads(found["settings"]))
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{place / CLAIM}: it is damaged; give a new folder") from None
         for name in (*fields, *earlier):
             if fields.get(name) != earlier.get(name):
                 raise ValueError(
@@ -223,7 +227,7 @@ def lines(audit: Audit, found: Sequence[Attack], left_out: Sequence[str]) -> Ite
         yield ""
     for arm in left_out:
         yield f"left out: {arm}, of which a trial failed"
-    missing = [arm for arm in ("teacher", *shadows.STUDENTS, "nearest") if arm not in config.arms]
+    missing = [arm for arm in ("teacher", *audits.STUDENTS, "nearest") if arm not in config.arms]
     if missing:
         yield f"not audited: {', '.join(missing)}"
     yield f"{CONTROL}: the first arm's scores against halves that no teacher was trained on"

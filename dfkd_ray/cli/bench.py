@@ -11,7 +11,7 @@ from dfkd_ray.cli.options import DataRoot, Download, Out, Set, TeacherName, Test
 from dfkd_ray.cli.show import Progress
 
 if TYPE_CHECKING:
-    from dfkd_ray.bench.shadows import Source
+    from dfkd_ray.bench.audit import Source
 
 app = typer.Typer(no_args_is_help=True, help="Speed as ratios, measured in one run; a privacy audit.")
 
@@ -181,10 +181,9 @@ def bench_privacy(
 ) -> None:
     """Membership inference with shadow teachers: do students or synthetic images tell what a teacher was trained on?
 
-    After an interruption, the same command goes on with what is missing. Fields for --set: dfkd_ray/bench/shadows.py.
+    After an interruption, the same command goes on with what is missing. Fields for --set: dfkd_ray/bench/audit.py.
     """
-    from dfkd_ray.bench import privacy
-    from dfkd_ray.bench import shadows as of_shadows
+    from dfkd_ray.bench import audit, privacy
 
     options = {
         "--shadows": {"num_shadows": shadows},
@@ -193,7 +192,7 @@ def bench_privacy(
         "--dataset": {"training.dataset": dataset},
         "--seed": {"seed": seed},
     }
-    settings = configs.validate(of_shadows.AuditConfig, settled(of_shadows.SIZES[size], options, set_), "audit")
+    settings = configs.validate(audit.AuditConfig, settled(audit.SIZES[size], options, set_), "audit")
     found, num_failed = privacy.run(settings, open_source(settings.training, data_root, download), out)
     wrong = privacy.self_test(found) if size == "memorising" else []
     for line in wrong:
@@ -209,7 +208,7 @@ def open_source(settings: configs.TeacherTrainingConfig, root: Path, download: b
     import torch
 
     from dfkd_ray import data, teachers
-    from dfkd_ray.bench.shadows import Source
+    from dfkd_ray.bench.audit import Source
 
     found = data.open_dataset(settings.dataset, root, train=True, download=download)
     if settings.image_size is not None:
