@@ -249,6 +249,8 @@ def self_test(found: Sequence[Attack]) -> list[str]:
 
 def curves(audit: Audit, phi: dict[str, np.ndarray]) -> "Figure":
     """ROC curves of the online attack, both axes logarithmic: a line per arm, and chance."""
+    from matplotlib.ticker import NullFormatter
+
     from dfkd_ray.report.figures import INK, PALETTE, new_figure, style
 
     parts = list(groups(audit))
@@ -267,9 +269,12 @@ def curves(audit: Audit, phi: dict[str, np.ndarray]) -> "Figure":
             one.set_xscale("log")
             one.set_yscale("log")
             one.set_ylim(least, 1.2)
-            one.set_ylabel("true positive rate")
-            one.set_title({IMAGES: "images", CANARIES: "canaries (wrong labels)"}[examples])
-        axes[-1].set_xlabel("false positive rate")
+            for axis in (one.xaxis, one.yaxis):  # the style shows no formulas, as 10 to a power would be
+                axis.set_major_formatter(lambda value, _place: f"{100 * value:g}")
+                axis.set_minor_formatter(NullFormatter())
+            one.set_ylabel("true positive rate, %")
+            one.set_title({IMAGES: "images", CANARIES: "canaries"}[examples])
+        axes[-1].set_xlabel("false positive rate, %")
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return figure
