@@ -165,6 +165,9 @@ def test_what_does_not_fit_the_data_is_refused_before_training(source, tmp_path)
     refusal(lambda: run(num_images=91), "num_images=91", "90")
     refusal(lambda: privacy.run(settings(), replace(untouched, num_classes=1), tmp_path / "never"), "one class")
     refusal(lambda: run(**{"arms": ("real",), "trial.distillation.num_images": 300}), "real", "304")
+    for arm in ("recovered", "nearest"):
+        without = {"training.architecture": "lenet5", "training.arguments": {}, "arms": ("teacher", arm)}
+        refusal(lambda fields=without: run(**fields), "BatchNorm")
     refusal(lambda: run(**{"training.architecture": "my.nets:make"}), "my.nets:make", "code")
     assert not (tmp_path / "never").exists()
 

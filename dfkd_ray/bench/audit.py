@@ -20,10 +20,10 @@ import numpy as np
 from pydantic import BaseModel, Field, model_validator
 from torch import nn
 
-from dfkd_ray import bundles, features, models
+from dfkd_ray import bundles, features, models, synthesis, trial
 from dfkd_ray.batches import mix_seed
 from dfkd_ray.bench import membership, rates
-from dfkd_ray.bundles import BundleInfo
+from dfkd_ray.bundles import BundleInfo, Teacher
 from dfkd_ray.config import (
     METHODS,
     STRICT,
@@ -32,6 +32,7 @@ from dfkd_ray.config import (
     TeacherTrainingConfig,
     TrialConfig,
     stable_hash,
+    versions,
     with_effort,
 )
 from dfkd_ray.config.fields import Count, Seed, Share
@@ -189,10 +190,10 @@ class Audit:
 
     @cached_property
     def hash(self) -> str:
-        """Of what determines the scores: config, all labels, and the attacked images."""
+        """Of what determines the scores: config, all labels, the attacked images, versions of the algorithms."""
         images = bundles.sha256(np.ascontiguousarray(self.images).tobytes() + self.labels.astype("<i8").tobytes())
         fields = self.config.model_dump(mode="json", exclude={"arms", "fprs"})
-        return stable_hash({"config": fields, "images": images})
+        return stable_hash({"config": fields, "images": images, "versions": versions()})
 
     def members(self, index: int) -> np.ndarray:
         """The images that a shadow is trained on."""
@@ -231,11 +232,30 @@ def check(audit: Audit) -> None:
     missing = set(range(audit.source.num_classes)) - set(np.unique(audit.labels).tolist())
     if missing:
         raise ValueError(f"no image of class {min(missing)} among num_images={config.num_images:,}; raise it")
+    teacher = untrained(audit)
+    for arm in set(config.arms) & {"real", "recovered"}:  # records do not exist yet
+        trial.check(audit.trial_of(arm, 0), teacher, ())
     if "nearest" in config.arms:
-        shape, arguments = audit.images.shape[1:], config.training.arguments
-        network = models.build(architecture, arguments, num_classes=audit.source.num_classes, image_shape=shape)
-        if features.last_linear(network) is None:
+        synthesis.check(teacher, config.trial.synthesis, "trial.synthesis")
+        if features.last_linear(teacher.network) is None:
             raise ValueError(f"the arm nearest needs a Linear layer, and {architecture} has none; leave the arm out")
+
+
+def untrained(audit: Audit) -> Teacher:
+    """A shadow teacher before its training, to check trials with."""
+    architecture, arguments = audit.config.training.architecture, audit.config.training.arguments
+    shape, num_classes = audit.images.shape[1:], audit.source.num_classes
+    network = models.build(architecture, arguments, num_classes=num_classes, image_shape=shape)
+    info = BundleInfo(
+        architecture=architecture,
+        arguments=arguments,
+        num_classes=num_classes,
+        input_shape=shape,
+        mean=(0.5,) * shape[0],
+        std=(0.25,) * shape[0],
+        trained=False,
+    )
+    return Teacher(bundles.freeze(network), info, bundles.teacher_hash(info), name_of(0))
 
 
 def real_config(config: AuditConfig) -> RealConfig:

@@ -131,7 +131,10 @@ def claim(place: Folder, audit: Audit) -> None:
                     "settings, or a new folder"
                 )
         if found.get("audit") != audit.hash:
-            raise ValueError(f"{place}: an audit of other images or labels; give the same data, or a new folder")
+            raise ValueError(
+                f"{place}: an audit of other images or labels, or by another version of the algorithms; give the same, "
+                "or a new folder"
+            )
         return
     targets.claim(place, CLAIM, SCHEMA, audit=audit.hash, settings=json.dumps(fields))
 
