@@ -218,9 +218,9 @@ def test_the_self_test_tells_a_blind_audit_and_one_that_sees_what_is_not_there()
             for arm, v in (("teacher", seen), ("control", control))
         ]
 
-    assert privacy.self_test(found(0.3, 0.02)) == []
-    assert "memorising" in privacy.self_test(found(0.29, 0.02))[0]
-    assert "control" in privacy.self_test(found(0.3, 0.03))[0]
+    assert privacy.self_test(found(0.2, 0.02)) == []
+    assert "memorising" in privacy.self_test(found(0.19, 0.02))[0]
+    assert "control" in privacy.self_test(found(0.2, 0.03))[0]
 
 
 def test_rates_are_printed_as_they_are_and_fit_their_columns(source):

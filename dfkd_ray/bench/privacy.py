@@ -34,7 +34,7 @@ NOT_COMPARED = ("arms", "fprs")  # fields that change no score: arms may be adde
 IMAGES, CANARIES = "images", "canaries"
 CONTROL = "control"  # the scores of an arm against halves that no teacher was trained on
 NAMES = {"online": "online", "online_own_variance": "online, own var.", "offline": "offline", "threshold": "threshold"}
-MEMORISED = 0.3  # true positive rate at 1 % that an audit must find in teachers that learned their images by heart
+MEMORISED = 0.2  # true positive rate at 1 % that an audit must find in teachers that learned their images by heart
 CHANCE = 0.02  # and the highest that it may find where nothing is to be found
 
 
