@@ -1,16 +1,19 @@
 """`dfkd-ray bench`."""
 
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
 from dfkd_ray import config as configs
-from dfkd_ray.cli.inputs import load_teacher, open_test
-from dfkd_ray.cli.options import DataRoot, Set, TeacherName, TestData, Trust, settled
+from dfkd_ray.cli.inputs import load_teacher, open_test, subset
+from dfkd_ray.cli.options import DataRoot, Download, Out, Set, TeacherName, TestData, Trust, settled
 from dfkd_ray.cli.show import Progress
 
-app = typer.Typer(no_args_is_help=True, help="Speed as ratios against a plain reference, measured in one run.")
+if TYPE_CHECKING:
+    from dfkd_ray.bench.audit import Source
+
+app = typer.Typer(no_args_is_help=True, help="Speed as ratios, measured in one run; a privacy audit.")
 
 
 @app.command("inversion")
@@ -154,3 +157,68 @@ def bench_records(
     bench_records.fit(loaded, chosen, images, threads)
     if repeats:
         bench_records.reconstruction(loaded, chosen, batch_size, steps, repeats, threads)
+
+
+@app.command("privacy")
+def bench_privacy(
+    out: Out,
+    size: Annotated[
+        Literal["quick", "standard", "memorising"],
+        typer.Option(help="quick: 16 teachers, no records; standard: 32, all arms; memorising: the audit's self-test"),
+    ] = "quick",
+    shadows: Annotated[
+        int | None, typer.Option(min=6, help="shadow teachers, an even number; default: the size's")
+    ] = None,
+    arms: Annotated[
+        str | None, typer.Option(help="of teacher,real,recovered,records,nearest, with commas; default: the size's")
+    ] = None,
+    canaries: Annotated[int | None, typer.Option(min=0, help="images with wrong labels; default 200")] = None,
+    dataset: Annotated[str | None, typer.Option(help="data set name, or a folder; default fashion_mnist")] = None,
+    seed: Annotated[int | None, typer.Option(help="of halves and canaries; default 0")] = None,
+    data_root: DataRoot = Path("data"),
+    download: Download = False,
+    set_: Set = None,
+) -> None:
+    """Membership inference with shadow teachers: do students or synthetic images tell what a teacher was trained on?
+
+    After an interruption, the same command goes on with what is missing. Fields for --set: dfkd_ray/bench/audit.py.
+    """
+    from dfkd_ray.bench import audit, privacy
+
+    options = {
+        "--shadows": {"num_shadows": shadows},
+        "--arms": {"arms": None if arms is None else arms.split(",")},
+        "--canaries": {"num_canaries": canaries},
+        "--dataset": {"training.dataset": dataset},
+        "--seed": {"seed": seed},
+    }
+    settings = configs.validate(audit.AuditConfig, settled(audit.SIZES[size], options, set_), "audit")
+    found, num_failed = privacy.run(settings, open_source(settings.training, data_root, download), out)
+    wrong = privacy.self_test(found) if size == "memorising" else []
+    for line in wrong:
+        print(f"the audit's self-test failed: {line}")
+    if num_failed or wrong:
+        raise typer.Exit(1)
+
+
+def open_source(settings: configs.TeacherTrainingConfig, root: Path, download: bool) -> "Source":
+    """The data set of an audit, and the training of teachers on parts of it."""
+    from dataclasses import replace
+
+    import torch
+
+    from dfkd_ray import data, teachers
+    from dfkd_ray.bench.audit import Source
+
+    found = data.open_dataset(settings.dataset, root, train=True, download=download)
+    if settings.image_size is not None:
+        shape = (found.image_shape[0], settings.image_size, settings.image_size)
+        found = data.open_dataset(settings.dataset, root, train=True, image_shape=shape, download=download)
+
+    def train(config: configs.TeacherTrainingConfig, rows: Any, labels: Any, checkpoint: Path) -> Any:
+        part = replace(subset(found, torch.from_numpy(rows)), labels=torch.from_numpy(labels))
+        return teachers.train(config, part, checkpoint=checkpoint, progress=Progress())
+
+    return Source(
+        lambda rows: found.read(torch.from_numpy(rows)).numpy(), found.labels.numpy(), len(found.class_names), train
+    )
