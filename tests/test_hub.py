@@ -85,7 +85,7 @@ def test_a_single_file_and_its_card_are_uploaded_large_files_too(server, tmp_pat
     server.large = (".onnx",)
     found = exporting.comparison.Comparison(1, 0.0, 1.0, 1.0, 0.0)
     path = tmp_path / "net.onnx"
-    done = exporting.Exported(path, (path,), tmp_path / "net.onnx.md", "onnx", False, 1, 1, 1, "", found)
+    done = exporting.Exported(path, (path,), tmp_path / "net.onnx.md", "onnx", "float32", 1, 1, 1, "", found)
     hub.push(done, hub.check(NAME))
     assert in_repository(server) == {"net.onnx": b"net.onnx" * 100, "README.md": b"net.onnx.md" * 100}
     assert any(request.startswith("PUT") for request in server.requests)

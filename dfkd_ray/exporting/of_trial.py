@@ -35,7 +35,7 @@ def copied(student: Teacher, int8: bytes, path: Path | str) -> Exported:
     what int8 costs. `ValueError` without a row, if the file names other weights, or if the place is taken;
     `FloatingPointError` if its logits are not finite numbers.
     """
-    path, kind, files = check(path, "onnx", True), FORMATS["onnx"], {".onnx": int8}
+    path, kind, files = check(path, "onnx", "int8"), FORMATS["onnx"], {".onnx": int8}
     row = origins.row_of(student)
     if row is None:
         raise ValueError(
