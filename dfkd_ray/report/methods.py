@@ -62,7 +62,8 @@ def methods(material: Material) -> Section:
     numbers = set(headings) - {"network", "method", "configuration"}
     table = page.table(headings, cells[:NUM_ROWS], numbers=numbers, long=["configuration"], key="recovered")
     note = "Lowest KL first. Passes: thousands of images through the network, in synthesis and distillation; – where a "
-    note += "row does not know. The reference images come from one method, whose own students they may favour."
+    note += "row does not know. Reference images of one method may favour its own students, unless they are mixed "
+    note += "with shapes."
     note += more(len(cells), NUM_ROWS, "row") + more(len(measured), NUM_FIGURES, "figure")
     return Section(name, title, f'<div class="figures">{"".join(drawn)}</div>' + table + page.paragraph(note, "note"))
 
