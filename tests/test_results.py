@@ -46,6 +46,7 @@ def test_a_trials_row_is_read_back_as_it_was_written(tmp_path):
     assert {name: read[name] for name in written} == written
     assert [name for name, value in written.items() if value is None] == [
         "student.architecture",
+        "distillation.num_passes",
         "quantisation.distil_above",
     ]
 

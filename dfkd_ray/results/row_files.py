@@ -2,7 +2,7 @@
 
 Equal rows give equal bytes (with the same pyarrow). A file holds what the rows say of their trials, and nothing of
 where they ran: the column `host` is left out, and so are the folders of absolute paths in all texts (of `/a/b/net`
-`net` stays). Columns that are null in all rows are left out too, where reading gives null again.
+`net` stays). Columns that say nothing are left out too: reading gives null, or the default of a field that came later.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,8 @@ def packed(rows: pa.Table) -> memoryview:
 
 def says_something(rows: pa.Table, name: str) -> bool:
     """Whether a column would be read back as something else if it were left out."""
-    return name in NEWER_FIELDS or rows.column(name).null_count < len(rows)
+    absent = NEWER_FIELDS.get(name)
+    return any(value != absent for value in rows.column(name).to_pylist())
 
 
 def without_folders(column: Any) -> Any:
