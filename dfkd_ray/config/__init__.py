@@ -34,14 +34,13 @@ from dfkd_ray.config.methods import (
     parse_synthesis,
 )
 from dfkd_ray.config.parsing import parse_overrides, read_yaml
+from dfkd_ray.config.pruning import FROM_IMAGES, PruningConfig
 from dfkd_ray.config.training import TeacherTrainingConfig
 from dfkd_ray.config.trials import (
-    FROM_IMAGES,
     LEFT_OUT,
     NEWER_FIELDS,
     DistillationConfig,
     LatencyConfig,
-    PruningConfig,
     QuantisationConfig,
     ReferenceConfig,
     StudentConfig,
