@@ -23,7 +23,8 @@ from torch import nn
 from dfkd_ray import bundles, features, models, synthesis, trial
 from dfkd_ray.batches import mix_seed
 from dfkd_ray.bench import membership, rates
-from dfkd_ray.bundles import BundleInfo, Teacher
+from dfkd_ray.bench.records import untrained
+from dfkd_ray.bundles import BundleInfo
 from dfkd_ray.config import (
     METHODS,
     STRICT,
@@ -39,6 +40,7 @@ from dfkd_ray.config.fields import Count, Seed, Share
 
 Arm = Literal["teacher", "real", "recovered", "records", "nearest"]
 STUDENTS = ("real", "recovered", "records")  # arms whose networks are trials of the sweep
+NOT_COMPARED = ("arms", "fprs")  # fields that change no score: arms may be added later
 MOST_QUERIES = 6
 
 
@@ -192,7 +194,7 @@ class Audit:
     def hash(self) -> str:
         """Of what determines the scores: config, all labels, the attacked images, versions of the algorithms."""
         images = bundles.sha256(np.ascontiguousarray(self.images).tobytes() + self.labels.astype("<i8").tobytes())
-        fields = self.config.model_dump(mode="json", exclude={"arms", "fprs"})
+        fields = self.config.model_dump(mode="json", exclude=set(NOT_COMPARED))
         return stable_hash({"config": fields, "images": images, "versions": versions()})
 
     def members(self, index: int) -> np.ndarray:
@@ -232,30 +234,14 @@ def check(audit: Audit) -> None:
     missing = set(range(audit.source.num_classes)) - set(np.unique(audit.labels).tolist())
     if missing:
         raise ValueError(f"no image of class {min(missing)} among num_images={config.num_images:,}; raise it")
-    teacher = untrained(audit)
+    shape, arguments = audit.images.shape[1:], config.training.arguments
+    teacher = untrained(architecture, shape, audit.source.num_classes, arguments)
     for arm in set(config.arms) & {"real", "recovered"}:  # records do not exist yet
         trial.check(audit.trial_of(arm, 0), teacher, ())
     if "nearest" in config.arms:
         synthesis.check(teacher, config.trial.synthesis, "trial.synthesis")
         if features.last_linear(teacher.network) is None:
             raise ValueError(f"the arm nearest needs a Linear layer, and {architecture} has none; leave the arm out")
-
-
-def untrained(audit: Audit) -> Teacher:
-    """A shadow teacher before its training, to check trials with."""
-    architecture, arguments = audit.config.training.architecture, audit.config.training.arguments
-    shape, num_classes = audit.images.shape[1:], audit.source.num_classes
-    network = models.build(architecture, arguments, num_classes=num_classes, image_shape=shape)
-    info = BundleInfo(
-        architecture=architecture,
-        arguments=arguments,
-        num_classes=num_classes,
-        input_shape=shape,
-        mean=(0.5,) * shape[0],
-        std=(0.25,) * shape[0],
-        trained=False,
-    )
-    return Teacher(bundles.freeze(network), info, bundles.teacher_hash(info), name_of(0))
 
 
 def real_config(config: AuditConfig) -> RealConfig:
@@ -267,6 +253,6 @@ def real_config(config: AuditConfig) -> RealConfig:
 
 def real_images_wanted(config: AuditConfig) -> int:
     """Real images of one trial, in whole batches."""
-    most = max(config.trial.distillation.num_images, config.trial.bn_num_images)
-    size = real_config(config).batch_size
-    return -(-most // size) * size
+    real = real_config(config)
+    wanted = trial.batches_wanted(config.trial.model_copy(update={"synthesis": real}), reestimates=True)[1]
+    return wanted * real.batch_size

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 CLAIM, SCHEMA = "privacy.json", "dfkd_ray.privacy/1"
 TABLE, FIGURE = "attacks.parquet", "roc.png"
 PRODUCT = targets.Product("a privacy audit", {CLAIM: targets.claims(SCHEMA)})
-NOT_COMPARED = ("arms", "fprs")  # fields that change no score: arms may be added later
 IMAGES, CANARIES = "images", "canaries"
 CONTROL = "control"  # the scores of an arm against halves that no teacher was trained on
 NAMES = {"online": "online", "online_own_variance": "online, own var.", "offline": "offline", "threshold": "threshold"}
@@ -116,7 +115,7 @@ def run(config: AuditConfig, source: Source, out: Where) -> tuple[list[Attack], 
 
 def claim(place: Folder, audit: Audit) -> None:
     """Claim the folder for this audit; `ValueError` with the first field that differs if another one has claimed it."""
-    fields = flat(audit.config.model_dump(mode="json", exclude=set(NOT_COMPARED)))
+    fields = flat(audit.config.model_dump(mode="json", exclude=set(audits.NOT_COMPARED)))
     before = targets.head(place, CLAIM)
     if before is not None:
         found = json.loads(before)  # an object, by its schema

@@ -6,8 +6,10 @@ The images are noise, because the costs do not depend on their content.
 import resource
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,13 +26,19 @@ from dfkd_ray.synthesis import reconstruction as by_records
 from dfkd_ray.synthesis.optimiser import Aim
 
 
-def untrained(architecture: str, image_shape: tuple[int, ...], num_classes: int) -> Teacher:
+def untrained(
+    architecture: str,
+    image_shape: tuple[int, ...],
+    num_classes: int,
+    arguments: Mapping[str, Any] = MappingProxyType({}),
+) -> Teacher:
     """A teacher with random weights."""
     torch.manual_seed(0)
-    network = models.build(architecture, {}, num_classes=num_classes, image_shape=image_shape)
+    network = models.build(architecture, dict(arguments), num_classes=num_classes, image_shape=image_shape)
     channels = image_shape[0]
     info = bundles.BundleInfo(
         architecture=architecture,
+        arguments=dict(arguments),
         num_classes=num_classes,
         input_shape=image_shape,  # type: ignore[arg-type]  # checked there
         mean=(0.5,) * channels,

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dfkd_ray.batches import NO_LABEL, Batch, BatchSource, batch_seed
+from dfkd_ray.batches import BatchSource
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import ShapesConfig
 from dfkd_ray.images import PixelSpace, encode
+from dfkd_ray.synthesis import noise
 
 NUM_SHAPES = 40  # of an image, each over the ones before
 SMALLEST = 2.0  # radius, pixels
@@ -22,14 +23,7 @@ SMALLEST = 2.0  # radius, pixels
 
 def source(teacher: Teacher, config: ShapesConfig, key: str, device: torch.device) -> BatchSource:
     """Batches of shapes, drawn on the CPU whatever `device` is."""
-
-    def batch(index: int) -> Batch:
-        generator = torch.Generator().manual_seed(batch_seed(key, index))
-        images = drawn(config.batch_size, teacher.info.image_shape, generator)
-        labels = np.full(config.batch_size, NO_LABEL, np.int64)
-        return Batch(index, encode(images, teacher.info.space, config.storage), labels, key)
-
-    return batch
+    return noise.drawn(teacher, config, key, drawn)
 
 
 def stored(shape: Sequence[int], space: PixelSpace, seed: int) -> np.ndarray:
