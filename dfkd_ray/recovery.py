@@ -3,29 +3,16 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 from torch import nn
 
 from dfkd_ray import bundles, trial
 from dfkd_ray.batches import Batch
-from dfkd_ray.bundles import Numbers, Teacher
+from dfkd_ray.bundles import Description, Teacher
 from dfkd_ray.config import Effort, TrialConfig, validate, with_effort, with_overrides
 from dfkd_ray.storage import Folder, Where
-
-
-class Description(TypedDict, total=False):
-    """The description that a network in memory needs: see `Teacher.from_network`."""
-
-    input_shape: Numbers
-    image_shape: Numbers
-    num_classes: int
-    mean: Numbers
-    std: Numbers
-    pixel_range: tuple[float, float]
-    head: str
-    name: str
 
 
 @dataclass(frozen=True)
@@ -79,11 +66,7 @@ def recover(
     """
     check_network(network)
     if isinstance(network, nn.Module):
-        given = described.keys() | ({"input_shape"} if "image_shape" in described else set())
-        missing = [name for name in ("input_shape", "num_classes", "mean", "std") if name not in given]
-        if missing:
-            raise ValueError(f"a network in memory needs {', '.join(missing)}: say what images it takes")
-        teacher = Teacher.from_network(network, **described)  # type: ignore[arg-type]
+        teacher = Teacher.from_network(network, **described)
     elif described:
         raise ValueError(f"{', '.join(described)}: of a network in memory only; a teacher says it itself")
     else:

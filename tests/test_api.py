@@ -3,6 +3,7 @@
 import doctest
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ QUICK = {
     "reference.num_images": 8,
     "reconstruction.num_images": 16,
 }
-SHAPE = {"image_shape": (3, 32, 32), "num_classes": 10, "mean": (0.5, 0.5, 0.5), "std": 0.25}
+SHAPE: Any = {"image_shape": (3, 32, 32), "num_classes": 10, "mean": (0.5, 0.5, 0.5), "std": 0.25}
 
 
 def small_network(seed: int = 0) -> nn.Module:
@@ -79,17 +80,28 @@ def test_two_networks_in_memory_have_two_hashes_and_two_synthesis_keys():
     teachers = [Teacher.from_network(network, **SHAPE) for network in (first, second, strided, small_network(0))]
     hashes = [teacher.hash for teacher in teachers]
     assert len(set(hashes)) == 3 and hashes[0] == hashes[3]
-    other = Teacher.from_network(first, **{**SHAPE, "mean": 0.4})
+    other = Teacher.from_network(first, **SHAPE | {"mean": 0.4})
     assert other.hash not in hashes
 
 
 @pytest.mark.parametrize("array", [np.array, torch.tensor, list])
 def test_numbers_of_a_description_may_be_arrays_and_tensors(array):
-    plain = Teacher.from_network(small_network(), **{**SHAPE, "mean": (0.5, 0.25, 0.125)})
+    plain = Teacher.from_network(small_network(), **SHAPE | {"mean": (0.5, 0.25, 0.125)})
     given = {"mean": array([0.5, 0.25, 0.125]), "std": array([0.25, 0.25, 0.25]), "num_classes": 10}
     assert Teacher.from_network(small_network(), input_shape=array([3, 32, 32]), **given).hash == plain.hash
     scalars = {"mean": np.float32(0.5), "std": torch.tensor(0.25)}
-    assert Teacher.from_network(small_network(), **{**SHAPE, **scalars}).info.mean == (0.5, 0.5, 0.5)
+    assert Teacher.from_network(small_network(), **SHAPE | scalars).info.mean == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("name", ["input_shape", "num_classes", "mean", "std"])
+def test_what_is_not_said_of_a_network_is_asked_for_and_what_nothing_takes_is_refused(name):
+    said: Any = {"input_shape": (3, 32, 32), "num_classes": 10, "mean": 0.5, "std": 0.25}
+    kept: Any = {other: value for other, value in said.items() if other != name}
+    for take in (Teacher.from_network, dfkd_ray.recover):
+        with pytest.raises(ValueError, match=f"^a network in memory needs {name}: say what images it takes$"):
+            take(small_network(), **kept)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'maen': expected input_shape, "):
+            take(small_network(), **said | {"maen": 0.5})
 
 
 def test_what_is_no_network_and_no_batch_is_refused_by_its_type():

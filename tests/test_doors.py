@@ -47,7 +47,7 @@ HUB_NAME = "someone/flowers"
 # ---- architectures ---------------------------------------------------------------------------------------------------
 
 NETWORKS = [
-    ("timm:resnet10t", (3, 32, 32), {}),
+    ("timm:resnet10t", (3, 32, 32), {"channels": [16, 32, 64, 128]}),
     ("timm:regnetx_002", (3, 32, 32), {}),
     ("timm:efficientnet_b0", (3, 32, 32), {}),
     ("timm:efficientnet_lite0", (3, 32, 32), {}),

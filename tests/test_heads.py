@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ class Labels(nn.Module):
         return self.last(self.fc(torch.relu(self.bn(self.conv(x))).mean(dim=2)))
 
 
-DESCRIBED = {"input_shape": SHAPE, "num_classes": CLASSES, "mean": 0.5, "std": 0.25, "head": "sigmoid"}
+DESCRIBED: Any = {"input_shape": SHAPE, "num_classes": CLASSES, "mean": 0.5, "std": 0.25, "head": "sigmoid"}
 
 
 def logits(seed, num=6):
@@ -215,7 +216,7 @@ def test_a_data_set_with_a_class_an_image_is_refused_for_independent_labels(tmp_
     ],
 )
 def test_labels_of_another_head_are_refused(head, truth):
-    network = bundles.Teacher.from_network(Labels(), **{**DESCRIBED, "head": head}).network
+    network = bundles.Teacher.from_network(Labels(), **DESCRIBED | {"head": head}).network
     runtime = devices.Runtime(CPU, PixelSpace((0.5,), (0.25,)))
     test = [Batch(0, np.zeros((8, *SHAPE), np.uint8), truth, "t")]
     refusal(lambda: evaluation.accuracy(network, test, runtime, HEADS[head]), "labels of shape", str(truth.shape))
@@ -228,6 +229,6 @@ def test_records_are_per_class_and_refuse_independent_labels():
 
 def test_the_head_is_part_of_the_hash_and_a_softmaxs_hash_is_that_of_before():
     softmax, sigmoid = (
-        bundles.Teacher.from_network(Labels(), **{**DESCRIBED, "head": head}) for head in ("softmax", "sigmoid")
+        bundles.Teacher.from_network(Labels(), **DESCRIBED | {"head": head}) for head in ("softmax", "sigmoid")
     )
     assert softmax.hash != sigmoid.hash

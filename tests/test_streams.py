@@ -244,7 +244,7 @@ def wait_for(process: subprocess.Popen[bytes], is_there) -> None:
     """Until `is_there()`; a process that has ended before is an error."""
     end = time.monotonic() + LIMIT_S
     while not is_there():
-        assert process.poll() is None and time.monotonic() < end
+        assert process.poll() is None and time.monotonic() < end, (process.returncode, process.args)
         time.sleep(0.02)
 
 
@@ -294,8 +294,8 @@ def rows_there(folder: Path) -> int:
 
 def assert_interrupted(process: subprocess.Popen[bytes], log: Path) -> None:
     """It has ended with 130, and has said how to go on."""
-    assert process.wait(LIMIT_S) == 130
-    said = log.read_text()
+    code, said = process.wait(LIMIT_S), log.read_text()
+    assert code == 130, said
     assert "go on with: " in said and "Traceback" not in said and "Exception" not in said, said
 
 

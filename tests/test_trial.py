@@ -310,7 +310,7 @@ def test_every_family_recovers_at_tiny_size(family, tmp_path, run_cli):
 FROM_ELSEWHERE = {
     "resnet20": ({"width_multiplier": 0.25}, (1, 16, 16), None),
     "wrn_10_1": ({}, (1, 16, 16), None),
-    "hinton_800": ({}, (1, 28, 28), None),
+    "hinton_800": ({}, (1, 8, 8), None),
     "lenet5": ({}, (1, 32, 32), None),
     "lenet5_half": ({}, (1, 32, 32), None),
     "timm:test_resnet": ({}, (3, 32, 32), None),

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import safetensors.torch
@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 from dfkd_ray import models, storage, targets, untrusted
 from dfkd_ray.bundles import packing, pretrained
+from dfkd_ray.bundles.in_memory import Description as Description
+from dfkd_ray.bundles.in_memory import completed
 from dfkd_ray.bundles.matching import from_file as from_file
 from dfkd_ray.bundles.matching import match as match
 from dfkd_ray.bundles.weights import PACKED, check_head, check_values, from_stored, read_safetensors
@@ -43,7 +45,6 @@ BUNDLED = Path(__file__).parents[1] / "bundled"
 DESCRIPTION, WEIGHTS, RECORDS = "teacher.json", "weights.safetensors", "records"
 ENDING = ".safetensors"
 IN_MEMORY = "in memory"  # the architecture of a teacher that no bundle holds
-Numbers = int | float | Sequence[int | float] | np.number | np.ndarray | Tensor
 KEPT = re.compile(r'(\n +"kept": \[)\s+([\d,\s]+?)\s+\]')  # no text of a description has a line break in it
 MAX_GROWTH = 16  # largest ratio of a weights file's bytes to the bytes of its architecture's tensors
 
@@ -63,49 +64,23 @@ class Teacher:
     records: dict[str, Record] = field(default_factory=dict, compare=False)
 
     @classmethod
-    def from_network(
-        cls,
-        network: nn.Module,
-        *,
-        num_classes: int,
-        mean: Numbers,
-        std: Numbers,
-        input_shape: Numbers = (),
-        image_shape: Numbers = (),
-        pixel_range: tuple[float, float] = (0.0, 1.0),
-        head: str = "softmax",
-        name: str = "network",
-    ) -> "Teacher":
+    def from_network(cls, network: nn.Module, **description: Unpack[Description]) -> "Teacher":
         """A teacher from a network in memory: a frozen copy in eval mode on the CPU; the network is not modified.
 
-        `input_shape`: (channels, height, width), or (channels, length) for signals; `image_shape` is its older name.
-        `mean` and `std` normalise the network's images: one number, or one per channel, in the units of `pixel_range`.
         The hash covers the network's structure and all its weights.
-        `ValueError` for an invalid description, or if the network's output is not (batch, num_classes) logits.
+        `ValueError` for an invalid or missing description, or if the network's output is not (batch, num_classes)
+        logits.
         """
+        given = completed(dict(description))
         network = models.adapting.unwrapped(network)
         own = freeze(models.adapting.copied(network))
         models.checks.check_state(own, IN_MEMORY)
         own.cpu()
         kind = type(network)
         structure = hashlib.sha256(f"{kind.__module__}.{kind.__qualname__}\n{own!r}".encode()).hexdigest()
-        shape = plain_numbers(image_shape if np.size(input_shape) == 0 else input_shape)
-        channels = shape[0] if shape and isinstance(shape[0], int) else 1
-
-        def per_channel(values: Numbers) -> tuple[float, ...]:
-            return plain_numbers(values) * (channels if np.ndim(values) == 0 else 1)
-
-        described = {
-            "architecture": IN_MEMORY,
-            "arguments": {"network": kind.__qualname__, "structure_sha256": structure},
-            "num_classes": num_classes,
-            "input_shape": shape,
-            "mean": per_channel(mean),
-            "std": per_channel(std),
-            "pixel_range": pixel_range,
-            "head": head,
-        }
-        info = untrusted.validated(BundleInfo, described, name)
+        arguments = {"network": kind.__qualname__, "structure_sha256": structure}
+        name = given.pop("name")
+        info = untrusted.validated(BundleInfo, {"architecture": IN_MEMORY, "arguments": arguments, **given}, name)
         freeze(models.finish(own, IN_MEMORY, info.num_classes, info.input_shape))
         check_head(own, info.head)
         check_values(own, name)
@@ -144,11 +119,6 @@ class Teacher:
             layers = format.layer_infos(taps.find(self.network, self.info.image_shape))
             self.records[kind] = format.decode(data, where, self.hash, layers, kind)
         return self.records[kind]
-
-
-def plain_numbers(values: Any) -> tuple[Any, ...]:
-    """A number, or a sequence, array or tensor of numbers, as Python's own."""
-    return tuple(np.asarray(values).ravel().tolist())
 
 
 def teacher_hash(info: BundleInfo) -> str:
