@@ -185,15 +185,27 @@ def test_families_are_those_of_the_paper_by_two_sparsities_by_three_seeds_with_t
     }
 
 
-def test_compress_trains_new_students_and_prunes_nothing():
-    trials = sweep.expand(settings_of("compress"), {})
-    assert {(t.teacher, t.student.architecture) for t in trials} == {
+PAIRS = {
+    "compress_full": {
         ("resnet34", "resnet18"),
         ("vgg11_bn", "resnet18"),
         ("wrn_40_2", "wrn_16_1"),
         ("wrn_40_2", "wrn_40_1"),
         ("wrn_40_2", "wrn_16_2"),
-    }
+    },
+    "compress": {
+        ("fashion_mnist_resnet20", "resnet8"),
+        ("wrn_16_2", "wrn_16_1"),
+        ("lenet5", "lenet5_half"),
+        ("hinton_1200", "hinton_800"),
+    },
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_compress_trains_new_students_and_prunes_nothing(name):
+    trials = sweep.expand(settings_of(name), {})
+    assert {(t.teacher, t.student.architecture) for t in trials} == PAIRS[name]
     assert all(t.pruning.sparsity == 0 for t in trials)
 
 
