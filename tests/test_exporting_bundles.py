@@ -148,7 +148,8 @@ def test_running_statistics_beyond_float16_stay_as_they_are(tmp_path):
     assert torch.equal(after["bn1.running_var"], before["bn1.running_var"])
 
 
-def test_a_network_in_memory_is_refused(tmp_path):
+def test_a_network_in_memory_is_refused_before_images_are_made(tmp_path, monkeypatch):
+    monkeypatch.setattr("dfkd_ray.exporting.images.made", lambda *_: pytest.fail("images were made"))
     network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
     teacher = Teacher.from_network(network, num_classes=3, input_shape=(1, 2, 2), mean=0.5, std=0.5)
     for precision in ("float32", "float16"):

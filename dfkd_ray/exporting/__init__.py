@@ -26,7 +26,6 @@ from dfkd_ray.exporting import comparison, images, metadata, placing, torch_file
 from dfkd_ray.exporting.comparison import Run
 from dfkd_ray.exporting.formats import FORMATS as FORMATS
 from dfkd_ray.exporting.formats import ONNX as ONNX
-from dfkd_ray.exporting.formats import Format
 from dfkd_ray.exporting.images import Making as Making
 from dfkd_ray.exporting.onnx_files import PRODUCER
 from dfkd_ray.heads import HEADS, Head
@@ -111,6 +110,8 @@ def export(
     row = origins.row_of(teacher) if row is None else row
     own = kind.round(teacher) if precision == "float16" and kind.round is not None else teacher
     int8 = precision == "int8"
+    with quiet():  # what cannot be converted is refused before images are made
+        model, rounded = kind.convert(teacher), kind.convert(own) if own is not teacher else None
     made = images.made(teacher, int8, making)
     with quiet():
         expected = torch_files.runs(teacher.network)(made.compared)
@@ -118,9 +119,12 @@ def export(
             raise ValueError(
                 f"{teacher.name}: its logits on synthetic images are not finite numbers; nothing to compare"
             )
-        files, float32_bytes = converted(teacher, kind, format, made.calibration if int8 else None)
-        if own is not teacher:
-            files, _ = converted(own, kind, format, None)
+        files = written_files(model, teacher, format)
+        float32_bytes = num_bytes(files)
+        if rounded is not None:
+            files = written_files(rounded, own, format)
+        elif int8:
+            files = written_files(model, teacher, format, made.calibration)
         with placing.beside(path, kind, files) as written:
             run = kind.open(written)
             compared = comparison.compared(run, made.compared, expected, head, precision)
@@ -190,18 +194,14 @@ def is_installed(name: str) -> bool:
         return False
 
 
-def converted(
-    teacher: Teacher, row: Format, format: str, calibration: np.ndarray | None
-) -> tuple[dict[str, bytes], int]:
-    """The contents of the files, by name or suffix; and the size of the float32 ones in bytes."""
-    model = row.convert(teacher)
-    about = metadata.texts(teacher, format=format, precision="float32", **dict(row.notes))
-    files = row.write(model, about)
-    size = num_bytes(files)
-    if calibration is not None:
-        assert row.quantise is not None
-        files = row.write(row.quantise(model, calibration), {**about, "precision": "int8"})
-    return files, size
+def written_files(model: Any, teacher: Teacher, format: str, calibration: np.ndarray | None = None) -> dict[str, bytes]:
+    """The contents of the files of a converted network, by name or suffix; of its int8 form with calibration images."""
+    kind = FORMATS[format]
+    about = metadata.texts(teacher, format=format, precision="float32", **dict(kind.notes))
+    if calibration is None:
+        return kind.write(model, about)
+    assert kind.quantise is not None
+    return kind.write(kind.quantise(model, calibration), {**about, "precision": "int8"})
 
 
 def num_bytes(files: Mapping[str, bytes]) -> int:
