@@ -344,9 +344,9 @@ def teacher_record(
         progress("recording", done, len(rows), {})
 
     if workers:
-        from dfkd_ray.fleet import fitting as over_ray
+        from dfkd_ray.fleet import record_tasks
 
-        totals = over_ray.fit(
+        totals = record_tasks.fit(
             plan, teacher, shards, threads, address=address, progress=on_images, on_lost=leaving.at_once
         )
     else:

@@ -1,4 +1,4 @@
-"""A watchdog for Ray: reports when the raylet or the head is gone, long before Ray's own calls fail.
+"""A thread in the driver that reports when the raylet or the head is gone, long before Ray's own calls fail.
 
 In a session of our own it watches the two processes. Without the raylet, Ray calls hang for 15 seconds; without the
 head (the GCS) they hang for a minute, and then Ray ends this process. On a cluster it probes the ports of the head and

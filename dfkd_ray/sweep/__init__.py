@@ -40,11 +40,11 @@ True
 """
 
 from dfkd_ray.sweep.checking import Checked, Finding, check, settings_in, without_ranges
+from dfkd_ray.sweep.earlier_runs import rows_in
 from dfkd_ray.sweep.expectations import Expectation
 from dfkd_ray.sweep.jobs import About, Job, Plan, SweepConfig, expand, parse, plan, prepare
 from dfkd_ray.sweep.machines import preflight
 from dfkd_ray.sweep.places import Stopped, check_target, explained
-from dfkd_ray.sweep.resume import rows_in
 from dfkd_ray.sweep.runner import LOOK_S, Callbacks, Cluster, Data, real_sources, run
 from dfkd_ray.sweep.schema import json_schema
 from dfkd_ray.sweep.search import AshaConfig, SearchConfig, StopConfig

@@ -1,4 +1,4 @@
-"""Early stopping with Ray Tune's ASHA.
+"""Builds Ray Tune's ASHA scheduler from `stop`, and gives it the evaluations of earlier runs.
 
 Its rungs are never read from disk: they are rebuilt from the rows of the `epochs` table.
 """

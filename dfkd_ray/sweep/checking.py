@@ -18,7 +18,7 @@ from dfkd_ray.results import selecting
 from dfkd_ray.results.metrics import metric
 from dfkd_ray.sweep.combinations import expand
 from dfkd_ray.sweep.expectations import NUM_NAMED, Columns, Expectation, matched
-from dfkd_ray.sweep.files import SETTINGS, SweepConfig, parse
+from dfkd_ray.sweep.sweep_config import SETTINGS, SweepConfig, parse
 from dfkd_ray.text import is_null
 
 IGNORED = ("device",)  # what was asked for; `numerics` in the row says what was used

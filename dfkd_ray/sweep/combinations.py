@@ -1,4 +1,4 @@
-"""Expands a sweep file (grid or random search, without `exclude`) into trial configs; collects the errors of all.
+"""Expands a sweep file (grid or random search) into trial configs, applies `exclude`, and collects all errors.
 
 Each error of a field is reported once, with the number of trials that have it: a sweep may have 100,000 trials.
 """
@@ -25,7 +25,6 @@ from dfkd_ray.config.fields import describe
 from dfkd_ray.plain import given, named, value_at
 from dfkd_ray.storage import without_secrets
 from dfkd_ray.sweep import expectations
-from dfkd_ray.sweep.files import SweepConfig
 from dfkd_ray.sweep.search import (
     MOST_TRIALS,
     Point,
@@ -37,6 +36,7 @@ from dfkd_ray.sweep.search import (
     random_points,
     shown,
 )
+from dfkd_ray.sweep.sweep_config import SweepConfig
 
 SEED_FIELDS = ("synthesis.seed", "distillation.seed")
 SECTIONS = ("pruning", "student", "synthesis", "distillation", "reference", "reference.synthesis")

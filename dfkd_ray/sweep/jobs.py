@@ -20,11 +20,11 @@ from dfkd_ray.config.fields import AUTO, first_of
 from dfkd_ray.storage import public_name
 from dfkd_ray.sweep.combinations import MOST_DRAWS, data_at, expanded, matching
 from dfkd_ray.sweep.combinations import expand as expand
-from dfkd_ray.sweep.files import About as About
-from dfkd_ray.sweep.files import SweepConfig as SweepConfig
-from dfkd_ray.sweep.files import parse as parse
 from dfkd_ray.sweep.optuna import Suggestions
 from dfkd_ray.sweep.search import Point, StopConfig, probes, random_points
+from dfkd_ray.sweep.sweep_config import About as About
+from dfkd_ray.sweep.sweep_config import SweepConfig as SweepConfig
+from dfkd_ray.sweep.sweep_config import parse as parse
 
 
 @dataclass(frozen=True)

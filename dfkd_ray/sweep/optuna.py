@@ -29,7 +29,7 @@ class Suggestions:
             import optuna
         except ImportError:
             raise ValueError(
-                "search.algorithm=optuna: Optuna is not installed; pip install 'dfkd-ray[search]', or algorithm: random"
+                "search.algorithm=optuna: Optuna is not installed; pip install 'dfkd_ray[search]', or algorithm: random"
             ) from None
         unfit = [name for name, values in config.domains.items() if values.is_log and not simple(values)]
         if unfit:

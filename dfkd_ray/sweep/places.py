@@ -1,4 +1,4 @@
-"""Checks, locks and cleans results folder and cache before a sweep; retries failed writes; the exception `Stopped`."""
+"""Checks, locks and tidies the results folder; test-writes any folder; retries writes; `Stopped`."""
 
 import errno
 import logging

@@ -23,11 +23,11 @@ from dfkd_ray.fleet.board import Board
 from dfkd_ray.results import FINAL, finished_ids
 from dfkd_ray.storage import Where, in_one_line
 from dfkd_ray.sweep import asha, places
-from dfkd_ray.sweep.files import SETTINGS
+from dfkd_ray.sweep.earlier_runs import check_one_meaning, looks_in, rows_in
 from dfkd_ray.sweep.jobs import Job, Plan
 from dfkd_ray.sweep.ledger import Ledger, OnRow, compact, harmless
 from dfkd_ray.sweep.machines import FIRST_MACHINE_S, Asked, first_machine, preflight
-from dfkd_ray.sweep.resume import check_one_meaning, looks_in, rows_in
+from dfkd_ray.sweep.sweep_config import SETTINGS
 from dfkd_ray.sweep.tuner import drive
 from dfkd_ray.sweep.worker import Seconds, Shared
 from dfkd_ray.text import is_null

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dfkd_ray.config import METHODS, DeepInversionConfig, TrialConfig, field_paths
-from dfkd_ray.sweep.files import SweepConfig
 from dfkd_ray.sweep.search import BOUNDED, FIXED
+from dfkd_ray.sweep.sweep_config import SweepConfig
 
 Schema = dict[str, Any]
 

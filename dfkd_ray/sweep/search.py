@@ -156,7 +156,7 @@ class SearchConfig(BaseModel):
         min_length=1, max_length=200, description="dotted field → domain by Ray Tune's names, or a list"
     )
     algorithm: Literal["random", "optuna"] = Field(
-        default="random", description="random points, or Optuna's TPE (needs dfkd-ray[search])"
+        default="random", description="random points, or Optuna's TPE (needs dfkd_ray[search])"
     )
     num_trials: Annotated[int, NUMBER] = Field(ge=1, le=MOST_TRIALS, description="distinct points tried")
     max_concurrent: Annotated[int, Field(ge=1, le=MOST_TRIALS), NUMBER] | None = Field(

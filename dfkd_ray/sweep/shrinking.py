@@ -1,4 +1,4 @@
-"""Finds a student that is fast enough and near enough to its teacher, in one small sweep. Pure: plain data in and out.
+"""The sweep of the command `shrink` (channels, int8) as plain data, and the choice of a student from its rows. Pure.
 
 `sweep_of` is the sweep: channels in several shares and by two kinds of importance, each also in int8. `candidates`
 turns its rows into students and int8 files with their speed and loss; `choose` picks one.

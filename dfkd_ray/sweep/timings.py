@@ -1,4 +1,4 @@
-"""Reads and writes JSON files of measured seconds per unit of work, to estimate sweeps for another kind of machine.
+"""Reads and writes the file of timings of a dry run: measured seconds per unit of work. For the command line.
 
 A unit is known by what decides its seconds (`estimate.unit_of`): the teacher's hash and some fields of the config, not
 seeds, sparsities, numbers of images or of steps. One dry run on a GPU machine serves many sweeps of the same teachers.

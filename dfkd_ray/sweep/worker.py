@@ -1,4 +1,4 @@
-"""Runs one trial and writes its results: `in_worker` in Ray Tune, `run_job` anywhere."""
+"""Runs one trial and writes its results: `in_worker` in a Ray Tune process (for tuner.py), `run_job` anywhere."""
 
 import json
 import logging

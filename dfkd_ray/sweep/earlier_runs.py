@@ -1,4 +1,4 @@
-"""Reads the tables of a sweep's earlier runs; refuses other test or real data. runner.py decides what runs again."""
+"""Reads the tables of a sweep's earlier runs; refuses other test or real data."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Sums a teacher's activation statistics with Ray tasks, one per data shard, for activation records. No synthesizers.
+"""Makes activation records on Ray: a task for each data shard sums a teacher's statistics.
 
 A task's arguments are labels, rows, and references. The plan, the teacher and the reader of the images are put into the
 object store once. Ray runs a task again if its process dies.
