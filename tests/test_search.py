@@ -421,7 +421,7 @@ def test_a_space_that_is_used_up_ends_the_search(tiny_teacher):
 
 def test_optuna_that_is_missing_is_said_in_one_line(tiny_teacher, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
-    with pytest.raises(ValueError, match=r"pip install 'dfkd-ray\[search\]'") as caught:
+    with pytest.raises(ValueError, match=r"pip install 'dfkd_ray\[search\]'") as caught:
         sweep.prepare(settings_of(tiny_teacher, algorithm="optuna"), bundles.load)
     assert len(str(caught.value).splitlines()) == 1
 
