@@ -63,7 +63,7 @@ def untrained(tmp_path_factory):
         arguments = json.loads(option(words, "--arguments", "{}"))
         if not architecture.startswith(("wrn_", "lenet", "hinton")):  # which have the width that they are named for
             arguments["width_multiplier"] = 0.125
-        architecture = architecture.replace("hinton_1200", "hinton_800")  # its records take a fifth of the time
+        architecture = architecture.replace("hinton_1200", "hinton_800")  # its records take less time
         shape = "3x32x32" if option(words, "--dataset", "") == "cifar10" else "1x32x32"
         shape = "1x28x28" if "image_size=28" in words else shape
         words = ["teacher", "init", architecture, "--arguments", json.dumps(arguments), "--image-shape", shape]

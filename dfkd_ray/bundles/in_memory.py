@@ -10,7 +10,7 @@ Numbers = int | float | Sequence[int | float] | np.number | np.ndarray | Tensor
 
 
 class Description(TypedDict, total=False):
-    """What a network in memory does not say of itself; all but the last three are needed.
+    """What a network in memory does not say of itself; what has no default in `DEFAULTS` is needed.
 
     `input_shape`: (channels, height, width), or (channels, length) for signals; `image_shape` is its older name. `mean`
     and `std` normalise the network's images: one number, or one per channel, in the units of `pixel_range`.
@@ -21,13 +21,20 @@ class Description(TypedDict, total=False):
     num_classes: int
     mean: Numbers
     std: Numbers
-    pixel_range: tuple[float, float]  # (0, 1)
-    head: str  # softmax
-    name: str  # network
+    pixel_range: tuple[float, float]
+    head: str
+    name: str
+
+
+DEFAULTS = Description(pixel_range=(0.0, 1.0), head="softmax", name="network")
+NEEDED = ("input_shape", "num_classes", "mean", "std")
 
 
 def completed(given: dict[str, Any]) -> dict[str, Any]:
-    """A description with its defaults, its shape a tuple, `mean` and `std` one number per channel."""
+    """A description with its defaults, its shape a tuple, `mean` and `std` one number per channel.
+
+    `TypeError` for an unknown name, `ValueError` that names what is missing.
+    """
     unknown = given.keys() - Description.__annotations__.keys()
     if unknown:
         raise TypeError(
@@ -36,7 +43,7 @@ def completed(given: dict[str, Any]) -> dict[str, Any]:
     older = given.pop("image_shape", ())
     if np.size(given.get("input_shape", ())) == 0 and np.size(older) > 0:
         given["input_shape"] = older
-    missing = [name for name in ("input_shape", "num_classes", "mean", "std") if name not in given]
+    missing = [name for name in NEEDED if name not in given]
     if missing:
         raise ValueError(f"a network in memory needs {', '.join(missing)}: say what images it takes")
     shape = plain_numbers(given["input_shape"])
@@ -44,7 +51,7 @@ def completed(given: dict[str, Any]) -> dict[str, Any]:
     numbers = {
         name: plain_numbers(given[name]) * (channels if np.ndim(given[name]) == 0 else 1) for name in ("mean", "std")
     }
-    return {"pixel_range": (0.0, 1.0), "head": "softmax", "name": "network", **given, **numbers, "input_shape": shape}
+    return {**DEFAULTS, **given, **numbers, "input_shape": shape}
 
 
 def plain_numbers(values: Any) -> tuple[Any, ...]:

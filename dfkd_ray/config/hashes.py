@@ -18,7 +18,7 @@ from dfkd_ray.config.trials import LatencyConfig, TrialConfig
 SYNTHESIS_VERSION = 2  # 2: with more classes than images in a batch, labels in a random order
 # 2: distils on distillation.num_images alone; plain pruning is a candidate. 3: the lowest KL divergence selects; layers
 # are reconstructed. 4: in reconstruction, residual sums are fitted as such, and layers before BatchNorm are centred
-# (trials of version 3 that were run after 2026-11-27 did so too: the number was raised late).
+# (so they are in trials of version 3 from commit d845e3a on: the number was raised late).
 TRIAL_VERSION = 4
 
 TRIAL_ID = re.compile(r"t-[0-9a-f]{12}")
