@@ -10,8 +10,8 @@ import os
 import signal
 from contextlib import suppress
 
-# Allocations before a collection of garbage; 700 is the default. torch, Ray and pandas make a million objects that stay:
-# to look for garbage among them, while they are imported and again at exit, took a third of a command's start.
+# Allocations before a collection of garbage; 700 is the default. torch, Ray and pandas make a million objects that
+# stay: to look for garbage among them, while they are imported and again at exit, took a third of a command's start.
 COLLECT_AFTER = 10_000
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from dfkd_ray import bundles, exporting, latency, models, sweep, trial, untrusted
 from dfkd_ray.cli import names
-from dfkd_ray.compression import channels, dependencies, layerwise, operations, pruning, shape_edits
+from dfkd_ray.compression import channels, dependencies, layerwise, least_squares, operations, pruning, shape_edits
 from dfkd_ray.compression.channel_scores import SCORES, squared_norms
 from dfkd_ray.compression.channels import Choice
 from dfkd_ray.compression.moments import Moments
@@ -337,15 +337,15 @@ def test_one_factor_for_all_rows_gives_what_one_for_each_row_gives():
     moments = Moments(x.mean(1), x.mT @ x / 200, z.mT @ x / 200, z.mean(1))
     kept = (torch.rand(3, 1, 12, generator=generator) > 0.4) & (torch.rand(3, 5, 1, generator=generator) > 0.3)
     dense = torch.randn(3, 5, 12, dtype=torch.float64, generator=generator)
-    together = layerwise.solve_together(moments, dense, kept, 0.01)
-    assert torch.allclose(together, layerwise.solve(moments, dense, kept, 0.01), atol=1e-12)
+    together = least_squares.solve_together(moments, dense, kept, 0.01)
+    assert torch.allclose(together, least_squares.solve(moments, dense, kept, 0.01), atol=1e-12)
     assert not together[~kept].any()
 
 
 def test_masks_of_channels_are_recognised_and_those_of_weights_are_not():
     network, shape = built("resnet20")
-    assert all(map(layerwise.of_channels, chosen(network, shape, wants(0.3)).masks.values()))
-    assert not all(map(layerwise.of_channels, pruning.masks(network, PruningConfig(sparsity=0.3)).values()))
+    assert all(map(least_squares.of_channels, chosen(network, shape, wants(0.3)).masks.values()))
+    assert not all(map(least_squares.of_channels, pruning.masks(network, PruningConfig(sparsity=0.3)).values()))
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dfkd_ray import batchnorm
-from dfkd_ray.compression import layerwise, moments, pruning
+from dfkd_ray.compression import layerwise, least_squares, moments, pruning
 from dfkd_ray.compression.moments import LAYERS, Arguments, Geometry
 from dfkd_ray.config import PruningConfig
 from helpers import randomise_statistics, refusal, tiny_network
@@ -208,7 +208,7 @@ def test_rows_solved_in_several_parts_are_those_solved_at_once(monkeypatch):
     teacher, images = made(nn.Sequential(nn.Linear(9, 20))), noise(100, 9)
     masks = dropped(teacher)
     whole, _done = repaired(teacher, masks, images)
-    monkeypatch.setattr(layerwise, "SOLVED_AT_ONCE", 100)
+    monkeypatch.setattr(least_squares, "SOLVED_AT_ONCE", 100)
     parts, _done = repaired(teacher, masks, images)
     torch.testing.assert_close(parts.get_parameter("0.weight"), whole.get_parameter("0.weight"), rtol=1e-5, atol=1e-6)
 

@@ -11,11 +11,14 @@ to it. BatchNorm statistics are set on the way: a student's normalised output ge
 has on the same images. Both networks run in one forward pass, as the two halves of a batch, and each layer is fitted
 when it runs: one pass over the images, whatever the depth.
 
+With a `Selection`, the kept weights S are not those of the mask but as many, chosen by the same least squares.
+
 Sources: least squares for a given mask from Hubara et al. 2021, arXiv 2102.08124; the damping from Frantar and Alistarh
 2022, arXiv 2208.11580. The teacher's outputs on the teacher's inputs, the residual sums and the paired BatchNorm
 statistics are this project's.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,14 +30,15 @@ from torch.overrides import TorchFunctionMode
 
 from dfkd_ray import batchnorm
 from dfkd_ray.compression import pruning
-from dfkd_ray.compression.moments import LAYERS, Arguments, Geometry, Moments
+from dfkd_ray.compression.least_squares import of_channels, solve, solve_together
+from dfkd_ray.compression.moments import LAYERS, Arguments, Geometry
+from dfkd_ray.compression.selection import Selection
 from dfkd_ray.text import one_line
 
 SUMS = {torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__}
 SUMS |= {torch.Tensor.add_, torch.Tensor.__iadd__}
 MEMORY = 2 << 30  # bytes of activations; images that do not fit are left out
 LIVE = 4  # activations of the largest size that exist at once, in each half
-SOLVED_AT_ONCE = 1 << 25  # entries of the matrices of one batch of rows
 MOST_OPERATIONS = 5e11  # of the factors of a layer's rows: half a minute or less of two slow cores; else it is left out
 TOLERANCE = 0.01  # of the teacher's logits in the common pass, relative to the largest
 SMALLEST_SCALE = 0.01  # of a BatchNorm channel, relative to the mean, through which a sum's error is passed back
@@ -141,13 +145,15 @@ class Fit(TorchFunctionMode):
         plan: Plan,
         ridge: float,
         batch: int,
+        selection: Selection | None,
     ):
         super().__init__()
-        self.batch = batch
+        self.batch, self.selection = batch, selection
         self.too_large: list[str] = []
+        self.not_chosen: list[str] = []
         theirs = dict(teacher.named_parameters(remove_duplicate=False))
-        self.masks, self.plan, self.ridge = masks, plan, ridge
-        self.shared = bool(masks) and all(map(of_channels, masks.values()))
+        self.masks, self.plan, self.ridge = dict(masks), plan, ridge
+        self.shared = selection is None and bool(masks) and all(map(of_channels, masks.values()))
         self.weights = {id(weight): (name, theirs[name]) for name, weight in pruning.prunable(student).items()}
         self.biases = {id(bias): theirs[name] for name, bias in student.named_parameters() if bias.ndim == 1}
         twins = dict(teacher.named_modules(remove_duplicate=False))
@@ -229,6 +235,12 @@ class Fit(TorchFunctionMode):
         moments = geometry.moments(own, target, len(self.seen))
         if call.bias is None and planned.batch_norm is None:  # nothing here can add a constant
             moments = moments.uncentred()
+        if self.selection is not None and mask is not None:
+            chosen = self.selection.choose(moments, rows.double(), kept, self.ridge, math.prod(geometry.kernel))
+            if chosen is None:
+                self.not_chosen.append(name)
+            else:
+                kept, self.masks[name] = chosen, geometry.unrows(chosen, mask)
         solved = (solve_together if self.shared else solve)(moments, rows.double(), kept, self.ridge)
         call.weight.copy_(geometry.unrows(solved.to(dense.dtype), dense))
         if call.bias is not None:
@@ -263,66 +275,17 @@ def num_operations(kept: Tensor) -> float:
     return float(kept.sum(2).double().pow(3).sum()) / 3
 
 
-def solve(moments: Moments, dense: Tensor, kept: Tensor, ridge: float) -> Tensor:
-    """The fitted rows (groups, outputs, inputs), zero where not kept. `dense`: the teacher's rows; both float64.
-
-    Rows with similar numbers of kept weights are solved together, padded with the identity. A row that cannot be solved
-    keeps the teacher's weights.
-    """
-    result = dense * kept
-    damping = ridge * moments.gram.diagonal(dim1=1, dim2=2).mean(1)  # (groups,)
-    wanted = moments.cross + damping[:, None, None] * dense
-    counts = (kept.sum(2) * (damping > 0)[:, None]).flatten()
-    todo = torch.argsort(counts, descending=True, stable=True)[: int((counts > 0).sum())]
-    while len(todo):
-        size = int(counts[todo[0]])
-        part, todo = todo[: max(1, SOLVED_AT_ONCE // size**2)], todo[max(1, SOLVED_AT_ONCE // size**2) :]
-        group, row = part // kept.shape[1], part % kept.shape[1]
-        mask = kept[group, row]
-        order = torch.argsort(mask.to(torch.int8), dim=1, descending=True, stable=True)[:, :size]
-        real = mask.gather(1, order)
-        matrix = moments.gram[group[:, None, None], order[:, :, None], order[:, None, :]]
-        matrix = matrix * (real[:, :, None] & real[:, None])
-        matrix.diagonal(dim1=1, dim2=2).add_(torch.where(real, damping[group][:, None], 1.0))
-        factor, failed = torch.linalg.cholesky_ex(matrix)
-        right = wanted[group, row].gather(1, order) * real
-        solution = torch.cholesky_solve(right[:, :, None], factor)[:, :, 0]
-        good = (failed == 0) & solution.isfinite().all(1)
-        solution = torch.where(good[:, None], solution, dense[group, row].gather(1, order)) * real
-        result[group, row] = torch.zeros_like(result[group, row]).scatter_(1, order, solution)
-    return result
-
-
-def of_channels(mask: Tensor) -> bool:
-    """Whether a mask (rows, …) keeps or drops whole rows, and of the others the same weights in each."""
-    rows = mask.flatten(1)
-    some = rows[rows.any(1)]
-    return bool((some == some[:1]).all())
-
-
-def solve_together(moments: Moments, dense: Tensor, kept: Tensor, ridge: float) -> Tensor:
-    """As `solve` where the rows of a group keep the same inputs, or none: one factor serves all rows of the group.
-
-    A group that cannot be solved keeps the teacher's weights.
-    """
-    damping = ridge * moments.gram.diagonal(dim1=1, dim2=2).mean(1)  # (groups,)
-    inputs = kept.any(1)  # (groups, inputs)
-    real = inputs & (damping > 0)[:, None]
-    matrix = moments.gram * (real[:, :, None] & real[:, None])
-    matrix.diagonal(dim1=1, dim2=2).add_(torch.where(real, damping[:, None], 1.0))
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    right = (moments.cross + damping[:, None, None] * dense) * real[:, None]
-    solution = torch.cholesky_solve(right.mT, factor).mT
-    good = real.any(1) & (failed == 0) & solution.isfinite().all(2).all(1)
-    return torch.where(good[:, None, None], solution, dense) * kept
-
-
 @dataclass(frozen=True)
 class Done:
-    """How many images a reconstruction has used, as memory allows, and the layers that were too large to be fitted."""
+    """How many images a reconstruction has used, as memory allows, and the layers that were too large to be fitted.
+
+    `not_chosen`: layers whose kept weights a selection could not choose. `masks`: those of the fitted student.
+    """
 
     num_images: int
     too_large: tuple[str, ...] = ()
+    not_chosen: tuple[str, ...] = ()
+    masks: pruning.Masks = field(default_factory=dict, compare=False)
 
 
 @torch.no_grad()
@@ -334,8 +297,9 @@ def reconstruct(
     masks: pruning.Masks,
     *,
     ridge: float = 0.01,
+    selection: Selection | None = None,
 ) -> Done:
-    """Fit the pruned `student`, a copy of `teacher`, in place.
+    """Fit the pruned `student`, a copy of `teacher`, in place; with a `selection`, other weights than the masks' stay.
 
     `images(n)` makes n normalised images on the student's device, in the layout that it takes. Both networks end in
     eval mode. `ValueError` if they cannot run as two halves of one batch, such as a network that computes a layer's
@@ -345,7 +309,7 @@ def reconstruct(
     teacher.eval()
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     try:
-        done = fitted(student, teacher, images, num_images, masks, ridge)
+        done = fitted(student, teacher, images, num_images, masks, ridge, selection)
     except torch.OutOfMemoryError:
         raise
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -369,6 +333,7 @@ def fitted(
     num_images: int,
     masks: pruning.Masks,
     ridge: float,
+    selection: Selection | None,
 ) -> Done | None:
     """Fit the student; None if the teacher's logits change in the common pass."""
     some = images(2)
@@ -378,8 +343,8 @@ def fitted(
         given = images(plan.num_images(num_images))
         expected = teacher(given[:16]).float()
         both = torch.cat([given, given])
-        with Fit(student, teacher, masks, plan, ridge, len(both)) as fit:
+        with Fit(student, teacher, masks, plan, ridge, len(both), selection) as fit:
             answer = student(both)  # nothing else: operations are counted from here, as in the plan
         found = answer[: len(expected)].float()
     close = torch.allclose(found, expected, rtol=0.0, atol=TOLERANCE * float(expected.abs().max()) + 1e-6)
-    return Done(len(given), tuple(fit.too_large)) if fit.seen and close else None
+    return Done(len(given), tuple(fit.too_large), tuple(fit.not_chosen), fit.masks) if fit.seen and close else None

@@ -49,6 +49,11 @@ class ReconstructionConfig(BaseModel):
         "each synthetic image; 0 leaves it out",
     )
     ridge: Number = Field(default=0.01, gt=0, description="pull towards the teacher's weights, of the mean input power")
+    reselect: bool = Field(
+        default=True,
+        description="choose anew which weights of each row stay, as many as the criterion keeps there, by the same "
+        "least squares: `dfkd_ray.compression.selection`; false keeps those of the criterion",
+    )
 
 
 class QuantisationConfig(BaseModel):
@@ -250,11 +255,12 @@ class LatencyConfig(BaseModel):
     repeats: Count = Field(default=15, ge=3, le=1000, description="alternating runs of both; medians count")
 
 
-# Dotted field → default, of fields that older rows do not have: what their nulls stand for.
+# Dotted field → what its null stands for in rows that are older than it.
 NEWER_FIELDS = {
     "distillation.attention_weight": DistillationConfig.model_fields["attention_weight"].default,
     "distillation.num_passes": None,
     "reference.mixed_with": ReferenceConfig.model_fields["mixed_with"].default,
+    "reconstruction.reselect": False,
 } | {
     f"{section}.{name}": field.default
     for section, model in (("quantisation", QuantisationConfig), ("latency", LatencyConfig))
@@ -282,6 +288,22 @@ class TrialConfig(BaseModel):
     quantisation: QuantisationConfig = QuantisationConfig()
     latency: LatencyConfig = LatencyConfig()
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether a student with masks has its layers reconstructed."""
+        return (
+            self.reconstruction.num_images > 0
+            and self.pruning.schedule == "one_shot"
+            and self.student.architecture is None
+            and self.distillation.bn_mode != "frozen"
+        )
+
+    @property
+    def reselects(self) -> bool:
+        """Whether reconstruction chooses the weights that stay: not of channels, and not where a user's zeros are."""
+        acts = self.reconstructs and self.pruning.sparsity > 0 and self.student.weights is None
+        return self.reconstruction.reselect and acts and self.pruning.structure != "channels"
 
     @model_validator(mode="after")
     def _options_can_act(self) -> "TrialConfig":

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dfkd_ray import devices, distillation
 from dfkd_ray.batches import mix_seed
 from dfkd_ray.compression import layerwise, pruning, saliency
+from dfkd_ray.compression.selection import Selection
 from dfkd_ray.config import FROM_IMAGES, TrialConfig
 from dfkd_ray.devices import Runtime
 from dfkd_ray.distillation import Pool
@@ -29,13 +30,7 @@ def applies(config: TrialConfig, masks: pruning.Masks | None = None) -> bool:
     `masks`: those of the student, where they are known; a file's zeros are masked without `pruning.sparsity` too. A
     network of the teacher's architecture has layers of the teacher's shapes, whatever its weights.
     """
-    return (
-        config.reconstruction.num_images > 0
-        and (config.pruning.sparsity > 0 or bool(masks))
-        and config.pruning.schedule == "one_shot"
-        and config.student.architecture is None
-        and config.distillation.bn_mode != "frozen"
-    )
+    return config.reconstructs and (config.pruning.sparsity > 0 or bool(masks))
 
 
 def masks(student: nn.Module, config: TrialConfig, pool: Pool, runtime: Runtime) -> tuple[pruning.Masks, list[str]]:
@@ -92,8 +87,10 @@ def fitting_images(student: nn.Module, config: TrialConfig, pool: Pool, runtime:
 
 def reconstruct(
     student: nn.Module, teacher: nn.Module, config: TrialConfig, pool: Pool, runtime: Runtime, masks: pruning.Masks
-) -> tuple[bool, list[str]]:
-    """Reconstruct a pruned student in place; whether it was, and warnings. The caller restores one that was not.
+) -> tuple[pruning.Masks | None, list[str]]:
+    """Reconstruct a pruned student in place; its masks then, None if it failed, and warnings.
+
+    The caller restores one that was not reconstructed.
 
     Of a student from a file, only the zeros matter: its layers are fitted to the teacher's, and everything between
     them (BatchNorm, say) becomes the teacher's.
@@ -105,9 +102,11 @@ def reconstruct(
     wanted = min(settings.num_images, MOST_REPEATS * len(pool.labels))
     images = fitting_images(student, config, pool, runtime)
     try:
-        done = layerwise.reconstruct(student, teacher, images, wanted, masks, ridge=settings.ridge)
+        done = layerwise.reconstruct(
+            student, teacher, images, wanted, masks, ridge=settings.ridge, selection=selection(config)
+        )
     except ValueError as error:
-        return False, [f"no layer-wise reconstruction: {error}"]
+        return None, [f"no layer-wise reconstruction: {error}"]
     warnings = []
     if done.num_images < wanted:
         warnings.append(
@@ -118,4 +117,16 @@ def reconstruct(
         warnings.append(
             f"layer-wise reconstruction left out {one_line(', '.join(done.too_large), 120)}: too many inputs or outputs"
         )
-    return True, warnings
+    if done.not_chosen:
+        warnings.append(
+            f"layer-wise reconstruction kept the weights that the criterion keeps of "
+            f"{one_line(', '.join(done.not_chosen), 120)}: too many inputs to choose among"
+        )
+    return done.masks, warnings
+
+
+def selection(config: TrialConfig) -> Selection | None:
+    """How the weights that stay are chosen anew; None: they are not."""
+    if not config.reselects:
+        return None
+    return Selection(config.pruning.kept_of[1] if config.pruning.structure == "n_of_m" else None)

@@ -116,7 +116,7 @@ def before_training(
     else:
         rungs.leave_out(ladder.BN_REESTIMATED)
     if reconstruction.applies(config, masks):
-        start, said = reconstructed(student, teacher, config, pool, rungs, masks, start)
+        start, masks, said = reconstructed(student, teacher, config, pool, rungs, masks, start)
         warned += said
     else:
         rungs.leave_out(ladder.RECONSTRUCTED)
@@ -143,23 +143,23 @@ def reconstructed(
     rungs: Rungs,
     masks: pruning.Masks,
     before: Rung,
-) -> tuple[Rung, list[str]]:
+) -> tuple[Rung, pruning.Masks, list[str]]:
     """Reconstruct the layers of a pruned student, and leave it on the nearer of this rung and the one before.
 
-    Returns that rung, and warnings.
+    Returns that rung, the masks that the student has there, and warnings.
     """
     rungs.report("reconstructing", 0, 1, {})
     start = time.perf_counter()
     student.load_state_dict(rungs.states[ladder.PRUNED])
-    done, warned = reconstruction.reconstruct(student, teacher, config, pool, rungs.reference.runtime, masks)
-    if done:
+    found, warned = reconstruction.reconstruct(student, teacher, config, pool, rungs.reference.runtime, masks)
+    if found is not None:
         rungs.row["reconstruction_wall_s"] = time.perf_counter() - start
         rungs.measure(ladder.RECONSTRUCTED, student)
         before = rungs.nearest(ladder.RECONSTRUCTED, before)
     else:
         rungs.leave_out(ladder.RECONSTRUCTED)
     student.load_state_dict(rungs.states[before])
-    return before, warned
+    return before, found if found is not None and before is ladder.RECONSTRUCTED else masks, warned
 
 
 def reestimate(student: nn.Module, config: TrialConfig, pool: Pool, runtime: Runtime) -> None:
