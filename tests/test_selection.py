@@ -27,6 +27,13 @@ def problem(outputs: int, inputs: int, seed: int, groups: int = 1) -> tuple[Mome
     return Moments(torch.zeros(groups, inputs), gram, dense @ gram, torch.zeros(groups, outputs)), dense
 
 
+def chosen_of(moments: Moments, dense: Tensor, kept: Tensor, num_positions: int = 1, of: int | None = None) -> Tensor:
+    """The positions that are chosen; they must be."""
+    found = Selection(of).choose(moments, dense, kept, RIDGE, num_positions)
+    assert found is not None
+    return found
+
+
 def by_magnitude(dense: Tensor, num_kept: int) -> Tensor:
     """The mask of the largest weights of each row."""
     return torch.zeros_like(dense, dtype=torch.bool).scatter_(2, dense.abs().topk(num_kept).indices, True)
@@ -44,7 +51,7 @@ def test_the_choice_is_near_the_best_of_all_choices_and_far_better_than_by_magni
         moments, dense = problem(1, 9, seed)
         kept = by_magnitude(dense, 3)
         by_size += error(moments, dense, kept)
-        chosen += error(moments, dense, Selection().choose(moments, dense, kept, RIDGE, 1))
+        chosen += error(moments, dense, chosen_of(moments, dense, kept))
         every = (
             torch.zeros(1, 1, 9).index_fill_(2, torch.tensor(three), 1).bool() for three in combinations(range(9), 3)
         )
@@ -56,7 +63,7 @@ def test_the_choice_is_near_the_best_of_all_choices_and_far_better_than_by_magni
 def test_no_row_is_worse_than_with_the_mask_it_came_with():
     moments, dense = problem(40, 9, seed=7)
     kept = by_magnitude(dense, 3)
-    found = Selection().choose(moments, dense, kept, RIDGE, 1)
+    found = chosen_of(moments, dense, kept)
     gained = selection.explained(moments, dense, found, RIDGE) - selection.explained(moments, dense, kept, RIDGE)
     assert (gained >= 0).all() and (gained > 0).any()
     assert torch.equal(gained == 0, (found == kept).all(2))
@@ -66,9 +73,9 @@ def test_each_row_keeps_as_many_weights_as_before():
     moments, dense = problem(6, 20, seed=1, groups=2)
     kept = torch.rand(2, 6, 20, generator=torch.Generator().manual_seed(0)) < torch.arange(6).view(1, 6, 1) / 5
     assert kept[:, 5].all() and not kept[:, 0].any()
-    chosen = Selection().choose(moments, dense, kept, RIDGE, 1)
+    chosen = chosen_of(moments, dense, kept)
     assert torch.equal(chosen.sum(2), kept.sum(2)) and not torch.equal(chosen, kept)
-    assert torch.equal(chosen, Selection().choose(moments, dense, kept, RIDGE, 1))
+    assert torch.equal(chosen, chosen_of(moments, dense, kept))
 
 
 @pytest.mark.parametrize("num_positions", [1, 9])
@@ -77,7 +84,7 @@ def test_of_each_block_of_neighbours_as_many_stay_as_the_pattern_says(num_positi
     scores = dense.reshape(5, 2, 4, num_positions).abs()
     kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(2, scores.topk(2, dim=2).indices, True)
     kept = kept.reshape(1, 5, -1)
-    chosen = Selection(neighbours=4).choose(moments, dense, kept, RIDGE, num_positions)
+    chosen = chosen_of(moments, dense, kept, num_positions, 4)
     assert (chosen.reshape(5, 2, 4, num_positions).sum(2) == 2).all()
     assert error(moments, dense, chosen) < 0.9 * error(moments, dense, kept)
 
@@ -85,10 +92,10 @@ def test_of_each_block_of_neighbours_as_many_stay_as_the_pattern_says(num_positi
 def test_layers_that_are_dense_empty_unseen_too_large_or_not_finite_are_left_as_they_are(monkeypatch):
     moments, dense = problem(4, 6, seed=3)
     for kept in (torch.ones(1, 4, 6).bool(), torch.zeros(1, 4, 6).bool()):
-        assert torch.equal(Selection().choose(moments, dense, kept, RIDGE, 1), kept)
+        assert torch.equal(chosen_of(moments, dense, kept), kept)
     kept = by_magnitude(dense, 2)
     nothing = Moments(moments.mean, torch.zeros(1, 6, 6).double(), torch.zeros(1, 4, 6).double(), moments.target_mean)
-    assert torch.equal(Selection().choose(nothing, dense, kept, RIDGE, 1), kept)
+    assert torch.equal(chosen_of(nothing, dense, kept), kept)
     infinite = Moments(moments.mean, moments.gram * float("nan"), moments.cross, moments.target_mean)
     left = Selection().choose(infinite, dense, kept, RIDGE, 1)
     assert left is None or torch.equal(left, kept)

@@ -59,7 +59,7 @@ class Selection:
         wanted = ((moments.cross + damping[:, None, None] * dense) / scale[:, None]).float()
         try:
             values, vectors = torch.linalg.eigh(matrix)
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
             return None
         found = torch.where(alive[:, None, None], self.admm(values, vectors, wanted, kept, num_positions), kept)
         better = explained(moments, dense, found, ridge) > explained(moments, dense, kept, ridge)
