@@ -161,6 +161,29 @@ def test_a_network_that_cannot_be_reconstructed_has_no_such_rung_and_its_row_say
     assert "no layer-wise reconstruction: its teacher's logits change" in row["warnings"]
 
 
+@pytest.mark.parametrize("nearer", [True, False])
+def test_of_the_criterions_weights_and_those_chosen_anew_the_nearer_stay(teacher, tiny_teacher, monkeypatch, nearer):
+    settings = {"pruning.sparsity": 0.8, "distillation.num_steps": 0, "reconstruction.num_images": 64}
+    kept = trial.run(config_of(tiny_teacher, **settings, **{"reconstruction.reselect": False}), teacher)
+    compare, asked = evaluation.Reference.compare, []
+
+    def compared(self, network):
+        agreement, kl = compare(self, network)
+        asked.append(kl)
+        return agreement, kl * (1e-3 if len(asked) == (3 if nearer else 4) else 1.0)
+
+    monkeypatch.setattr(evaluation.Reference, "compare", compared)  # pruned, BatchNorm re-estimated, then both fits
+    both = trial.run(config_of(tiny_teacher, **settings), teacher)
+    assert both.row["achieved_sparsity"] == kept.row["achieved_sparsity"]
+    assert ("the criterion's weights stay" in (both.row["warnings"] or "")) is not nearer
+    fitted = [name for name in pruning.prunable(teacher.network) if not same(both, kept, name)]
+    assert bool(fitted) is nearer
+
+
+def same(one, other, name):
+    return torch.equal(one.student.get_parameter(name) == 0, other.student.get_parameter(name) == 0)
+
+
 def test_fewer_images_than_wanted_are_told_and_so_are_layers_left_out(teacher, tiny_teacher, monkeypatch):
     settings = {"pruning.sparsity": 0.5, "reconstruction.num_images": 64}
     assert "layer-wise" not in (trial.run(config_of(tiny_teacher, **settings), teacher).row["warnings"] or "")

@@ -52,7 +52,8 @@ class ReconstructionConfig(BaseModel):
     reselect: bool = Field(
         default=True,
         description="choose anew which weights of each row stay, as many as the criterion keeps there, by the same "
-        "least squares: `dfkd_ray.compression.selection`; false keeps those of the criterion",
+        "least squares (`dfkd_ray.compression.selection`), where this is nearer to the teacher on the reference set; "
+        "false keeps those of the criterion",
     )
 
 

@@ -145,8 +145,9 @@ def trial_s(job: Job, costs: Costs, num_test_images: int) -> float:
     looks, before = 1 + -(-kd.num_steps // kd.eval_every), 2  # rungs before training: pruned, BatchNorm re-estimated
     num_images = kd.num_images + config.bn_num_images  # the pool: the teacher's answers, re-estimation
     if reconstruction.applies(config):
-        before += 1
-        num_images += round(RECONSTRUCTION * 2 * config.reconstruction.num_images)
+        times = 2 if config.reselects else 1
+        before += times
+        num_images += round(RECONSTRUCTION * 2 * config.reconstruction.num_images * times)
     # The reference set: the teacher's answers, the rungs before training and the looks.
     num_images += (1 + before + looks) * config.reference.num_images
     num_images += (before + 1) * num_test_images  # these and recovered; the teacher's is known after the first

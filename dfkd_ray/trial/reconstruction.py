@@ -86,11 +86,18 @@ def fitting_images(student: nn.Module, config: TrialConfig, pool: Pool, runtime:
 
 
 def reconstruct(
-    student: nn.Module, teacher: nn.Module, config: TrialConfig, pool: Pool, runtime: Runtime, masks: pruning.Masks
+    student: nn.Module,
+    teacher: nn.Module,
+    config: TrialConfig,
+    pool: Pool,
+    runtime: Runtime,
+    masks: pruning.Masks,
+    *,
+    reselect: bool,
 ) -> tuple[pruning.Masks | None, list[str]]:
     """Reconstruct a pruned student in place; its masks then, None if it failed, and warnings.
 
-    The caller restores one that was not reconstructed.
+    `reselect`: other weights than those of `masks` may stay. The caller restores one that was not reconstructed.
 
     Of a student from a file, only the zeros matter: its layers are fitted to the teacher's, and everything between
     them (BatchNorm, say) becomes the teacher's.
@@ -102,9 +109,8 @@ def reconstruct(
     wanted = min(settings.num_images, MOST_REPEATS * len(pool.labels))
     images = fitting_images(student, config, pool, runtime)
     try:
-        done = layerwise.reconstruct(
-            student, teacher, images, wanted, masks, ridge=settings.ridge, selection=selection(config)
-        )
+        chosen = selection(config) if reselect else None
+        done = layerwise.reconstruct(student, teacher, images, wanted, masks, ridge=settings.ridge, selection=chosen)
     except ValueError as error:
         return None, [f"no layer-wise reconstruction: {error}"]
     warnings = []
@@ -125,8 +131,6 @@ def reconstruct(
     return done.masks, warnings
 
 
-def selection(config: TrialConfig) -> Selection | None:
-    """How the weights that stay are chosen anew; None: they are not."""
-    if not config.reselects:
-        return None
+def selection(config: TrialConfig) -> Selection:
+    """How the weights that stay are chosen anew."""
     return Selection(config.pruning.kept_of[1] if config.pruning.structure == "n_of_m" else None)

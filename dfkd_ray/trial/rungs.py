@@ -150,8 +150,7 @@ def reconstructed(
     """
     rungs.report("reconstructing", 0, 1, {})
     start = time.perf_counter()
-    student.load_state_dict(rungs.states[ladder.PRUNED])
-    found, warned = reconstruction.reconstruct(student, teacher, config, pool, rungs.reference.runtime, masks)
+    found, warned = nearest_fit(student, teacher, config, pool, rungs, masks)
     if found is not None:
         rungs.row["reconstruction_wall_s"] = time.perf_counter() - start
         rungs.measure(ladder.RECONSTRUCTED, student)
@@ -160,6 +159,37 @@ def reconstructed(
         rungs.leave_out(ladder.RECONSTRUCTED)
     student.load_state_dict(rungs.states[before])
     return before, found if found is not None and before is ladder.RECONSTRUCTED else masks, warned
+
+
+def nearest_fit(
+    student: nn.Module, teacher: nn.Module, config: TrialConfig, pool: Pool, rungs: Rungs, masks: pruning.Masks
+) -> tuple[pruning.Masks | None, list[str]]:
+    """Reconstruct a student in place, with weights chosen anew and with the criterion's; the nearer fit stays.
+
+    On images that are far from the teacher's data, such as noise, the criterion's weights are the better ones. Returns
+    the student's masks, None if it cannot be reconstructed, and warnings.
+    """
+    fits, warned = [], []
+    for reselect in (True, False) if config.reselects else (False,):
+        student.load_state_dict(rungs.states[ladder.PRUNED])
+        found, warned = reconstruction.reconstruct(
+            student, teacher, config, pool, rungs.reference.runtime, masks, reselect=reselect
+        )
+        if found is None:
+            continue
+        kl = rungs.reference.compare(student)[1] if config.reselects else 0.0
+        fits.append((kl, found, warned, deepcopy(student.state_dict())))
+    if not fits:
+        return None, warned
+    kl, found, warned, state = min(fits, key=lambda fit: fit[0])
+    if kl < fits[0][0]:
+        warned = [
+            *warned,
+            f"reconstruction.reselect: the criterion's weights stay (reference KL {kl:.3g}): those chosen anew on "
+            f"these images are farther from the teacher ({fits[0][0]:.3g})",
+        ]
+    student.load_state_dict(state)
+    return found, warned
 
 
 def reestimate(student: nn.Module, config: TrialConfig, pool: Pool, runtime: Runtime) -> None:
