@@ -136,7 +136,7 @@ def test_the_row_of_another_arithmetic_is_within_noise(spelling):
     for name in ("image_bn", "image_confidence"):
         assert plain[name] == pytest.approx(other[name], rel=0.02), name
     # Reconstruction sets no statistics of a layer that does not call F.batch_norm: the teacher's stay.
-    assert plain["reference_kl"] == pytest.approx(other["reference_kl"], rel=0.1)
+    assert plain["reference_kl"] == pytest.approx(other["reference_kl"], rel=0.1, abs=1e-6)
     for name in ("pruned_agreement", "bn_reestimated_agreement", "reconstructed_agreement", "agreement"):
         assert abs(plain[name] - other[name]) <= 1 / 32, name
 

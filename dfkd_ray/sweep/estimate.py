@@ -145,9 +145,10 @@ def trial_s(job: Job, costs: Costs, num_test_images: int) -> float:
     looks, before = 1 + -(-kd.num_steps // kd.eval_every), 2  # rungs before training: pruned, BatchNorm re-estimated
     num_images = kd.num_images + config.bn_num_images  # the pool: the teacher's answers, re-estimation
     if reconstruction.applies(config):
-        times = 2 if config.reselects else 1
-        before += times
-        num_images += round(RECONSTRUCTION * 2 * config.reconstruction.num_images * times)
+        before += 1
+        fits = 2 if config.reselects else 1
+        num_images += round(RECONSTRUCTION * 2 * config.reconstruction.num_images * fits)
+        num_images += 2 * config.reference.num_images if config.reselects else 0  # which fit is nearer
     # The reference set: the teacher's answers, the rungs before training and the looks.
     num_images += (1 + before + looks) * config.reference.num_images
     num_images += (before + 1) * num_test_images  # these and recovered; the teacher's is known after the first
