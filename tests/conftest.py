@@ -1,5 +1,6 @@
 """What several test files share: the environment, and a tiny untrained teacher."""
 
+import gc
 import os
 
 # torch reads it at import, here and in each process that a test starts. A trial has two threads by default; on a busy
@@ -29,6 +30,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup` has it ignored
 # Tensors here are tiny; on a busy machine threads that wait for each other cost a hundred times more than they give.
 torch.set_num_threads(1)
+
+# The modules' million objects are not garbage: see `dfkd_ray.__main__`.
+gc.set_threshold(10_000)
 
 # Tests that take long: run where `-m` asks for them by name, and with no other choice of tests.
 LONG = ("fuzz", "soak", "venvs")
@@ -61,6 +65,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if long:
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if item not in long]
+
+
+def pytest_collection_finish() -> None:
+    """Nothing that collection has made is looked at for garbage again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
