@@ -18,6 +18,7 @@ import torch
 
 import type_checks  # noqa: F401  before the package, whose types it checks
 from dfkd_ray import bundles, cli
+from dfkd_ray.__main__ import COLLECT_AFTER
 from helpers import TINY_INFO, Done, tiny_network
 
 # Before any test module is imported: Ray reads its variable once, and no test may touch the user's cache.
@@ -32,7 +33,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup` has it ignored
 torch.set_num_threads(1)
 
 # The modules' million objects are not garbage: see `dfkd_ray.__main__`.
-gc.set_threshold(10_000)
+gc.set_threshold(COLLECT_AFTER)
 
 # Tests that take long: run where `-m` asks for them by name, and with no other choice of tests.
 LONG = ("fuzz", "soak", "venvs")

@@ -8,6 +8,12 @@ from dfkd_ray.compression.moments import Moments
 SOLVED_AT_ONCE = 1 << 25  # entries of the matrices of one batch of rows
 
 
+def ridged(moments: Moments, dense: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """The ridge r of each group, zero where its inputs are, and the right-hand sides (groups, outputs, inputs)."""
+    damping = ridge * moments.gram.diagonal(dim1=1, dim2=2).mean(1)
+    return damping, moments.cross + damping[:, None, None] * dense
+
+
 def solve(moments: Moments, dense: Tensor, kept: Tensor, ridge: float) -> Tensor:
     """The fitted rows (groups, outputs, inputs), zero where not kept. `dense`: the teacher's rows; both float64.
 
@@ -15,8 +21,7 @@ def solve(moments: Moments, dense: Tensor, kept: Tensor, ridge: float) -> Tensor
     keeps the teacher's weights.
     """
     result = dense * kept
-    damping = ridge * moments.gram.diagonal(dim1=1, dim2=2).mean(1)  # (groups,)
-    wanted = moments.cross + damping[:, None, None] * dense
+    damping, wanted = ridged(moments, dense, ridge)
     counts = (kept.sum(2) * (damping > 0)[:, None]).flatten()
     todo = torch.argsort(counts, descending=True, stable=True)[: int((counts > 0).sum())]
     while len(todo):
@@ -50,13 +55,13 @@ def solve_together(moments: Moments, dense: Tensor, kept: Tensor, ridge: float) 
 
     A group that cannot be solved keeps the teacher's weights.
     """
-    damping = ridge * moments.gram.diagonal(dim1=1, dim2=2).mean(1)  # (groups,)
+    damping, wanted = ridged(moments, dense, ridge)
     inputs = kept.any(1)  # (groups, inputs)
     real = inputs & (damping > 0)[:, None]
     matrix = moments.gram * (real[:, :, None] & real[:, None])
     matrix.diagonal(dim1=1, dim2=2).add_(torch.where(real, damping[:, None], 1.0))
     factor, failed = torch.linalg.cholesky_ex(matrix)
-    right = (moments.cross + damping[:, None, None] * dense) * real[:, None]
+    right = wanted * real[:, None]
     solution = torch.cholesky_solve(right.mT, factor).mT
     good = real.any(1) & (failed == 0) & solution.isfinite().all(2).all(1)
     return torch.where(good[:, None, None], solution, dense) * kept

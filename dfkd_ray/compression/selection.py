@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dfkd_ray.compression.least_squares import solve
+from dfkd_ray.compression.least_squares import ridged, solve
 from dfkd_ray.compression.moments import Moments
 
 MOST_ITERATIONS = 300  # it ends where three of them change no position: after 20 to 60
@@ -52,13 +52,13 @@ class Selection:
             return kept
         if num_operations(kept) > MOST_OPERATIONS:
             return None
-        diagonal = moments.gram.diagonal(dim1=1, dim2=2)
-        damping = ridge * diagonal.mean(1)  # (groups,)
+        damping, wanted = ridged(moments, dense, ridge)
         alive = damping > 0
+        diagonal = moments.gram.diagonal(dim1=1, dim2=2)
         scale = torch.where(alive[:, None], diagonal + damping[:, None], 1.0).sqrt()
         matrix = moments.gram + torch.diag_embed(damping[:, None].expand_as(scale))
         matrix = (matrix / scale[:, :, None] / scale[:, None]).float()
-        wanted = ((moments.cross + damping[:, None, None] * dense) / scale[:, None]).float()
+        wanted = (wanted / scale[:, None]).float()
         try:
             values, vectors = torch.linalg.eigh(matrix)
         except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
@@ -110,9 +110,7 @@ class Selection:
 
 def explained(moments: Moments, dense: Tensor, kept: Tensor, ridge: float) -> Tensor:
     """By how much the fitted weights of each row (groups, outputs) lower the error of a row of zeros."""
-    damping = ridge * moments.gram.diagonal(dim1=1, dim2=2).mean(1)
-    wanted = moments.cross + damping[:, None, None] * dense
-    return (solve(moments, dense, kept, ridge) * wanted).sum(2)
+    return (solve(moments, dense, kept, ridge) * ridged(moments, dense, ridge)[1]).sum(2)
 
 
 def num_operations(kept: Tensor) -> float:
