@@ -180,6 +180,26 @@ def test_of_the_criterions_weights_and_those_chosen_anew_the_nearer_stay(teacher
     assert bool(fitted) is nearer
 
 
+def test_where_only_the_chosen_weights_cannot_be_fitted_the_criterions_stay_and_the_row_says_so(
+    teacher, tiny_teacher, monkeypatch
+):
+    settings = {"pruning.sparsity": 0.8, "distillation.num_steps": 0, "reconstruction.num_images": 64}
+    fit = layerwise.reconstruct
+
+    def failing(*args, selection, **given):
+        if selection is not None:
+            raise ValueError("fc.weight would not be finite")
+        return fit(*args, selection=selection, **given)
+
+    monkeypatch.setattr(layerwise, "reconstruct", failing)
+    row = trial.run(config_of(tiny_teacher, **settings), teacher).row
+    assert row["reconstructed_agreement"] is not None
+    reason = "no layer-wise reconstruction: fc.weight would not be finite"
+    assert f"reconstruction.reselect: the criterion's weights stay: {reason}" in row["warnings"]
+    told = trial.run(config_of(tiny_teacher, **settings, **{"reconstruction.reselect": False}), teacher).row["warnings"]
+    assert "reselect" not in (told or "")
+
+
 def same(one, other, name):
     return torch.equal(one.student.get_parameter(name) == 0, other.student.get_parameter(name) == 0)
 

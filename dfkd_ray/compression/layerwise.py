@@ -235,13 +235,17 @@ class Fit(TorchFunctionMode):
         moments = geometry.moments(own, target, len(self.seen))
         if call.bias is None and planned.batch_norm is None:  # nothing here can add a constant
             moments = moments.uncentred()
+        chosen = None
         if self.selection is not None and mask is not None:
             chosen = self.selection.choose(moments, rows.double(), kept, self.ridge, math.prod(geometry.kernel))
             if chosen is None:
                 self.not_chosen.append(name)
             else:
-                kept, self.masks[name] = chosen, geometry.unrows(chosen, mask)
-        solved = (solve_together if self.shared else solve)(moments, rows.double(), kept, self.ridge)
+                self.masks[name] = geometry.unrows(chosen[0], mask)
+        if chosen is not None:
+            solved = chosen[1]
+        else:
+            solved = (solve_together if self.shared else solve)(moments, rows.double(), kept, self.ridge)
         call.weight.copy_(geometry.unrows(solved.to(dense.dtype), dense))
         if call.bias is not None:
             offset = moments.target_mean - torch.einsum("goi,gi->go", solved, moments.mean)

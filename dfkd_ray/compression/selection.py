@@ -42,14 +42,16 @@ class Selection:
 
     neighbours: int | None = None
 
-    def choose(self, moments: Moments, dense: Tensor, kept: Tensor, ridge: float, num_positions: int) -> Tensor | None:
-        """The positions (groups, outputs, inputs) that stay; `kept`: those of a criterion; `dense`: the teacher's rows.
+    def choose(
+        self, moments: Moments, dense: Tensor, kept: Tensor, ridge: float, num_positions: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """The positions that stay, and the fitted rows there, both (groups, outputs, inputs).
 
-        `num_positions`: kernel positions of an input channel. None for a layer that is too large, or whose moments
-        cannot be decomposed.
+        `kept`: the positions of a criterion; `dense`: the teacher's rows; `num_positions`: kernel positions of an input
+        channel. None for a layer that is too large, or whose moments cannot be decomposed.
         """
         if bool(kept.all()) or not bool(kept.any()):
-            return kept
+            return kept, solve(moments, dense, kept, ridge)
         if num_operations(kept) > MOST_OPERATIONS:
             return None
         damping, wanted = ridged(moments, dense, ridge)
@@ -58,14 +60,16 @@ class Selection:
         scale = torch.where(alive[:, None], diagonal + damping[:, None], 1.0).sqrt()
         matrix = moments.gram + torch.diag_embed(damping[:, None].expand_as(scale))
         matrix = (matrix / scale[:, :, None] / scale[:, None]).float()
-        wanted = (wanted / scale[:, None]).float()
+        scaled = (wanted / scale[:, None]).float()
         try:
             values, vectors = torch.linalg.eigh(matrix)
         except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
             return None
-        found = torch.where(alive[:, None, None], self.admm(values, vectors, wanted, kept, num_positions), kept)
-        better = explained(moments, dense, found, ridge) > explained(moments, dense, kept, ridge)
-        return torch.where(better[:, :, None], found, kept)
+        found = torch.where(alive[:, None, None], self.admm(values, vectors, scaled, kept, num_positions), kept)
+        # The error of a fitted row is that of a row of zeros less `rows · wanted`.
+        rows, before = (solve(moments, dense, positions, ridge) for positions in (found, kept))
+        better = ((rows * wanted).sum(2) > (before * wanted).sum(2))[:, :, None]
+        return torch.where(better, found, kept), torch.where(better, rows, before)
 
     def admm(self, values: Tensor, vectors: Tensor, wanted: Tensor, kept: Tensor, num_positions: int) -> Tensor:
         """The positions, from the eigenvalues and eigenvectors of the scaled H, and the scaled c."""
@@ -106,11 +110,6 @@ class Selection:
         if self.neighbours is None:
             return rows
         return rows.unflatten(-1, (-1, self.neighbours, num_positions)).movedim(-2, -1)
-
-
-def explained(moments: Moments, dense: Tensor, kept: Tensor, ridge: float) -> Tensor:
-    """By how much the fitted weights of each row (groups, outputs) lower the error of a row of zeros."""
-    return (solve(moments, dense, kept, ridge) * ridged(moments, dense, ridge)[1]).sum(2)
 
 
 def num_operations(kept: Tensor) -> float:

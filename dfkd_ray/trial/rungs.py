@@ -169,20 +169,23 @@ def nearest_fit(
     On images that are far from the teacher's data, such as noise, the criterion's weights are the better ones. Returns
     the student's masks, None if it cannot be reconstructed, and warnings.
     """
-    fits, warned = [], []
+    fits, warned, failed = [], [], []
     for reselect in (True, False) if config.reselects else (False,):
         student.load_state_dict(rungs.states[ladder.PRUNED])
         found, warned = reconstruction.reconstruct(
             student, teacher, config, pool, rungs.reference.runtime, masks, reselect=reselect
         )
         if found is None:
+            failed += warned if reselect else []
             continue
         kl = rungs.reference.compare(student)[1] if config.reselects else 0.0
         fits.append((kl, found, warned, deepcopy(student.state_dict())))
     if not fits:
         return None, warned
     kl, found, warned, state = min(fits, key=lambda fit: fit[0])
-    if kl < fits[0][0]:
+    if failed:
+        warned = [*warned, *(f"reconstruction.reselect: the criterion's weights stay: {reason}" for reason in failed)]
+    elif kl < fits[0][0]:
         warned = [
             *warned,
             f"reconstruction.reselect: the criterion's weights stay (reference KL {kl:.3g}): those chosen anew on "
