@@ -53,6 +53,15 @@ def layers(network: nn.Module) -> list[BatchNorm]:
     return [layer for layer in found if layer.running_mean is not None]
 
 
+def size_of_statistics(network: nn.Module) -> float:
+    """The norms of running means and variances, summed over the layers: `losses.batchnorm_distance` of zeros.
+
+    So it grows with a network's depth, widths and scale as the distance does.
+    """
+    sizes = [layer.running_mean.double().norm() + layer.running_var.double().norm() for layer in layers(network)]
+    return float(sum(sizes))
+
+
 def is_initial(layer: BatchNorm) -> bool:
     """Whether a layer's running statistics are those of a new layer."""
     mean, variance = layer.running_mean, layer.running_var

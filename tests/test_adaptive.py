@@ -193,7 +193,7 @@ def test_dfq_without_its_students_term_gives_the_same_bytes_with_and_without_a_s
 
 
 def adi(**fields) -> Any:
-    plain = {"batch_size": 8, "num_steps": 2, "num_threads": 1, "precision": "float32"}
+    plain = {"batch_size": 8, "num_steps": 2, "num_threads": 1, "precision": "float32", "bn_weight": 0.2}
     return parse_synthesis({"method": "adi", "adaptive_steps": 3, **plain, **fields})
 
 

@@ -34,7 +34,8 @@ def ray_session() -> Iterator[None]:
 
 def images_made_here(teacher: Path, num_images: int, num_steps: int = 1) -> tuple[np.ndarray, np.ndarray]:
     settings = TINY_CONFIG.model_copy(update={"num_steps": num_steps})
-    _, batch = synthesis.source(bundles.load(str(teacher)), settings, torch.device("cpu"))
+    loaded = bundles.load(str(teacher))
+    _, batch = synthesis.source(loaded, synthesis.pinned(loaded, settings), torch.device("cpu"))
     batches = [batch(index) for index in range(-(-num_images // 8))]
     images = np.concatenate([batch.images for batch in batches])
     return images[:num_images], np.concatenate([batch.labels for batch in batches])[:num_images]

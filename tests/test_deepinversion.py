@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dfkd_ray import batches, batchnorm, bundles, devices, images, models, synthesis
-from dfkd_ray.config import DeepInversionConfig, NoiseConfig
+from dfkd_ray import batches, batchnorm, bundles, devices, images, models, synthesis, trial
+from dfkd_ray.config import DeepInversionConfig, NoiseConfig, TrialConfig, parse_synthesis, validate
 from dfkd_ray.heads import SOFTMAX
 from dfkd_ray.synthesis import deepinversion
 from dfkd_ray.synthesis.optimiser import Aim
@@ -122,6 +122,38 @@ def unchanged(tiny_teacher: Path) -> np.ndarray:
 )
 def test_every_option_changes_the_images(teacher: bundles.Teacher, unchanged: np.ndarray, change: dict):
     assert not np.array_equal(unchanged, batch_of(teacher, FLOATS.model_copy(update=change)).images)
+
+
+def with_statistics(teacher: bundles.Teacher, mean: float, variance: float) -> bundles.Teacher:
+    """The teacher with the same running mean and variance in all channels."""
+    network = deepcopy(teacher.network)
+    for layer in batchnorm.layers(network):
+        assert layer.running_mean is not None and layer.running_var is not None
+        layer.running_mean.fill_(mean)
+        layer.running_var.fill_(variance)
+    return replace(teacher, network=bundles.freeze(network))
+
+
+@pytest.mark.parametrize("method", ["deepinversion", "adi"])
+def test_the_batchnorm_weight_goes_by_the_size_of_the_teachers_statistics(teacher: bundles.Teacher, method: str):
+    asked = parse_synthesis({"method": method})
+    sizes = sum(layer.num_features**0.5 for layer in batchnorm.layers(teacher.network))
+    for mean, variance in ((0.0, 1.0), (-3.0, 4.0), (0.0, 1e-3), (0.0, 0.0)):
+        own = synthesis.pinned(with_statistics(teacher, mean, variance), asked)
+        expected = deepinversion.BN_SIZE / max(1.0, (abs(mean) + variance) * sizes)
+        assert own.bn_weight == pytest.approx(expected, rel=0.05) and own.bn_weight == float(f"{own.bn_weight:.2g}")
+        assert synthesis.pinned(teacher, own) == own, "a number stays"
+    given = asked.model_copy(update={"bn_weight": 0.0})
+    assert synthesis.pinned(teacher, given) == given
+
+
+def test_a_trial_and_its_reference_have_the_number_that_the_weight_stands_for(teacher: bundles.Teacher):
+    config = trial.pinned(validate(TrialConfig, {"teacher": "t"}), teacher)
+    own = synthesis.pinned(teacher, DeepInversionConfig())
+    assert (config.synthesis, config.reference.synthesis) == (own, own)
+    given = {"synthesis": own.model_dump(), "reference": {"synthesis": own.model_dump()}}
+    as_given = trial.pinned(validate(TrialConfig, {"teacher": "t", **given}), teacher)
+    assert trial.trial_id(config, teacher) == trial.trial_id(as_given, teacher)
 
 
 def test_plateau_stops_before_the_last_step(teacher: bundles.Teacher):

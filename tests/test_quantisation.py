@@ -66,11 +66,13 @@ def tried(teacher, monkeypatch) -> None:
 
 # ---- the config ------------------------------------------------------------------------------------------------------
 
-# Ids of trials from before there was int8, when trials had version 3 and kept the criterion's weights.
+# Ids of trials from before there was int8, when trials had version 3, kept the criterion's weights, and had one weight
+# of BatchNorm statistics for all teachers.
+THEN = {"reference.synthesis.bn_weight": 0.2}
 IDS = {
-    "t-6dc249a63431": {"reconstruction.reselect": False},
-    "t-98116617c6b4": {"pruning.structure": "channels", "pruning.sparsity": 0.5},
-    "t-8bdcb59bbb53": {"student.architecture": "resnet8", "synthesis.method": "noise"},
+    "t-6dc249a63431": {"reconstruction.reselect": False, "synthesis.bn_weight": 0.2, **THEN},
+    "t-98116617c6b4": {"pruning.structure": "channels", "pruning.sparsity": 0.5, "synthesis.bn_weight": 0.2, **THEN},
+    "t-8bdcb59bbb53": {"student.architecture": "resnet8", "synthesis.method": "noise", **THEN},
 }
 
 

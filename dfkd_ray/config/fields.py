@@ -57,21 +57,25 @@ LARGEST_FLOAT = 1e38  # float32 ends at 3.4e38
 Seed = Annotated[int, Field(ge=0, le=LARGEST), NUMBER]
 Count = Annotated[int, Field(le=10**9), NUMBER]
 BatchSize = Annotated[int, Field(ge=2, le=10**6), NUMBER]
-AUTO = "auto"  # replaced by a number before a trial has an id: `dfkd_ray.synthesis.memory`
+AUTO = "auto"  # replaced by a number before a trial has an id: `dfkd_ray.synthesis.pinned`
 AUTO_OR_NUMBER = "auto or a number"  # pydantic's name for the second kind of value of such a field
 UNION_TAGS = ("a sentence", "a list of ranges")  # the same of a sweep file's about.expected
-if TYPE_CHECKING:
-    AutoBatchSize: TypeAlias = int
-else:
-    AutoBatchSize = Annotated[
-        Annotated[BatchSize, Tag(AUTO_OR_NUMBER)] | Annotated[Literal["auto"], Tag(AUTO)],
-        Discriminator(lambda value: AUTO if value == AUTO else AUTO_OR_NUMBER),
-    ]
 ImageSize = Annotated[int, Field(ge=8, le=4096), NUMBER]
 Pixels = Annotated[int, Field(ge=0, le=256), NUMBER]
 Number = Annotated[float, Field(le=LARGEST_FLOAT), NUMBER]
 Share = Annotated[float, Field(le=1), NUMBER]
 Weight = Annotated[float, Field(ge=0, le=LARGEST_FLOAT), NUMBER]
+if TYPE_CHECKING:
+    AutoBatchSize: TypeAlias = int
+    AutoWeight: TypeAlias = float
+else:
+    AutoBatchSize, AutoWeight = (
+        Annotated[
+            Annotated[number, Tag(AUTO_OR_NUMBER)] | Annotated[Literal["auto"], Tag(AUTO)],
+            Discriminator(lambda value: AUTO if value == AUTO else AUTO_OR_NUMBER),
+        ]
+        for number in (BatchSize, Weight)
+    )
 Threads = Annotated[
     int, Field(ge=1, le=1024, description="CPU threads; gradients differ in the last bits with it"), NUMBER
 ]

@@ -18,8 +18,9 @@ from dfkd_ray.config.trials import LatencyConfig, TrialConfig
 SYNTHESIS_VERSION = 2  # 2: with more classes than images in a batch, labels in a random order
 # 2: distils on distillation.num_images alone; plain pruning is a candidate. 3: the lowest KL divergence selects; layers
 # are reconstructed. 4: in reconstruction, residual sums are fitted as such, and layers before BatchNorm are centred
-# (so they are in trials of version 3 from commit d845e3a on: the number was raised late).
-TRIAL_VERSION = 4
+# (so they are in trials of version 3 from commit d845e3a on: the number was raised late). 5: the weight of BatchNorm
+# statistics goes by the teacher where a config gives none, also in the reference set; a sweep file does not show it.
+TRIAL_VERSION = 5
 
 TRIAL_ID = re.compile(r"t-[0-9a-f]{12}")
 

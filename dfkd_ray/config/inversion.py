@@ -5,8 +5,10 @@ from typing import Literal
 from pydantic import BaseModel, Field, model_validator
 
 from dfkd_ray.config.fields import (
+    AUTO,
     STRICT,
     AutoBatchSize,
+    AutoWeight,
     Count,
     Number,
     Pixels,
@@ -40,7 +42,11 @@ class DeepInversionConfig(BaseModel):
         default="cross_entropy", description="cross-entropy to balanced labels, or entropy of the teacher's own output"
     )
     label_weight: Weight = Field(default=1.0, description="weight of the label loss")
-    bn_weight: Weight = Field(default=0.2, description="weight of the BatchNorm statistics term")
+    bn_weight: AutoWeight = Field(
+        default=AUTO,
+        description="weight of the BatchNorm statistics term; auto: by the size of the teacher's statistics "
+        "(`dfkd_ray.synthesis.deepinversion`)",
+    )
     bn_first_multiplier: Weight = Field(default=1.0, description="extra factor on the first BatchNorm layer's term")
     tv_weight: Weight = Field(
         default=0.01, description="weight of total variation, mean-reduced (free of batch and resolution)"
@@ -73,7 +79,7 @@ class DeepInversionConfig(BaseModel):
         return self
 
 
-def tied_to_teacher(label_weight: float, bn_weight: float) -> None:
+def tied_to_teacher(label_weight: float, bn_weight: float | str) -> None:
     """`ValueError` if nothing that is minimised depends on the teacher in every round."""
     if not label_weight and not bn_weight:
         raise ValueError("label_weight and bn_weight are both 0: nothing ties the images to the teacher")

@@ -24,6 +24,8 @@ from dfkd_ray.images import decode
 from dfkd_ray.synthesis import deepinversion
 from dfkd_ray.synthesis.optimiser import Aim, Made, batches, pyramid_sizes, require_classes
 
+pin = deepinversion.pin
+
 
 def plain(config: AdiConfig) -> DeepInversionConfig:
     """The stationary method whose images are those of round 0."""
@@ -40,6 +42,7 @@ def source(
 ) -> BatchSource:
     """Batches of a later round: those of round 0, moved. `ValueError` for a teacher without BatchNorm statistics."""
     devices.check_precision(config.precision, device, config.fast)
+    config = pin(teacher, config)
     network = devices.place(freeze(deepcopy(teacher.network)), device, channels_last=config.channels_last)
     batchnorm.require_layers(network)
     run = deepinversion.compiled(network) if config.compile else network

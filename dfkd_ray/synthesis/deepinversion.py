@@ -18,7 +18,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from dfkd_ray import batchnorm, devices, losses
 from dfkd_ray.batches import BatchSource
 from dfkd_ray.bundles import Teacher, freeze
 from dfkd_ray.config import DeepInversionConfig
+from dfkd_ray.config.fields import AUTO
 from dfkd_ray.heads import HEADS
 from dfkd_ray.images import PixelSpace
 from dfkd_ray.synthesis.optimiser import (
@@ -44,7 +45,10 @@ from dfkd_ray.synthesis.optimiser import (
     total,
 )
 
+BN_SIZE = 150.0
+SMALLEST_SIZE = 1.0  # of statistics: a larger weight would help nobody
 log = logging.getLogger(__name__)
+Config = TypeVar("Config", bound=DeepInversionConfig)
 
 
 def source(teacher: Teacher, config: DeepInversionConfig, key: str, device: torch.device) -> BatchSource:
@@ -53,6 +57,7 @@ def source(teacher: Teacher, config: DeepInversionConfig, key: str, device: torc
     The source uses a copy of the teacher's network on `device`; the network itself is not modified.
     """
     devices.check_precision(config.precision, device, config.fast)
+    config = pin(teacher, config)
     network = devices.place(freeze(deepcopy(teacher.network)), device, channels_last=config.channels_last)
     batchnorm.require_layers(network)
     run = compiled(network) if config.compile else network
@@ -71,6 +76,14 @@ def check(teacher: Teacher, config: DeepInversionConfig, where: str) -> None:
     """`ValueError` for a teacher whose BatchNorm statistics cannot be matched; `where`: the config's dotted name."""
     others = "records, where it has some, dafl, or noise" if where == "synthesis" else "records, or noise"
     require_statistics(teacher, config, where, f"method={others}")
+
+
+def pin(teacher: Teacher, config: Config) -> Config:
+    """The config with the number that `bn_weight: auto` stands for, to two digits."""
+    if config.bn_weight != AUTO:
+        return config
+    weight = BN_SIZE / max(batchnorm.size_of_statistics(teacher.network), SMALLEST_SIZE)
+    return config.model_copy(update={"bn_weight": float(f"{weight:.2g}")})
 
 
 def compiled(network: nn.Module) -> Callable[[Tensor], Tensor]:
