@@ -2,6 +2,7 @@
 
 import json
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,19 @@ from dfkd_ray.config import PruningConfig, TrialConfig, columns_of, stable_hash,
 from dfkd_ray.description import ShapeEdit
 from dfkd_ray.report import aggregates
 from dfkd_ray.results.selecting import matching
+from dfkd_ray.sweep import estimate
 from dfkd_ray.trial import identity, speed, structure
-from helpers import TINY_WORDS, randomise_statistics, refusal, same_weights, tiny_network, tiny_trial
+from helpers import (
+    TINY_WORDS,
+    costs_of,
+    jobs_of,
+    randomise_statistics,
+    refusal,
+    same_weights,
+    tiny_network,
+    tiny_sweep,
+    tiny_trial,
+)
 
 CIFAR = {"width_multiplier": 0.125, "stem": "cifar"}
 NETWORKS = {
@@ -762,3 +774,19 @@ def test_a_latency_that_cannot_be_measured_is_refused_before_the_work(tiny_teach
     monkeypatch.setattr(exporting, "is_installed", lambda name: name != "onnxruntime")
     config = validate(TrialConfig, tiny_trial(tiny_teacher, **{"latency.runtime": "onnxruntime"}))
     refusal(lambda: trial.check(config, bundles.load(tiny_teacher), ()), "onnxruntime, not installed")
+
+
+def test_the_estimate_takes_a_student_of_fewer_channels_as_cheaper(tiny_teacher):
+    fields = {"pruning.sparsity": [0.0, 0.5, 0.9], "pruning.structure": ["channels"]}
+    jobs = jobs_of(tiny_sweep(tiny_teacher, fields))
+    jobs = [replace(job, config=with_steps(job.config, 1000)) for job in jobs]
+    dense, half, tenth = (estimate.trial_s(job, costs_of(jobs), 0) for job in jobs)
+    masks = jobs_of(tiny_sweep(tiny_teacher, {"pruning.sparsity": [0.5]}))[0]
+    assert estimate.share_of_step(masks.config) == 1.0
+    # Each of the 1,000 steps takes 2 seconds, a quarter of it for the teacher.
+    assert dense - half == pytest.approx(2000 * 0.75 * 0.5, rel=0.05)
+    assert dense - tenth == pytest.approx(2000 * 0.75 * 0.9, rel=0.05)
+
+
+def with_steps(config: TrialConfig, num_steps: int) -> TrialConfig:
+    return config.model_copy(update={"distillation": config.distillation.model_copy(update={"num_steps": num_steps})})

@@ -94,7 +94,7 @@ def test_a_single_file_and_its_card_are_uploaded_large_files_too(server, tmp_pat
 def test_a_repository_of_ours_or_an_empty_one_is_written_to_again(push, server):
     server.failing["/api/models/owner/student/commit"] = 500
     done, out = push()
-    assert_one_error(done, 3, NAME, "not uploaded", "500", "stay")
+    assert_one_error(done, 3, NAME, "not uploaded", "500", "stay", "hf upload")
     assert set(written(out)) == {"README.md", "model.py", "weights.safetensors"}
     server.failing.clear()
     assert in_repository(server) == {} and push()[0].code == 0

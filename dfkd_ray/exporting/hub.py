@@ -84,7 +84,10 @@ def push(done: Exported, repository: Repository) -> str:
     `OSError` if the Hub cannot be reached or refuses it.
     """
     hub, _ = modules()
-    with explained(f"{repository.name}: not uploaded; the files on this machine stay ({done.path})"), quiet(), silent():
+    failed = (
+        f"{repository.name}: not uploaded; the files on this machine stay ({done.path}), upload them with `hf upload`"
+    )
+    with explained(failed), quiet(), silent():
         api = hub.HfApi()
         if repository.is_new:
             api.create_repo(repository.name, private=repository.is_private, exist_ok=False)
