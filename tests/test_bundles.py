@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dfkd_ray import bundles, trial
-from dfkd_ray.bundles import BundleInfo
+from dfkd_ray.bundles import BundleInfo, folders
 from dfkd_ray.compression import pruning
 from dfkd_ray.config import PruningConfig, TrialConfig, validate
 from dfkd_ray.description import ShapeEdit
@@ -183,7 +183,7 @@ def test_an_unknown_teacher_is_refused_with_what_to_do(tmp_path):
 
 def test_a_bundled_teacher_is_found_by_name(tmp_path, monkeypatch):
     save_tiny(tmp_path / "shipped")
-    monkeypatch.setattr(bundles, "BUNDLED", tmp_path)
+    monkeypatch.setattr(folders, "BUNDLED", tmp_path)
     assert bundles.load("shipped").name == "shipped"
     with pytest.raises(ValueError, match=r"bundled teacher \(shipped\)"):
         bundles.load("other")

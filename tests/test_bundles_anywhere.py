@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from dfkd_ray import bundles, storage, sweep, trial
+from dfkd_ray.bundles import folders
 from dfkd_ray.config import TrialConfig, validate, with_overrides
 from dfkd_ray.records import fitting
 from dfkd_ray.sweep import runner
@@ -125,7 +126,7 @@ def test_a_damaged_record_under_a_uri_is_refused(memory, recorded):
 
 def test_weights_under_a_uri_are_checked_before_they_are_looked_at(bucket, tiny_teacher, monkeypatch):
     place = storage.folder(copied(tiny_teacher, bucket("teachers/bad")))
-    monkeypatch.setattr(bundles, "read_safetensors", lambda *_: pytest.fail("it was parsed"))
+    monkeypatch.setattr(folders, "read_safetensors", lambda *_: pytest.fail("it was parsed"))
     for data in (content(place, "weights.safetensors")[:-1], b"\x80\x04."):
         place.write("weights.safetensors", data)
         with pytest.raises(ValueError, match="truncated or not the one of this bundle") as caught:

@@ -237,9 +237,10 @@ def find_teacher(
     A bundle of that name in the folder or URI `below` takes precedence.
     """
     from dfkd_ray import bundles, storage
+    from dfkd_ray.bundles import pretrained
 
     trusted = tuple(trust_code or ())
-    if below is None or "://" in name or bundles.pretrained.is_named(name):
+    if below is None or "://" in name or pretrained.is_named(name):
         return bundles.load(name, trusted, download=download)
     with bundles.explained(below):
         inner = found = storage.folder(below)

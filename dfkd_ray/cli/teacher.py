@@ -149,9 +149,10 @@ def teacher_import(
     also |= {"head": "sigmoid"} if independent_labels else {}
     also |= {"class_names": tuple(name.strip() for name in class_names.split(","))} if class_names else {}
     from dfkd_ray import batchnorm, bundles, storage, targets
+    from dfkd_ray.bundles import pretrained
     from dfkd_ray.compression import pruning
 
-    is_named = bundles.pretrained.is_named(weights)
+    is_named = pretrained.is_named(weights)
     complete = given if is_named else completed(given, download)
     missing = [] if is_named else [name for name in ("architecture", *DESCRIBING) if name not in complete]
     missing += ["out"] if out is None else []

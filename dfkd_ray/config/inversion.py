@@ -42,7 +42,7 @@ class DeepInversionConfig(BaseModel):
         default="cross_entropy", description="cross-entropy to balanced labels, or entropy of the teacher's own output"
     )
     label_weight: Weight = Field(default=1.0, description="weight of the label loss")
-    bn_weight: AutoWeight = Field(
+    bn_weight: AutoWeight = Field(  # type: ignore[assignment]  # a number before anything is computed
         default=AUTO,
         description="weight of the BatchNorm statistics term; auto: by the size of the teacher's statistics "
         "(`dfkd_ray.synthesis.deepinversion`)",
