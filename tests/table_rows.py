@@ -10,6 +10,7 @@ import pandas as pd
 
 from dfkd_ray import results
 from dfkd_ray.config import TrialConfig, flat, validate
+from dfkd_ray.config.fields import AUTO
 
 ACCURACIES = [0.9, 0.8, 0.7, 0.88, 0.79, 0.66]
 HASH = {"resnet20": "a" * 64, "resnet8": "b" * 64}
@@ -19,16 +20,23 @@ def trial_row(index: int, sparsity: float, seed: int, **changes: Any) -> dict[st
     """A finished trial's row with few metrics; `index` is into `ACCURACIES`."""
     settings: dict[str, Any] = {"teacher": "some/where/net_20", "pruning": {"sparsity": sparsity}}
     settings |= {"synthesis": {"seed": seed, "bn_weight": 0.2}, "distillation": {"seed": seed}}
-    values = flat(validate(TrialConfig, settings).model_dump(mode="json"))
+    values = columns(settings)
     own = {"trial_id": f"t-{index}", "status": "finished", "agreement": ACCURACIES[index], "wall_s": 10.0 + index}
     own |= {"teacher_hash": "ab" * 32, "teacher_architecture": "resnet20", "real_data": False, "stored_bytes": 1000}
     return values | own | changes
 
 
+def columns(settings: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a trial config, with a number where a teacher would have given one."""
+    values = flat(validate(TrialConfig, settings).model_dump(mode="json"))
+    weights = (name for name, value in values.items() if name.endswith(".bn_weight") and value == AUTO)
+    return values | dict.fromkeys(weights, 0.2)
+
+
 @functools.cache
 def plain_config(method: str) -> dict[str, Any]:
     """The columns of a trial config with all its defaults."""
-    return flat(validate(TrialConfig, {"teacher": "t", "synthesis": {"method": method}}).model_dump(mode="json"))
+    return columns({"teacher": "t", "synthesis": {"method": method}})
 
 
 def full_row(

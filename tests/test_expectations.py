@@ -6,10 +6,9 @@ import jsonschema
 import pytest
 
 from dfkd_ray import bundles, results, sweep, trial
-from dfkd_ray.config import columns_of
-from dfkd_ray.config.fields import AUTO
 from dfkd_ray.sweep import checking, runner
 from helpers import ABOUT, tiny_sweep, write_yaml
+from table_rows import columns
 
 GRID = {"pruning.sparsity": [0.5, 0.9]}
 LOW, HIGH = {"pruning.sparsity": 0.5}, {"pruning.sparsity": 0.9}
@@ -31,8 +30,7 @@ def rows_of(data, *, tiny=False, **more):
         lost = LOST[config.pruning.sparsity][config.synthesis.seed]
         own = {"trial_id": f"t-{number:012x}", "status": "finished", "recovered_accuracy": 0.9 - lost / 100}
         own |= {"reference_kl": 0.1 * (number + 1), "synthesis_version": 2}
-        known = {name: 0.2 if value == AUTO else value for name, value in columns_of(config).items()}
-        rows.append(known | MEASURED | own | more)
+        rows.append(columns(config.model_dump(mode="json")) | MEASURED | own | more)
     return rows
 
 

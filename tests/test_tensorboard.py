@@ -80,7 +80,8 @@ def finished(tmp_path_factory, tiny_teacher):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trial, "run", watched)
         row = sweep.run_job(job, trial.Inputs(images=trial.Local()), place)
-    tensorboard.write_sweep(place, [job.config, config_of(**{"pruning.sparsity": 0.9})])
+    other = trial.pinned(config_of(**{"pruning.sparsity": 0.9}), teacher)
+    tensorboard.write_sweep(place, [job.config, other])
     return place, row, seen["outcome"].epochs
 
 
