@@ -5,22 +5,24 @@ import re
 import jsonschema
 import pytest
 
-from dfkd_ray import bundles, results, sweep, trial
+from dfkd_ray import bundles, results, sweep, synthesis, trial
+from dfkd_ray.config import DeepInversionConfig
 from dfkd_ray.sweep import checking, runner
-from helpers import ABOUT, tiny_sweep, write_yaml
+from helpers import ABOUT, tiny_sweep, tiny_trial, write_yaml
 from table_rows import columns
 
 GRID = {"pruning.sparsity": [0.5, 0.9]}
 LOW, HIGH = {"pruning.sparsity": 0.5}, {"pruning.sparsity": 0.9}
 LOST = {LOW["pruning.sparsity"]: (1.0, 2.0), HIGH["pruning.sparsity"]: (5.0, 8.0)}  # by seed
 TINY = {"distillation.num_steps": 1}
+WEIGHTS = {"synthesis.bn_weight": 0.2, "reference.synthesis.bn_weight": 0.2}  # no teacher is asked for them
 MEASURED = {"teacher_accuracy": 0.9, "teacher_hash": "a" * 64, "test_sha256": "b" * 64, "trial_version": 3}
 
 
 def data_of(*ranges, **more):
     """A sweep file's plain data, with ranges."""
     about = ABOUT | {"expected": list(ranges)}
-    return tiny_sweep("net", GRID) | {"seeds": 2, "about": about, "tiny": TINY} | more
+    return tiny_sweep("net", GRID, **WEIGHTS) | {"seeds": 2, "about": about, "tiny": TINY} | more
 
 
 def rows_of(data, *, tiny=False, **more):
@@ -111,6 +113,22 @@ def test_only_rows_of_the_files_own_trials_and_newest_version_count(checked):
         "left out: 1 rows of trials that are none of the sweep",
         "left out: 1 rows of older versions",
     ]
+
+
+def test_rows_of_another_batchnorm_weight_than_the_teachers_own_are_none_of_the_sweep(checked, tiny_teacher):
+    data = data_of({"where": LOW, "metric": "points_lost", "at_most": 1.6})
+    teacher, own = bundles.load(str(tiny_teacher)), rows_of(data)
+    weight = synthesis.pinned(teacher, DeepInversionConfig()).bn_weight
+    rows = [row | {"teacher": str(tiny_teacher)} | dict.fromkeys(WEIGHTS, weight) for row in own]
+    others = [row | {"trial_id": f"t-f{row['trial_id'][3:]}", "synthesis.bn_weight": 3 * weight} for row in rows]
+    data["base"] = tiny_trial(tiny_teacher)
+    code, lines, err = checked(data, [*rows, *others])
+    assert (code, err) == (0, "") and lines[0] == f"left out: {len(others)} rows of trials that are none of the sweep"
+    assert "(2 of 2 trials)" in lines[1]
+    data["base"]["teacher"] = "gone"
+    _, lines, err = checked(data, [row | {"teacher": "gone"} for row in [*rows, *others]])
+    assert err == "teacher gone cannot be opened here: its rows count with any BatchNorm weight\n"
+    assert not lines[0].startswith("left out")
 
 
 def test_a_tiny_run_and_other_settings_cannot_be_compared(checked):

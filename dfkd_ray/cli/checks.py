@@ -88,6 +88,8 @@ def check(place: str, file: Path | None) -> None:
     for num, what in ((done.num_others, "trials that are none of the sweep"), (done.num_older, "older versions")):
         if num:
             say(f"left out: {num} rows of {what}")
+    for name in done.not_opened:
+        say(f"teacher {name} cannot be opened here: its rows count with any BatchNorm weight", error=True)
     for one in done.findings:
         say(line_of(one))
     num_off = sum(one.state != "ok" for one in done.findings)

@@ -4,14 +4,15 @@ Only rows of the file's own trials count: a row with other settings (`tiny`, ano
 nothing about the ranges. Of several versions of the algorithms only the newest counts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import pandas as pd
 
-from dfkd_ray import storage
-from dfkd_ray.config import columns_of, follows, parsing
+from dfkd_ray import bundles, storage
+from dfkd_ray.bundles import Teacher
+from dfkd_ray.config import DeepInversionConfig, TrialConfig, columns_of, follows, parsing
 from dfkd_ray.config.fields import AUTO
 from dfkd_ray.plain import given
 from dfkd_ray.results import selecting
@@ -19,6 +20,7 @@ from dfkd_ray.results.metrics import metric
 from dfkd_ray.sweep.combinations import expand
 from dfkd_ray.sweep.expectations import NUM_NAMED, Columns, Expectation, matched
 from dfkd_ray.sweep.sweep_config import SETTINGS, SweepConfig, parse
+from dfkd_ray.synthesis import deepinversion
 from dfkd_ray.text import is_null
 
 IGNORED = ("device",)  # what was asked for; `numerics` in the row says what was used
@@ -42,13 +44,18 @@ class Finding:
 
 @dataclass(frozen=True)
 class Checked:
-    """The findings of a sweep; `num_trials` of it, `num_finished` of them in the rows, and rows that did not count."""
+    """The findings of a sweep; `num_trials` of it, `num_finished` of them in the rows, and rows that did not count.
+
+    `not_opened`: teachers, without secrets, whose rows count with any BatchNorm weight: which one `auto` stands for is
+    not known without them.
+    """
 
     findings: list[Finding]
     num_trials: int
     num_finished: int
     num_others: int
     num_older: int
+    not_opened: tuple[str, ...] = ()
 
     @property
     def is_met(self) -> bool:
@@ -81,27 +88,65 @@ def ranges_of(settings: SweepConfig) -> list[Expectation]:
     return expected
 
 
-def check(settings: SweepConfig, trials: pd.DataFrame) -> Checked:
+def check(
+    settings: SweepConfig, trials: pd.DataFrame, open_teacher: Callable[[str], Teacher] = bundles.load
+) -> Checked:
     """Compare the rows of a sweep's own trials with its ranges.
 
-    `ValueError` if the file has no ranges, if one of them is of no trial or of trials that differ in more than seeds,
-    or if no row is of one of the file's own trials.
+    `open_teacher` is asked for the teachers whose statistics give a trial its BatchNorm weight. `ValueError` if the
+    file has no ranges, if one of them is of no trial or of trials that differ in more than seeds, or if no row is of
+    one of the file's own trials.
     """
     ranges = ranges_of(settings)
-    configs = [columns_of(config) for config in expand(settings, {})]
+    expanded = expand(settings, {})
+    names_of_teachers = dict.fromkeys(config.teacher for config in expanded if asks_teacher(config))
+    teachers = {name: opened(name, open_teacher) for name in names_of_teachers}
+    configs = [columns_of(numbered(config, teachers.get(config.teacher))) for config in expanded]
     wanted = [matched(one, configs, f"about.expected.{index}") for index, one in enumerate(ranges)]
     names = compared(configs)
     places = {key(config, names): place for place, config in enumerate(configs)}
     found = pd.Series([places.get(key(row, names)) for row in trials.to_dict("records")], trials.index, dtype=object)
     own = trials.loc[found.notna()]
     if own.empty:
-        raise ValueError(why_none(settings, trials, configs, names))
+        tiny = [numbered(config, teachers.get(config.teacher)) for config in tiny_of(settings)]
+        raise ValueError(why_none(tiny, trials, configs, names))
     version = own[list(selecting.ALGORITHMS)].fillna(0).apply(tuple, axis=1)
     is_newest = version == version.max()
     current = own.loc[is_newest].assign(place=found)
     findings = [finding(one, current, places) for one, places in zip(ranges, wanted, strict=True)]
     num_finished = current.loc[current["status"] == "finished", "place"].nunique()
-    return Checked(findings, len(configs), num_finished, len(trials) - len(own), int((~is_newest).sum()))
+    unknown = tuple(storage.public_name(name) for name, teacher in teachers.items() if teacher is None)
+    return Checked(findings, len(configs), num_finished, len(trials) - len(own), int((~is_newest).sum()), unknown)
+
+
+def asks_teacher(config: TrialConfig) -> bool:
+    """Whether a BatchNorm weight of a trial goes by its teacher."""
+    return any(getattr(own, "bn_weight", None) == AUTO for own in (config.synthesis, config.reference.synthesis))
+
+
+def opened(name: str, open_teacher: Callable[[str], Teacher]) -> Teacher | None:
+    """A teacher; None if it cannot be opened here."""
+    try:
+        return open_teacher(name)
+    except (OSError, ValueError):
+        return None
+
+
+def numbered(config: TrialConfig, teacher: Teacher | None) -> TrialConfig:
+    """A trial's config with the BatchNorm weights that `auto` stands for, as its row has them; as it is without."""
+    if teacher is None:
+        return config
+    own, held_out = (
+        deepinversion.pin(teacher, each) if isinstance(each, DeepInversionConfig) else each
+        for each in (config.synthesis, config.reference.synthesis)
+    )
+    reference = config.reference.model_copy(update={"synthesis": held_out})
+    return config.model_copy(update={"synthesis": own, "reference": reference})
+
+
+def tiny_of(settings: SweepConfig) -> list[TrialConfig]:
+    """The trials of a sweep's tiny size, if it has one."""
+    return expand(settings, {}, tiny=True) if settings.tiny else []
 
 
 def compared(configs: Sequence[Columns]) -> list[str]:
@@ -124,14 +169,16 @@ def plain_value(name: str, value: Any) -> Any:
     return bool(value) if type(value).__name__.startswith("bool") else float(value)
 
 
-def why_none(settings: SweepConfig, trials: pd.DataFrame, configs: Sequence[Columns], names: Sequence[str]) -> str:
-    """Why no row is of a trial of the sweep: a tiny run, or the fields in which the nearest row differs."""
+def why_none(
+    tiny: Sequence[TrialConfig], trials: pd.DataFrame, configs: Sequence[Columns], names: Sequence[str]
+) -> str:
+    """Why no row is of a trial of the sweep: a run of its tiny size, or the fields in which the nearest row differs."""
     what = f"none of the {len(trials)} rows is of a trial of the sweep"
     if trials.empty:
         return "there are no rows yet"
-    tiny = {key(columns_of(config), names) for config in expand(settings, {}, tiny=True)} if settings.tiny else set()
+    tiny_keys = {key(columns_of(config), names) for config in tiny}
     rows = [key(row, names) for row in trials.to_dict("records")]
-    if tiny & set(rows):
+    if tiny_keys & set(rows):
         return f"{what}: they are of its tiny size, which the ranges say nothing about"
     keys = [key(config, names) for config in configs]
     differing = [[n for n, a, b in zip(names, rows[0], other, strict=True) if a != b] for other in keys]

@@ -12,9 +12,8 @@ clamping gave 30 to 63. `parametrisation=pixel` is the paper's. Source of the py
 
 `bn_weight: auto` is `BN_SIZE` over `batchnorm.size_of_statistics`. The BatchNorm term sums norms over layers, so it is
 larger for deep and wide networks, and it has the scale of their activations: at the start it is 76 for a ResNet-8 and
-480 for a MobileNetV2. One weight for all is too small for the first or too large for the second. With the quotient the
-weighted term is of one size in every network, and a teacher whose activations are scaled gets the same images. How
-`BN_SIZE` was chosen: `sweeps/RESULTS.md`.
+480 for a MobileNetV2. One weight for all is too small for the first or too large for the second. The quotient makes the
+weighted terms of different networks about equally large. How `BN_SIZE` was chosen: `sweeps/RESULTS.md`.
 
 The last iterate of the cosine schedule is stored, not the best one. Its terms are measured on the images as stored.
 """
