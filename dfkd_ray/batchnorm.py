@@ -59,7 +59,7 @@ def size_of_statistics(network: nn.Module) -> float:
     So it grows with a network's depth, widths and scale as the distance does.
     """
     statistics = (each for layer in layers(network) for each in (layer.running_mean, layer.running_var))
-    return sum(float(each.double().norm()) for each in statistics if each is not None)
+    return float(sum(each.double().norm() for each in statistics if each is not None))
 
 
 def is_initial(layer: BatchNorm) -> bool:

@@ -131,7 +131,7 @@ def inversion(
     teacher: Teacher, config: DeepInversionConfig, *, steps: int, repeats: int, device_name: str
 ) -> dict[str, float]:
     """Print and return images·steps per second of reference, bare network and ours, and ratios; medians of runs."""
-    device = devices.resolve(device_name)
+    device, config = devices.resolve(device_name), deepinversion.pin(teacher, config)
     plain = freeze(deepcopy(teacher.network)).to(device)
     ours = trial.on_device(teacher.network, device)
     run = deepinversion.compiled(ours) if config.compile else ours

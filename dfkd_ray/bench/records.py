@@ -111,6 +111,7 @@ def reconstruction(
         inversion = DeepInversionConfig(
             batch_size=batch_size, num_steps=num_steps, num_threads=num_threads, precision="float32"
         )
+        inversion = deepinversion.pin(teacher, inversion)
         own = deepinversion.initial_parts(inversion, shape, generator, device)
         space = teacher.info.space
         sides["DeepInversion, float32"] = lambda: (
