@@ -122,6 +122,15 @@ def test_names_tell_all_trials_apart_by_what_differs():
     assert "bn_weight" not in called["4"] and "seed" not in called["0"]
 
 
+@pytest.mark.parametrize("second", [None, 3.0])
+def test_the_reference_sets_batchnorm_weight_is_named_only_where_trials_of_one_teacher_differ_in_it(second):
+    points: list[dict] = [{"teacher": t, "reference": {"synthesis": {"bn_weight": w}}} for t, w in (("a", 1), ("b", 2))]
+    points += [points[0] | {"reference": {"synthesis": {"bn_weight": second}}}] if second else []
+    trials = {str(i): config.validate(config.TrialConfig, point) for i, point in enumerate(points)}
+    called = [names.name_from(parts) for parts in names.parts_of(trials).values()]
+    assert len(set(called)) == len(called) and all(("bn_weight" in one) is bool(second) for one in called)
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (3725.0, "1 h 02 min"), (-3.0, "0 s")]
 )

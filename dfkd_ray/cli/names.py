@@ -1,11 +1,11 @@
 """Short names of trials: teacher, method, and the fields in which the trials of a sweep differ."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dfkd_ray.cli import tables
-from dfkd_ray.config import LEFT_OUT, TrialConfig, flat, follows
+from dfkd_ray.config import LEFT_OUT, OF_TEACHER, TrialConfig, flat, follows
 from dfkd_ray.text import shown
 
 Parts = Mapping[str, str]  # heading → text, in the order of the name
@@ -37,7 +37,15 @@ def parts_of(trials: Mapping[str, TrialConfig]) -> dict[str, Parts]:
         for field in fields
         if field not in NAMED and len({str(v[field]) for v in plain.values() if field in v}) > 1
     ]
+    if OF_TEACHER in differing and is_of_teacher(plain.values()):
+        differing.remove(OF_TEACHER)
     return {name: parts_of_one(values, differing) for name, values in plain.items()}
+
+
+def is_of_teacher(trials: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether the reference set's BatchNorm weight is the same in trials with one teacher: its name then says it."""
+    seen = {(values["teacher"], values[OF_TEACHER]) for values in trials if OF_TEACHER in values}
+    return len(seen) == len({teacher for teacher, _ in seen})
 
 
 def parts_of_one(values: Mapping[str, Any], differing: Sequence[str]) -> Parts:

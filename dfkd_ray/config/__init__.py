@@ -8,6 +8,7 @@ from dfkd_ray.config.adaptive import AdiConfig, CmiConfig, FastConfig, NayerConf
 from dfkd_ray.config.efforts import EFFORTS, Effort, with_effort
 from dfkd_ray.config.fields import STRICT, field_paths, nested_models, validate
 from dfkd_ray.config.hashes import (
+    OF_TEACHER,
     SYNTHESIS_VERSION,
     TRIAL_ID,
     TRIAL_VERSION,
@@ -54,6 +55,7 @@ __all__ = [
     "LEFT_OUT",
     "METHODS",
     "NEWER_FIELDS",
+    "OF_TEACHER",
     "STRICT",
     "SYNTHESIS_VERSION",
     "TRIAL_ID",

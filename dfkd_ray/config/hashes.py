@@ -22,6 +22,8 @@ SYNTHESIS_VERSION = 2  # 2: with more classes than images in a batch, labels in 
 # statistics goes by the teacher where a config gives none, also in the reference set; a sweep file does not show it.
 TRIAL_VERSION = 5
 
+# A field that goes by the teacher where it is not set. The reference set is one for each teacher.
+OF_TEACHER = "reference.synthesis.bn_weight"
 TRIAL_ID = re.compile(r"t-[0-9a-f]{12}")
 
 

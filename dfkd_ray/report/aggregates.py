@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from dfkd_ray.config import TrialConfig
+from dfkd_ray.config import OF_TEACHER, TrialConfig
 from dfkd_ray.ladder import BESIDE, RUNGS, STUDENTS
 from dfkd_ray.report.wording import Frame, Series
 from dfkd_ray.results.schemas import BEST_FIRST, REFERENCE_KIND, SEEDS, config_columns
@@ -101,6 +101,8 @@ def varying(rows: Frame) -> list[str]:
     # Other methods do not have the field: null against a value tells no more than the method does.
     differs = rows[fields].groupby(rows["synthesis.method"].fillna("")).nunique(dropna=False).max() > 1
     differs["synthesis.method"] = rows["synthesis.method"].nunique() > 1
+    if OF_TEACHER in fields:  # of one teacher: between teachers, the network's label says it
+        differs[OF_TEACHER] = rows.groupby(rows["teacher_hash"].fillna(""))[OF_TEACHER].nunique(dropna=False).max() > 1
     return [name for name in fields if differs[name]]
 
 
