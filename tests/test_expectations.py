@@ -125,7 +125,11 @@ def test_rows_of_another_batchnorm_weight_than_the_teachers_own_are_none_of_the_
     code, lines, err = checked(data, [*rows, *others])
     assert (code, err) == (0, "") and lines[0] == f"left out: {len(others)} rows of trials that are none of the sweep"
     assert "(2 of 2 trials)" in lines[1]
-    data["base"]["teacher"] = "gone"
+    data["tiny"] = TINY | {"teacher": "fashion_mnist_resnet8"}
+    weight = synthesis.pinned(bundles.load("fashion_mnist_resnet8"), DeepInversionConfig()).bn_weight
+    of_tiny = [row | dict.fromkeys(WEIGHTS, weight) for row in rows_of(data, tiny=True)]
+    assert "tiny size" in checked(data, of_tiny)[2], "its teacher is asked too"
+    data["tiny"], data["base"]["teacher"] = TINY, "gone"
     _, lines, err = checked(data, [row | {"teacher": "gone"} for row in [*rows, *others]])
     assert err == "teacher gone cannot be opened here: its rows count with any BatchNorm weight\n"
     assert not lines[0].startswith("left out")

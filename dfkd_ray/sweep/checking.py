@@ -6,6 +6,7 @@ nothing about the ranges. Of several versions of the algorithms only the newest 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import pandas as pd
@@ -98,24 +99,24 @@ def check(
     one of the file's own trials.
     """
     ranges = ranges_of(settings)
+    teacher_of = cache(lambda name: opened(name, open_teacher))
     expanded = expand(settings, {})
-    names_of_teachers = dict.fromkeys(config.teacher for config in expanded if asks_teacher(config))
-    teachers = {name: opened(name, open_teacher) for name in names_of_teachers}
-    configs = [columns_of(numbered(config, teachers.get(config.teacher))) for config in expanded]
+    configs = [columns_of(numbered(config, teacher_of)) for config in expanded]
     wanted = [matched(one, configs, f"about.expected.{index}") for index, one in enumerate(ranges)]
     names = compared(configs)
     places = {key(config, names): place for place, config in enumerate(configs)}
     found = pd.Series([places.get(key(row, names)) for row in trials.to_dict("records")], trials.index, dtype=object)
     own = trials.loc[found.notna()]
     if own.empty:
-        tiny = [numbered(config, teachers.get(config.teacher)) for config in tiny_of(settings)]
-        raise ValueError(why_none(tiny, trials, configs, names))
+        tiny = expand(settings, {}, tiny=True) if settings.tiny else []
+        raise ValueError(why_none([numbered(config, teacher_of) for config in tiny], trials, configs, names))
     version = own[list(selecting.ALGORITHMS)].fillna(0).apply(tuple, axis=1)
     is_newest = version == version.max()
     current = own.loc[is_newest].assign(place=found)
     findings = [finding(one, current, places) for one, places in zip(ranges, wanted, strict=True)]
     num_finished = current.loc[current["status"] == "finished", "place"].nunique()
-    unknown = tuple(storage.public_name(name) for name, teacher in teachers.items() if teacher is None)
+    asked = dict.fromkeys(config.teacher for config in expanded if asks_teacher(config))
+    unknown = tuple(storage.public_name(name) for name in asked if teacher_of(name) is None)
     return Checked(findings, len(configs), num_finished, len(trials) - len(own), int((~is_newest).sum()), unknown)
 
 
@@ -132,8 +133,9 @@ def opened(name: str, open_teacher: Callable[[str], Teacher]) -> Teacher | None:
         return None
 
 
-def numbered(config: TrialConfig, teacher: Teacher | None) -> TrialConfig:
+def numbered(config: TrialConfig, teacher_of: Callable[[str], Teacher | None]) -> TrialConfig:
     """A trial's config with the BatchNorm weights that `auto` stands for, as its row has them; as it is without."""
+    teacher = teacher_of(config.teacher) if asks_teacher(config) else None
     if teacher is None:
         return config
     own, held_out = (
@@ -142,11 +144,6 @@ def numbered(config: TrialConfig, teacher: Teacher | None) -> TrialConfig:
     )
     reference = config.reference.model_copy(update={"synthesis": held_out})
     return config.model_copy(update={"synthesis": own, "reference": reference})
-
-
-def tiny_of(settings: SweepConfig) -> list[TrialConfig]:
-    """The trials of a sweep's tiny size, if it has one."""
-    return expand(settings, {}, tiny=True) if settings.tiny else []
 
 
 def compared(configs: Sequence[Columns]) -> list[str]:
