@@ -15,6 +15,7 @@ from dfkd_ray.bundles import Teacher
 from dfkd_ray.compression import operations, pruning
 from dfkd_ray.exporting import int8, onnx_files
 from dfkd_ray.latency import Latency, Run
+from dfkd_ray.results.measurements import Interval, Row
 from dfkd_ray.text import one_line
 
 CPU = torch.device("cpu")
@@ -48,6 +49,12 @@ class Measured:
         own = self.latency
         text = f"  {self.network:<{NAME}}{1e3 * own.seconds:9.3f} ms"
         return text + f"{own.ratio:7.2f} x  ({own.low:.2f} to {own.high:.2f})"
+
+    def row(self) -> Row:
+        """For a file of measurements."""
+        own, labels = self.latency, {"network": self.network, "runtime": self.setting.runtime}
+        labels |= {"threads": self.setting.num_threads or 0, "batch_size": self.setting.batch_size}
+        return Row(labels, {"ratio": Interval(own.ratio, own.low, own.high), "seconds": own.seconds})
 
 
 def run(networks: Sequence[Teacher], *, repeats: int = 15, with_int8: bool = False) -> list[Measured]:

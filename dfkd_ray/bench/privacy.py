@@ -21,6 +21,7 @@ from dfkd_ray.bench import membership, rates, shadows
 from dfkd_ray.bench.audit import Audit, AuditConfig, Source
 from dfkd_ray.bench.rates import Rate
 from dfkd_ray.config import flat
+from dfkd_ray.results.measurements import Interval, Row
 from dfkd_ray.results.tables import encoded
 from dfkd_ray.storage import Folder, Where
 
@@ -57,6 +58,16 @@ class Attack:
         for fpr, tpr in self.tprs.items():
             row |= columns_of(f"tpr_at_{fpr:g}", tpr)
         return row
+
+    def measured(self) -> Row:
+        """For a file of measurements."""
+        tprs = {
+            f"tpr_at_{fpr:g}": None if rate is None else Interval(rate.value, rate.low, rate.high)
+            for fpr, rate in self.tprs.items()
+        }
+        numbers = {"auc": Interval(self.auc.value, self.auc.low, self.auc.high), **tprs}
+        counts = {"num_members": self.num_members, "num_non_members": self.num_non_members}
+        return Row({"arm": self.arm, "examples": self.examples, "attack": self.attack}, {**numbers, **counts})
 
 
 def columns_of(name: str, rate: Rate | None) -> dict[str, float | None]:

@@ -24,6 +24,8 @@ from dfkd_ray.compression import pruning
 from dfkd_ray.config import DeepInversionConfig, PruningConfig, TrialConfig
 from dfkd_ray.distillation import Progress
 from dfkd_ray.heads import SOFTMAX
+from dfkd_ray.report.wording import base_name
+from dfkd_ray.results.measurements import Row
 from dfkd_ray.synthesis import deepinversion
 from dfkd_ray.synthesis.optimiser import Aim
 
@@ -129,7 +131,7 @@ def bare_steps(network: nn.Module, images: Tensor, labels: Tensor, precision: st
 
 def inversion(
     teacher: Teacher, config: DeepInversionConfig, *, steps: int, repeats: int, device_name: str
-) -> dict[str, float]:
+) -> list[Row]:
     """Print and return images·steps per second of reference, bare network and ours, and ratios; medians of runs."""
     device, config = devices.resolve(device_name), deepinversion.pin(teacher, config)
     plain = freeze(deepcopy(teacher.network)).to(device)
@@ -166,10 +168,6 @@ def inversion(
             synchronise(device)
             times[name].append(time.perf_counter() - start)
     rates = {name: config.batch_size * steps / statistics.median(values) for name, values in times.items()}
-    result = rates | {
-        "ours_to_reference": rates["ours"] / rates["reference"],
-        "ours_to_bare": rates["ours"] / rates["bare"],
-    }
     print(f"bench inversion: {teacher.name}, batch {config.batch_size}, {steps} steps a run, median of {repeats}")
     print(f"machine: {devices.numerics_class(device)}, {config.num_threads} threads")
     spread = {name: (max(values) - min(values)) / statistics.median(values) for name, values in times.items()}
@@ -180,8 +178,16 @@ def inversion(
     }
     for name, what in described.items():
         print(f"  {name:10}{rates[name]:9.0f} images·steps/s  (spread {100 * spread[name]:.0f} %)  {what}")
-    print(f"  ours / reference {result['ours_to_reference']:.2f}   ours / bare {result['ours_to_bare']:.2f}")
-    return result
+    to_reference, to_bare = (rates["ours"] / rates[other] for other in ("reference", "bare"))
+    print(f"  ours / reference {to_reference:.2f}   ours / bare {to_bare:.2f}")
+    setting = {"network": base_name(teacher.name), "batch_size": config.batch_size, "threads": config.num_threads}
+    return [
+        Row(
+            {**setting, "side": name},
+            {"images_steps_per_s": rate, **{f"to_{other}": rate / rates[other] for other in ("reference", "bare")}},
+        )
+        for name, rate in rates.items()
+    ]
 
 
 def synchronise(device: torch.device) -> None:
@@ -199,7 +205,7 @@ def recovery(
     scale: float,
     seed: int,
     progress: Progress,
-) -> list[dict[str, float]]:
+) -> list[Row]:
     """Print and return points lost and seconds of the recipe and of ours, per sparsity.
 
     The seconds are those of one whole recovery: synthesis, pruning and distillation, without test evaluation. The
@@ -226,7 +232,7 @@ def recovery(
         ours.append((accuracy, wall))
         print(f"  ours    {sparsity:.2f}: lost {100 * (base - accuracy):6.2f} points, {wall:7.1f} s", flush=True)
 
-    rows = []
+    rows, ratios = [], []
     with devices.numerics("float32", device, kd.num_threads):
         start = time.perf_counter()
         plain = freeze(deepcopy(teacher.network)).to(device)
@@ -242,17 +248,13 @@ def recovery(
             wall = synthesis_s + time.perf_counter() - start
             accuracy = evaluation.accuracy(student, test, plain_runtime)
             print(f"  recipe  {sparsity:.2f}: lost {100 * (base - accuracy):6.2f} points, {wall:7.1f} s", flush=True)
-            row = {
-                "sparsity": sparsity,
-                "ours_lost_points": 100 * (base - our_accuracy),
-                "recipe_lost_points": 100 * (base - accuracy),
-                "ours_wall_s": our_wall,
-                "recipe_wall_s": wall,
-                "recipe_to_ours": wall / our_wall,
-            }
-            rows.append(row)
-    for row in rows:
-        print(f"  sparsity {row['sparsity']:.2f}: recipe / ours wall time {row['recipe_to_ours']:.1f}")
+            for side, reached, taken in (("ours", our_accuracy, our_wall), ("recipe", accuracy, wall)):
+                labels = {"network": base_name(teacher.name), "sparsity": sparsity, "side": side}
+                numbers = {"points_lost": 100 * (base - reached), "wall_s": taken, "recipe_to_this": wall / taken}
+                rows.append(Row(labels, numbers, seed))
+            ratios.append(f"  sparsity {sparsity:.2f}: recipe / ours wall time {wall / our_wall:.1f}")
+    for line in ratios:
+        print(line)
     return rows
 
 

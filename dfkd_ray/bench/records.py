@@ -21,6 +21,8 @@ from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import DeepInversionConfig, RecordsConfig
 from dfkd_ray.heads import SOFTMAX
 from dfkd_ray.records import fitting, format, taps
+from dfkd_ray.report.wording import base_name
+from dfkd_ray.results.measurements import Row
 from dfkd_ray.synthesis import deepinversion
 from dfkd_ray.synthesis import reconstruction as by_records
 from dfkd_ray.synthesis.optimiser import Aim
@@ -82,7 +84,7 @@ def fit(teacher: Teacher, kinds: Sequence[str], num_images: int, num_threads: in
 
 def reconstruction(
     teacher: Teacher, kinds: Sequence[str], batch_size: int, num_steps: int, repeats: int, num_threads: int
-) -> dict[str, float]:
+) -> list[Row]:
     """Print and return images·steps per second of each kind, the bare network, and DeepInversion if it is possible."""
     device = torch.device("cpu")
     network, shape = deepcopy(teacher.network), teacher.info.image_shape
@@ -132,4 +134,8 @@ def reconstruction(
     bare = rates["bare network, float32"]
     for name, rate in rates.items():
         print(f"  {name:27}{rate:9,.0f}, {rate / bare:.2f} x the bare network")
-    return rates
+    setting = {"network": base_name(teacher.name), "batch_size": batch_size, "threads": num_threads}
+    return [
+        Row({**setting, "side": name}, {"images_steps_per_s": rate, "to_bare": rate / bare})
+        for name, rate in rates.items()
+    ]

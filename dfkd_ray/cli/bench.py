@@ -1,5 +1,8 @@
 """`dfkd-ray bench`."""
 
+import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -12,8 +15,37 @@ from dfkd_ray.cli.show import Progress
 
 if TYPE_CHECKING:
     from dfkd_ray.bench.audit import Source
+    from dfkd_ray.results.measurements import Row
+
+Rows = Annotated[
+    Path | None,
+    typer.Option("--rows", help="Parquet file that gets the numbers too, beside those it has, for tables of documents"),
+]
 
 app = typer.Typer(no_args_is_help=True, help="Speed as ratios, measured in one run; a privacy audit.")
+
+
+def check_rows(path: Path | None) -> None:
+    """`ValueError` for a file to which no measurement can be added, before anything is measured."""
+    from dfkd_ray.results import measurements
+
+    if path is not None:
+        measurements.check(path)
+
+
+def keep(path: Path | None, rows: "Sequence[Row]", device: str = "cpu") -> None:
+    """Add measurements to the file of `--rows`, with the command that made them but for this option."""
+    if path is None:
+        return
+    from dfkd_ray import __version__, devices
+    from dfkd_ray.results import measurements
+
+    words = list(sys.argv[1:])
+    at = next((index for index, word in enumerate(words) if word.partition("=")[0] == "--rows"), len(words))
+    command = shlex.join(["dfkd-ray", *words[:at], *words[at + 1 + (words[at : at + 1] == ["--rows"]) :]])
+    numerics = devices.numerics_class(devices.resolve(device))
+    measurements.add(path, measurements.measured(rows, numerics=numerics, version=__version__, command=command))
+    print(f"rows: {path}")
 
 
 @app.command("inversion")
@@ -28,17 +60,19 @@ def bench_inversion(
     precision: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
     device: Annotated[str, typer.Option()] = "auto",
     compile_: Annotated[bool, typer.Option("--compile", help="torch.compile our side")] = False,
+    rows: Rows = None,
     trust_code: Trust = None,
 ) -> None:
     """Synthesis steps per second: ours, the bare network, and an eager float32 reference with forward hooks."""
     from dfkd_ray.bench import recipe
 
+    check_rows(rows)
     loaded = load_teacher(teacher, trust_code) if teacher else recipe.default_teacher()
     settings = configs.validate(
         configs.DeepInversionConfig,
         {"batch_size": batch_size, "precision": precision, "num_threads": threads, "compile": compile_},
     )
-    recipe.inversion(loaded, settings, steps=steps, repeats=repeats, device_name=device)
+    keep(rows, recipe.inversion(loaded, settings, steps=steps, repeats=repeats, device_name=device), device)
 
 
 @app.command("recovery")
@@ -52,12 +86,14 @@ def bench_recovery(
     ] = 1.0,
     test_data: TestData = "auto",
     data_root: DataRoot = Path("data"),
+    rows: Rows = None,
     set_: Set = None,
     trust_code: Trust = None,
 ) -> None:
     """Points lost and wall time: ours against the public recipe of the 2025 pruning paper, on the same teacher."""
     from dfkd_ray.bench import recipe
 
+    check_rows(rows)
     loaded = load_teacher(teacher, trust_code)
     test = open_test(loaded, test_data, data_root)
     if test is None:
@@ -65,7 +101,9 @@ def bench_recovery(
     data = configs.read_yaml(config) if config else recipe.FAST
     options = {"TEACHER": {"teacher": teacher}, "--seed": {"synthesis.seed": seed, "distillation.seed": seed}}
     settings = configs.validate(configs.TrialConfig, settled(data, options, set_, config))
-    recipe.recovery(loaded, settings, test, sparsity or [0.75, 0.9], scale=scale, seed=seed, progress=Progress())
+    wanted = sparsity or [0.75, 0.9]
+    found = recipe.recovery(loaded, settings, test, wanted, scale=scale, seed=seed, progress=Progress())
+    keep(rows, found, settings.device)
 
 
 @app.command("latency")
@@ -74,13 +112,15 @@ def bench_latency(
     students: Annotated[list[str] | None, typer.Argument(help="bundles, measured against the teacher")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="also each network in int8, on ONNX Runtime")] = False,
     repeats: Annotated[int, typer.Option(min=3, help="alternating runs; the median counts")] = 15,
+    rows: Rows = None,
     trust_code: Trust = None,
 ) -> None:
     """Seconds per batch of a teacher and students: ONNX Runtime and PyTorch, one and all threads, batch 1 and 32."""
     from dfkd_ray.bench import latency
 
+    check_rows(rows)
     networks = [load_teacher(name, trust_code) for name in (teacher, *(students or ()))]
-    latency.run(networks, repeats=repeats, with_int8=int8)
+    keep(rows, [one.row() for one in latency.run(networks, repeats=repeats, with_int8=int8)])
 
 
 @app.command("fleet")
@@ -143,12 +183,14 @@ def bench_records(
     steps: Annotated[int, typer.Option(min=1, help="steps per timed run")] = 10,
     repeats: Annotated[int, typer.Option(help="alternating runs; the median counts; 0: only record")] = 5,
     threads: Annotated[int, typer.Option(min=1)] = 2,
+    rows: Rows = None,
     trust_code: Trust = None,
 ) -> None:
     """Activation records: seconds, bytes and memory of recording; speed of reconstruction against DeepInversion."""
     from dfkd_ray.bench import records as bench_records
     from dfkd_ray.cli.inputs import parse_shape
 
+    check_rows(rows)
     chosen = kinds.split(",")
     if teacher:
         loaded = load_teacher(teacher, trust_code)
@@ -156,7 +198,7 @@ def bench_records(
         loaded = bench_records.untrained(architecture, parse_shape(image_shape), num_classes)
     bench_records.fit(loaded, chosen, images, threads)
     if repeats:
-        bench_records.reconstruction(loaded, chosen, batch_size, steps, repeats, threads)
+        keep(rows, bench_records.reconstruction(loaded, chosen, batch_size, steps, repeats, threads))
 
 
 @app.command("privacy")
@@ -177,6 +219,7 @@ def bench_privacy(
     seed: Annotated[int | None, typer.Option(help="of halves and canaries; default 0")] = None,
     data_root: DataRoot = Path("data"),
     download: Download = False,
+    rows: Rows = None,
     set_: Set = None,
 ) -> None:
     """Membership inference with shadow teachers: do students or synthetic images tell what a teacher was trained on?
@@ -193,7 +236,9 @@ def bench_privacy(
         "--seed": {"seed": seed},
     }
     settings = configs.validate(audit.AuditConfig, settled(audit.SIZES[size], options, set_), "audit")
+    check_rows(rows)
     found, num_failed = privacy.run(settings, open_source(settings.training, data_root, download), out)
+    keep(rows, [one.measured() for one in found if one.model is None])
     wrong = privacy.self_test(found) if size == "memorising" else []
     for line in wrong:
         print(f"the audit's self-test failed: {line}")

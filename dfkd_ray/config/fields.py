@@ -96,13 +96,13 @@ def method_of(value: Any) -> str:
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def validate(model: type[Model], data: Mapping[str, Any], where: str = "config") -> Model:
+def validate(model: type[Model], data: Mapping[str, Any], where: str = "config", *, context: Any = None) -> Model:
     """Build a config from plain data. `ValueError` with all errors, one line each with the field's path.
 
-    After `MOST_ERRORS` lines the rest are only counted.
+    After `MOST_ERRORS` lines the rest are only counted. `context`: what the model's validators need to know.
     """
     try:
-        return model.model_validate(dict(data) if isinstance(data, Mapping) else data)
+        return model.model_validate(dict(data) if isinstance(data, Mapping) else data, context=context)
     except ValidationError as error:
         errors = error.errors(include_url=False)
         raise ValueError("\n".join(first_of((describe(model, e, where) for e in errors), len(errors)))) from None

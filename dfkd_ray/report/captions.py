@@ -16,6 +16,7 @@ from dfkd_ray.results.metrics import SHARES, metric
 from dfkd_ray.text import code, is_null
 
 MOST_SIGNS = 1000  # of a command
+NUM_COMMANDS = 2  # named in the caption of measurements
 ON_REFERENCE = {str(rung.agreement) for rung in STUDENTS} | {"reference_kl", "quantised_kl"}
 
 
@@ -32,6 +33,21 @@ def caption(done: Filled, spec: Specification, command: str | None) -> str:
         sentences.append(f"Mixed: {code('; '.join(mixed), MOST_SIGNS)}.")
     if any(name in ON_REFERENCE for name in spec.metrics) and len(selecting.reference_sets(finished)) > 1:
         sentences.append("KL and agreement are on two kinds of reference images, and cannot be compared.")
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def of_measurements(done: Filled, spec: Specification, command: str | None) -> str:
+    """The sentences of the caption of a table of measurements, in one line."""
+    used = done.used
+    sentences = [seeds(done)] if used["seed"].notna().any() else []
+    if any(cell.num == 0 for row in done.cells for cell in row):
+        sentences = [*sentences, "–: not measured."]
+    sentences += [] if spec.note is None else [" ".join(spec.note.split())]
+    commands = list(used["command"].dropna().unique()) if command is None else [command]
+    made = [code(one, MOST_SIGNS) for one in commands[:NUM_COMMANDS]]
+    made += [f"and {count(len(commands) - NUM_COMMANDS, 'command')} more"] if len(commands) > NUM_COMMANDS else []
+    machines = [code(one) for one in used["numerics"].dropna().unique()]
+    sentences.append(f"{'; '.join([*made, *machines, *dates(used)])}.")
     return " ".join(sentence for sentence in sentences if sentence)
 
 

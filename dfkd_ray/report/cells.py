@@ -1,6 +1,6 @@
-"""The cells of a document's table: mean ± std over seeds, computed from rows of trials. Pure.
+"""The cells of a document's table: mean ± std over seeds, computed from rows of trials or measurements. Pure.
 
-A cell holds trials that differ in seeds only, on one test set; anything else is refused, never averaged.
+A cell holds rows that differ in seeds only, on one test set; anything else is refused, never averaged.
 """
 
 from collections import Counter
@@ -12,9 +12,10 @@ from typing import Any
 import pandas as pd
 
 from dfkd_ray.report.specification import Level, Specification
-from dfkd_ray.report.wording import Frame, Series, base_name, number, plus_minus, short
+from dfkd_ray.report.wording import Frame, base_name, number, plus_minus, short
 from dfkd_ray.results import selecting
-from dfkd_ray.results.metrics import Metric, metric
+from dfkd_ray.results.measurements import HIGH, LOW
+from dfkd_ray.results.metrics import Metric
 from dfkd_ray.text import code, is_null, table
 
 BOLD = "**"
@@ -39,11 +40,15 @@ class Line:
 
 @dataclass(frozen=True)
 class Cell:
-    """The mean and sample standard deviation of a metric over `num` trials; None where there is none."""
+    """The mean and sample standard deviation of a metric over `num` rows; None where there is none.
+
+    `interval`: of a single measurement that has one.
+    """
 
     mean: float | None
     std: float | None
     num: int
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,12 +68,16 @@ class Filled:
         return max(nums, key=lambda num: (nums[num], num), default=0)
 
 
-def filled(trials: Frame, spec: Specification) -> Filled:
-    """The cells of a table. `ValueError` if a cell mixes configurations, or if no row meets the conditions."""
+def filled(trials: Frame, spec: Specification, fixed: Sequence[str] | None = None) -> Filled:
+    """The cells of a table. `ValueError` if a cell mixes configurations, or if no row meets the conditions.
+
+    `fixed`: the columns that are equal in rows that differ in seeds only; default: those of trials.
+    """
+    fixed = selecting.fixed_columns() if fixed is None else fixed
     trials = trials.loc[selecting.matching_all(trials, spec.where)]
     rows, columns = lines_of(spec.rows, trials), lines_of(spec.columns, trials)
     finished = trials.loc[trials["status"] == "finished"]
-    groups = selecting.seed_groups(finished)
+    groups = selecting.seed_groups(finished, fixed)
     down, across = ([selecting.matching_all(trials, line.where) for line in axis] for axis in (rows, columns))
     used = sum((row & column for row, column in product(down, across)), pd.Series(False, trials.index)).astype(bool)
     if not used.any():
@@ -78,8 +87,11 @@ def filled(trials: Frame, spec: Specification) -> Filled:
         own = []
         for column, other in zip(columns, across, strict=True):
             name = f"cell {row.label!r}, {column.label!r}"
-            of = metric(row.metric or column.metric or spec.metric or "")
-            own.append(cell_of(finished.loc[(mask & other)[finished.index]], groups, of, name))
+            of = spec.metric_of(row.metric or column.metric or spec.metric or "")
+            mine = finished.loc[(mask & other)[finished.index]]
+            if selecting.num_values(groups.to_frame("group").loc[mine.index], "group") > 1:
+                raise ValueError(differing(mine, fixed, name))
+            own.append(cell_of(mine, of, name))
         cells.append(own)
     behind = [
         behind_of(finished.loc[(mask & used)[finished.index]], spec, row) for row, mask in zip(rows, down, strict=True)
@@ -125,28 +137,35 @@ def label_of(column: str, value: Any) -> str:
     return text if all(sign.isalnum() or sign in SIMPLE for sign in text.replace("–", "-")) else code(text)
 
 
-def cell_of(own: Frame, groups: Series, of: Metric, name: str) -> Cell:
-    """A cell from its finished trials. `ValueError`, with the cell's name, if they are not of one configuration."""
-    if groups[own.index].nunique() > 1:
-        varied = [column for column in selecting.fixed_columns() if selecting.num_values(own, column) > 1]
-        more = ", …" if len(varied) > NUM_NAMED else ""
-        raise ValueError(
-            f"{name}: its {len(own)} trials differ in {', '.join(varied[:NUM_NAMED])}{more}, not in seeds alone; say "
-            "which in where, rows or columns"
-        )
-    if of.is_tested and selecting.num_values(own, "test_sha256") > 1:
+def differing(own: Frame, fixed: Sequence[str], name: str) -> str:
+    """Why rows that differ in more than seeds have no mean."""
+    varied = [column for column in fixed if selecting.num_values(own, column) > 1]
+    more = ", …" if len(varied) > NUM_NAMED else ""
+    return (
+        f"{name}: its {len(own)} rows differ in {', '.join(varied[:NUM_NAMED])}{more}, not in seeds alone; say which "
+        "in where, rows or columns"
+    )
+
+
+def cell_of(own: Frame, of: Metric, name: str) -> Cell:
+    """A cell from its finished rows. `ValueError`, with the cell's name, if they are of several test sets."""
+    if of.is_tested and "test_sha256" in own and selecting.num_values(own, "test_sha256") > 1:
         raise ValueError(f"{name}: its trials were measured on different test images (test_sha256)")
     values = of.of(own).dropna()
     if values.empty:
         return Cell(None, None, 0)
-    return Cell(float(values.mean()), float(values.std()) if len(values) > 1 else None, len(values))
+    interval = None
+    if len(values) == 1 and {of.name + LOW, of.name + HIGH} <= set(own.columns):
+        low, high = (float(own[of.name + end].loc[values.index[0]]) for end in (LOW, HIGH))
+        interval = None if is_null(low) or is_null(high) else (low, high)
+    return Cell(float(values.mean()), float(values.std()) if len(values) > 1 else None, len(values), interval)
 
 
 def behind_of(own: Frame, spec: Specification, row: Line) -> float | None:
     """The number behind a row's label; None where there is none. `ValueError` if the row's trials differ in it."""
     if spec.behind is None:
         return None
-    values = metric(spec.behind).of(own).dropna().unique()
+    values = spec.metric_of(spec.behind).of(own).dropna().unique()
     if len(values) > 1:
         raise ValueError(f"row {row.label!r}: its trials differ in {spec.behind}, which stands behind its label")
     return float(values[0]) if len(values) else None
@@ -172,10 +191,12 @@ def value_text(value: float, spec: Specification) -> str:
 
 
 def cell_text(cell: Cell, spec: Specification, of: str, usual: int, bold: bool) -> str:
-    """`0.25 ± 0.02`, with `(2)` behind it where the number of seeds is not the usual one."""
+    """`0.25 ± 0.02` or `0.25 (0.20 to 0.31)`, with `(2)` behind it where the number of seeds is not the usual one."""
     if is_null(cell.mean):
         return "–"
     how = spec.format_of(of)
     text = plus_minus(cell.mean, cell.std, how.times, how.decimals).replace("\u00a0", " ")
+    if cell.interval is not None:
+        text += f" ({' to '.join(number(end, how.decimals, how.times) for end in cell.interval)})"
     text = f"{BOLD}{text}{BOLD}" if bold else text
     return text if cell.num == usual else f"{text} ({cell.num})"

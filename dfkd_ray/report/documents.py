@@ -11,21 +11,27 @@ stands between it and the end mark is replaced; everything else stays as it is, 
     | … |
     <!-- end of table -->
 
+The rows are those of trials (`results.row_files`), or the measurements of a bench (`results.measurements`).
+
 Marks within fenced blocks of code are text. Every error names the document and the line.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import pandas as pd
 
 from dfkd_ray import storage
 from dfkd_ray.config import parsing, validate
 from dfkd_ray.plain import named
 from dfkd_ray.report import captions, cells
-from dfkd_ray.report.specification import Specification
+from dfkd_ray.report.cells import Filled
+from dfkd_ray.report.specification import TRIALS, Specification, Vocabulary
 from dfkd_ray.report.wording import Frame
-from dfkd_ray.results import row_files
+from dfkd_ray.results import measurements, row_files
+from dfkd_ray.results.metrics import Metric
 
 BEGIN = re.compile(r"<!-- table of (\S+\.parquet(?: and \S+\.parquet)*)")
 END, CLOSE = "<!-- end of table -->", "-->"
@@ -33,7 +39,22 @@ LIKE_BEGIN = re.compile(r"\s*<!--\s*tables?\s+of\s.*\.parquet", re.I)
 LIKE_END = re.compile(r"\s*<!--\s*end\s+of\s+(the\s+)?table", re.I)
 FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 MOST_BYTES = 10_000_000  # of a document
-Known = dict[tuple[str, ...], Frame]  # the trials in files that were read
+
+
+@dataclass(frozen=True)
+class Source:
+    """The rows behind a table. `fixed`: the columns that are equal in rows that differ in seeds only; None: as trials.
+
+    `caption`: the sentences beneath the table.
+    """
+
+    frame: Frame
+    words: Vocabulary
+    fixed: list[str] | None
+    caption: Callable[[Filled, Specification, str | None], str]
+
+
+Known = dict[tuple[str, ...], Source]  # the rows in files that were read
 
 
 @dataclass(frozen=True)
@@ -146,22 +167,43 @@ def rendered(table: Table, document: Path, known: Known) -> str:
     data = parsing.parse_yaml("\n" * table.number + table.text.replace("\r\n", "\n"), named(document))
     if not isinstance(data, dict):
         raise ValueError(f"{where}: expected the fields rows and columns, as in rows: teacher")
-    spec = validate(Specification, data, where)
     try:
-        done = cells.filled(read(table, document.parent, known), spec)
-        text = captions.caption(done, spec, command_of(spec, document.parent))
+        source = read(table, document.parent, known)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    spec = validate(Specification, data, where, context=source.words)
+    try:
+        done = cells.filled(source.frame, spec, source.fixed)
+        text = source.caption(done, spec, command_of(spec, document.parent))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     # After the empty line the table has ended; the caption is one line, so that no word of it can begin a list.
     return "\n".join([*cells.as_markdown(done, spec).split("\n"), "", f"*{text}*"])
 
 
-def read(table: Table, folder: Path, known: Known) -> Frame:
-    """The trials of a table's files; those of the same files are read once."""
+def read(table: Table, folder: Path, known: Known) -> Source:
+    """The rows of a table's files; those of the same files are read once. `ValueError` for files of two kinds."""
     key = tuple(table.files)
     if key not in known:
-        known[key] = row_files.read([folder / name for name in table.files]).to_pandas()
+        paths = [folder / name for name in table.files]
+        own = [measurements.is_own(path) for path in paths]
+        if all(own):
+            known[key] = of_measurements(paths)
+        elif any(own):
+            raise ValueError(f"{named(' and '.join(key))}: rows of trials and measurements do not go into one table")
+        else:
+            known[key] = Source(row_files.read(paths).to_pandas(), TRIALS, None, captions.caption)
     return known[key]
+
+
+def of_measurements(paths: list[Path]) -> Source:
+    """The measurements of one or more files."""
+    found = [measurements.read(path) for path in paths]
+    numbers = list(dict.fromkeys(name for one in found for name in one.numbers))
+    labels = list(dict.fromkeys(name for one in found for name in one.labels))
+    frame = pd.concat([one.frame for one in found], ignore_index=True).assign(status="finished")
+    words = Vocabulary([*labels, "seed"], {name: Metric(name) for name in numbers}, "these measurements")
+    return Source(frame, words, labels, captions.of_measurements)
 
 
 def command_of(spec: Specification, folder: Path) -> str | None:

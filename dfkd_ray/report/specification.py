@@ -5,26 +5,52 @@
 
 An axis is a level, or a list of levels that are crossed. A level is one of
 
-* a column of `trials` and its values: a list, or a mapping of values to labels; the name alone takes all its values,
+* a column of the rows and its values: a list, or a mapping of values to labels; the name alone takes all its values,
 * `metric` and names of metrics, in the same two forms,
 * `entries` and a mapping of labels to conditions (column → value, or a list of values). Beside its conditions each may
   name its own metric: `{reconstructed: {synthesis.method: adi, metric: reconstructed_points_lost}}`.
+
+Which columns and metrics there are depends on the rows: those of trials, or the labels and numbers of a bench's
+measurements. A specification is validated with their `Vocabulary`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, model_validator
 
 from dfkd_ray.config import STRICT
 from dfkd_ray.plain import fault, given
-from dfkd_ray.results.metrics import metric
+from dfkd_ray.results import metrics
+from dfkd_ray.results.metrics import Metric
 from dfkd_ray.results.schemas import schema
 from dfkd_ray.results.selecting import column_of
 
+Info = Any  # pydantic.ValidationInfo: a protocol that cannot be checked at run time
 METRIC, ENTRIES = "metric", "entries"
 MOST_VALUES = 1000  # of a specification
 FORMS = "a column with its values, metric with names, or entries with conditions"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The columns and the metrics of rows. `what`: of what the metrics are, for errors."""
+
+    columns: Sequence[str]
+    metrics: Mapping[str, Metric]
+    what: str
+
+    def column(self, name: Any) -> str:
+        """The column that a name, or the end of one, means."""
+        return column_of(str(name), self.columns)
+
+    def metric(self, name: Any) -> Metric:
+        """The metric of this name. `ValueError`, with a suggestion, if there is none."""
+        return metrics.known(str(scalar(name)), self.metrics, self.what)
+
+
+TRIALS = Vocabulary(schema("trials").names, metrics.KNOWN, "a trial")
 
 
 class Level(BaseModel):
@@ -46,20 +72,26 @@ class Format(BaseModel):
     times: float = Field(default=1.0, gt=0, description="factor before it is shown; 100: a share in percent")
 
 
-def axis_of(value: Any) -> Any:
+def words_of(info: Info) -> Vocabulary:
+    """The vocabulary that a specification is validated with; that of trials where none is given."""
+    return info.context if isinstance(info.context, Vocabulary) else TRIALS
+
+
+def axis_of(value: Any, info: Info) -> Any:
     """The levels of an axis, from its plain data. `ValueError` for anything else."""
     if wrong := fault(value, MOST_VALUES):
         raise ValueError(wrong)
-    levels = [level_of(one) for one in (value if isinstance(value, list) else [value])]
+    words = words_of(info)
+    levels = [level_of(one, words) for one in (value if isinstance(value, list) else [value])]
     if not levels:
         raise ValueError(f"an axis without levels; expected {FORMS}")
     return levels
 
 
-def level_of(value: Any) -> dict[str, Any]:
+def level_of(value: Any, words: Vocabulary) -> dict[str, Any]:
     """One level, from its plain data."""
     if isinstance(value, str) and value not in (METRIC, ENTRIES):
-        return {"column": column(value)}
+        return {"column": words.column(value)}
     if not isinstance(value, Mapping) or len(value) != 1:
         raise ValueError(f"{given(value)}: expected {FORMS}; several levels are a list")
     ((name, values),) = value.items()
@@ -68,7 +100,10 @@ def level_of(value: Any) -> dict[str, Any]:
     if name == ENTRIES:
         if not isinstance(values, Mapping):
             raise ValueError(f"{ENTRIES}: expected labels with conditions, as in {{mine: {{real_data: false}}}}")
-        return level_of_entries({label(text): own for text, own in values.items()})
+        labelled = {label(text): own for text, own in values.items()}
+        if len(labelled) < len(values):
+            raise ValueError(f"{ENTRIES}: two of them have the same label")
+        return level_of_entries(labelled, words)
     if isinstance(values, Mapping):
         labels = {label(text): one for one, text in values.items()}
     else:
@@ -76,25 +111,27 @@ def level_of(value: Any) -> dict[str, Any]:
     if len(labels) < len(values):
         raise ValueError(f"{given(name)}: two of its values have the same label")
     if name == METRIC:
-        metrics = {str(text): known_metric(one) for text, one in labels.items()}
-        return {"entries": {text: {} for text in metrics}, "metrics": metrics}
-    own = column(name)
+        found = {str(text): words.metric(one).name for text, one in labels.items()}
+        return {"entries": {text: {} for text in found}, "metrics": found}
+    own = words.column(name)
     return {"column": own, "entries": {shown(text, one): {own: one} for text, one in labels.items()}}
 
 
-def level_of_entries(values: Mapping[str, Any]) -> dict[str, Any]:
+def level_of_entries(values: Mapping[str, Any], words: Vocabulary) -> dict[str, Any]:
     """A level of conditions by label; each of them names a metric, or none does."""
-    metrics = {
-        text: known_metric(own[METRIC]) for text, own in values.items() if isinstance(own, Mapping) and METRIC in own
+    found = {
+        text: words.metric(own[METRIC]).name
+        for text, own in values.items()
+        if isinstance(own, Mapping) and METRIC in own
     }
-    if metrics and len(metrics) < len(values):
-        missing = next(text for text in values if text not in metrics)
+    if found and len(found) < len(values):
+        missing = next(text for text in values if text not in found)
         raise ValueError(f"{ENTRIES}: {given(missing)} names no {METRIC}, and others do")
     rest = {
         text: {name: one for name, one in own.items() if name != METRIC} if isinstance(own, Mapping) else own
         for text, own in values.items()
     }
-    return {"entries": {text: conditions(own) for text, own in rest.items()}, "metrics": metrics}
+    return {"entries": {text: conditions(own, words) for text, own in rest.items()}, "metrics": found}
 
 
 def shown(text: str | None, value: Any) -> str:
@@ -119,17 +156,7 @@ def scalar(value: Any) -> Any:
     return value
 
 
-def column(name: Any) -> str:
-    """The column of `trials` that a name, or the end of one, means."""
-    return column_of(str(name), schema("trials").names)
-
-
-def known_metric(name: Any) -> str:
-    """The name of a metric."""
-    return metric(str(scalar(name))).name
-
-
-def conditions(where: Any) -> dict[str, Any]:
+def conditions(where: Any, words: Vocabulary) -> dict[str, Any]:
     """Conditions with the full names of their columns: column → value, or a list of values."""
     if not isinstance(where, Mapping):
         raise ValueError(f"{given(where)}: expected conditions, as in {{pruning.sparsity: 0.75}}")
@@ -139,17 +166,22 @@ def conditions(where: Any) -> dict[str, Any]:
             raise ValueError(f"{name}: a list without values meets no row")
         for value in values:
             scalar(value)
-    named = {column(name): wanted for name, wanted in where.items()}
+    named = {words.column(name): wanted for name, wanted in where.items()}
     if len(named) < len(where):
         raise ValueError("a column is named twice")
     return named
 
 
-def checked(where: Any) -> Any:
+def checked(where: Any, info: Info) -> Any:
     """`conditions` of plain data."""
     if wrong := fault(where, MOST_VALUES):
         raise ValueError(wrong)
-    return conditions(where)
+    return conditions(where, words_of(info))
+
+
+def known_metric(name: Any, info: Info) -> Any:
+    """The full name of a metric."""
+    return None if name is None else words_of(info).metric(name).name
 
 
 Axis = Annotated[tuple[Level, ...], BeforeValidator(axis_of)]
@@ -174,6 +206,13 @@ class Specification(BaseModel):
     sweep: str | None = Field(default=None, description="the sweep file whose about.command made the rows")
     command: str | None = Field(default=None, max_length=1000, description="in place of sweep: the command")
     note: str | None = Field(default=None, max_length=2000, description="the author's words, in the caption")
+
+    _words: Vocabulary = PrivateAttr(default=TRIALS)
+
+    @model_validator(mode="after")
+    def _remember_words(self, info: Info) -> "Specification":
+        self._words = words_of(info)
+        return self
 
     @model_validator(mode="after")
     def _one_metric_a_cell(self) -> "Specification":
@@ -214,7 +253,11 @@ class Specification(BaseModel):
         names = [name for level in (*self.rows, *self.columns) for name in level.metrics.values()]
         return list(dict.fromkeys(names))
 
+    def metric_of(self, name: str) -> Metric:
+        """The metric of this name."""
+        return self._words.metric(name)
+
     def format_of(self, name: str) -> Format:
         """How a metric is shown."""
-        known = metric(name)
+        known = self.metric_of(name)
         return self.formats.get(name, Format(decimals=known.decimals, times=known.times))

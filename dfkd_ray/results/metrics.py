@@ -3,6 +3,7 @@
 Points lost are defined here, once: 100 * (teacher's test accuracy - a rung's), in percentage points of test accuracy.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +61,12 @@ KNOWN |= {
 
 
 def metric(name: str) -> Metric:
-    """The metric of this name. `ValueError`, with a suggestion, if there is none."""
-    if name not in KNOWN:
-        raise ValueError(f"{name!r}: no metric of a trial{close_to(name, KNOWN)}")
-    return KNOWN[name]
+    """The metric of a trial of this name. `ValueError`, with a suggestion, if there is none."""
+    return known(name, KNOWN, "a trial")
+
+
+def known(name: str, metrics: Mapping[str, Metric], what: str) -> Metric:
+    """One of some metrics. `ValueError`, with a suggestion, if it is none of them."""
+    if name not in metrics:
+        raise ValueError(f"{name!r}: no metric of {what}{close_to(name, metrics)}")
+    return metrics[name]

@@ -147,9 +147,13 @@ def fixed_columns() -> list[str]:
     return [*MADE_OF, *(name for name in config_fields() if name not in SEEDS)]
 
 
-def seed_groups(trials: pd.DataFrame) -> pd.Series:
-    """A number for each trial, equal for trials that differ in seeds only. Null is a value like any other."""
-    varied = [name for name in fixed_columns() if num_values(trials, name) > 1]  # few; the others cannot tell apart
+def seed_groups(trials: pd.DataFrame, fixed: Sequence[str] | None = None) -> pd.Series:
+    """A number for each trial, equal for trials that differ in seeds only. Null is a value like any other.
+
+    `fixed`: the columns that are equal in these; default: `fixed_columns`.
+    """
+    fixed = fixed_columns() if fixed is None else fixed
+    varied = [name for name in fixed if num_values(trials, name) > 1]  # few; the others cannot tell apart
     if not varied:
         return pd.Series(0, trials.index)
     return trials.groupby(varied, dropna=False, sort=False).ngroup()
