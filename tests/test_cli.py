@@ -17,6 +17,7 @@ from torch import nn
 
 from dfkd_ray import bundles, image_files
 from dfkd_ray.images import decode
+from dfkd_ray.results import measurements
 from helpers import TINY_SETS, assert_one_error, set_words, write_idx_set
 
 # Without the device: some tests name it, and it may be said once.
@@ -389,6 +390,9 @@ def test_bench_recovery_measures_both_sides_on_the_same_teacher(run_cli, tmp_pat
     words += ["--arguments", '{"width_multiplier": 0.25}']
     assert run_cli(*words, "--out", str(tmp_path / "t")).code == 0
     words = ["bench", "recovery", str(tmp_path / "t"), "--test-data", "mnist", "--data-root", str(tmp_path / "data")]
-    done = run_cli(*words, "--scale", "0.02", "--sparsity", "0.5", *TINY)
+    done = run_cli(*words, "--scale", "0.02", "--sparsity", "0.5", *TINY, "--rows", str(tmp_path / "rows.parquet"))
     assert done.code == 0, done.err
     assert "recipe / ours wall time" in done.out
+    found = measurements.read(tmp_path / "rows.parquet").frame
+    assert list(found["side"]) == ["ours", "recipe"] and set(found["effort"]) == {"fast"} and set(found["seed"]) == {0}
+    assert set(found["network"]) == {"t"} and found["recipe_to_this"][1] == 1.0

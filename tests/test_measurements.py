@@ -1,6 +1,7 @@
 """Files of measurements: what benches add with --rows, what is refused, and tables of documents made from them."""
 
 import json
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -20,7 +21,7 @@ def made(rows, command="dfkd-ray bench recovery /home/me/teachers/resnet20 --out
     return measurements.measured(rows, numerics=NUMERICS, version="0.1.0", command=command)
 
 
-def recovery(network="resnet20", lost=1.0, seed=0, side="ours", sparsity=0.9, **more):
+def recovery(network="resnet20", lost: Any = 1.0, seed=0, side="ours", sparsity=0.9, **more):
     labels = {"network": network, "sparsity": sparsity, "side": side}
     return Row(labels, {"points_lost": lost, "wall_s": 10.0} | more, seed)
 

@@ -29,13 +29,6 @@ from dfkd_ray.results.measurements import Row
 from dfkd_ray.synthesis import deepinversion
 from dfkd_ray.synthesis.optimiser import Aim
 
-# The fast configuration: it recovers the accuracy within about a point, in a small fraction of the recipe's time.
-FAST: dict[str, Any] = {
-    "bn_num_images": 256,
-    "synthesis": {"num_steps": 50},
-    "distillation": {"num_images": 256, "num_steps": 150, "eval_every": 150},
-    "reference": {"num_images": 64, "synthesis": {"batch_size": 64, "num_steps": 50}},
-}
 RECIPE = {"num_images": 1024, "batch_size": 32, "num_steps": 200, "num_epochs": 15, "temperature": 3.0}
 
 

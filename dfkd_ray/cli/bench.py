@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -79,7 +80,8 @@ def bench_inversion(
 def bench_recovery(
     teacher: TeacherName,
     sparsity: Annotated[list[float] | None, typer.Option(help="repeatable")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file with our trial config; default: the fast one")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with our trial config")] = None,
+    effort: Annotated[configs.Effort, typer.Option(help="of ours, where config and --set leave it open")] = "fast",
     seed: Annotated[int, typer.Option()] = 0,
     scale: Annotated[
         float, typer.Option(help="share of the recipe's images and steps, for a trial of the bench")
@@ -98,12 +100,12 @@ def bench_recovery(
     test = open_test(loaded, test_data, data_root)
     if test is None:
         raise ValueError(f"bench recovery needs test data to measure points lost; give --test-data for {loaded.name}")
-    data = configs.read_yaml(config) if config else recipe.FAST
     options = {"TEACHER": {"teacher": teacher}, "--seed": {"synthesis.seed": seed, "distillation.seed": seed}}
-    settings = configs.validate(configs.TrialConfig, settled(data, options, set_, config))
+    data = settled(configs.read_yaml(config) if config else {}, options, set_, config)
+    settings = configs.validate(configs.TrialConfig, configs.with_effort(data, effort))
     wanted = sparsity or [0.75, 0.9]
     found = recipe.recovery(loaded, settings, test, wanted, scale=scale, seed=seed, progress=Progress())
-    keep(rows, found, settings.device)
+    keep(rows, [replace(row, labels={**row.labels, "effort": effort}) for row in found], settings.device)
 
 
 @app.command("latency")
@@ -248,8 +250,6 @@ def bench_privacy(
 
 def open_source(settings: configs.TeacherTrainingConfig, root: Path, download: bool) -> "Source":
     """The data set of an audit, and the training of teachers on parts of it."""
-    from dataclasses import replace
-
     import torch
 
     from dfkd_ray import data, teachers

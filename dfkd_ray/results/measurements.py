@@ -69,7 +69,10 @@ class Measurements:
 
 
 def measured(rows: Sequence[Row], *, numerics: str, version: str, command: str) -> Measurements:
-    """Rows of one kind, by a version of the package. `ValueError` if they have no number, other labels than the first one, or names that clash."""
+    """Rows of one kind, measured by a version of the package.
+
+    `ValueError` for no row, for one with other labels than the first, or for names that clash.
+    """
     if not rows:
         raise ValueError("no measurement: expected at least one row")
     labels = tuple(rows[0].labels)
