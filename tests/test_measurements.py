@@ -56,8 +56,8 @@ def test_measurements_that_do_not_belong_together_are_refused(tmp_path):
     path = tmp_path / "rows.parquet"
     refusal(lambda: made([]), "no measurement")
     refusal(lambda: made([recovery(), Row({"network": "vgg"}, {"points_lost": 1.0})]), "expected network, sparsity")
-    refusal(lambda: made([Row({"seed": 1}, {"x": 1.0})]), "column seed")
-    refusal(lambda: made([Row({"x_low": "a"}, {"x": 1.0})]), "column x_low")
+    for name in ("seed", "status", "x_low", "x"):
+        refusal(lambda name=name: made([Row({name: "a"}, {"x": 1.0})]), f"{name}: ", "another column")
     measurements.add(path, made([recovery()]))
     before = path.read_bytes()
     refusal(lambda: measurements.add(path, made([Row({"side": "ours"}, {"x": 1.0})])), "measurements by network")
@@ -112,6 +112,7 @@ def test_a_table_of_measurements_refuses_what_its_file_does_not_have(folder):
         (SPEC | {"rows": {"entries": {"a": {"side": "ours"}, " a": {"side": "recipe"}}}}, "the same label"),
     ):
         refusal(lambda spec=spec: documents.render(document(folder, spec, "bench.parquet")), says)
+    refusal(lambda: documents.render(document(folder, SPEC, "bench.parquet and bench.parquet")), "would count twice")
     rows_file(folder / "grid.parquet", rows_of())
     both = document(folder, SPEC, "bench.parquet and grid.parquet")
     refusal(lambda: documents.render(both), "rows of trials and measurements")

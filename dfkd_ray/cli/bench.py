@@ -40,8 +40,9 @@ def keep(path: Path | None, rows: "Sequence[Row]", device: str = "cpu") -> None:
         return
     from dfkd_ray import __version__, devices
     from dfkd_ray.results import measurements
+    from dfkd_ray.storage import without_secrets
 
-    words = list(sys.argv[1:])
+    words = [without_secrets(word) for word in sys.argv[1:]]
     at = next((index for index, word in enumerate(words) if word.partition("=")[0] == "--rows"), len(words))
     command = shlex.join(["dfkd-ray", *words[:at], *words[at + 1 + (words[at : at + 1] == ["--rows"]) :]])
     numerics = devices.numerics_class(devices.resolve(device))
@@ -122,7 +123,11 @@ def bench_latency(
 
     check_rows(rows)
     networks = [load_teacher(name, trust_code) for name in (teacher, *(students or ()))]
-    keep(rows, [one.row() for one in latency.run(networks, repeats=repeats, with_int8=int8)])
+    found = latency.run(networks, repeats=repeats, with_int8=int8)
+    keep(rows, [one.row() for one in found if one.setting.num_threads is not None])
+    on_gpu = [one.row() for one in found if one.setting.num_threads is None]
+    if on_gpu:
+        keep(rows, on_gpu, "cuda")
 
 
 @app.command("fleet")

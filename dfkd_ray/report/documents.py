@@ -197,12 +197,14 @@ def read(table: Table, folder: Path, known: Known) -> Source:
 
 
 def of_measurements(paths: list[Path]) -> Source:
-    """The measurements of one or more files."""
+    """The measurements of one or more files. `ValueError` if one is in two of them."""
     found = [measurements.read(path) for path in paths]
     numbers = list(dict.fromkeys(name for one in found for name in one.numbers))
     labels = list(dict.fromkeys(name for one in found for name in one.labels))
     frame = pd.concat([one.frame for one in found], ignore_index=True).assign(status="finished")
-    words = Vocabulary([*labels, "seed"], {name: Metric(name) for name in numbers}, "these measurements")
+    if frame.duplicated([*labels, measurements.SEED]).any():
+        raise ValueError(f"{named(' and '.join(map(str, paths)))}: a measurement is there twice, and would count twice")
+    words = Vocabulary([*labels, measurements.SEED], {name: Metric(name) for name in numbers}, "these measurements")
     return Source(frame, words, labels, captions.of_measurements)
 
 

@@ -26,6 +26,7 @@ SCHEMA, KEY = "dfkd_ray.measurements/1", "dfkd_ray.measurements"
 SEED, NUMERICS, COMMAND, WRITTEN_AT = "seed", "numerics", "command", "written_at_s"
 MADE_BY = (NUMERICS, "package_version", COMMAND, WRITTEN_AT)
 OWN = (SEED, *MADE_BY)
+RESERVED = ("status",)  # a column of trials that tables read
 LOW, HIGH = "_low", "_high"
 MOST_BYTES = 50_000_000  # of a file
 Label = str | int | float | bool
@@ -80,9 +81,9 @@ def measured(rows: Sequence[Row], *, numerics: str, version: str, command: str) 
         if tuple(row.labels) != labels:
             raise ValueError(f"labels {', '.join(row.labels)}: expected {', '.join(labels)}, as in the first row")
     numbers = tuple(dict.fromkeys(name for row in rows for name in row.numbers))
-    taken = [*labels, *OWN, *(name + end for name in numbers for end in ("", LOW, HIGH))]
+    taken = [*labels, *OWN, *RESERVED, *(name + end for name in numbers for end in ("", LOW, HIGH))]
     if twice := next((name for name in taken if taken.count(name) > 1), None):
-        raise ValueError(f"column {twice}: two of a measurement's columns have this name")
+        raise ValueError(f"{twice}: a label or a number has the name of another column; give it another one")
     made = {
         NUMERICS: numerics,
         "package_version": version,
