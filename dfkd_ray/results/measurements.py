@@ -161,7 +161,7 @@ def read(path: Path) -> Measurements:
         raise ValueError(f"{path}: no readable Parquet file ({one_line(str(error), 160)})") from None
     said = about(table.schema)
     if said is None or said.get("schema") != SCHEMA:
-        raise ValueError(f"{path}: no file of measurements ({SCHEMA}); a bench writes one with --rows")
+        raise ValueError(f"{path}: no file of measurements ({SCHEMA}), which benches write")
     labels, numbers = (tuple(map(str, said.get(name) or ())) for name in ("labels", "numbers"))
     missing = [name for name in (*labels, *numbers, *OWN) if name not in table.column_names]
     if missing or not labels or not numbers:
