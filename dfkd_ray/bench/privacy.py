@@ -21,7 +21,7 @@ from dfkd_ray.bench import membership, rates, shadows
 from dfkd_ray.bench.audit import Audit, AuditConfig, Source
 from dfkd_ray.bench.rates import Rate
 from dfkd_ray.config import flat
-from dfkd_ray.results.measurements import Interval, Row
+from dfkd_ray.results.measurements import Row
 from dfkd_ray.results.tables import encoded
 from dfkd_ray.storage import Folder, Where
 
@@ -61,13 +61,10 @@ class Attack:
 
     def measured(self) -> Row:
         """For a file of measurements."""
-        tprs = {
-            f"tpr_at_{fpr:g}": None if rate is None else Interval(rate.value, rate.low, rate.high)
-            for fpr, rate in self.tprs.items()
-        }
-        numbers = {"auc": Interval(self.auc.value, self.auc.low, self.auc.high), **tprs}
+        tprs = {f"tpr_at_{fpr:g}": rate for fpr, rate in self.tprs.items()}
         counts = {"num_members": self.num_members, "num_non_members": self.num_non_members}
-        return Row({"arm": self.arm, "examples": self.examples, "attack": self.attack}, {**numbers, **counts})
+        labels = {"arm": self.arm, "examples": self.examples, "attack": self.attack}
+        return Row(labels, {"auc": self.auc, **tprs, **counts})
 
 
 def columns_of(name: str, rate: Rate | None) -> dict[str, float | None]:

@@ -8,18 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from dfkd_ray.results.measurements import Interval
+
 LEVEL = 0.95  # of all intervals
 FEWEST_FALSE = 3  # false positives that a rate must allow: fewer do not fix a threshold
 ScoresOf = Float[np.ndarray, "_"]
 
 
 @dataclass(frozen=True)
-class Rate:
+class Rate(Interval):
     """A number in [0, 1] with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 def clopper_pearson(hits: int, total: int, level: float = LEVEL) -> Rate:

@@ -123,12 +123,9 @@ def check(path: Path) -> None:
 
 def packed(given: Measurements) -> memoryview:
     """The bytes of a file."""
-    about = {"schema": SCHEMA, "labels": given.labels, "numbers": given.numbers}
+    said = {"schema": SCHEMA, "labels": given.labels, "numbers": given.numbers}
     table = pa.Table.from_pandas(given.frame, preserve_index=False)
-    sink = pa.BufferOutputStream()
-    table = table.replace_schema_metadata({KEY: json.dumps(about)})
-    pq.write_table(table, sink, compression="zstd", write_statistics=False)
-    return memoryview(sink.getvalue())
+    return row_files.compressed(table.replace_schema_metadata({KEY: json.dumps(said)}))
 
 
 def is_own(path: Path) -> bool:

@@ -30,8 +30,12 @@ def packed(rows: pa.Table) -> memoryview:
     arrays = [without_folders(rows.column(name)) for name in names]
     fields = [pa.field(name, rows.schema.field(name).type) for name in names]
     wanted = pa.schema(fields, metadata=schemas.schema(TABLE).metadata)
+    return compressed(pa.Table.from_arrays(arrays, schema=wanted).combine_chunks())
+
+
+def compressed(table: pa.Table) -> memoryview:
+    """A table as the bytes of a small Parquet file; equal tables give equal bytes."""
     sink = pa.BufferOutputStream()
-    table = pa.Table.from_arrays(arrays, schema=wanted).combine_chunks()
     pq.write_table(table, sink, compression="zstd", write_statistics=False)
     return memoryview(sink.getvalue())
 
