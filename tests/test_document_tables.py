@@ -241,12 +241,41 @@ def test_a_cell_never_averages_what_differs_in_more_than_seeds(folder, change, s
         documents.render(document(folder, LOST, "other.parquet"))
 
 
+CHOICE = {"of": "choice", "rows": "network", "columns": {"metric": ["num_trials", "correlation", "regret", "largest"]}}
+
+
+def test_a_table_of_the_choice_says_what_choosing_by_the_distance_costs(folder):
+    # At 0.75 the lowest KL is of the best trial, at 0.9 of one that loses 0.3 points more than the best.
+    kl, accuracy = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [0.92, 0.91, 0.90, 0.85, 0.853, 0.84]
+    rows = rows_of()
+    for row, distance, share in zip(rows, kl, accuracy, strict=True):
+        row |= {"reference_kl": distance, "recovered_accuracy": share}
+    real = rows_of(first=30, method="real", num_images=512)
+    rows_file(folder / "choice.parquet", [*rows, *real])
+    cells, caption = table_in(folder, CHOICE | {"sweep": "sweep.yaml", "note": "Mine."}, "choice.parquet")
+    # ranks of the points lost: 1 2 3 5 4 6
+    assert cells == [["", "num_trials", "correlation", "regret", "largest"], [cells[1][0], "6", "0.94", "0.15", "0.30"]]
+    assert "Regret: points" in caption and "Mine. `dfkd-ray sweep sweep.yaml`" in caption
+    assert NUMERICS in caption and "trial version 3" in caption and "real" not in caption
+
+
+def test_a_choice_that_rows_cannot_show_is_refused(folder):
+    rows_file(folder / "choice.parquet", rows_of(method="real", num_images=512))
+    with pytest.raises(ValueError, match=r"page.md, line 3: of: choice needs two finished, data-free trials"):
+        documents.render(document(folder, CHOICE, "choice.parquet"))
+    made = measurements.measured([measurements.Row({"a": 1}, {"b": 2})], numerics="n", version="1", command="c")
+    measurements.add(folder / "bench.parquet", made)
+    with pytest.raises(ValueError, match=r"page.md, line 3: of: choice needs rows of trials"):
+        documents.render(document(folder, CHOICE, "bench.parquet"))
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 WRONG = {
     "unknown column": LOST | {"columns": "pruning.sparcity"},
     "unknown metric": LOST | {"rows": {"metric": ["points_lots"]}},
     "unknown field": LOST | {"colour": "red"},
+    "about nothing that is": LOST | {"of": "seeds"},
     "no rows": {"columns": "teacher", "metric": "points_lost"},
     "no metric": {"rows": "teacher", "columns": "sparsity"},
     "two metrics": LOST | {"metric": "points_lost"},

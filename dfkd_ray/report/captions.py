@@ -10,7 +10,7 @@ from typing import Any
 from dfkd_ray.ladder import STUDENTS
 from dfkd_ray.report.cells import Filled
 from dfkd_ray.report.specification import Specification
-from dfkd_ray.report.wording import Frame, count, listed, percent
+from dfkd_ray.report.wording import CHOICE_NOTE, Frame, count, listed, percent
 from dfkd_ray.results import selecting
 from dfkd_ray.results.metrics import SHARES, metric
 from dfkd_ray.text import code, is_null
@@ -49,6 +49,17 @@ def of_measurements(done: Filled, spec: Specification, command: str | None) -> s
     machines = [code(one) for one in used["numerics"].dropna().unique()]
     sentences.append(f"{'; '.join([*made, *machines, *dates(used)])}.")
     return " ".join(sentence for sentence in sentences if sentence)
+
+
+def of_choice(used: Frame, spec: Specification, command: str | None) -> str:
+    """The sentences of the caption of a table of what the choice without data costs, in one line."""
+    sentences = [CHOICE_NOTE, *([] if spec.note is None else [" ".join(spec.note.split())])]
+    made = [] if command is None else [code(command, MOST_SIGNS)]
+    made += [*one_value(used, "numerics"), *versions(used), *dates(used)]
+    sentences.append(f"{'; '.join(made)}.")
+    if mixed := selecting.mixtures(used):
+        sentences.append(f"Mixed: {code('; '.join(mixed), MOST_SIGNS)}.")
+    return " ".join(sentences)
 
 
 def units(finished: Frame, spec: Specification) -> list[str]:

@@ -11,7 +11,8 @@ stands between it and the end mark is replaced; everything else stays as it is, 
     | … |
     <!-- end of table -->
 
-The rows are those of trials (`results.row_files`), or the measurements of a bench (`results.measurements`).
+The rows are those of trials (`results.row_files`), or the measurements of a bench (`results.measurements`). With `of:
+choice` the table is about what the choice without data costs among the trials, by network (`aggregates.regret`).
 
 Marks within fenced blocks of code are text. Every error names the document and the line.
 """
@@ -26,9 +27,9 @@ import pandas as pd
 from dfkd_ray import storage
 from dfkd_ray.config import parsing, validate
 from dfkd_ray.plain import named
-from dfkd_ray.report import captions, cells
+from dfkd_ray.report import aggregates, captions, cells
 from dfkd_ray.report.cells import Filled
-from dfkd_ray.report.specification import TRIALS, Specification, Vocabulary
+from dfkd_ray.report.specification import CHOICE, TRIALS, Specification, Vocabulary
 from dfkd_ray.report.wording import Frame
 from dfkd_ray.results import measurements, row_files
 from dfkd_ray.results.metrics import Metric
@@ -55,6 +56,13 @@ class Source:
 
 
 Known = dict[tuple[str, ...], Source]  # the rows in files that were read
+COSTS = (  # of the choice, by network
+    Metric("num_trials", decimals=0),
+    Metric("correlation"),
+    Metric("within"),
+    Metric("regret", times=100.0),
+    Metric("largest", times=100.0),
+)
 
 
 @dataclass(frozen=True)
@@ -169,6 +177,8 @@ def rendered(table: Table, document: Path, known: Known) -> str:
         raise ValueError(f"{where}: expected the fields rows and columns, as in rows: teacher")
     try:
         source = read(table, document.parent, known)
+        if data.get("of") == CHOICE:
+            source = of_choice(source)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     spec = validate(Specification, data, where, context=source.words)
@@ -194,6 +204,23 @@ def read(table: Table, folder: Path, known: Known) -> Source:
         else:
             known[key] = Source(row_files.read(paths).to_pandas(), TRIALS, None, captions.caption)
     return known[key]
+
+
+def of_choice(trials: Source) -> Source:
+    """What the choice without data costs among trials, by network. `ValueError` for rows that cannot say it."""
+    if trials.words is not TRIALS:
+        raise ValueError(f"of: {CHOICE} needs rows of trials, and these are measurements")
+    rows = aggregates.finished(aggregates.prepared(trials.frame))
+    costs = aggregates.regret(rows)
+    costs = costs[costs["num_trials"] > 1]
+    if costs.empty:
+        raise ValueError(f"of: {CHOICE} needs two finished, data-free trials of a network with test accuracy")
+    words = Vocabulary(["network"], {metric.name: metric for metric in COSTS}, "the choice")
+
+    def caption(done: Filled, spec: Specification, command: str | None) -> str:
+        return captions.of_choice(rows[rows["network"].isin(done.used["network"])], spec, command)
+
+    return Source(costs.assign(status="finished"), words, ["network"], caption)
 
 
 def of_measurements(paths: list[Path]) -> Source:

@@ -10,6 +10,7 @@ from dfkd_ray.report.material import Material
 from dfkd_ray.report.methods import methods
 from dfkd_ray.report.page import NUM_ROWS, Section, escape
 from dfkd_ray.report.wording import (
+    CHOICE_NOTE,
     MEASURES,
     Frame,
     base_name,
@@ -349,12 +350,8 @@ def choice(material: Material) -> Section:
         for row in dicts(table)[:NUM_ROWS]
     ]
     headings = ["network", "trials", "rank correlation", "at one sparsity", "regret", "largest regret"]
-    note = (
-        "Rank correlation (Spearman) of the reference KL with the points of test accuracy lost, over all trials and at "
-        "one sparsity. Regret: points that the trial of the lowest KL loses against the best trial of its sparsity."
-    )
     html = page.table(headings, cells, numbers=headings[1:])
-    return Section(name, title, html + page.paragraph(note + more(len(table), len(cells), "network"), "note"))
+    return Section(name, title, html + page.paragraph(CHOICE_NOTE + more(len(table), len(cells), "network"), "note"))
 
 
 def failed(material: Material) -> Section:

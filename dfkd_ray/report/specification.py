@@ -11,12 +11,13 @@ An axis is a level, or a list of levels that are crossed. A level is one of
   name its own metric: `{reconstructed: {synthesis.method: adi, metric: reconstructed_points_lost}}`.
 
 Which columns and metrics there are depends on the rows: those of trials, or the labels and numbers of a bench's
-measurements. A specification is validated with their `Vocabulary`.
+measurements. With `of: choice` the column is `network`, and the metrics are those of
+`aggregates.regret`. A specification is validated with their `Vocabulary`.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, model_validator
 
@@ -28,7 +29,7 @@ from dfkd_ray.results.schemas import schema
 from dfkd_ray.results.selecting import column_of
 
 Info = Any  # pydantic.ValidationInfo: a protocol that cannot be checked at run time
-METRIC, ENTRIES = "metric", "entries"
+METRIC, ENTRIES, CHOICE = "metric", "entries", "choice"
 MOST_VALUES = 1000  # of a specification
 FORMS = "a column with its values, metric with names, or entries with conditions"
 
@@ -194,6 +195,9 @@ class Specification(BaseModel):
 
     model_config = STRICT
 
+    of: Literal["rows", "choice"] = Field(
+        default="rows", description="what the table is about: rows, or what the choice without data costs among them"
+    )
     rows: Axis = Field(description="what makes a row")
     columns: Axis = Field(description="what makes a column")
     metric: MetricName | None = Field(default=None, description="of all cells, unless an axis has the level metric")

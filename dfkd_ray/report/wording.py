@@ -14,6 +14,10 @@ Series = Any
 MEASURES = {"accuracy": "test accuracy", "agreement": "agreement with the teacher"}
 RUNG_NAMES = {rung.name: rung.label for rung in STUDENTS}
 NUM_NAMED = 4  # networks lines of in the lead
+CHOICE_NOTE = (
+    "Rank correlation (Spearman) of the reference KL with the points of test accuracy lost, over all trials and at "
+    "one sparsity. Regret: points that the trial of the lowest KL loses against the best trial of its sparsity."
+)
 
 
 def number(value: Any, digits: int = 2, scale: float = 1.0) -> str:
