@@ -149,15 +149,8 @@ def regret(rows: Frame) -> Frame:
     loses against the best at its sparsity, mean over sparsities with at least two trials; `largest`: the largest. Of
     several versions or kinds of reference images, only the first by `BEST_FIRST` counts. Null where nothing is defined.
     """
-    told = rows[~rows["real_data"] & (rows["measure"] == "accuracy") & rows["reference_kl"].notna()]
-    told = told[told["lost"].notna()]
     found = []
-    for network, own in told.groupby("network", sort=False):
-        kinds = [name for name in REFERENCE_KIND if name in own]
-        if kinds:
-            order = own.sort_values(kinds, ascending=[BEST_FIRST[name] for name in kinds], kind="stable")
-            first = order[kinds].iloc[0]
-            own = own[[bool(row.equals(first)) for _, row in own[kinds].iterrows()]]
+    for network, own in comparable(rows).groupby("network", sort=False):
         levels = [level for _, level in own.groupby("level") if len(level) > 1]
         costs = [level.loc[level["reference_kl"].idxmin(), "lost"] - level["lost"].min() for level in levels]
         within = [rank_correlation(level) for level in levels if len(level) > 2]
@@ -173,6 +166,19 @@ def regret(rows: Frame) -> Frame:
         )
     columns = ["network", "num_trials", "correlation", "within", "regret", "largest"]
     return pd.DataFrame(found, columns=columns)
+
+
+def comparable(rows: Frame) -> Frame:
+    """The rows that `regret` is about: data-free, with test accuracy, and of one kind of reference set per network."""
+    told = rows[~rows["real_data"] & (rows["measure"] == "accuracy") & rows["reference_kl"].notna()]
+    told = told[told["lost"].notna()]
+    kinds = [name for name in REFERENCE_KIND if name in told]
+    if not kinds or told.empty:
+        return told
+    order = told.sort_values(kinds, ascending=[BEST_FIRST[name] for name in kinds], kind="stable")
+    first = order.drop_duplicates("network").set_index("network")[kinds]
+    same = [bool(row[kinds].equals(first.loc[row["network"]])) for _, row in told[[*kinds, "network"]].iterrows()]
+    return told[same]
 
 
 def rank_correlation(rows: Frame) -> float:

@@ -210,7 +210,7 @@ def of_choice(trials: Source) -> Source:
     """What the choice without data costs among trials, by network. `ValueError` for rows that cannot say it."""
     if trials.words is not TRIALS:
         raise ValueError(f"of: {CHOICE} needs rows of trials, and these are measurements")
-    rows = aggregates.finished(aggregates.prepared(trials.frame))
+    rows = aggregates.comparable(aggregates.finished(aggregates.prepared(trials.frame)))
     costs = aggregates.regret(rows)
     costs = costs[costs["num_trials"] > 1]
     if costs.empty:
