@@ -176,9 +176,9 @@ def comparable(rows: Frame) -> Frame:
     if not kinds or told.empty:
         return told
     order = told.sort_values(kinds, ascending=[BEST_FIRST[name] for name in kinds], kind="stable")
-    first = order.drop_duplicates("network").set_index("network")[kinds]
-    same = [bool(row[kinds].equals(first.loc[row["network"]])) for _, row in told[[*kinds, "network"]].iterrows()]
-    return told[same]
+    first = order.drop_duplicates("network").set_index("network")[kinds].loc[told["network"]].set_index(told.index)
+    is_same = (told[kinds] == first) | (told[kinds].isna() & first.isna())
+    return told[is_same.fillna(False).all(axis=1)]
 
 
 def rank_correlation(rows: Frame) -> float:

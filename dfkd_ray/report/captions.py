@@ -25,12 +25,11 @@ def caption(done: Filled, spec: Specification, command: str | None) -> str:
     used = done.used
     finished = used.loc[used["status"] == "finished"]
     sentences = [*units(finished, spec), seeds(done), *left_out(done), *real(finished)]
-    sentences += [] if spec.note is None else [" ".join(spec.note.split())]
+    sentences += note(spec)
     made = [] if command is None else [code(command, MOST_SIGNS)]
     made += [*one_value(finished, "numerics"), *versions(finished), *dates(finished)]
     sentences.append(f"{'; '.join(made)}." if made else "")
-    if mixed := selecting.mixtures(finished):
-        sentences.append(f"Mixed: {code('; '.join(mixed), MOST_SIGNS)}.")
+    sentences += mixed(finished)
     if any(name in ON_REFERENCE for name in spec.metrics) and len(selecting.reference_sets(finished)) > 1:
         sentences.append("KL and agreement are on two kinds of reference images, and cannot be compared.")
     return " ".join(sentence for sentence in sentences if sentence)
@@ -42,7 +41,7 @@ def of_measurements(done: Filled, spec: Specification, command: str | None) -> s
     sentences = [seeds(done)] if used["seed"].notna().any() else []
     if any(cell.num == 0 for row in done.cells for cell in row):
         sentences = [*sentences, "–: not measured."]
-    sentences += [] if spec.note is None else [" ".join(spec.note.split())]
+    sentences += note(spec)
     commands = list(used["command"].dropna().unique()) if command is None else [command]
     made = [code(one, MOST_SIGNS) for one in commands[:NUM_COMMANDS]]
     made += [f"and {count(len(commands) - NUM_COMMANDS, 'command')} more"] if len(commands) > NUM_COMMANDS else []
@@ -53,13 +52,20 @@ def of_measurements(done: Filled, spec: Specification, command: str | None) -> s
 
 def of_choice(used: Frame, spec: Specification, command: str | None) -> str:
     """The sentences of the caption of a table of what the choice without data costs, in one line."""
-    sentences = [CHOICE_NOTE, *([] if spec.note is None else [" ".join(spec.note.split())])]
     made = [] if command is None else [code(command, MOST_SIGNS)]
     made += [*one_value(used, "numerics"), *versions(used), *dates(used)]
-    sentences.append(f"{'; '.join(made)}.")
-    if mixed := selecting.mixtures(used):
-        sentences.append(f"Mixed: {code('; '.join(mixed), MOST_SIGNS)}.")
-    return " ".join(sentences)
+    return " ".join([CHOICE_NOTE, *note(spec), f"{'; '.join(made)}.", *mixed(used)])
+
+
+def note(spec: Specification) -> list[str]:
+    """The author's words, in one line."""
+    return [] if spec.note is None else [" ".join(spec.note.split())]
+
+
+def mixed(finished: Frame) -> list[str]:
+    """What differs between trials that a table shows together: versions, machines."""
+    found = selecting.mixtures(finished)
+    return [f"Mixed: {code('; '.join(found), MOST_SIGNS)}."] if found else []
 
 
 def units(finished: Frame, spec: Specification) -> list[str]:

@@ -11,8 +11,8 @@ An axis is a level, or a list of levels that are crossed. A level is one of
   name its own metric: `{reconstructed: {synthesis.method: adi, metric: reconstructed_points_lost}}`.
 
 Which columns and metrics there are depends on the rows: those of trials, or the labels and numbers of a bench's
-measurements. With `of: choice` the column is `network`, and the metrics are those of
-`aggregates.regret`. A specification is validated with their `Vocabulary`.
+measurements. With `of: choice` the column is `network`, and the metrics are those of `aggregates.regret`. A
+specification is validated with their `Vocabulary`.
 """
 
 from collections.abc import Mapping, Sequence
