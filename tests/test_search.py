@@ -533,7 +533,8 @@ def test_an_estimate_adds_up(tiny_teacher, num_fitted):
     one = estimated(jobs, costs, 1)
     before = 3 if num_fitted else 2  # rungs before training
     images = 8 * (1 + before + 7) + 8 + 8  # reference: teacher, these rungs and seven looks; pool; BatchNorm
-    images += 2 * (estimate.RECONSTRUCTION * 2 * num_fitted + 8) if num_fitted else 0  # two fits, and their comparison
+    # The fit, its distance on the reference set, and on its own images with the teacher's answers.
+    images += estimate.RECONSTRUCTION * 2 * num_fitted + 3 * 8 if num_fitted else 0
     synthesis_s, trials_s = 2 * 4.0, 3 * (6 * 2.0 + 0.1 * images)
     assert one.synthesis_h * 3600 == pytest.approx(synthesis_s) and one.trials_h * 3600 == pytest.approx(trials_s)
     assert one.unshared_h * 3600 == pytest.approx(3 * synthesis_s)

@@ -161,23 +161,36 @@ def test_a_network_that_cannot_be_reconstructed_has_no_such_rung_and_its_row_say
     assert "no layer-wise reconstruction: its teacher's logits change" in row["warnings"]
 
 
+@pytest.mark.parametrize("trusted", [True, False])
 @pytest.mark.parametrize("nearer", [True, False])
-def test_of_the_criterions_weights_and_those_chosen_anew_the_nearer_stay(teacher, tiny_teacher, monkeypatch, nearer):
+def test_of_the_criterions_weights_and_those_chosen_anew_the_nearer_stay(
+    teacher, tiny_teacher, monkeypatch, trusted, nearer
+):
     settings = {"pruning.sparsity": 0.8, "distillation.num_steps": 0, "reconstruction.num_images": 64}
     kept = trial.run(config_of(tiny_teacher, **settings, **{"reconstruction.reselect": False}), teacher)
-    compare, asked = evaluation.Reference.compare, []
+    compare, fit, asked, fits = evaluation.Reference.compare, layerwise.reconstruct, [], []
+    # Pruned, BatchNorm re-estimated, the weights chosen anew, the same on the images that they were fitted to, and the
+    # criterion's: known for other images than those fitted to only if the two before it differ.
+    kls = [1.0, 1.0, 0.1, 0.1 / (3 if trusted else 5), 0.2 if nearer else 0.05]
 
     def compared(self, network):
+        asked.append(network)
         agreement, kl = compare(self, network)
-        asked.append(kl)
-        return agreement, kl * (1e-3 if len(asked) == (3 if nearer else 4) else 1.0)
+        return agreement, kls[len(asked) - 1] if len(asked) <= len(kls) - trusted else kl
 
-    monkeypatch.setattr(evaluation.Reference, "compare", compared)  # pruned, BatchNorm re-estimated, then both fits
+    def counted(*args, **given):
+        fits.append(given["selection"])
+        return fit(*args, **given)
+
+    monkeypatch.setattr(evaluation.Reference, "compare", compared)
+    monkeypatch.setattr(layerwise, "reconstruct", counted)
     both = trial.run(config_of(tiny_teacher, **settings), teacher)
+    chosen = trusted or nearer
+    assert len(fits) == (1 if trusted else 2)
     assert both.row["achieved_sparsity"] == kept.row["achieved_sparsity"]
-    assert ("the criterion's weights stay" in (both.row["warnings"] or "")) is not nearer
+    assert ("the criterion's weights stay" in (both.row["warnings"] or "")) is not chosen
     fitted = [name for name in pruning.prunable(teacher.network) if not same(both, kept, name)]
-    assert bool(fitted) is nearer
+    assert bool(fitted) is chosen
 
 
 def test_where_only_the_chosen_weights_cannot_be_fitted_the_criterions_stay_and_the_row_says_so(
@@ -380,7 +393,7 @@ def test_networks_of_every_kind_are_reconstructed_or_their_row_says_why_not(name
 
     def compared(reference, student):
         found = compare(reference, student)
-        distances.append(found[1])
+        distances.append((reference, found[1]))
         return found
 
     monkeypatch.setattr(evaluation.Reference, "compare", compared)
@@ -388,14 +401,15 @@ def test_networks_of_every_kind_are_reconstructed_or_their_row_says_why_not(name
     settings |= {"synthesis": TINY_NOISE, "reference.synthesis": TINY_NOISE, "pruning.sparsity": 0.5}
     row = trial.run(validate(TrialConfig, tiny_trial("t", **settings)), teacher).row
     warnings = row["warnings"] or ""
-    assert row["status"] == "finished" and row["reference_kl"] == min(distances)
+    on_reference = [kl for own, kl in distances if own is distances[0][0]]
+    assert row["status"] == "finished" and row["reference_kl"] == min(on_reference)
     if says is not None:
         assert row["reconstructed_agreement"] is None and "no layer-wise reconstruction: " in warnings
         assert says in warnings
     else:
         assert 0 <= row["reconstructed_agreement"] <= 1 and "layer-wise" not in warnings
         if batchnorm.layers(network):  # untrained networks without it give nearly constant logits
-            assert distances[2] < 0.5 * min(distances[:2])
+            assert on_reference[2] < 0.5 * min(on_reference[:2])
 
 
 def test_passes_count_each_step_of_each_batch_and_the_distillation():

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from dfkd_ray.compression.moments import Moments
 
-SOLVED_AT_ONCE = 1 << 25  # entries of the matrices of one batch of rows
+# Entries of the matrices of one batch of rows. With those that fit into a cache it is three times as fast as with 2^25.
+SOLVED_AT_ONCE = 1 << 20
 
 
 def ridged(moments: Moments, dense: Tensor, ridge: float) -> tuple[Tensor, Tensor]:

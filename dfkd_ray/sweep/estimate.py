@@ -146,9 +146,8 @@ def trial_s(job: Job, costs: Costs, num_test_images: int) -> float:
     num_images = kd.num_images + config.bn_num_images  # the pool: the teacher's answers, re-estimation
     if reconstruction.applies(config):
         before += 1
-        fits = 2 if config.reselects else 1
-        num_images += round(RECONSTRUCTION * 2 * config.reconstruction.num_images * fits)
-        num_images += 2 * config.reference.num_images if config.reselects else 0  # which fit is nearer
+        num_images += round(RECONSTRUCTION * 2 * config.reconstruction.num_images)
+        num_images += 3 * config.reference.num_images if config.reselects else 0  # whether the fit can be trusted
     # The reference set: the teacher's answers, the rungs before training and the looks.
     num_images += (1 + before + looks) * config.reference.num_images
     num_images += (before + 1) * num_test_images  # these and recovered; the teacher's is known after the first

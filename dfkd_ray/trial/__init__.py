@@ -221,7 +221,7 @@ def steps(
         num_before = pruning.num_parameters(student)
         held_out = gather_reference(config, teacher, device, inputs.images, report)
         row["reference_wall_s"] = wall_s(held_out.rows)
-        reference = reference_of(config, network, held_out, runtime, head)
+        reference = reference_of(config, network, held_out.pool.images, runtime, head)
 
         first = Round(teacher, config.synthesis, device, student=config.student.structure)
         source = Injected(inputs.real) if inputs.real and config.synthesis.method == "real" else inputs.images

@@ -69,10 +69,13 @@ def gather_reference(
 
 
 def reference_of(
-    config: TrialConfig, network: nn.Module, held_out: Gathered, runtime: Runtime, head: Head
+    config: TrialConfig, network: nn.Module, images: np.ndarray, runtime: Runtime, head: Head
 ) -> evaluation.Reference:
-    """The reference set: the teacher's logits on the held-out images, or on mixtures of them."""
-    compared = held_out.pool.images[: config.reference.num_images]
+    """The reference set: the teacher's logits on the held-out images, or on mixtures of them.
+
+    `images`: the stored images that it is made of; the first `reference.num_images` are used.
+    """
+    compared = images[: config.reference.num_images]
     if config.reference.mixed:
         others = None
         if config.reference.mixed_with == "shapes":
