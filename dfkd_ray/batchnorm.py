@@ -91,6 +91,11 @@ def channel_moments(x: Float[Tensor, "n c *rest"]) -> tuple[Float[Tensor, " c"],
     return mean, variance
 
 
+def moments(x: Float[Tensor, "n c *rest"]) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
+    """`channel_moments`, differentiable in x."""
+    return _Moments.apply(x)  # type: ignore[return-value]
+
+
 def channel_affine(
     x: Float[Tensor, "n c *rest"], scale: Float[Tensor, " c"], shift: Float[Tensor, " c"]
 ) -> Float[Tensor, "n c *rest"]:

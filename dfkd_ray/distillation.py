@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dfkd_ray import batchnorm, checkpoints, devices, features, losses, storage
+from dfkd_ray import batchnorm, checkpoints, devices, features, losses, pairing, storage
 from dfkd_ray.batches import mix_seed
 from dfkd_ray.compression import pruning, unreached
 from dfkd_ray.config import DistillationConfig, PruningConfig
@@ -125,7 +125,7 @@ def attention_loss(student: Maps, teacher: Maps) -> Tensor:
 def set_mode(student: nn.Module, bn_mode: str) -> None:
     """Set train mode, but BatchNorm layers to eval mode unless `bn_mode` trains them on batch statistics."""
     student.train()
-    if bn_mode != "trained":
+    if bn_mode not in ("trained", "paired"):
         for layer in batchnorm.layers(student):
             layer.eval()
 
@@ -159,6 +159,7 @@ def distil(
     if found:
         masks = {name: weight.detach() != 0 for name, weight in pruning.prunable(student).items() if name in masks}
     gpus = [device] if device.type == "cuda" else []
+    is_paired = config.bn_mode == "paired"
     last_pruning = last_pruning_step(pruned.config, config.num_steps)
     with (
         runtime.numerics(),
@@ -167,6 +168,7 @@ def distil(
         linear_inputs(teacher, config.feature_weight > 0) as teacher_features,
         maps(student, config.attention_weight > 0) as student_maps,
         maps(teacher, config.attention_weight > 0) as teacher_maps,
+        pairing.paired(student, teacher, pruned.channels) if is_paired else nullcontext() as pairs,
         unreached.zero_gradients(student, decode(reference.images[:1], runtime.space, device)),
     ):
         if state.step == 0:
@@ -187,10 +189,13 @@ def distil(
             teacher_features.clear()
             student_maps.clear()
             teacher_maps.clear()
+            if pairs is not None:
+                pairs.seen.clear()
             with runtime.autocast():
                 with torch.no_grad():
                     teacher_logits = teacher(devices.laid_out(images, teacher)).float()
-                student_logits = student(devices.laid_out(images, student)).float()
+                with pairs or nullcontext():
+                    student_logits = student(devices.laid_out(images, student)).float()
             terms = {"kl": reference.head.kl(student_logits, teacher_logits, config.temperature)}
             if config.label_weight:
                 labels = torch.from_numpy(pool.labels[rows.numpy()]).to(device)

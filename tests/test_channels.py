@@ -534,7 +534,7 @@ def test_the_row_says_what_was_removed(student):
 
 
 @pytest.mark.parametrize("importance", SCORES)
-@pytest.mark.parametrize("bn_mode", ["trained", "frozen"])
+@pytest.mark.parametrize("bn_mode", ["paired", "trained", "frozen"])
 def test_every_importance_recovers(tiny_teacher, importance, bn_mode):
     fields = {"pruning.importance": importance, "distillation.bn_mode": bn_mode, "pruning.target": "macs"}
     outcome = trial.run(trial_of(tiny_teacher, **fields), bundles.load(tiny_teacher))

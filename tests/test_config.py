@@ -169,6 +169,11 @@ def test_the_error_names_the_file_that_was_read():
         ({"synthesis": {"method": "noise"}, "distillation": {"label_weight": 1}}, "needs labels"),
         ({"synthesis": {"label_weight": 0, "bn_weight": 0}}, "nothing ties the images to the teacher"),
         ({"student": {"architecture": "resnet8"}, "distillation": {"bn_mode": "frozen"}}, "bn_mode=trained"),
+        ({"student": {"architecture": "resnet8"}, "distillation": {"bn_mode": "paired"}}, "bn_mode=trained"),
+        (
+            {"student": {"architecture": "resnet8", "weights": "a.pt"}, "distillation": {"bn_mode": "paired"}},
+            "bn_mode=paired needs a student with the teacher's layers",
+        ),
     ],
 )
 def test_an_option_that_cannot_act_is_refused(data, says):

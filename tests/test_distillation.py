@@ -147,7 +147,9 @@ def running_means(network: nn.Module) -> list[torch.Tensor]:
     return [mean for mean in means if mean is not None]
 
 
-@pytest.mark.parametrize("mode, moves", [("frozen", False), ("reestimated", False), ("trained", True)])
+@pytest.mark.parametrize(
+    "mode, moves", [("frozen", False), ("reestimated", False), ("trained", True), ("paired", True)]
+)
 def test_batchnorm_statistics_move_only_when_trained(teacher, mode, moves):
     student = deepcopy(teacher.network).requires_grad_(True)
     before = [one.clone() for one in running_means(student)]

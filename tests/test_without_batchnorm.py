@@ -266,7 +266,7 @@ def test_deepinversion_without_batchnorm_is_refused_by_its_field(teacher, teache
     assert str(caught.value).endswith(f"{name}.method={others}")
 
 
-@pytest.mark.parametrize("mode", ["frozen", "reestimated"])
+@pytest.mark.parametrize("mode", ["frozen", "reestimated", "paired"])
 def test_a_batchnorm_mode_that_cannot_act_is_refused(teacher, teacher_folder, mode):
     with pytest.raises(ValueError, match=f"bn_mode={mode} acts on BatchNorm, and the student has none") as caught:
         trial.run(config_of(teacher_folder, **{"distillation.bn_mode": mode}), teacher)

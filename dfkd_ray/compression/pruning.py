@@ -20,10 +20,14 @@ Masks = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Pruned:
-    """The pruning state of a network: the config and the current masks (1: the weight is kept)."""
+    """The pruning state of a network: the config and the current masks (1: the weight is kept).
+
+    `channels`: layer → the output channels that it has kept, of layers that have lost some.
+    """
 
     config: PruningConfig
     masks: Masks = field(default_factory=dict)
+    channels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 KINDS = (

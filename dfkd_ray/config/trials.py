@@ -186,9 +186,11 @@ class DistillationConfig(BaseModel):
     attention_weight: Weight = Field(
         default=0.0, description="weight of the squared difference of attention maps, where both networks have one"
     )
-    bn_mode: Literal["frozen", "reestimated", "trained"] = Field(
-        default="trained",
-        description="BatchNorm: the teacher's statistics, re-estimated ones held fixed, or batch statistics",
+    bn_mode: Literal["auto", "frozen", "reestimated", "trained", "paired"] = Field(
+        default="auto",
+        description="BatchNorm: the teacher's statistics, re-estimated ones held fixed, batch statistics, or these, "
+        "moved by how the teacher's differ between the batch and its data (`dfkd_ray.pairing`); auto: paired where "
+        "channels are removed, else trained",
     )
     shift: Pixels = Field(default=2, description="augmentation: largest shift with zero padding, pixels")
     flip: bool = Field(default=True, description="augmentation: left to right, each image with probability 1/2")
@@ -333,6 +335,8 @@ class TrialConfig(BaseModel):
             if self.pruning.target == "latency" and self.latency.runtime == "none":
                 raise ValueError("pruning.target=latency is measured; set latency.runtime=pytorch or onnxruntime")
         new_student = self.student.architecture is not None and self.student.weights is None
-        if new_student and self.distillation.bn_mode != "trained":
+        if new_student and self.distillation.bn_mode not in ("auto", "trained"):
             raise ValueError("a student from scratch has no BatchNorm statistics yet; set distillation.bn_mode=trained")
+        if self.student.architecture is not None and self.distillation.bn_mode == "paired":
+            raise ValueError("distillation.bn_mode=paired needs a student with the teacher's layers; set it to trained")
         return self

@@ -193,7 +193,7 @@ def check(config: TrialConfig, teacher: Teacher, trust_code: Sequence[str], on_g
     removable = structure.prepared(student, config, teacher)
     speed.check(config.latency)
     quantisation.check(config, teacher, student)
-    if config.distillation.bn_mode != "trained" and not batchnorm.layers(student):
+    if config.distillation.bn_mode not in ("auto", "trained") and not batchnorm.layers(student):
         raise ValueError(
             f"distillation.bn_mode={config.distillation.bn_mode} acts on BatchNorm, and the student has none; "
             "set distillation.bn_mode=trained"
@@ -238,7 +238,7 @@ def steps(
             network,
             rounds.pool_at,
             kd,
-            pruning.Pruned(config.pruning, start.masks),
+            pruning.Pruned(config.pruning, start.masks, start.kept),
             reference,
             checkpoint=checkpoint,
             observer=observer,

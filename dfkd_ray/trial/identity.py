@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import dfkd_ray
-from dfkd_ray import commit, devices, distillation, storage, synthesis
+from dfkd_ray import batchnorm, commit, devices, distillation, storage, synthesis
 from dfkd_ray.bundles import Teacher, starts
 from dfkd_ray.config import TRIAL_ID, TrialConfig, columns_of, hashed, stable_hash, validate, versions
 from dfkd_ray.storage import Folder
@@ -47,9 +47,18 @@ def pinned(config: TrialConfig, teacher: Teacher) -> TrialConfig:
                 "student": starts.pinned(config.student, teacher),
                 "synthesis": own,
                 "reference": config.reference.model_copy(update={"synthesis": reference}),
+                "distillation": config.distillation.model_copy(update={"bn_mode": bn_mode(config, teacher)}),
             }
         )
     )
+
+
+def bn_mode(config: TrialConfig, teacher: Teacher) -> str:
+    """`distillation.bn_mode`, and for `auto` what it stands for."""
+    if config.distillation.bn_mode != "auto":
+        return config.distillation.bn_mode
+    has_teachers_layers = config.student.architecture is None and bool(batchnorm.layers(teacher.network))
+    return "paired" if structure.applies(config) and has_teachers_layers else "trained"
 
 
 def with_num_steps(config: TrialConfig) -> TrialConfig:

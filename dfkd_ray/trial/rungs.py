@@ -85,6 +85,12 @@ class Start:
     choice: Choice | None = None
     warnings: tuple[str, ...] = ()
 
+    @property
+    def kept(self) -> dict[str, tuple[int, ...]]:
+        """The output channels that stay, of each layer that has lost some."""
+        edits = () if self.choice is None else self.choice.edits
+        return {edit.module: tuple(edit.kept) for edit in edits if edit.dimension == "out"}
+
 
 def before_training(
     student: nn.Module,

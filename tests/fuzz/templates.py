@@ -60,7 +60,7 @@ EDGES = {
     "distillation.num_steps": ["0", "1"],
     "distillation.shift": ["15", "16", "17", "1000"],
     "distillation.mixup": ["0", "1"],
-    "distillation.bn_mode": ["frozen", "reestimated", "trained"],
+    "distillation.bn_mode": ["auto", "frozen", "paired", "reestimated", "trained"],
     "distillation.num_images": ["1", "3", "5"],
     "distillation.warmup": ["0.999999"],
     "distillation.patience": ["1"],
