@@ -30,6 +30,7 @@ PLAIN = (BatchNorm.forward, nn.SyncBatchNorm.forward)  # in eval mode these comp
 # Of the logits with and without recording, relative to the largest. A layer left out changes them by 0.3 and more.
 TOLERANCE = 0.01
 BATCH_NORM = signature(F.batch_norm)
+Pair = tuple[Tensor, Tensor]  # mean and variance per channel
 
 
 @dataclass
@@ -94,6 +95,15 @@ def channel_moments(x: Float[Tensor, "n c *rest"]) -> tuple[Float[Tensor, " c"],
 def moments(x: Float[Tensor, "n c *rest"]) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
     """`channel_moments`, differentiable in x."""
     return _Moments.apply(x)  # type: ignore[return-value]
+
+
+def paired(own: Pair, theirs: Pair, on_data: Pair, eps: float) -> Pair:
+    """A student's mean on the data, and its variance there plus `eps`, if it follows its teacher from batch to data.
+
+    Means and variances per channel: the student's on the batch, the teacher's there, and the teacher's on its data.
+    """
+    ratio = ((own[1] + eps) / (theirs[1] + eps)).sqrt()
+    return own[0] + (on_data[0] - theirs[0]) * ratio, (on_data[1] + eps) * ratio.square()
 
 
 def channel_affine(
@@ -217,7 +227,7 @@ def recorded(network: nn.Module) -> Iterator[Statistics]:
             with _Inside(layer, note) as inside:
                 y = own(x, *args, **named)
             if not inside.num_calls:
-                note(layer, *_Moments.apply(x))
+                note(layer, *moments(x))
             return y
 
         return forward

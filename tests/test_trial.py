@@ -170,7 +170,7 @@ def test_of_the_criterions_weights_and_those_chosen_anew_the_nearer_stay(
     kept = trial.run(config_of(tiny_teacher, **settings, **{"reconstruction.reselect": False}), teacher)
     compare, fit, asked, fits = evaluation.Reference.compare, layerwise.reconstruct, [], []
     # Pruned, BatchNorm re-estimated, the weights chosen anew, the same on the images that they were fitted to, and the
-    # criterion's: known for other images than those fitted to only if the two before it differ.
+    # criterion's, which are fitted only if the two before are too far apart.
     kls = [1.0, 1.0, 0.1, 0.1 / (3 if trusted else 5), 0.2 if nearer else 0.05]
 
     def compared(self, network):

@@ -264,11 +264,12 @@ class Fit(TorchFunctionMode):
         known = self.targets.pop(id(arguments["input"]), None)
         if id(layer) not in self.set_norms:
             self.set_norms.add(id(layer))
-            aim_mean, aim_variance = known[1:] if known else batchnorm.channel_moments(theirs.float())
-            mean, variance = batchnorm.channel_moments(own.float())
-            ratio = ((variance + layer.eps) / (aim_variance + layer.eps)).sqrt()
-            layer.running_mean.copy_(mean + (teacher.running_mean - aim_mean) * ratio)
-            layer.running_var.copy_(((teacher.running_var + layer.eps) * ratio.square() - layer.eps).clamp_min(0))
+            aim = known[1:] if known else batchnorm.channel_moments(theirs.float())
+            measured = batchnorm.channel_moments(own.float())
+            on_data = (teacher.running_mean, teacher.running_var)
+            mean, spread = batchnorm.paired(measured, aim, on_data, layer.eps)
+            layer.running_mean.copy_(mean)
+            layer.running_var.copy_((spread - layer.eps).clamp_min(0))
         statistics = {"running_mean": teacher.running_mean, "running_var": teacher.running_var}
         first = F.batch_norm(**{**arguments, **statistics, "input": theirs})
         return torch.cat([first, F.batch_norm(**{**arguments, "input": own})])
