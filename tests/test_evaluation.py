@@ -134,7 +134,8 @@ def mixed_from(monkeypatch):
 
 
 def config_of(teacher: str | Path, **fields: Any) -> TrialConfig:
-    return validate(TrialConfig, tiny_trial(teacher, **fields))
+    """A trial that keeps the criterion's weights: one that chooses them is compared on its own images too."""
+    return validate(TrialConfig, tiny_trial(teacher, **{"reconstruction.reselect": False} | fields))
 
 
 def test_a_trial_is_compared_on_mixtures_or_where_asked_for_on_the_images_and_is_another_trial_then(
