@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from dfkd_ray import bundles, distillation, teachers
+from dfkd_ray import bundles, checkpoints, distillation, distillation_state, teachers
 from dfkd_ray.data import LabelledImages
 from helpers import SMALL_DISTILLATION, TEACHER_TRAINING, distilled, same_weights, tiny_network
 
@@ -24,7 +24,7 @@ def undisturbed(teacher, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     short = SMALL_DISTILLATION.model_copy(update={"num_steps": 4})
     distilled(teacher, short, checkpoint=folder)
-    return *distilled(teacher, short), (folder / distillation.CHECKPOINT).read_bytes(), short
+    return *distilled(teacher, short), (folder / checkpoints.FILE).read_bytes(), short
 
 
 def changed(data, change, counted=True):
@@ -76,7 +76,7 @@ CHANGES = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_checkpoint_that_does_not_fit_is_not_used_and_said_so(teacher, tmp_path, undisturbed, caplog, name):
     student, state, data, short = undisturbed
-    (tmp_path / distillation.CHECKPOINT).write_bytes(changed(data, CHANGES[name], name != "momentum_gone"))
+    (tmp_path / checkpoints.FILE).write_bytes(changed(data, CHANGES[name], name != "momentum_gone"))
     with caplog.at_level(logging.WARNING):
         found, again = distilled(teacher, short, checkpoint=tmp_path)
     assert same_weights(found, student) and again.epochs == state.epochs
@@ -86,7 +86,7 @@ def test_a_checkpoint_that_does_not_fit_is_not_used_and_said_so(teacher, tmp_pat
 def test_a_damaged_checkpoint_is_not_used_and_the_trial_starts_anew(teacher, tmp_path, undisturbed):
     student, state, data, short = undisturbed
     for damaged in (b"", data[:100], data[:-1], b"\0" * 50):
-        (tmp_path / distillation.CHECKPOINT).write_bytes(damaged)
+        (tmp_path / checkpoints.FILE).write_bytes(damaged)
         found, again = distilled(teacher, short, checkpoint=tmp_path)
         assert same_weights(found, student) and again.epochs == state.epochs
 
@@ -104,9 +104,9 @@ def test_damaged_checkpoints_are_used_or_not_and_nothing_else(tmp_path, undistur
         else:
             for _ in range(rng.choice([1, 1, 3, 20])):
                 damaged[rng.randrange(header if rng.random() < 0.9 else len(data))] = rng.randrange(256)
-        (tmp_path / distillation.CHECKPOINT).write_bytes(damaged)
+        (tmp_path / checkpoints.FILE).write_bytes(damaged)
         before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-        state = distillation.read_checkpoint(folder, network, optimiser, short.num_steps)
+        state = distillation_state.read(folder, network, optimiser, short.num_steps)
         after = network.state_dict()
         if state is None:
             assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

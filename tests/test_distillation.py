@@ -10,7 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from dfkd_ray import batchnorm, bundles, devices, distillation, evaluation, features, losses, storage
+from dfkd_ray import (
+    batchnorm,
+    bundles,
+    checkpoints,
+    devices,
+    distillation,
+    distillation_state,
+    evaluation,
+    features,
+    losses,
+    storage,
+)
 from dfkd_ray.compression import pruning
 from dfkd_ray.config import PruningConfig
 from dfkd_ray.heads import SOFTMAX
@@ -50,7 +61,7 @@ def test_a_resumed_run_gives_the_same_numbers_as_an_undisturbed_one(teacher, tmp
 
     with pytest.raises(Killed):
         distilled(teacher, checkpoint=tmp_path / "ckpt", progress=kill)
-    assert (tmp_path / "ckpt" / distillation.CHECKPOINT).is_file()
+    assert (tmp_path / "ckpt" / checkpoints.FILE).is_file()
     resumed, state = distilled(teacher, checkpoint=tmp_path / "ckpt")
     assert same_weights(undisturbed, resumed)
     assert state.epochs == expected.epochs and state.best_step == expected.best_step
@@ -67,8 +78,8 @@ def test_a_checkpoint_under_a_uri_is_the_same_checkpoint(teacher, tmp_path):
     elsewhere = storage.folder(f"fsspec+memory://{uuid.uuid4().hex}/ckpt")
     for place in (tmp_path / "ckpt", elsewhere):
         distilled(teacher, checkpoint=place)
-    data = (tmp_path / "ckpt" / distillation.CHECKPOINT).read_bytes()
-    assert elsewhere.read(distillation.CHECKPOINT) == data
+    data = (tmp_path / "ckpt" / checkpoints.FILE).read_bytes()
+    assert elsewhere.read(checkpoints.FILE) == data
     student, state = distilled(teacher, checkpoint=elsewhere)
     expected, other = distilled(teacher)
     assert same_weights(student, expected) and state.epochs == other.epochs
@@ -76,13 +87,13 @@ def test_a_checkpoint_under_a_uri_is_the_same_checkpoint(teacher, tmp_path):
 
 def test_the_looks_are_handed_out_before_the_checkpoint_that_has_them(teacher, tmp_path, monkeypatch):
     events = []
-    real = distillation.write_checkpoint
+    real = distillation_state.write
 
     def write(folder, student, optimiser, state):
         events.append(("checkpoint", state.step))
         real(folder, student, optimiser, state)
 
-    monkeypatch.setattr(distillation, "write_checkpoint", write)
+    monkeypatch.setattr(distillation_state, "write", write)
     _, state = distilled(
         teacher, checkpoint=tmp_path, on_epochs=lambda looks: events.append(("rows", looks[-1]["step"], len(looks)))
     )
@@ -128,7 +139,7 @@ def test_a_look_without_a_number_is_left_behind_by_the_first_with_one(teacher, m
     images = np.zeros((2, 1, 16, 16), np.uint8)
     runtime = devices.Runtime(torch.device("cpu"), teacher.info.space, "float32", 1)
     reference = evaluation.reference(teacher.network, images, runtime)
-    state = distillation.State()
+    state = distillation_state.State()
     for step in range(4):
         state.step = step
         distillation.look(state, teacher.network, SMALL_DISTILLATION, reference, {})

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from dfkd_ray import bundles, results, storage, sweep, trial
-from dfkd_ray.distillation import State
+from dfkd_ray.distillation_state import State
 from dfkd_ray.sweep import asha, estimate, optuna, search, tune_reports
 from helpers import TINY_NOISE, TINY_TRIAL, calibrated, costs_of, estimated, refusal, tiny_trial
 

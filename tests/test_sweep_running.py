@@ -13,7 +13,19 @@ import pytest
 import ray
 import torch
 
-from dfkd_ray import bundles, config, distillation, fleet, models, results, storage, sweep, trial
+from dfkd_ray import (
+    bundles,
+    checkpoints,
+    config,
+    distillation,
+    distillation_state,
+    fleet,
+    models,
+    results,
+    storage,
+    sweep,
+    trial,
+)
 from dfkd_ray.cli.live import descendants
 from dfkd_ray.fleet import node_check
 from dfkd_ray.sweep import ledger as ledgers
@@ -94,7 +106,7 @@ def test_an_out_of_memory_error_leaves_a_row_with_its_reason_and_a_checkpoint_to
     assert (row["status"], row["reason"]) == ("failed", trial.reason_of(error))
     assert results.read(tmp_path, "trials")["status"].tolist() == ["failed"]
     assert not results.finished_ids(tmp_path), "a failed trial is run again"
-    assert (tmp_path / "checkpoints" / job.id / distillation.CHECKPOINT).is_file()
+    assert (tmp_path / "checkpoints" / job.id / checkpoints.FILE).is_file()
     monkeypatch.setattr(distillation, "update", calm)
     assert run(job, tmp_path)["status"] == "finished"
     assert results.read(tmp_path, "trials")["status"].tolist() == ["finished"]
@@ -139,13 +151,13 @@ def failing(real, num_failures: int, number: int = errno.ENOSPC, table: str | No
 
 
 def test_a_disk_that_is_full_for_a_moment_costs_no_trial(tiny_teacher, tmp_path, monkeypatch, no_pauses):
-    monkeypatch.setattr(distillation, "write_checkpoint", failing(distillation.write_checkpoint, 2))
+    monkeypatch.setattr(distillation_state, "write", failing(distillation_state.write, 2))
     monkeypatch.setattr(results, "write", failing(results.write, 3, table="trials"))
     assert run(jobs_with(tiny_teacher)[0], tmp_path)["status"] == "finished"
     assert len(results.read(tmp_path, "trials")) == 1
 
 
-@pytest.mark.parametrize("where", [(distillation, "write_checkpoint"), (results, "write"), (results, "write_batches")])
+@pytest.mark.parametrize("where", [(distillation_state, "write"), (results, "write"), (results, "write_batches")])
 def test_a_disk_that_stays_full_stops_the_trial_and_spares_the_finished_rows(
     tiny_teacher, tmp_path, monkeypatch, no_pauses, where
 ):

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 import commands
-from dfkd_ray import bundles, cache_entries, distillation, results, storage, targets, trial
+from dfkd_ray import bundles, cache_entries, checkpoints, results, storage, targets, trial
 from dfkd_ray.sweep import places
 from folders import hashes
 from helpers import TINY_WORDS
@@ -191,9 +191,9 @@ HOSTILE = ["/home/you", "..", ".", "", "../students", "t-000000000000/../..", "t
 def test_a_trial_id_of_another_form_removes_nothing(name, tmp_path):
     victim = tmp_path / "home" / "you"
     victim.mkdir(parents=True)
-    (victim / distillation.CHECKPOINT).write_text("mine")
+    (victim / checkpoints.FILE).write_text("mine")
     place = storage.folder(tmp_path / "place")
-    (place / "checkpoints" / "t-111111111111").write(distillation.CHECKPOINT, b"")
+    (place / "checkpoints" / "t-111111111111").write(checkpoints.FILE, b"")
     before = hashes(tmp_path)
     trial.remove_checkpoints(place, [name, str(victim), os.path.relpath(victim, place.path / "checkpoints")])
     assert hashes(tmp_path) == before
@@ -219,7 +219,7 @@ def test_a_sweep_writes_down_what_ran_in_its_place_and_a_row_from_outside_remove
 def test_nothing_is_removed_through_a_link(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     (elsewhere / "t-111111111111").mkdir(parents=True)
-    (elsewhere / "t-111111111111" / distillation.CHECKPOINT).write_text("mine")
+    (elsewhere / "t-111111111111" / checkpoints.FILE).write_text("mine")
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     (tmp_path / "one" / "checkpoints").symlink_to(elsewhere)

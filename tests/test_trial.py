@@ -13,6 +13,7 @@ from dfkd_ray import batchnorm, bundles, evaluation, models, results, trial
 from dfkd_ray.batches import Batch
 from dfkd_ray.compression import layerwise, moments, pruning
 from dfkd_ray.config import FROM_IMAGES, TrialConfig, validate
+from dfkd_ray.trial import rungs
 from dfkd_ray.trial.row import pass_columns
 from helpers import TINY_NOISE, randomise_statistics, same_weights, tiny_trial
 
@@ -191,6 +192,43 @@ def test_of_the_criterions_weights_and_those_chosen_anew_the_nearer_stay(
     assert ("the criterion's weights stay" in (both.row["warnings"] or "")) is not chosen
     fitted = [name for name in pruning.prunable(teacher.network) if not same(both, kept, name)]
     assert bool(fitted) is chosen
+
+
+# KL divergences of: pruned, BatchNorm re-estimated, the criterion's weights fitted, others chosen anew and fitted.
+@pytest.mark.parametrize(
+    ("kls", "fits", "steps"),
+    [
+        ([1.0, 0.04], [], 0),
+        ([1.0, 0.5, 0.04], [False], 0),
+        ([1.0, 0.5, 0.06, 0.04], [False, True], 0),
+        ([1.0, 0.5, 0.06, 0.055], [False, True], 2),
+        ([1.0, 0.5, 0.055, 0.06], [False, True], 2),
+    ],
+)
+def test_a_repair_that_is_near_enough_ends_there(teacher, tiny_teacher, monkeypatch, kls, fits, steps):
+    compare, fit, found = evaluation.Reference.compare, layerwise.reconstruct, []
+    known = {}  # what has been said of a network is said again: a fitted one is measured twice
+
+    def compared(self, network):
+        agreement, kl = compare(self, network)
+        if kl not in known and len(known) < len(kls):
+            known[kl] = kls[len(known)]
+        return agreement, known.get(kl, kl)
+
+    def counted(*args, selection, **given):
+        found.append(selection is not None)
+        return fit(*args, selection=selection, **given)
+
+    settings = {"pruning.sparsity": 0.8, "distillation.num_steps": 2, "reconstruction.num_images": 64}
+    plain = trial.run(config_of(tiny_teacher, **settings), teacher)
+    monkeypatch.setattr(evaluation.Reference, "compare", compared)
+    monkeypatch.setattr(layerwise, "reconstruct", counted)
+    monkeypatch.setattr(rungs, "kl_on", lambda *_: 1.0)  # not on the reference set
+    outcome = trial.run(config_of(tiny_teacher, **settings, enough_kl=0.05), teacher)
+    assert found == fits
+    assert (outcome.row["reconstructed_agreement"] is None) == (not fits)
+    assert outcome.epochs[-1]["step"] == steps
+    assert outcome.row["num_student_passes"] == plain.row["num_student_passes"] * steps // 2
 
 
 def test_where_only_the_chosen_weights_cannot_be_fitted_the_criterions_stay_and_the_row_says_so(

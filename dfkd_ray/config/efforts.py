@@ -10,9 +10,10 @@ EFFORTS: dict[str, dict[str, Any]] = {
     "fast": {
         "synthesis": {"num_steps": 30},
         "bn_num_images": 256,
+        "enough_kl": 0.05,
         "distillation": {"num_images": 256, "num_steps": 40},
         "reconstruction": {"num_images": 512},
-        "reference": {"num_images": 128, "synthesis": {"batch_size": 128, "num_steps": 30}},
+        "reference": {"num_images": 64, "synthesis": {"batch_size": 64, "num_steps": 30}},
     },
     "standard": {},
     "thorough": {

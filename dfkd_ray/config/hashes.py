@@ -54,8 +54,8 @@ def hashed(config: TrialConfig) -> dict[str, Any]:
     """The fields that a trial's id depends on, as plain data.
 
     Left out are the names of the teacher and of the student's file, the device, `quantisation`, `attention_weight`,
-    `num_passes` and `reselect` where they do not act, and `latency` and `mixed_with` at their defaults: trials from
-    before they came keep their ids.
+    `num_passes` and `reselect` where they do not act, and `latency`, `mixed_with` and `enough_kl` at their defaults:
+    trials from before they came keep their ids.
     """
     left_out: dict[str, Any] = {"teacher": True, "device": True, "student": {"weights"}}
     left_out |= {"quantisation": True} if not config.quantisation.int8 else {}
@@ -63,6 +63,7 @@ def hashed(config: TrialConfig) -> dict[str, Any]:
     left_out |= {"distillation": unused} if unused else {}
     left_out |= {"reconstruction": {"reselect"}} if not config.reselects else {}
     left_out |= {"reference": {"mixed_with"}} if config.reference.mixed_with == "images" else {}
+    left_out |= {"enough_kl": True} if not config.enough_kl else {}
     left_out |= {"latency": True} if config.latency == LatencyConfig() else {}
     return config.model_dump(mode="json", exclude=left_out)
 

@@ -264,6 +264,7 @@ NEWER_FIELDS = {
     "distillation.num_passes": None,
     "reference.mixed_with": ReferenceConfig.model_fields["mixed_with"].default,
     "reconstruction.reselect": False,
+    "enough_kl": 0.0,
 } | {
     f"{section}.{name}": field.default
     for section, model in (("quantisation", QuantisationConfig), ("latency", LatencyConfig))
@@ -288,6 +289,11 @@ class TrialConfig(BaseModel):
     distillation: DistillationConfig = DistillationConfig()
     reference: ReferenceConfig = ReferenceConfig()
     reconstruction: ReconstructionConfig = ReconstructionConfig()
+    enough_kl: Weight = Field(
+        default=0.0,
+        description="the repair of a pruned network ends where its KL divergence on the reference set is below this: "
+        "neither other weights are chosen nor is it trained; 0: all is done",
+    )
     quantisation: QuantisationConfig = QuantisationConfig()
     latency: LatencyConfig = LatencyConfig()
     device: Literal["auto", "cpu", "cuda"] = "auto"

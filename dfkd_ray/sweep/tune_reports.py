@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from dfkd_ray import trial as one_trial
-from dfkd_ray.distillation import State
+from dfkd_ray.distillation_state import State
 from dfkd_ray.ladder import BEFORE
 from dfkd_ray.sweep.search import Objective, StopConfig
 

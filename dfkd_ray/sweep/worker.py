@@ -12,7 +12,7 @@ from dfkd_ray import bundles, cache, evaluation, models, results, storage, tenso
 from dfkd_ray import trial as one_trial
 from dfkd_ray.bundles import Teacher, starts
 from dfkd_ray.config import TrialConfig
-from dfkd_ray.distillation import State
+from dfkd_ray.distillation_state import State
 from dfkd_ray.images import class_grid
 from dfkd_ray.results import FINAL
 from dfkd_ray.results.finals import final_row

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import dfkd_ray
-from dfkd_ray import batchnorm, commit, devices, distillation, storage, synthesis
+from dfkd_ray import batchnorm, checkpoints, commit, devices, storage, synthesis
 from dfkd_ray.bundles import Teacher, starts
 from dfkd_ray.config import TRIAL_ID, TrialConfig, columns_of, hashed, stable_hash, validate, versions
 from dfkd_ray.storage import Folder
@@ -138,4 +138,4 @@ def remove_checkpoints(place: Folder, trial_ids: Iterable[str] | None = None) ->
 
 def is_checkpoint(name: str) -> bool:
     """Whether a file name is one of a trial's checkpoint files."""
-    return name in (distillation.CHECKPOINT, structure.CHOICE) or images.is_own_file(name)
+    return name in (checkpoints.FILE, structure.CHOICE) or images.is_own_file(name)

@@ -71,6 +71,10 @@ class Rungs:
         """The rung nearest to the teacher, the first of equals; of all measured ones without candidates."""
         return min(candidates or self.measured, key=lambda rung: self.measured[rung][0])
 
+    def is_enough(self, rung: Rung, config: TrialConfig) -> bool:
+        """Whether the student of a rung is so near to the teacher that its repair ends there."""
+        return rung in self.measured and self.measured[rung][0] < config.enough_kl
+
 
 @dataclass(frozen=True)
 class Start:
@@ -127,7 +131,7 @@ def before_training(
         start = ladder.BN_REESTIMATED
     else:
         rungs.leave_out(ladder.BN_REESTIMATED)
-    if reconstruction.applies(config, masks):
+    if reconstruction.applies(config, masks) and not rungs.is_enough(start, config):
         start, masks, said = reconstructed(student, teacher, config, pool, rungs, masks, start)
         warned += said
     else:
@@ -179,11 +183,13 @@ def nearest_fit(
     """Reconstruct a student in place with weights chosen anew; if in doubt also with the criterion's: the nearer stays.
 
     On images that are far from the teacher's data, such as noise, the criterion's weights are the better ones. There
-    the fit is far nearer to the teacher on its own images than on the reference set; only then both fits are made.
+    the fit is far nearer to the teacher on its own images than on the reference set; only then both fits are made. With
+    `enough_kl`, the criterion's weights come first, and others are chosen where these are not near enough.
     Returns the student's masks, None if it cannot be reconstructed, and warnings.
     """
-    fits, warned, failed = [], [], []
-    for reselect in (True, False) if config.reselects else (False,):
+    fits: dict[bool, tuple[float, pruning.Masks, list[str], dict[str, Tensor]]] = {}
+    warned, failed = [], []
+    for reselect in kinds_of_fit(config):
         student.load_state_dict(rungs.states[ladder.PRUNED])
         found, warned = reconstruction.reconstruct(
             student, teacher, config, pool, rungs.reference.runtime, masks, reselect=reselect
@@ -192,22 +198,31 @@ def nearest_fit(
             failed += warned if reselect else []
             continue
         kl = rungs.reference.compare(student)[1] if config.reselects else 0.0
-        fits.append((kl, found, warned, deepcopy(student.state_dict())))
-        if reselect and kl <= MOST_TIMES_FARTHER * kl_on(pool, student, teacher, config, rungs):
+        fits[reselect] = (kl, found, warned, deepcopy(student.state_dict()))
+        if kl < config.enough_kl or (
+            reselect and kl <= MOST_TIMES_FARTHER * kl_on(pool, student, teacher, config, rungs)
+        ):
             break
     if not fits:
         return None, warned
-    kl, found, warned, state = min(fits, key=lambda fit: fit[0])
+    kl, found, warned, state = min(fits.values(), key=lambda fit: fit[0])
     if failed:
         warned = [*warned, *(f"reconstruction.reselect: the criterion's weights stay: {reason}" for reason in failed)]
-    elif kl < fits[0][0]:
+    elif True in fits and kl < fits[True][0]:
         warned = [
             *warned,
             f"reconstruction.reselect: the criterion's weights stay (reference KL {kl:.3g}): those chosen anew on "
-            f"these images are farther from the teacher ({fits[0][0]:.3g})",
+            f"these images are farther from the teacher ({fits[True][0]:.3g})",
         ]
     student.load_state_dict(state)
     return found, warned
+
+
+def kinds_of_fit(config: TrialConfig) -> tuple[bool, ...]:
+    """Whether weights are chosen anew, of each fit in turn: first the criterion's, the cheaper, if they may do."""
+    if not config.reselects:
+        return (False,)
+    return (False, True) if config.enough_kl else (True, False)
 
 
 def kl_on(pool: Pool, student: nn.Module, teacher: nn.Module, config: TrialConfig, rungs: Rungs) -> float:

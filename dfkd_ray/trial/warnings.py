@@ -68,7 +68,8 @@ def warnings_of(
             "the teacher is not sure of the images: the mean probability of its answers is "
             f"{row['image_confidence']:.2f}"
         )
-    if row.get("selected") == PRUNED.name and config.distillation.num_steps > 0:
+    was_trained = config.distillation.num_steps > 0 and (row.get("reference_kl") or 0.0) >= config.enough_kl
+    if row.get("selected") == PRUNED.name and was_trained:
         yield (
             "plain pruning is closest to the teacher and is the student: training on the images did not improve it "
             "(more or better images, or a lower distillation.learning_rate, may)"

@@ -64,6 +64,7 @@ EDGES = {
     "distillation.num_images": ["1", "3", "5"],
     "distillation.warmup": ["0.999999"],
     "distillation.patience": ["1"],
+    "enough_kl": ["0", "1e-9", "1e30"],
     "bn_num_images": ["2", "5"],
     "reference.num_images": ["2", "5"],
     "pruning.sparsity": ["0", "0.99999999", "0.999", "0.5"],
