@@ -178,7 +178,9 @@ def same_weights(first: nn.Module, second: nn.Module) -> bool:
 # ---- training --------------------------------------------------------------------------------------------------------
 
 CPU = torch.device("cpu")
-SMALL_DISTILLATION = DistillationConfig(num_steps=6, batch_size=8, eval_every=2, checkpoint_every=2, num_threads=1)
+SMALL_DISTILLATION = DistillationConfig(
+    num_steps=6, batch_size=8, learning_rate=0.05, eval_every=2, checkpoint_every=2, num_threads=1
+)
 SPARSE = PruningConfig(sparsity=0.8)
 TEACHER_TRAINING = TeacherTrainingConfig(
     architecture="resnet8",

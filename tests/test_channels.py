@@ -753,7 +753,12 @@ def test_a_trial_keeps_its_id_from_before_latency_was_measured_and_another_runti
         validate(TrialConfig, tiny_trial(tiny_teacher, **{"latency.repeats": 15, "latency.runtime": runtime}))
         for runtime in ("pytorch", "none")
     )
-    newer = {"latency": True, "quantisation": True, "distillation": {"attention_weight", "num_passes"}}
+    newer = {
+        "enough_kl": True,
+        "latency": True,
+        "quantisation": True,
+        "distillation": {"attention_weight", "num_passes"},
+    }
     newer["reference"] = {"mixed_with"}
     fields = plain.model_dump(mode="json", exclude={"teacher": True, "device": True, **newer})
     before = stable_hash({"teacher": teacher.hash, "config": fields, "versions": versions()})

@@ -67,8 +67,9 @@ def tried(teacher, monkeypatch) -> None:
 # ---- the config ------------------------------------------------------------------------------------------------------
 
 # Ids of trials from before there was int8, when trials had version 3, kept the criterion's weights, had one weight of
-# BatchNorm statistics for all teachers, and trained all students on batch statistics.
+# BatchNorm statistics for all teachers, and trained all students on batch statistics, at one learning rate.
 THEN = {"reference.synthesis.bn_weight": 0.2, "distillation.bn_mode": "trained"}
+THEN |= {"distillation.learning_rate": 0.05}
 IDS = {
     "t-6dc249a63431": {"reconstruction.reselect": False, "synthesis.bn_weight": 0.2, **THEN},
     "t-98116617c6b4": {"pruning.structure": "channels", "pruning.sparsity": 0.5, "synthesis.bn_weight": 0.2, **THEN},

@@ -65,16 +65,18 @@ Pixels = Annotated[int, Field(ge=0, le=256), NUMBER]
 Number = Annotated[float, Field(le=LARGEST_FLOAT), NUMBER]
 Share = Annotated[float, Field(le=1), NUMBER]
 Weight = Annotated[float, Field(ge=0, le=LARGEST_FLOAT), NUMBER]
+Rate = Annotated[float, Field(gt=0, le=LARGEST_FLOAT), NUMBER]
 if TYPE_CHECKING:
     AutoBatchSize: TypeAlias = int
     AutoWeight: TypeAlias = float
+    AutoRate: TypeAlias = float
 else:
-    AutoBatchSize, AutoWeight = (
+    AutoBatchSize, AutoWeight, AutoRate = (
         Annotated[
             Annotated[number, Tag(AUTO_OR_NUMBER)] | Annotated[Literal["auto"], Tag(AUTO)],
             Discriminator(lambda value: AUTO if value == AUTO else AUTO_OR_NUMBER),
         ]
-        for number in (BatchSize, Weight)
+        for number in (BatchSize, Weight, Rate)
     )
 Threads = Annotated[
     int, Field(ge=1, le=1024, description="CPU threads; gradients differ in the last bits with it"), NUMBER

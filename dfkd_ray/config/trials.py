@@ -11,8 +11,10 @@ from pydantic import (
 )
 
 from dfkd_ray.config.fields import (
+    AUTO,
     STRICT,
     Arguments,
+    AutoRate,
     BatchSize,
     Count,
     Name,
@@ -172,7 +174,10 @@ class DistillationConfig(BaseModel):
         "leaves of them: methods at equal cost; null: num_steps counts",
     )
     batch_size: BatchSize = Field(default=128)
-    learning_rate: Number = Field(default=0.05, gt=0, description="peak SGD learning rate, cosine to zero")
+    learning_rate: AutoRate = Field(  # type: ignore[assignment]  # a number before anything is computed
+        default=AUTO,
+        description="peak SGD learning rate, cosine to zero; auto: 0.01 with bn_mode=paired, else 0.05",
+    )
     warmup: Number = Field(default=0.05, ge=0, lt=1, description="share of the steps with a linear rise")
     momentum: Number = Field(default=0.9, ge=0, lt=1)
     weight_decay: Number = Field(default=5e-4, ge=0)

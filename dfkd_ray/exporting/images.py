@@ -19,7 +19,7 @@ from dfkd_ray.images import decode
 from dfkd_ray.storage import Where
 
 NUM_COMPARED, NUM_CALIBRATION = 128, 256
-SIZES = {"batch_size": 128, "num_steps": 30}  # of DeepInversion: those of the effort `fast`
+SIZES = {"batch_size": 128, "num_steps": 30}  # of DeepInversion: the steps of the effort `fast`
 RECORD_STEPS = 100  # a tenth of the method's default: the images need not be good, only like those of the training
 RECORD_KINDS = ("spectral_pairs", "spectral", "all", "top")  # the first that there is
 Progress = Callable[[str, int, int, Mapping[str, float | int]], None]
