@@ -88,9 +88,13 @@ def print_ladder(row: Mapping[str, Any], out: Path) -> None:
     stored, dense = (number(row.get(f"{kind}_bytes"), 1.0, 0, ",") for kind in ("stored", "dense"))
     reconstruction_s = row.get("reconstruction_wall_s")
     fitted = "" if is_null(reconstruction_s) else f"reconstructed in {number(reconstruction_s, 1.0, 0)} s, "
+    distilled = f"distilled in {number(row.get('distillation_wall_s'), 1.0, 0)} s"
+    kl, enough = row.get("reference_kl"), row.get("enough_kl")
+    if not is_null(kl) and not is_null(enough) and row.get("best_step") == 0 and kl < enough:  # type: ignore[operator]
+        distilled = f"near enough without distillation (reference KL {kl:.3f}, enough_kl={enough:g})"
     say(
-        f"{number(row.get('num_images'), 1.0, 0)} images {made_in(row)}, {fitted}distilled "
-        f"in {number(row.get('distillation_wall_s'), 1.0, 0)} s; {stored} bytes stored, {dense} dense"
+        f"{number(row.get('num_images'), 1.0, 0)} images {made_in(row)}, {fitted}{distilled}; "
+        f"{stored} bytes stored, {dense} dense"
     )
     if not is_null(row.get("int8_file_bytes")):
         sizes = (number(row.get(f"{kind}_file_bytes"), 1.0, 0, ",") for kind in ("int8", "float"))
