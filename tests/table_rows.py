@@ -29,8 +29,9 @@ def trial_row(index: int, sparsity: float, seed: int, **changes: Any) -> dict[st
 def columns(settings: dict[str, Any]) -> dict[str, Any]:
     """The columns of a trial config, with a number where a teacher would have given one."""
     values = flat(validate(TrialConfig, settings).model_dump(mode="json"))
-    weights = (name for name, value in values.items() if name.endswith(".bn_weight") and value == AUTO)
-    return values | dict.fromkeys(weights, 0.2)
+    numbers = {"bn_weight": 0.2, "learning_rate": 0.05}
+    left = {name: name.rpartition(".")[2] for name, value in values.items() if value == AUTO}
+    return values | {name: numbers[field] for name, field in left.items() if field in numbers}
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import yaml
 from dfkd_ray import bundles, storage, sweep, trial
 from dfkd_ray.bundles import folders
 from dfkd_ray.config import TrialConfig, validate, with_overrides
-from dfkd_ray.records import fitting
+from dfkd_ray.records import finishing, fitting
 from dfkd_ray.sweep import runner
 from folders import content, remove_everything
 from helpers import TINY_TRIAL, make_teacher
@@ -60,7 +60,7 @@ def recorded(tmp_path_factory) -> Path:
     images = torch.randint(0, 256, (24, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     plan = fitting.plan(made, labels.numpy(), rows, ["top", "all"])
     (shard,) = fitting.shards(lambda chosen: images[chosen], labels, rows, 1)
-    for record in fitting.finish(plan, fitting.fit(plan, made.network, shard, num_threads=1), made):
+    for record in finishing.finish(plan, fitting.fit(plan, made.network, shard, num_threads=1), made):
         bundles.save_record(str(folder), record)
     return folder
 

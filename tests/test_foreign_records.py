@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from dfkd_ray import bundles, models
-from dfkd_ray.records import fitting, format
+from dfkd_ray.records import finishing, fitting, format
 from helpers import refusal
 
 INFO = bundles.BundleInfo(
@@ -38,7 +38,7 @@ def place(tmp_path_factory):
             teacher, labels.numpy(), rows, kinds, fitting.Options(storage=storage, rank=6, num_exemplars=4)
         )
         shard = fitting.shards(lambda chosen: images[chosen], labels, rows, 1)[0]
-        for record in fitting.finish(plan, fitting.fit(plan, teacher.network, shard), teacher):
+        for record in finishing.finish(plan, fitting.fit(plan, teacher.network, shard), teacher):
             bundles.save_record(folder / name, record)
     return folder
 

@@ -11,7 +11,7 @@ import torch
 
 from dfkd_ray import bundles, evaluation, synthesis, trial
 from dfkd_ray.config import RecordsConfig, TrialConfig, validate
-from dfkd_ray.records import fitting, format, taps
+from dfkd_ray.records import finishing, fitting, format, taps
 from dfkd_ray.synthesis import reconstruction
 from helpers import make_teacher
 
@@ -36,7 +36,7 @@ def fitted(teacher, images, labels, kinds=format.KINDS, num_shards=1, **options)
     totals = fitting.empty(plan)
     for shard in fitting.shards(lambda chosen: images[chosen], labels, rows, num_shards):
         totals.merge(fitting.fit(plan, teacher.network, shard))
-    return fitting.finish(plan, totals, teacher)
+    return finishing.finish(plan, totals, teacher)
 
 
 @pytest.fixture(scope="module")

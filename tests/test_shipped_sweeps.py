@@ -16,7 +16,7 @@ import typer.main
 from dfkd_ray import bundles, cli, config, results, storage, sweep, trial
 from dfkd_ray.batches import Batch
 from dfkd_ray.cli.inputs import load_teacher
-from dfkd_ray.records import fitting, format
+from dfkd_ray.records import finishing, fitting, format
 from dfkd_ray.storage import Folder
 
 SWEEPS = {path.stem: path for path in sorted((Path(__file__).parent.parent / "sweeps").glob("*.yaml"))}
@@ -80,7 +80,7 @@ def recorded_on_noise(bundle: str) -> None:
     plan = fitting.plan(teacher, labels.numpy(), rows, format.KINDS, fitting.Options(rank=4))
     images = torch.randint(0, 256, (20, *teacher.info.image_shape), dtype=torch.uint8)
     (shard,) = fitting.shards(lambda chosen: images[chosen], labels, rows, 1)
-    for record in fitting.finish(plan, fitting.fit(plan, teacher.network, shard), teacher):
+    for record in finishing.finish(plan, fitting.fit(plan, teacher.network, shard), teacher):
         bundles.save_record(bundle, record)
 
 

@@ -20,7 +20,7 @@ from dfkd_ray.bench.recipe import bare_steps, synchronise
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import DeepInversionConfig, RecordsConfig
 from dfkd_ray.heads import SOFTMAX
-from dfkd_ray.records import fitting, format, taps
+from dfkd_ray.records import finishing, fitting, format, taps
 from dfkd_ray.report.wording import base_name
 from dfkd_ray.results.measurements import Row
 from dfkd_ray.synthesis import deepinversion
@@ -69,7 +69,7 @@ def fit(teacher: Teacher, kinds: Sequence[str], num_images: int, num_threads: in
         shape = teacher.info.image_shape
         (shard,) = fitting.shards(lambda chosen: noise(chosen, shape), labels, rows, 1)  # noqa: B023 - used at once
         totals = fitting.fit(plan, teacher.network, shard, num_threads)
-        (record,) = fitting.finish(plan, totals, teacher)
+        (record,) = finishing.finish(plan, totals, teacher)
         del totals
         size = fitting.size_bytes(record)
         wall_s, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

@@ -17,7 +17,7 @@ from dfkd_ray.bundles import Teacher
 from dfkd_ray.config import RealConfig, TrialConfig, synthesis_key
 from dfkd_ray.devices import Runtime
 from dfkd_ray.image_sources import gather
-from dfkd_ray.records import fitting
+from dfkd_ray.records import finishing, fitting
 from dfkd_ray.storage import Folder
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def save_record(audit: Audit, index: int, teacher: Teacher) -> None:
     plan = fitting.plan(teacher, audit.labels, members, [kind])
     (shard,) = fitting.shards(read, labels, members, 1)
     totals = fitting.fit(plan, teacher.network, shard, audit.config.training.num_threads)
-    (record,) = fitting.finish(plan, totals, teacher)
+    (record,) = finishing.finish(plan, totals, teacher)
     assert teacher.folder is not None
     bundles.save_record(teacher.folder, record)
 

@@ -321,7 +321,7 @@ def teacher_record(
         )
     from dfkd_ray import bundles
     from dfkd_ray.cli.inputs import training_split
-    from dfkd_ray.records import fitting, sizes
+    from dfkd_ray.records import finishing, fitting, sizes
 
     bundles.check_record_target(bundle, chosen)
     teacher = load_teacher(bundle, trust_code)
@@ -353,7 +353,7 @@ def teacher_record(
     else:
         totals = fitting.fit(plan, teacher.network, shards[0], num_threads=threads, progress=on_images)
     notes = {"dataset": data.name, "limit": limit, "workers": workers}
-    records = fitting.finish(plan, totals, teacher, notes)
+    records = finishing.finish(plan, totals, teacher, notes)
     del totals  # for large layers it takes more memory than the records, which are copied on writing
     dense = fitting.dense_bytes(plan.taps, teacher.info.num_classes)
     for record in records:

@@ -1,7 +1,7 @@
 """Makes activation records in one pass over labelled images, in any number of shards whose totals are merged.
 
 `plan` fixes everything that needs no image (layers, bases, which examples are exemplars). `fit` computes the totals of
-one shard, `Totals.merge` adds shards exactly, and `finish` makes the records. The caller provides the images.
+one shard, `Totals.merge` adds shards exactly, and `finishing.finish` makes the records. The caller provides the images.
 
 Memory: a layer with at most `MAX_DENSE` units has a dense covariance per class, a larger one a sketch of at most `rank`
 columns. A spectral kind has one covariance per class over the columns of all its bases.
@@ -11,18 +11,16 @@ Size: a Gaussian record has at most `max_bytes` (`sizes`). A record that would b
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-import dfkd_ray
 from dfkd_ray import devices
 from dfkd_ray.bundles import Teacher
 from dfkd_ray.images import PixelSpace, decode
-from dfkd_ray.records import format, gaussian, sizes, spectral, taps
-from dfkd_ray.records.format import SPECTRAL, BasisInfo, PartInfo, Record, RecordInfo
+from dfkd_ray.records import format, sizes, spectral, taps
+from dfkd_ray.records.format import SPECTRAL, Record
 from dfkd_ray.records.moments import OVERSAMPLING, Moments, Sketch
 from dfkd_ray.records.operators import layer_operator
 from dfkd_ray.records.taps import Tap
@@ -31,10 +29,6 @@ MAX_DENSE = 1200  # units: the hidden layers of the paper's HintonNet; a covaria
 SKETCH_BYTES = 2**29  # largest sketch of one layer: AlexNet's first convolution (193,600 units) gets rank 105
 CHUNK = 256  # examples in one forward pass, at most
 CHUNK_BYTES = 2**27  # largest size of its activations: AlexNet at 224x224 has 2 MB per example
-LEAKS = {
-    "gaussian": "means and covariances over the training examples of each class; no single example",
-    "exemplars": "compressed activations of single training examples, from which each can be partly reconstructed",
-}
 Progress = Callable[[int], None]
 
 
@@ -295,115 +289,6 @@ def add(
 def coefficients(signals: Sequence[Tensor], bases: Sequence[Tensor]) -> Tensor:
     """The graph Fourier transforms of the signals, concatenated: (examples, columns of all bases)."""
     return torch.cat([spectral.coefficients(s, basis) for s, basis in zip(signals, bases, strict=True)], dim=1)
-
-
-def finish(plan: Plan, totals: Totals, teacher: Teacher, notes: Mapping[str, Any] | None = None) -> list[Record]:
-    """The records of all kinds."""
-    notes = {"package_version": dfkd_ray.__version__, "seed": plan.seed, "rank": plan.rank} | dict(notes or {})
-    records = []
-    for kind in plan.kinds:
-        make = finish_spectral if kind in SPECTRAL else finish_layers
-        records.append(make(plan, totals, kind, teacher.hash, notes))
-    return records
-
-
-def header(plan: Plan, kind: str, teacher_hash: str, counts: Tensor, notes: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that all records have."""
-    return {
-        "kind": kind,
-        "storage": plan.storage,
-        "teacher_hash": teacher_hash,
-        "num_classes": plan.num_classes,
-        "num_examples": tuple(int(count) for count in counts),
-        "temperature": plan.temperature,
-        "layers": format.layer_infos(plan.taps),
-        "leaks": LEAKS[plan.storage],
-        "notes": dict(notes),
-    }
-
-
-def finish_layers(plan: Plan, totals: Totals, kind: str, teacher_hash: str, notes: Mapping[str, Any]) -> Record:
-    """A record with a Gaussian per layer and class."""
-    own = {tap.name: totals.statistics[f"{kind}/{tap.name}"] for tap in plan.taps_of(kind)}
-    parts, tensors, explained = gaussian_parts(own, plan.max_bytes - sizes.HEADER)
-    counts = own[plan.taps[-1].name].counts  # the same in every layer
-    info = RecordInfo(**header(plan, kind, teacher_hash, counts, {**notes, **explained}), parts=parts)
-    return Record(info, tensors)
-
-
-def gaussian_parts(
-    statistics: Mapping[str, Moments | Sketch], max_bytes: int
-) -> tuple[tuple[PartInfo, ...], dict[str, Tensor], dict[str, Any]]:
-    """Means and factors of all parts in at most `max_bytes`, and notes on the factors that were cut.
-
-    A singular covariance is shrunk; the part's header has the amount.
-    """
-    factors: dict[str, Tensor] = {}
-    shrinkage: dict[str, tuple[float, ...]] = {}
-    for name, own in statistics.items():
-        if isinstance(own, Moments):
-            found = [gaussian.cholesky(covariance) for covariance in own.covariance()]
-            factors[name] = torch.stack([factor for factor, _ in found])
-            shrinkage[name] = tuple(amount for _, amount in found)
-        else:
-            factors[name] = own.factor()
-    mean_bytes = sum(4 * own.means.numel() for own in statistics.values())
-    kept, explained = sizes.cut(factors, max_bytes - mean_bytes)
-    parts, tensors = [], {}
-    for name, own in statistics.items():
-        dense = isinstance(own, Moments) and name not in explained
-        units, rank = kept[name].shape[1:]
-        kind = "dense" if dense else "low_rank"
-        parts.append(PartInfo(name=name, units=units, statistics=kind, rank=rank, shrinkage=shrinkage.get(name, ())))
-        tensors |= {f"{name}.mean": own.means.float(), f"{name}.factor": kept[name]}
-    return tuple(parts), tensors, {"explained_variance": explained} if explained else {}
-
-
-def finish_spectral(plan: Plan, totals: Totals, kind: str, teacher_hash: str, notes: Mapping[str, Any]) -> Record:
-    """A spectral record: a joint Gaussian per class of the strongest coefficients, or the exemplars' coefficients."""
-    statistics, bases = totals.statistics[kind], plan.bases[kind]
-    assert isinstance(statistics, Moments)
-    num_kept = plan.num_kept(kind)
-    names = taps.signal_names(kind, plan.taps)
-    if plan.storage == "exemplars":
-        kept = sorted(totals.exemplars[kind])
-        rows = torch.stack([found for _, _, found in kept])
-        indices = rows.abs().topk(num_kept, dim=1).indices.sort(dim=1).values
-        tensors = {
-            "labels": torch.tensor([label for _, label, _ in kept]),
-            "indices": indices.int(),
-            "values": rows.gather(1, indices).half(),
-        }
-        parts, explained = (), {}
-    else:
-        covariance, means = statistics.covariance(), statistics.means
-        weights = statistics.counts.double() / statistics.counts.sum()
-        energy = (weights[:, None] * (means.square() + covariance.diagonal(dim1=1, dim2=2))).sum(dim=0)
-        column_bytes = torch.cat([torch.full((basis.shape[1],), 2 * basis.shape[0]) for basis in bases])
-        order = energy.argsort(descending=True, stable=True)[:num_kept]
-        num_kept = sizes.num_coefficients(column_bytes[order], plan.num_classes, plan.max_bytes - sizes.HEADER)
-        indices = spectral.strongest(energy, num_kept)
-        bases = split_columns(bases, indices)
-        chosen = Moments(statistics.counts, means[:, indices], statistics.comoments[:, indices][:, :, indices])
-        left = plan.max_bytes - sizes.HEADER - int(column_bytes[indices].sum())
-        parts, tensors, explained = gaussian_parts({"coefficients": chosen}, left)
-    tensors |= {f"basis.{i}": basis.half() for i, basis in enumerate(bases)}
-    infos = tuple(
-        BasisInfo(signal=name, units=basis.shape[0], columns=basis.shape[1])
-        for name, basis in zip(names, bases, strict=True)
-    )
-    common = header(plan, kind, teacher_hash, statistics.counts, {**notes, **explained})
-    return Record(RecordInfo(**common, share=plan.share, parts=parts, bases=infos), tensors)
-
-
-def split_columns(bases: Sequence[Tensor], indices: Tensor) -> tuple[Tensor, ...]:
-    """The columns with these (sorted) indices, counted through all bases, split again by basis."""
-    kept, start = [], 0
-    for basis in bases:
-        own = indices[(indices >= start) & (indices < start + basis.shape[1])] - start
-        kept.append(basis[:, own])
-        start += basis.shape[1]
-    return tuple(kept)
 
 
 def size_bytes(record: Record) -> int:
