@@ -27,11 +27,11 @@ def trial_row(index: int, sparsity: float, seed: int, **changes: Any) -> dict[st
 
 
 def columns(settings: dict[str, Any]) -> dict[str, Any]:
-    """The columns of a trial config, with a number where a teacher would have given one."""
+    """The columns of a trial config, with what `auto` stands for where nothing is special."""
     values = flat(validate(TrialConfig, settings).model_dump(mode="json"))
-    numbers = {"bn_weight": 0.2, "learning_rate": 0.05}
+    known = {"bn_weight": 0.2, "learning_rate": 0.05, "bn_mode": "trained"}
     left = {name: name.rpartition(".")[2] for name, value in values.items() if value == AUTO}
-    return values | {name: numbers[field] for name, field in left.items() if field in numbers}
+    return values | {name: known[field] for name, field in left.items() if field in known}
 
 
 @functools.cache

@@ -131,8 +131,21 @@ def test_rows_of_another_batchnorm_weight_than_the_teachers_own_are_none_of_the_
     assert "tiny size" in checked(data, of_tiny)[2], "its teacher is asked too"
     data["tiny"], data["base"]["teacher"] = TINY, "gone"
     _, lines, err = checked(data, [row | {"teacher": "gone"} for row in [*rows, *others]])
-    assert err == "teacher gone cannot be opened here: its rows count with any BatchNorm weight\n"
+    assert err == "teacher gone cannot be opened here: its rows count whatever they have where a field is auto\n"
     assert not lines[0].startswith("left out")
+
+
+def test_rows_of_another_learning_rate_than_auto_stands_for_are_none_of_the_sweep(checked, tiny_teacher):
+    data = data_of({"where": LOW, "metric": "points_lost", "at_most": 1.6})
+    data["base"] = tiny_trial(tiny_teacher, **WEIGHTS, **{"pruning.structure": "channels"})
+    rows = [
+        row | {"distillation.bn_mode": "paired", "distillation.learning_rate": rate, "trial_id": f"t-{rate}-{number}"}
+        for number, row in enumerate(rows_of(data))
+        for rate in (0.05, 0.01)
+    ]
+    code, lines, err = checked(data, rows)
+    assert (code, err) == (0, "") and lines[0] == "left out: 4 rows of trials that are none of the sweep"
+    assert "(2 of 2 trials)" in lines[1]
 
 
 def test_a_tiny_run_and_other_settings_cannot_be_compared(checked):

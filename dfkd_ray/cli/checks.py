@@ -89,7 +89,7 @@ def check(place: str, file: Path | None) -> None:
         if num:
             say(f"left out: {num} rows of {what}")
     for name in done.not_opened:
-        say(f"teacher {name} cannot be opened here: its rows count with any BatchNorm weight", error=True)
+        say(f"teacher {name} cannot be opened here: its rows count whatever they have where a field is auto", error=True)
     for one in done.findings:
         say(line_of(one))
     num_off = sum(one.state != "ok" for one in done.findings)

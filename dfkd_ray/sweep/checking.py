@@ -23,6 +23,7 @@ from dfkd_ray.sweep.expectations import NUM_NAMED, Columns, Expectation, matched
 from dfkd_ray.sweep.sweep_config import SETTINGS, SweepConfig, parse
 from dfkd_ray.synthesis import deepinversion
 from dfkd_ray.text import is_null
+from dfkd_ray.trial import identity
 
 IGNORED = ("device",)  # what was asked for; `numerics` in the row says what was used
 
@@ -47,8 +48,8 @@ class Finding:
 class Checked:
     """The findings of a sweep; `num_trials` of it, `num_finished` of them in the rows, and rows that did not count.
 
-    `not_opened`: teachers, without secrets, whose rows count with any BatchNorm weight: which one `auto` stands for is
-    not known without them.
+    `not_opened`: teachers, without secrets, whose rows count whatever they have where a field is `auto`: what it stands
+    for is not known without them.
     """
 
     findings: list[Finding]
@@ -121,8 +122,10 @@ def check(
 
 
 def asks_teacher(config: TrialConfig) -> bool:
-    """Whether a BatchNorm weight of a trial goes by its teacher."""
-    return any(getattr(own, "bn_weight", None) == AUTO for own in (config.synthesis, config.reference.synthesis))
+    """Whether a field goes by its teacher: a BatchNorm weight, or how a student with fewer channels learns."""
+    kd = config.distillation
+    weights = [getattr(own, "bn_weight", None) for own in (config.synthesis, config.reference.synthesis)]
+    return AUTO in weights or (identity.may_be_paired(config) and AUTO in (kd.bn_mode, kd.learning_rate))
 
 
 def opened(name: str, open_teacher: Callable[[str], Teacher]) -> Teacher | None:
@@ -134,8 +137,10 @@ def opened(name: str, open_teacher: Callable[[str], Teacher]) -> Teacher | None:
 
 
 def numbered(config: TrialConfig, teacher_of: Callable[[str], Teacher | None]) -> TrialConfig:
-    """A trial's config with the BatchNorm weights that `auto` stands for, as its row has them; as it is without."""
+    """A trial's config with what `auto` stands for, as its row has it; what only its teacher knows stays without it."""
     teacher = teacher_of(config.teacher) if asks_teacher(config) else None
+    if teacher is not None or not identity.may_be_paired(config):
+        config = config.model_copy(update={"distillation": identity.settled(config, teacher)})
     if teacher is None:
         return config
     own, held_out = (

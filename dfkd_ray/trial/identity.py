@@ -67,12 +67,16 @@ def pinned(config: TrialConfig, teacher: Teacher) -> TrialConfig:
     )
 
 
-def settled(config: TrialConfig, teacher: Teacher) -> DistillationConfig:
-    """`distillation` with what its `auto` stands for."""
+def may_be_paired(config: TrialConfig) -> bool:
+    """Whether BatchNorm is paired with the teacher's where `bn_mode` is auto, if the teacher has any."""
+    return structure.applies(config) and config.student.architecture is None
+
+
+def settled(config: TrialConfig, teacher: Teacher | None) -> DistillationConfig:
+    """`distillation` with what its `auto` stands for. `teacher`: None where it does not matter (`may_be_paired`)."""
     kd = config.distillation
-    has_teachers_layers = config.student.architecture is None and bool(batchnorm.layers(teacher.network))
     if kd.bn_mode == AUTO:
-        is_paired = structure.applies(config) and has_teachers_layers
+        is_paired = may_be_paired(config) and teacher is not None and bool(batchnorm.layers(teacher.network))
         kd = kd.model_copy(update={"bn_mode": "paired" if is_paired else "trained"})
     if kd.learning_rate == AUTO:
         kd = kd.model_copy(update={"learning_rate": LEARNING_RATES.get(kd.bn_mode, LEARNING_RATE)})
