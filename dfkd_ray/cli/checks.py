@@ -89,7 +89,8 @@ def check(place: str, file: Path | None) -> None:
         if num:
             say(f"left out: {num} rows of {what}")
     for name in done.not_opened:
-        say(f"teacher {name} cannot be opened here: its rows count whatever they have where a field is auto", error=True)
+        whatever = "its rows count whatever they have where a field is auto"
+        say(f"teacher {name} cannot be opened here: {whatever}", error=True)
     for one in done.findings:
         say(line_of(one))
     num_off = sum(one.state != "ok" for one in done.findings)
