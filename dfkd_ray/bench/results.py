@@ -42,6 +42,7 @@ def made_up_rows(num_rows: int, seed: int = 0) -> list[dict[str, Any]]:
             wobble = float(rng.uniform(0, 0.02))
             config = {"teacher": network, "pruning.sparsity": sparsity, "distillation.temperature": temperature}
             config |= {"synthesis.bn_weight": weight, "reference.synthesis.bn_weight": weight}
+            config |= {"distillation.bn_mode": "trained", "distillation.learning_rate": 0.05}
             config |= {"synthesis.seed": trial_seed, "distillation.seed": trial_seed}
             rungs = {"teacher": 0.94, "pruned": 0.4 - 0.3 * sparsity, BN_REESTIMATED.name: 0.8 - 5 * wobble}
             rungs |= {RECONSTRUCTED.name: 0.9 - 3 * wobble, "recovered": 0.93 - 0.03 * sparsity - wobble}

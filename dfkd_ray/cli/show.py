@@ -89,8 +89,9 @@ def print_ladder(row: Mapping[str, Any], out: Path) -> None:
     reconstruction_s = row.get("reconstruction_wall_s")
     fitted = "" if is_null(reconstruction_s) else f"reconstructed in {number(reconstruction_s, 1.0, 0)} s, "
     distilled = f"distilled in {number(row.get('distillation_wall_s'), 1.0, 0)} s"
-    kl, enough = row.get("reference_kl"), row.get("enough_kl")
-    if not is_null(kl) and not is_null(enough) and row.get("best_step") == 0 and kl < enough:  # type: ignore[operator]
+    kl, enough, best_step = (row.get(name) for name in ("reference_kl", "enough_kl", "best_step"))
+    known = not any(map(is_null, (kl, enough, best_step)))
+    if known and best_step == 0 and kl < enough:  # type: ignore[operator]
         distilled = f"near enough without distillation (reference KL {kl:.3f}, enough_kl={enough:g})"
     say(
         f"{number(row.get('num_images'), 1.0, 0)} images {made_in(row)}, {fitted}{distilled}; "
