@@ -3,8 +3,11 @@
 A new rung is added here and measured in `trial`; tables, figures and the printed ladder follow from it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from dfkd_ray.text import is_null
 
 
 @dataclass(frozen=True)
@@ -89,3 +92,16 @@ RUNGS = (TEACHER, PRUNED, BN_REESTIMATED, RECONSTRUCTED, RECOVERED, QUANTISED)
 STUDENTS = RUNGS[1:]
 BEFORE = (PRUNED, BN_REESTIMATED, RECONSTRUCTED)  # of the student, before it is trained
 BESIDE = (*BEFORE, QUANTISED)  # all but the recovered student, which trials are ranked by
+
+
+def is_enough(kl: float, enough_kl: float) -> bool:
+    """Whether a repair ends at a KL divergence. Never with 0: rounding makes that of equal networks negative."""
+    return enough_kl > 0 and kl < enough_kl
+
+
+def ended_early(row: Mapping[str, Any]) -> bool:
+    """Whether a row's student was near enough to its teacher (`enough_kl`) before any training."""
+    kl, enough, best_step = (row.get(name) for name in ("reference_kl", "enough_kl", "best_step"))
+    if is_null(kl) or is_null(enough) or is_null(best_step):
+        return False
+    return row.get("pruning.schedule") == "one_shot" and best_step == 0 and is_enough(kl, enough)  # type: ignore[arg-type]

@@ -199,6 +199,7 @@ def test_of_the_criterions_weights_and_those_chosen_anew_the_nearer_stay(
     ("kls", "fits", "steps"),
     [
         ([1.0, 0.04], [], 0),
+        ([0.04, 1.0], [], 0),
         ([1.0, 0.5, 0.04], [False], 0),
         ([1.0, 0.5, 0.06, 0.04], [False, True], 0),
         ([1.0, 0.5, 0.06, 0.055], [False, True], 2),
@@ -229,6 +230,12 @@ def test_a_repair_that_is_near_enough_ends_there(teacher, tiny_teacher, monkeypa
     assert (outcome.row["reconstructed_agreement"] is None) == (not fits)
     assert outcome.epochs[-1]["step"] == steps
     assert outcome.row["num_student_passes"] == plain.row["num_student_passes"] * steps // 2
+
+
+def test_a_kl_that_rounding_makes_negative_ends_no_repair_by_default(teacher, tiny_teacher, monkeypatch):
+    monkeypatch.setattr(evaluation.Reference, "compare", lambda *_: (1.0, -1e-9))
+    outcome = trial.run(config_of(tiny_teacher, **{"pruning.sparsity": 0.8, "distillation.num_steps": 2}), teacher)
+    assert outcome.row["reconstructed_agreement"] is not None and outcome.epochs[-1]["step"] == 2
 
 
 def test_where_only_the_chosen_weights_cannot_be_fitted_the_criterions_stay_and_the_row_says_so(

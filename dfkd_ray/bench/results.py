@@ -22,6 +22,7 @@ from dfkd_ray.batches import Batch
 from dfkd_ray.config import TrialConfig, columns_of
 from dfkd_ray.images import PixelSpace, class_grid
 from dfkd_ray.ladder import BN_REESTIMATED, RECONSTRUCTED
+from dfkd_ray.trial import identity
 
 NETWORKS = ("resnet8", "resnet20", "resnet32", "resnet56", "wrn_16_1", "wrn_40_2", "vgg11", "mobilenet_v2")
 SPARSITIES = (0.5, 0.75, 0.9, 0.95)
@@ -32,7 +33,8 @@ NUM_IMAGES = 1024
 def made_up_rows(num_rows: int, seed: int = 0) -> list[dict[str, Any]]:
     """Rows of finished trials over a grid of networks, sparsities, BN weights, temperatures and three seeds."""
     rng = np.random.default_rng(seed)
-    plain = columns_of(TrialConfig(teacher="made-up"))
+    made_up = TrialConfig(teacher="made-up")
+    plain = columns_of(made_up.model_copy(update={"distillation": identity.settled(made_up, None)}))
     temperatures = (1.0 + 0.25 * n for n in itertools.count())
     rows = []
     for temperature in temperatures:
@@ -42,7 +44,6 @@ def made_up_rows(num_rows: int, seed: int = 0) -> list[dict[str, Any]]:
             wobble = float(rng.uniform(0, 0.02))
             config = {"teacher": network, "pruning.sparsity": sparsity, "distillation.temperature": temperature}
             config |= {"synthesis.bn_weight": weight, "reference.synthesis.bn_weight": weight}
-            config |= {"distillation.bn_mode": "trained", "distillation.learning_rate": 0.05}
             config |= {"synthesis.seed": trial_seed, "distillation.seed": trial_seed}
             rungs = {"teacher": 0.94, "pruned": 0.4 - 0.3 * sparsity, BN_REESTIMATED.name: 0.8 - 5 * wobble}
             rungs |= {RECONSTRUCTED.name: 0.9 - 3 * wobble, "recovered": 0.93 - 0.03 * sparsity - wobble}

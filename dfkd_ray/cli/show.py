@@ -9,7 +9,7 @@ from typing import Any
 
 from dfkd_ray.cli import tables
 from dfkd_ray.cli.streams import say
-from dfkd_ray.ladder import BESIDE, QUANTISED, RUNGS, TEACHER
+from dfkd_ray.ladder import BESIDE, QUANTISED, RUNGS, TEACHER, ended_early
 from dfkd_ray.text import is_null, shown
 
 TITLE = "closest to the teacher first (reference KL); accuracies in % of the test set"
@@ -89,10 +89,9 @@ def print_ladder(row: Mapping[str, Any], out: Path) -> None:
     reconstruction_s = row.get("reconstruction_wall_s")
     fitted = "" if is_null(reconstruction_s) else f"reconstructed in {number(reconstruction_s, 1.0, 0)} s, "
     distilled = f"distilled in {number(row.get('distillation_wall_s'), 1.0, 0)} s"
-    kl, enough, best_step = (row.get(name) for name in ("reference_kl", "enough_kl", "best_step"))
-    known = not any(map(is_null, (kl, enough, best_step)))
-    if known and best_step == 0 and kl < enough:  # type: ignore[operator]
-        distilled = f"near enough without distillation (reference KL {kl:.3f}, enough_kl={enough:g})"
+    if ended_early(row):
+        limits = f"reference KL {row['reference_kl']:.3f}, enough_kl={row['enough_kl']:g}"
+        distilled = f"near enough without distillation ({limits})"
     say(
         f"{number(row.get('num_images'), 1.0, 0)} images {made_in(row)}, {fitted}{distilled}; "
         f"{stored} bytes stored, {dense} dense"

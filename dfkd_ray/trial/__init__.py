@@ -232,7 +232,7 @@ def steps(
 
         rungs = Rungs(row, reference, inputs.test, inputs.teacher_accuracy, report)
         start = before_training(student, network, config, removable, first_pool, rungs, teacher.info, checkpoint)
-        if config.pruning.schedule == "one_shot" and rungs.is_enough(start.rung, config):
+        if rungs.is_enough(config):
             kd = kd.model_copy(update={"num_steps": 0})
         distillation_start = time.perf_counter()
         state = distillation.distil(

@@ -71,9 +71,10 @@ class Rungs:
         """The rung nearest to the teacher, the first of equals; of all measured ones without candidates."""
         return min(candidates or self.measured, key=lambda rung: self.measured[rung][0])
 
-    def is_enough(self, rung: Rung, config: TrialConfig) -> bool:
-        """Whether the student of a rung is so near to the teacher that its repair ends there."""
-        return rung in self.measured and self.measured[rung][0] < config.enough_kl
+    def is_enough(self, config: TrialConfig) -> bool:
+        """Whether the nearest student so far is so near to the teacher that its repair ends there."""
+        kl = self.measured[self.nearest()][0]
+        return config.pruning.schedule == "one_shot" and ladder.is_enough(kl, config.enough_kl)
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def before_training(
         start = ladder.BN_REESTIMATED
     else:
         rungs.leave_out(ladder.BN_REESTIMATED)
-    if reconstruction.applies(config, masks) and not rungs.is_enough(start, config):
+    if reconstruction.applies(config, masks) and not rungs.is_enough(config):
         start, masks, said = reconstructed(student, teacher, config, pool, rungs, masks, start)
         warned += said
     else:
@@ -189,7 +190,8 @@ def nearest_fit(
     """
     fits: dict[bool, tuple[float, pruning.Masks, list[str], dict[str, Tensor]]] = {}
     warned, failed = [], []
-    for reselect in kinds_of_fit(config):
+    kinds = kinds_of_fit(config)
+    for reselect in kinds:
         student.load_state_dict(rungs.states[ladder.PRUNED])
         found, warned = reconstruction.reconstruct(
             student, teacher, config, pool, rungs.reference.runtime, masks, reselect=reselect
@@ -199,9 +201,9 @@ def nearest_fit(
             continue
         kl = rungs.reference.compare(student)[1] if config.reselects else 0.0
         fits[reselect] = (kl, found, warned, deepcopy(student.state_dict()))
-        if kl < config.enough_kl or (
-            reselect and kl <= MOST_TIMES_FARTHER * kl_on(pool, student, teacher, config, rungs)
-        ):
+        if reselect is kinds[-1] or ladder.is_enough(kl, config.enough_kl):
+            break
+        if reselect and kl <= MOST_TIMES_FARTHER * kl_on(pool, student, teacher, config, rungs):
             break
     if not fits:
         return None, warned

@@ -16,7 +16,7 @@ from dfkd_ray.config import TrialConfig
 from dfkd_ray.distillation import Pool
 from dfkd_ray.heads import positive_share
 from dfkd_ray.image_sources import mean_term
-from dfkd_ray.ladder import PRUNED, TEACHER
+from dfkd_ray.ladder import PRUNED, TEACHER, ended_early
 
 LEAST_AGREEMENT = 0.5  # of images and the labels that they were made for
 LEAST_CONFIDENCE = 0.5  # mean over images of the probability of the teacher's answers; with few classes:
@@ -68,8 +68,7 @@ def warnings_of(
             "the teacher is not sure of the images: the mean probability of its answers is "
             f"{row['image_confidence']:.2f}"
         )
-    was_trained = config.distillation.num_steps > 0 and (row.get("reference_kl") or 0.0) >= config.enough_kl
-    if row.get("selected") == PRUNED.name and was_trained:
+    if row.get("selected") == PRUNED.name and config.distillation.num_steps > 0 and not ended_early(row):
         yield (
             "plain pruning is closest to the teacher and is the student: training on the images did not improve it "
             "(more or better images, or a lower distillation.learning_rate, may)"
