@@ -61,3 +61,4 @@ def test_a_sweep_has_the_effort_beneath_its_file(base, run_cli, tmp_path, monkey
     for effort, num_batches in ((), 5), (("--effort", "fast"), 2):
         done = run_cli("sweep", str(file), "--dry-run", *effort)
         assert done.code == 0 and f"{num_batches} batches" in done.out, done.out
+        assert ("enough_kl is not counted" in done.out) == bool(effort)

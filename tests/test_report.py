@@ -392,6 +392,22 @@ def test_the_answer_says_what_is_lost_on_a_rung_where_a_trial_has_it(heading, ru
     assert heading not in words and lost not in texts and "–" not in texts
 
 
+def test_the_answer_says_how_many_trials_ended_before_training():
+    near = {"enough_kl": 0.05, "reference_kl": 0.01, "best_step": 0}
+    rows = [
+        full_row(0),
+        full_row(1, **near),
+        full_row(2, **near, status="failed"),
+        full_row(3, **near | {"best_step": 9}),
+    ]
+
+    def words(*rows) -> str:
+        return Page(sections.answer(sections.Material(frame(rows), None, "", {}, {}, 0)).body).words
+
+    assert "1 trial ended before training, near enough by enough_kl" in words(*rows)
+    assert "ended before training" not in words(rows[0], rows[3])
+
+
 def test_the_close_view_holds_the_recovered_rung_and_its_bars_whole():
     best = aggregates.best(aggregates.configurations(frame(grid(networks=("resnet20",)))))
     close, whole = figures.ladder(best, "resnet20").axes

@@ -93,6 +93,8 @@ def dry_run(
         say("Optuna chooses its points as it goes: random points of the same space stand for them here")
     if plan.stop:
         say("early stopping is not counted: what it saves is not known beforehand")
+    if any(job.config.enough_kl for job in jobs):
+        say("enough_kl is not counted: a repair that it ends takes less, another one fits its layers twice")
 
 
 def machine_of(gpus: int | None, may_use_gpu: bool, stored: "Timings | None" = None) -> "Machine":

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from dfkd_ray.ladder import BN_REESTIMATED, QUANTISED, RECONSTRUCTED
+from dfkd_ray.ladder import BN_REESTIMATED, QUANTISED, RECONSTRUCTED, ended_early
 from dfkd_ray.report import aggregates, figures, page
 from dfkd_ray.report.image_sections import pictures, synthesis
 from dfkd_ray.report.material import Material
@@ -107,6 +107,8 @@ def answer(material: Material) -> Section:
     note += "".join(f"{heading}, {BESIDE[heading][1]}; " for heading in beside)
     note += "pruned, with nothing done. "
     note += "Best student: its folder under students/."
+    num_early = sum(map(ended_early, dicts(material.done)))
+    note += f" {count(num_early, 'trial')} ended before training, near enough by enough_kl." if num_early else ""
     return Section(name, title, html + page.paragraph(note + more(len(material.answers), len(rows), "row"), "note"))
 
 
