@@ -125,7 +125,7 @@ def test_every_trial_of_a_files_tiny_size_finishes(name, untrained, tmp_path):
         real = Batch(0, pixels, np.arange(8) % info.num_classes, "handed in")
         injected = (lambda index: replace(real, index=index)) if job.config.synthesis.method == "real" else None  # noqa: B023
         sweep.run_job(job, trial.Inputs(real=injected, images=trial.Local(tmp_path / "cache")), tmp_path / "out")
-    check_results(storage.folder(tmp_path / "out"), len(jobs))
+    check_results(storage.folder(tmp_path / "out"), jobs)
 
 
 def test_the_command_runs_quickstarts_tiny_size_with_all_that_it_keeps_in_a_bucket(bucket, run_cli):
@@ -134,9 +134,10 @@ def test_the_command_runs_quickstarts_tiny_size_with_all_that_it_keeps_in_a_buck
     command = [sys.executable, "-m", "dfkd_ray", *words, "--synthesizers", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
-    num_trials = len(sweep.expand(settings_of("quickstart"), {}, tiny=True))
+    jobs = sweep.plan(sweep.expand(settings_of("quickstart"), {}, tiny=True), bundles.load)
+    num_trials = len(jobs)
     assert f"{num_trials} trials, 0 failed" in done.stdout and "test:test" not in done.stdout
-    check_results(storage.folder(place), num_trials)
+    check_results(storage.folder(place), jobs)
     again = run_cli(*words)
     assert again.code == 0 and f"{num_trials} trials, {num_trials} already finished" in again.out
     told = run_cli("report", place)
@@ -144,10 +145,11 @@ def test_the_command_runs_quickstarts_tiny_size_with_all_that_it_keeps_in_a_buck
     assert (storage.folder(place).read("report.html") or b"").startswith(b"<!DOCTYPE html>")
 
 
-def check_results(place: Folder, num_trials: int) -> None:
+def check_results(place: Folder, jobs: list[sweep.Job]) -> None:
     """Every trial has its finished row, a student of the size and sparsity that the row says, and its events."""
     rows = results.read(place, "trials")
-    assert len(rows) == num_trials and set(rows["status"]) == {"finished"}, rows["reason"].dropna().tolist()
+    assert sorted(rows["trial_id"]) == sorted(job.id for job in jobs)
+    assert set(rows["status"]) == {"finished"}, rows["reason"].dropna().tolist()
     for row in rows.to_dict("records"):
         student = place / "students" / row["trial_id"]
         assert len(student.read("weights.safetensors") or b"") == row["stored_bytes"]
