@@ -104,4 +104,5 @@ def ended_early(row: Mapping[str, Any]) -> bool:
     kl, enough, best_step = (row.get(name) for name in ("reference_kl", "enough_kl", "best_step"))
     if is_null(kl) or is_null(enough) or is_null(best_step):
         return False
-    return row.get("pruning.schedule") == "one_shot" and best_step == 0 and is_enough(kl, enough)  # type: ignore[arg-type]
+    schedule = row.get("pruning.schedule")  # null where zeros are removed otherwise: that is done in one shot
+    return (is_null(schedule) or schedule == "one_shot") and best_step == 0 and is_enough(kl, enough)  # type: ignore[arg-type]

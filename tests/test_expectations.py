@@ -136,7 +136,7 @@ def test_rows_of_another_batchnorm_weight_than_the_teachers_own_are_none_of_the_
 
 
 def test_rows_of_another_learning_rate_than_auto_stands_for_are_none_of_the_sweep(checked, tiny_teacher):
-    data = data_of({"where": LOW, "metric": "points_lost", "at_most": 1.6})
+    data = data_of({"where": LOW | {"distillation.bn_mode": "auto"}, "metric": "points_lost", "at_most": 1.6})
     data["base"] = tiny_trial(tiny_teacher, **WEIGHTS, **{"pruning.structure": "channels"})
     rows = [
         row | {"distillation.bn_mode": "paired", "distillation.learning_rate": rate, "trial_id": f"t-{rate}-{number}"}

@@ -389,6 +389,15 @@ def test_a_resumed_search_knows_the_rows_and_tries_no_point_again(tiny_teacher, 
     assert other.search is not None and other.search.begin(rows) == 8, "rows of another base are of no use"
 
 
+def test_a_resumed_search_knows_a_row_of_auto_by_what_it_stood_for(tiny_teacher, tmp_path):
+    space = {"distillation.learning_rate": ["auto", 0.02], "distillation.bn_mode": ["auto", "frozen"]}
+    settings = settings_of(tiny_teacher, algorithm="optuna", space=space, num_trials=4)
+    plan = sweep.prepare(settings, bundles.load)
+    jobs = optimised(plan, [], 4)
+    assert plan.search is not None and plan.search.begin([row_of(job) for job in jobs]) == 0
+    assert {job.id for job in plan.jobs_in([row_of(job) for job in jobs])} == {job.id for job in jobs}
+
+
 def test_a_resumed_search_over_structures_knows_the_rows_in_which_fields_that_do_not_act_are_null(
     tiny_teacher, tmp_path
 ):
@@ -430,12 +439,13 @@ def test_optuna_that_is_missing_is_said_in_one_line(tiny_teacher, monkeypatch):
 
 
 SCRIPT = """
-import doctest, sys
+import doctest, sys, threading
 from pathlib import Path
 import yaml
 from dfkd_ray import bundles, fleet, sweep
 
 folder = Path(sys.argv[1])
+lock = threading.Lock()  # as a live view has one: it cannot be pickled
 with fleet.connected(num_cpus=1):  # one trial at a time, in one process
     assert doctest.testmod(sweep, extraglobs={"folder": folder}).failed == 0
     settings = sweep.parse(yaml.safe_load((folder / "optuna.yaml").read_text()))
@@ -443,7 +453,7 @@ with fleet.connected(num_cpus=1):  # one trial at a time, in one process
         told = []
         plan = sweep.prepare(settings, bundles.load)
         alone = sweep.Cluster(synthesizers=0)
-        heard = sweep.Callbacks(on_row=lambda row, _, total: told.append(total))
+        heard = sweep.Callbacks(on_row=lambda row, _, total: lock and told.append(total))
         sweep.run(plan, folder / "optuna", None, cluster=alone, callbacks=heard)
         print(told)
 """

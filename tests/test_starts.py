@@ -193,6 +193,8 @@ def test_a_bundle_with_fewer_channels_starts_and_is_saved_with_its_edits(teacher
     assert outcome.row["num_parameters"] == first.row["num_parameters"]
     assert outcome.save_student(tmp_path / "again").shape_edits == info.shape_edits
     bundles.load(str(tmp_path / "again"))
+    paired = config_of(tmp_path / "small", **{"distillation.bn_mode": "paired"})
+    refusal(lambda: trial.check(paired, teacher, ()), "bn_mode=paired needs a student with the teacher's layers")
     further = trial.run(config_of(tmp_path / "small", **fields), teacher)
     further.save_student(tmp_path / "smaller")
     loaded = bundles.load(str(tmp_path / "smaller"))

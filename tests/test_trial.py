@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dfkd_ray import batchnorm, bundles, evaluation, models, results, trial
+from dfkd_ray import batchnorm, bundles, evaluation, ladder, models, results, trial
 from dfkd_ray.batches import Batch
 from dfkd_ray.compression import layerwise, moments, pruning
 from dfkd_ray.config import FROM_IMAGES, TrialConfig, validate
@@ -230,6 +230,14 @@ def test_a_repair_that_is_near_enough_ends_there(teacher, tiny_teacher, monkeypa
     assert (outcome.row["reconstructed_agreement"] is None) == (not fits)
     assert outcome.epochs[-1]["step"] == steps
     assert outcome.row["num_student_passes"] == plain.row["num_student_passes"] * steps // 2
+
+
+@pytest.mark.parametrize("structure", ["unstructured", "n_of_m", "channels"])
+def test_a_row_says_that_a_repair_ended_early_whatever_is_removed(teacher, tiny_teacher, structure):
+    settings = {"pruning.sparsity": 0.5, "pruning.structure": structure, "enough_kl": 100.0}
+    outcome = trial.run(config_of(tiny_teacher, **settings), teacher)
+    assert outcome.epochs[-1]["step"] == 0 and ladder.ended_early(outcome.row)
+    assert "training on the images" not in str(outcome.row["warnings"])
 
 
 def test_a_kl_that_rounding_makes_negative_ends_no_repair_by_default(teacher, tiny_teacher, monkeypatch):

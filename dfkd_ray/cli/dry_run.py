@@ -94,7 +94,7 @@ def dry_run(
     if plan.stop:
         say("early stopping is not counted: what it saves is not known beforehand")
     if any(job.config.enough_kl for job in jobs):
-        say("enough_kl is not counted: a repair that it ends takes less, another one fits its layers twice")
+        say("enough_kl is not counted: a repair that it ends takes less, another one may fit its layers twice")
 
 
 def machine_of(gpus: int | None, may_use_gpu: bool, stored: "Timings | None" = None) -> "Machine":

@@ -103,7 +103,8 @@ def check(
     teacher_of = cache(lambda name: opened(name, open_teacher))
     expanded = expand(settings, {})
     configs = [columns_of(numbered(config, teacher_of)) for config in expanded]
-    wanted = [matched(one, configs, f"about.expected.{index}") for index, one in enumerate(ranges)]
+    as_written = [columns_of(config) for config in expanded]  # a range says `auto` where the file does
+    wanted = [matched(one, as_written, f"about.expected.{index}") for index, one in enumerate(ranges)]
     names = compared(configs)
     places = {key(config, names): place for place, config in enumerate(configs)}
     found = pd.Series([places.get(key(row, names)) for row in trials.to_dict("records")], trials.index, dtype=object)

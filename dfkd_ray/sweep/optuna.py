@@ -10,6 +10,7 @@ from typing import Any
 
 from dfkd_ray.batches import mix_seed
 from dfkd_ray.config import LEFT_OUT
+from dfkd_ray.config.fields import AUTO
 from dfkd_ray.sweep.search import Domain, Point, SearchConfig, excess, loss
 from dfkd_ray.sweep.tune_reports import METRIC, MODE
 from dfkd_ray.text import is_null
@@ -163,7 +164,9 @@ def columns(name: str, value: Any) -> dict[str, Any]:
 
 
 def same(cell: Any, value: Any) -> bool:
-    """Whether a cell of a table holds a value of a config."""
+    """Whether a cell of a table may come from a value of a config."""
+    if value == AUTO:  # the row has what it stood for; the trial's id decides
+        return True
     return is_null(cell) if value is None else not is_null(cell) and cell == value
 
 
@@ -174,9 +177,13 @@ def searcher(suggestions: Suggestions, add: Callable[[Any], int]) -> Any:
     class Asking(Searcher):
         """Maps Tune's trial ids to job ids."""
 
-        def __init__(self):
+        def __init__(self, suggestions: Suggestions, add: Callable[[Any], int]):
             super().__init__(metric=METRIC, mode=MODE)
+            self.suggestions, self.add = suggestions, add
             self.jobs: dict[str, str] = {}
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {}  # Tune pickles its searcher for its own resume, which is not used; the ledger cannot be pickled
 
         def set_search_properties(self, *_args: Any, **_options: Any) -> bool:
             """Nothing to set: space and metric are fixed."""
@@ -184,17 +191,17 @@ def searcher(suggestions: Suggestions, add: Callable[[Any], int]) -> Any:
 
         def suggest(self, trial_id: str) -> Any:
             """The next job as a Tune config."""
-            job = suggestions.next()
+            job = self.suggestions.next()
             if job is None:
                 return Searcher.FINISHED
             self.jobs[trial_id] = job.id
             config = job.config.model_dump_json()
-            return {"job": add(job), "id": job.id, "config": config, "teacher_hash": job.teacher.hash}
+            return {"job": self.add(job), "id": job.id, "config": config, "teacher_hash": job.teacher.hash}
 
         def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
             """Pass a trial's result on to Optuna."""
             failed = error or not result or bool(result.get("failed"))
-            suggestions.tell(self.jobs[trial_id], None if failed else result)
+            self.suggestions.tell(self.jobs[trial_id], None if failed else result)
 
         def save(self, checkpoint_path: str) -> None:
             """Nothing to save: a search is resumed from the rows."""
@@ -202,4 +209,4 @@ def searcher(suggestions: Suggestions, add: Callable[[Any], int]) -> Any:
         def restore(self, checkpoint_path: str) -> None:
             """Nothing to restore, for the same reason."""
 
-    return Asking()
+    return Asking(suggestions, add)

@@ -198,6 +198,12 @@ def check(config: TrialConfig, teacher: Teacher, trust_code: Sequence[str], on_g
             f"distillation.bn_mode={config.distillation.bn_mode} acts on BatchNorm, and the student has none; "
             "set distillation.bn_mode=trained"
         )
+    if config.student.architecture is not None and config.distillation.bn_mode == "paired":
+        # `pinned` has found in the student's file what the config did not say.
+        raise ValueError(
+            "distillation.bn_mode=paired needs a student with the teacher's layers, and that of student.weights has "
+            "others; set it to trained"
+        )
     return removable
 
 

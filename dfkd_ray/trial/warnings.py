@@ -50,7 +50,8 @@ def warnings_of(
         )
     labels = np.unique(pool.labels[pool.labels != NO_LABEL])
     if one_class and 0 < len(labels) < num_classes:
-        few = len(pool.labels) < num_classes  # a generator's labels are what the teacher sees, however many there are
+        # A generator's labels are what the teacher sees, however many images there are.
+        few = config.distillation.num_images < num_classes
         advice = f": set distillation.num_images to {num_classes:,} or more" if few else ""
         yield f"{num_classes - len(labels):,} of {num_classes:,} classes have no image{advice}"
     if config.student.architecture is None and any(row.get("num_steps") == 0 for row in rows):
