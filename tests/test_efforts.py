@@ -2,7 +2,7 @@
 
 import pytest
 
-from dfkd_ray import config
+from dfkd_ray import config, sweep
 from dfkd_ray.config import EFFORTS, TrialConfig, validate, with_effort
 from dfkd_ray.sweep import estimate
 from helpers import assert_one_error
@@ -62,3 +62,32 @@ def test_a_sweep_has_the_effort_beneath_its_file(base, run_cli, tmp_path, monkey
         done = run_cli("sweep", str(file), "--dry-run", *effort)
         assert done.code == 0 and f"{num_batches} batches" in done.out, done.out
         assert ("enough_kl is not counted" in done.out) == bool(effort)
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"synthesis.method": ["deepinversion", "noise"]},
+        {"synthesis": [{"method": "deepinversion"}, {"method": "noise"}]},
+        {"synthesis": [{}, {"method": "noise"}]},
+    ],
+)
+def test_each_trial_of_a_grid_over_methods_has_what_of_an_effort_is_for_its_method(axes):
+    data = {"effort": "fast", "base": {"teacher": "t", "distillation": {"num_steps": 7}}, "grid": axes}
+    made, other = sweep.expand(sweep.parse(data), {})
+    assert made == trial("fast", distillation={"num_steps": 7})
+    assert other == trial("fast", distillation={"num_steps": 7}, synthesis={"method": "noise"})
+    passes = {"base": {"teacher": "t"}, "grid": {"distillation.num_passes": [9999]}}
+    (told,) = sweep.expand(sweep.parse(data | passes), {})
+    assert told.distillation.num_passes == 9999 and told.synthesis == made.synthesis
+
+
+def test_ranges_hold_for_the_effort_of_their_file(run_cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimate, "calibrate", lambda units, *_: dict.fromkeys(units, estimate.Cost(1.0)))
+    dropped = []
+    monkeypatch.setattr(sweep, "without_ranges", lambda settings, why: dropped.append(why) or settings)
+    for own, asked, num in (("fast", "fast", 0), ("fast", "standard", 1), ("standard", "fast", 1)):
+        file = tmp_path / "s.yaml"
+        file.write_text(f"effort: {own}\ngrid: {{teacher: [fashion_mnist_resnet8]}}\n")
+        dropped.clear()
+        assert run_cli("sweep", str(file), "--dry-run", "--effort", asked).code == 0 and len(dropped) == num

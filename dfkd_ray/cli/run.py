@@ -182,10 +182,9 @@ def sweep(
     # The GPUs of a cluster's machines are not known before it is joined, and differ from the driver's.
     elsewhere = not dry_run and (address or os.environ.get("RAY_ADDRESS") or "local") != "local"
     on_gpu = elsewhere or (stored is not None and stored.kind == "GPU")
-    if effort is not None and isinstance(data.setdefault("base", {}), dict):
-        data["base"] = configs.with_effort(data["base"], effort)
-    settings = sweeps.parse(data, str(file))
-    if effort not in (None, "standard"):
+    is_files_own = effort in (None, data.get("effort", "standard"))
+    settings = sweeps.parse(data if is_files_own else data | {"effort": effort}, str(file))
+    if not is_files_own:
         settings = sweeps.without_ranges(settings, f"the file's ranges are not for effort {effort}")
     plan = sweeps.prepare(
         settings,

@@ -19,6 +19,7 @@ from dfkd_ray.config import (
     ReferenceConfig,
     TrialConfig,
     flat,
+    with_effort,
     with_overrides,
 )
 from dfkd_ray.config.fields import describe
@@ -228,9 +229,11 @@ def distinct_points(sweep: SweepConfig) -> Iterator[Point]:
 def data_at(sweep: SweepConfig, point: Point, overrides: Mapping[str, Any], tiny: bool = False) -> dict[str, Any]:
     """The plain data of the trial at a point: base, updated by the point, then by `tiny` and overrides if they apply.
 
+    The fields of the sweep's effort are beneath base and point.
+
     pydantic's `ValueError` if a section that these fields belong to is not a mapping.
     """
-    data = with_overrides(sweep.base, point)
+    data = with_effort(with_overrides(sweep.base, point), sweep.effort)
     fixed = {**(sweep.tiny if tiny else {}), **overrides}
     if not fixed:
         return data

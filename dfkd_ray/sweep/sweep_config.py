@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
 
-from dfkd_ray.config import STRICT, TrialConfig, validate
+from dfkd_ray.config import STRICT, Effort, TrialConfig, validate
 from dfkd_ray.config.fields import NUMBER, UNION_TAGS, hint, known_fields, plain, value_fault
 from dfkd_ray.config.parsing import MOST_VALUES, name_fault
 from dfkd_ray.plain import LARGEST, fault, given, named
@@ -45,6 +45,9 @@ class SweepConfig(BaseModel):
     about: About | None = Field(default=None, description="for readers; shipped sweeps have it")
     base: Annotated[dict[str, Any], plain(2000)] = Field(
         default_factory=dict, description="a trial config; what it leaves out has defaults"
+    )
+    effort: Effort = Field(
+        default="standard", description="the fields of an effort, in each trial beneath what base and point set"
     )
     grid: dict[str, list[Any]] | list[dict[str, list[Any]]] | None = Field(
         default=None, description="dotted field → values; or several"
