@@ -389,13 +389,14 @@ def test_a_resumed_search_knows_the_rows_and_tries_no_point_again(tiny_teacher, 
     assert other.search is not None and other.search.begin(rows) == 8, "rows of another base are of no use"
 
 
-def test_a_resumed_search_knows_a_row_of_auto_by_what_it_stood_for(tiny_teacher, tmp_path):
+def test_a_resumed_search_knows_a_row_of_auto_by_what_it_stood_for(tiny_teacher):
     space = {"distillation.learning_rate": ["auto", 0.02], "distillation.bn_mode": ["auto", "frozen"]}
     settings = settings_of(tiny_teacher, algorithm="optuna", space=space, num_trials=4)
     plan = sweep.prepare(settings, bundles.load)
     jobs = optimised(plan, [], 4)
-    assert plan.search is not None and plan.search.begin([row_of(job) for job in jobs]) == 0
-    assert {job.id for job in plan.jobs_in([row_of(job) for job in jobs])} == {job.id for job in jobs}
+    rows = [row_of(job) for job in jobs]
+    assert plan.search is not None and plan.search.begin(rows) == 0
+    assert {job.id for job in plan.jobs_in(rows)} == {job.id for job in jobs}
 
 
 def test_a_resumed_search_over_structures_knows_the_rows_in_which_fields_that_do_not_act_are_null(

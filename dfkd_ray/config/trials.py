@@ -348,6 +348,10 @@ class TrialConfig(BaseModel):
         new_student = self.student.architecture is not None and self.student.weights is None
         if new_student and self.distillation.bn_mode not in ("auto", "trained"):
             raise ValueError("a student from scratch has no BatchNorm statistics yet; set distillation.bn_mode=trained")
+        self.refuse_unpaired()
+        return self
+
+    def refuse_unpaired(self) -> None:
+        """`ValueError` for paired BatchNorm with another architecture. A student's file may be what says so."""
         if self.student.architecture is not None and self.distillation.bn_mode == "paired":
             raise ValueError("distillation.bn_mode=paired needs a student with the teacher's layers; set it to trained")
-        return self

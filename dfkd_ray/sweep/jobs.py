@@ -1,8 +1,9 @@
 """Turns a sweep file into a plan: validated jobs, each a trial config with its loaded teacher. Nothing is started.
 
 A sweep file has `base` (a trial config) and either `grid` (dotted field → list of values; a list of grids is their
-union) or `search` (dotted field → domain). Optional are `exclude` (partial points to leave out), `seeds` (the number of
-seeds of synthesis and distillation), `stop` (early stopping), `tiny` (overrides for a small run) and `about`.
+union) or `search` (dotted field → domain). Optional are `effort` (fields beneath each trial), `exclude` (partial
+points to leave out), `seeds` (the number of seeds of synthesis and distillation), `stop` (early stopping), `tiny`
+(overrides for a small run) and `about`.
 """
 
 import itertools

@@ -187,6 +187,7 @@ def check(config: TrialConfig, teacher: Teacher, trust_code: Sequence[str], on_g
         synthesis.check(teacher, settings, name)
     student = teacher.network
     config = config.model_copy(update={"student": starts.pinned(config.student, teacher)})
+    config.refuse_unpaired()
     if config.student.architecture is not None or config.student.weights is not None:
         student = starting_student(config, teacher, torch.device("cpu"), trust_code)
         starting.check(student, config, teacher)
@@ -197,12 +198,6 @@ def check(config: TrialConfig, teacher: Teacher, trust_code: Sequence[str], on_g
         raise ValueError(
             f"distillation.bn_mode={config.distillation.bn_mode} acts on BatchNorm, and the student has none; "
             "set distillation.bn_mode=trained"
-        )
-    if config.student.architecture is not None and config.distillation.bn_mode == "paired":
-        # `pinned` has found in the student's file what the config did not say.
-        raise ValueError(
-            "distillation.bn_mode=paired needs a student with the teacher's layers, and that of student.weights has "
-            "others; set it to trained"
         )
     return removable
 
