@@ -148,6 +148,16 @@ def test_rows_of_another_learning_rate_than_auto_stands_for_are_none_of_the_swee
     assert "(2 of 2 trials)" in lines[1]
 
 
+def test_a_trial_that_says_a_value_is_not_taken_for_its_neighbour_that_leaves_it_to_a_teacher_now_gone(checked):
+    low = [{"where": LOW | {"distillation.learning_rate": rate}} for rate in ("auto", 0.2)]
+    data = data_of(*(one | {"metric": "points_lost", "at_most": 9.0} for one in low))
+    data["base"] = tiny_trial("gone", **WEIGHTS, **{"pruning.structure": "channels", "distillation.bn_mode": "paired"})
+    data["grid"] = GRID | {"distillation.learning_rate": ["auto", 0.2]}
+    code, lines, err = checked(data, rows_of(data))
+    assert code == 0 and err.startswith("teacher gone cannot be opened here")
+    assert len(lines) == 3 and all("(2 of 2 trials)" in line for line in lines[:2])
+
+
 def test_a_tiny_run_and_other_settings_cannot_be_compared(checked):
     data = data_of({"where": LOW, "metric": "points_lost", "at_most": 9.0})
     code, lines, err = checked(data, rows_of(data, tiny=True))

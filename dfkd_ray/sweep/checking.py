@@ -105,13 +105,12 @@ def check(
     configs = [columns_of(numbered(config, teacher_of)) for config in expanded]
     as_written = [columns_of(config) for config in expanded]  # a range says `auto` where the file does
     wanted = [matched(one, as_written, f"about.expected.{index}") for index, one in enumerate(ranges)]
-    names = compared(configs)
-    places = {key(config, names): place for place, config in enumerate(configs)}
-    found = pd.Series([places.get(key(row, names)) for row in trials.to_dict("records")], trials.index, dtype=object)
+    place_of = recogniser(configs)
+    found = pd.Series([place_of(row) for row in trials.to_dict("records")], trials.index, dtype=object)
     own = trials.loc[found.notna()]
     if own.empty:
         tiny = expand(settings, {}, tiny=True) if settings.tiny else []
-        raise ValueError(why_none([numbered(config, teacher_of) for config in tiny], trials, configs, names))
+        raise ValueError(why_none([columns_of(numbered(config, teacher_of)) for config in tiny], trials, configs))
     version = own[list(selecting.ALGORITHMS)].fillna(0).apply(tuple, axis=1)
     is_newest = version == version.max()
     current = own.loc[is_newest].assign(place=found)
@@ -152,10 +151,28 @@ def numbered(config: TrialConfig, teacher_of: Callable[[str], Teacher | None]) -
     return config.model_copy(update={"synthesis": own, "reference": reference})
 
 
-def compared(configs: Sequence[Columns]) -> list[str]:
-    """The columns by which rows are recognised: all fields but those that are known only where a trial runs."""
+def recogniser(configs: Sequence[Columns]) -> Callable[[Columns], int | None]:
+    """The place of the config that a row's trial has; None for a row of none of them.
+
+    A row may have any value where its own config says `auto`; a config that says the value itself goes before.
+    """
+    places: dict[tuple[str, ...], dict[tuple[Any, ...], int]] = {}  # by the fields that are compared
+    for place, config in enumerate(configs):
+        names = compared(config)
+        places.setdefault(names, {})[key(config, names)] = place
+    kinds = sorted(places, key=len, reverse=True)
+
+    def place_of(row: Columns) -> int | None:
+        found = (places[names].get(key(row, names)) for names in kinds)
+        return next((place for place in found if place is not None), None)
+
+    return place_of
+
+
+def compared(config: Columns) -> tuple[str, ...]:
+    """The columns by which a config's rows are recognised: all fields but those that are known only where it runs."""
     names = [name for name in selecting.config_fields() if name not in IGNORED and not follows(name)]
-    return [name for name in names if not any(config.get(name) == AUTO for config in configs)]
+    return tuple(name for name in names if config.get(name) != AUTO)
 
 
 def key(row: Columns, names: Sequence[str]) -> tuple[Any, ...]:
@@ -172,19 +189,18 @@ def plain_value(name: str, value: Any) -> Any:
     return bool(value) if type(value).__name__.startswith("bool") else float(value)
 
 
-def why_none(
-    tiny: Sequence[TrialConfig], trials: pd.DataFrame, configs: Sequence[Columns], names: Sequence[str]
-) -> str:
+def why_none(tiny: Sequence[Columns], trials: pd.DataFrame, configs: Sequence[Columns]) -> str:
     """Why no row is of a trial of the sweep: a run of its tiny size, or the fields in which the nearest row differs."""
     what = f"none of the {len(trials)} rows is of a trial of the sweep"
     if trials.empty:
         return "there are no rows yet"
-    tiny_keys = {key(columns_of(config), names) for config in tiny}
-    rows = [key(row, names) for row in trials.to_dict("records")]
-    if tiny_keys & set(rows):
+    rows = trials.to_dict("records")
+    is_tiny = recogniser(tiny)
+    if any(is_tiny(row) is not None for row in rows):
         return f"{what}: they are of its tiny size, which the ranges say nothing about"
-    keys = [key(config, names) for config in configs]
-    differing = [[n for n, a, b in zip(names, rows[0], other, strict=True) if a != b] for other in keys]
+    differing = [
+        [name for name in compared(config) if key(rows[0], [name]) != key(config, [name])] for config in configs
+    ]
     nearest = min(differing, key=len)
     more = ", …" if len(nearest) > NUM_NAMED else ""
     return f"{what}: the first differs in {', '.join(nearest[:NUM_NAMED])}{more}"
