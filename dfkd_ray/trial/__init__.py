@@ -4,7 +4,6 @@ The result is a row. Real data is passed in as arguments: test batches (for repo
 images, a source of them. This module opens no data set.
 """
 
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -38,7 +37,7 @@ from dfkd_ray.distillation import NOBODY, Observer
 from dfkd_ray.heads import HEADS
 from dfkd_ray.image_sources import Gathered, Images, Injected, Local, Round, wall_s
 from dfkd_ray.storage import Folder, Where
-from dfkd_ray.trial import quantisation, speed, starting, structure
+from dfkd_ray.trial import quantisation, recovered, speed, starting, structure
 from dfkd_ray.trial.identity import (
     CHECKPOINTS,
     TRIAL_ID,
@@ -50,9 +49,9 @@ from dfkd_ray.trial.identity import (
     trial_id,
 )
 from dfkd_ray.trial.images import Rounds, RoundsLostError, batches_wanted, gather_reference, reference_of
-from dfkd_ray.trial.row import cost_columns, made_columns, pass_columns, size_columns, student_info, test_columns
+from dfkd_ray.trial.recovered import Recovered
+from dfkd_ray.trial.row import made_columns, student_info, test_columns
 from dfkd_ray.trial.rungs import Rungs, before_training
-from dfkd_ray.trial.warnings import warnings_of
 
 __all__ = [
     "CHECKPOINTS",
@@ -257,46 +256,49 @@ def steps(
             pool = rounds.pool()
             row |= made_columns(rounds, pool, network, head, runtime)
 
-    kl, agreement = rungs.measured[selected]
-    row |= {
-        "agreement": agreement,
-        "reference_kl": kl,
-        "best_step": state.best_step if selected is ladder.RECOVERED else 0,
-        # Distillation may have kept what it began with.
-        "selected": (start.rung if selected is ladder.RECOVERED and state.best_step == 0 else selected).name,
-        "status": "finished",
-    } | pass_columns(rounds.rows, state.step * kd.batch_size)
-    student, choice = devices.place(student, torch.device("cpu"), channels_last=False), start.choice
-    pruned = tuple(pruning.prunable(student)) if (config.pruning.sparsity > 0 or start.masks) and choice is None else ()
-    row |= size_columns(student, pruned) | cost_columns(student, teacher)
-    warned = [*start.warnings, *starting.warnings_of(config, teacher)]
-    if config.pruning.structure == "channels":  # its sparsity is no number of zeros, even where nothing was removed
-        row["achieved_sparsity"] = 1 - row["num_parameters"] / num_before
-    if choice is not None:
-        row["channels"] = json.dumps(choice.widths)
-    row["warnings"] = "; ".join([*warned, *warnings_of(config, teacher, row, rounds.rows, pool)]) or None
+    student = devices.place(student, torch.device("cpu"), channels_last=False)
+    own = Recovered(student, num_before, start, selected, state, rounds, pool)
+    row |= recovered.columns(config, teacher, own, rungs)
     missing = config.pruning.sparsity - row["achieved_sparsity"]
-    if config.pruning.structure == "unstructured" and missing * num_prunable(student) >= 1:
+    if config.pruning.structure == "unstructured" and missing * num_prunable(own.student) >= 1:
         reason = (
             f"sparsity {row['achieved_sparsity']:.4f} instead of pruning.sparsity={config.pruning.sparsity}: "
             "pruned weights do not stay zero in this network"
         )
         return Outcome({**row, "status": "failed", "reason": reason})
+    return measured_for_use(config, teacher, network, own, rungs, held_out.rows)
+
+
+def measured_for_use(
+    config: TrialConfig,
+    teacher: Teacher,
+    network: nn.Module,
+    own: Recovered,
+    rungs: Rungs,
+    reference_rows: Sequence[dict[str, Any]],
+) -> Outcome:
+    """The trial's outcome: a recovered student, in int8 too where the config wants that, and its latency in the row.
+
+    `network` is the teacher's on the trial's device; `reference_rows` say how the reference set was made.
+    """
+    row, choice, pruned = rungs.row, own.start.choice, own.pruned(config)
+    student = own.student.requires_grad_(False)
     info = student_info(config, teacher, row, () if choice is None else choice.edits)
     files = None
     if config.quantisation.int8:
         sha256 = bundles.stored_sha256(student.state_dict(), pruned)
         described = info.model_copy(update={"weights_sha256": sha256})
-        own = Teacher(student.requires_grad_(False), described, teacher.hash, row["trial_id"])
-        files = quantisation.quantise(own, config, network, pool, rungs)
+        to_quantise = Teacher(student, described, teacher.hash, row["trial_id"])
+        files = quantisation.quantise(to_quantise, config, network, own.pool, rungs)
     else:
         rungs.leave_out(ladder.QUANTISED)
     of_another_shape = student if choice is not None or config.student.architecture is not None else None
+    device = devices.resolve(config.device)
     row |= speed.columns(config.latency, network, of_another_shape, files, info.input_shape, device)
-    images = Batch(0, pool.images, pool.labels, rounds.key)
-    rows = (*held_out.rows, *rounds.rows)
+    images = Batch(0, own.pool.images, own.pool.labels, own.rounds.key)
+    rows = (*reference_rows, *own.rounds.rows)
     int8 = None if files is None else files.int8
-    return Outcome(row, student.requires_grad_(False), info, pruned, (images,), tuple(state.epochs), rows, int8)
+    return Outcome(row, student, info, pruned, (images,), tuple(own.state.epochs), rows, int8)
 
 
 def num_prunable(student: nn.Module) -> int:
