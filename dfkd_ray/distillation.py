@@ -19,7 +19,7 @@ from dfkd_ray.batches import mix_seed
 from dfkd_ray.compression import pruning, unreached
 from dfkd_ray.config import DistillationConfig, PruningConfig
 from dfkd_ray.devices import Runtime
-from dfkd_ray.distillation_state import State
+from dfkd_ray.distillation_state import Clock, State
 from dfkd_ray.evaluation import Reference
 from dfkd_ray.features import Maps
 from dfkd_ray.images import decode, flip_images, mix_images, shift_images
@@ -140,6 +140,7 @@ def distil(
     )
     found = distillation_state.read(place, student, optimiser, config.num_steps) if place else None
     state = found or State()
+    clock = Clock(state.earlier_s)
     if found:
         masks = {name: weight.detach() != 0 for name, weight in pruning.prunable(student).items() if name in masks}
     gpus = [device] if device.type == "cuda" else []
@@ -164,7 +165,8 @@ def distil(
             if step == last_pruning or (step < last_pruning and step % pruned.config.schedule_every == 0):
                 masks = cubic_masks(student, pruned.config, step, config.num_steps, final=step == last_pruning)
             generator = torch.Generator().manual_seed(mix_seed(config.seed, 2, step))
-            pool = pool_at(step, student)
+            with clock.stopped():
+                pool = pool_at(step, student)
             rows = rows_of(config, len(pool.labels), step)
             images, weight, partner = augmented(pool, rows, config, runtime, generator)
             set_mode(student, config.bn_mode)
@@ -212,9 +214,11 @@ def distil(
             if place and (state.step % config.checkpoint_every == 0) and state.step % config.eval_every == 0:
                 if observer.epochs:
                     observer.epochs(state.epochs)
+                state.seconds = clock.seconds()
                 distillation_state.write(place, student, optimiser, state)
     student.load_state_dict(state.best)
     student.eval()
+    state.seconds = clock.seconds()
     return state
 
 

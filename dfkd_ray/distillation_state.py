@@ -2,7 +2,9 @@
 
 import logging
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +19,11 @@ Snapshot = dict[str, Tensor]
 
 @dataclass
 class State:
-    """The state of a distillation, as stored in a checkpoint."""
+    """The state of a distillation, as stored in a checkpoint.
+
+    `seconds`: of distillation in all attempts, without waiting for images; `earlier_s`: of those before this one, which
+    is not stored.
+    """
 
     step: int = 0
     best_step: int = 0
@@ -26,13 +32,36 @@ class State:
     looks_since_best: int = 0
     best: Snapshot = field(default_factory=dict)
     epochs: list[dict[str, float | int | None]] = field(default_factory=list)
+    seconds: float = 0.0
+    earlier_s: float = 0.0
+
+
+NOT_PLAIN = ("best", "earlier_s")  # fields that are no plain data of a checkpoint
+
+
+class Clock:
+    """Counts seconds on top of those of earlier attempts."""
+
+    def __init__(self, earlier_s: float):
+        self.zero = time.perf_counter() - earlier_s
+
+    def seconds(self) -> float:
+        """The seconds so far, but for those that did not count."""
+        return time.perf_counter() - self.zero
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Does not count the seconds within."""
+        start = time.perf_counter()
+        yield
+        self.zero += time.perf_counter() - start
 
 
 def write(folder: Folder, student: nn.Module, optimiser: torch.optim.SGD, state: State) -> None:
     """Write student, momentum, best student and counters atomically into one safetensors file."""
     tensors = {f"student.{name}": tensor for name, tensor in student.state_dict().items()}
     tensors |= {f"best.{name}": tensor for name, tensor in state.best.items()}
-    plain = {name: value for name, value in vars(state).items() if name != "best"}
+    plain = {name: value for name, value in vars(state).items() if name not in NOT_PLAIN}
     plain["best_kl"] = state.best_kl if math.isfinite(state.best_kl) else None
     checkpoints.write(folder, tensors, optimiser, plain)
 
@@ -64,7 +93,8 @@ def checked_state(plain: Mapping[str, object], num_steps: int | None, has_best: 
     """The counters of a checkpoint, without `best`. `ValueError` if the fields are not those of `State`, or the values
     are impossible for a distillation of `num_steps`.
     """
-    fields = {name for name in vars(State()) if name != "best"}
+    fields = {name for name in vars(State()) if name not in NOT_PLAIN}
+    plain = {"seconds": 0.0, **plain}  # older checkpoints do not know it
     if set(plain) != fields:
         raise ValueError(f"its fields are {', '.join(sorted(plain))[:100]}, expected {', '.join(sorted(fields))}")
     step = checkpoints.counter(plain, "step", num_steps if num_steps is not None else 2**53)
@@ -76,6 +106,9 @@ def checked_state(plain: Mapping[str, object], num_steps: int | None, has_best: 
         raise ValueError("best_agreement is not between 0 and 1")
     if (agreement != -1) != has_best or (kl is None and has_best):
         raise ValueError("its best student does not match its counters")
+    seconds = plain["seconds"]
+    if not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
+        raise ValueError("its seconds are no number from 0 on")
     if not has_best and step == num_steps:
         raise ValueError("it is at the last step but has no best student")
     if not isinstance(epochs, list) or not 1 <= len(epochs) <= step + 1 or not all(map(is_look, epochs)):
@@ -90,6 +123,8 @@ def checked_state(plain: Mapping[str, object], num_steps: int | None, has_best: 
         best_kl=float(kl) if isinstance(kl, int | float) else math.inf,
         looks_since_best=checkpoints.counter(plain, "looks_since_best", len(epochs)),
         epochs=epochs,
+        seconds=float(seconds),
+        earlier_s=float(seconds),
     )
 
 

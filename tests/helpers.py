@@ -210,6 +210,7 @@ def distilled(
     progress=None,
     pool=None,
     on_epochs=None,
+    pool_at=None,
 ):
     """A student that was distilled from a teacher, and the state that this ended with."""
     space = teacher.info.space
@@ -224,7 +225,7 @@ def distilled(
     state = distillation.distil(
         student,
         teacher.network,
-        lambda _step, _student: pool or a_pool(),
+        pool_at or (lambda _step, _student: pool or a_pool()),
         config,
         pruning.Pruned(pruning_config, masks),
         reference,

@@ -25,7 +25,7 @@ from dfkd_ray import (
 from dfkd_ray.compression import pruning
 from dfkd_ray.config import PruningConfig
 from dfkd_ray.heads import SOFTMAX
-from helpers import SMALL_DISTILLATION, distilled, same_weights
+from helpers import SMALL_DISTILLATION, a_pool, distilled, same_weights
 
 
 @pytest.fixture
@@ -67,6 +67,31 @@ def test_a_resumed_run_gives_the_same_numbers_as_an_undisturbed_one(teacher, tmp
     assert state.epochs == expected.epochs and state.best_step == expected.best_step
 
 
+def test_seconds_are_of_all_attempts_and_not_of_waiting_for_images(teacher, tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(distillation_state.time, "perf_counter", lambda: now)
+
+    def work(stage, done, total, shown):
+        nonlocal now
+        now += 1.0
+        if done == 5 and not resumes:
+            raise KeyboardInterrupt
+
+    def waits(step, student):
+        nonlocal now
+        now += 100.0
+        return a_pool()
+
+    resumes = False
+    with pytest.raises(KeyboardInterrupt):
+        distilled(teacher, checkpoint=tmp_path / "ckpt", progress=work, pool_at=waits)
+    resumes = True
+    _, state = distilled(teacher, checkpoint=tmp_path / "ckpt", progress=work, pool_at=waits)
+    assert (state.earlier_s, state.seconds) == (4.0, 6.0), "one for each step"
+    _, state = distilled(teacher, progress=work, pool_at=waits)
+    assert (state.earlier_s, state.seconds) == (0.0, 6.0)
+
+
 def test_a_checkpoint_is_read_without_pickle(teacher, tmp_path, monkeypatch):
     distilled(teacher, checkpoint=tmp_path / "ckpt")
     monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("torch.load was called"))
@@ -74,7 +99,8 @@ def test_a_checkpoint_is_read_without_pickle(teacher, tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "ckpt").iterdir()] == ["state.safetensors"]
 
 
-def test_a_checkpoint_under_a_uri_is_the_same_checkpoint(teacher, tmp_path):
+def test_a_checkpoint_under_a_uri_is_the_same_checkpoint(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(distillation_state.time, "perf_counter", lambda: 0.0)  # its seconds are in it
     elsewhere = storage.folder(f"fsspec+memory://{uuid.uuid4().hex}/ckpt")
     for place in (tmp_path / "ckpt", elsewhere):
         distilled(teacher, checkpoint=place)

@@ -135,7 +135,7 @@ def trial_columns(rows: Frame, fields: Sequence[str]) -> list[Column]:
             "achieved_sparsity", "removed", "zeros of Conv and Linear weights; channels: of all parameters, %", 100.0, 2
         ),
         Column("stored_bytes", "kB", "stored weights", 1e-3, 0),
-        Column("wall_s", "s", "seconds of the whole trial", 1.0, 0),
+        Column("wall_s", "s", "seconds of the trial: of its last attempt, and of distillation before it", 1.0, 0),
         Column("trial_id", "trial", "students/<trial> is its student"),
         Column("reason", "reason", "why it failed", long=True),
     ]

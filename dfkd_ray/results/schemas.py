@@ -94,9 +94,9 @@ METRICS: Columns = {
     "synthesis_wall_s": (pa.float64(), False, "seconds of making the images, summed over batches, cached or not"),
     "reference_wall_s": (pa.float64(), False, "the same for the reference set"),
     "reconstruction_wall_s": (pa.float64(), False, "seconds of layer-wise reconstruction; null where it is left out"),
-    "distillation_wall_s": (pa.float64(), False, "seconds of distillation"),
+    "distillation_wall_s": (pa.float64(), False, "seconds of distillation, all attempts, without waiting for images"),
     "quantisation_wall_s": (pa.float64(), False, "seconds of writing and measuring int8; null without it"),
-    "wall_s": (pa.float64(), False, "seconds of the whole trial"),
+    "wall_s": (pa.float64(), False, "seconds of the trial: of its last attempt, and of distillation before it"),
     "latency_ratio": (
         pa.float64(),
         False,

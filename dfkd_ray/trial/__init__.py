@@ -101,7 +101,8 @@ class Inputs:
 class Outcome:
     """The results of a trial: its row, the student (None if it failed), its images, and rows of the other tables.
 
-    `int8`: the student's ONNX file with int8 weights and activations, None without.
+    `int8`: the student's ONNX file with int8 weights and activations, None without. `earlier_s`: seconds that earlier
+    attempts distilled.
     """
 
     row: dict[str, Any]
@@ -112,6 +113,7 @@ class Outcome:
     epochs: tuple[dict[str, float | int | None], ...] = ()
     synthesis: tuple[dict[str, Any], ...] = ()
     int8: bytes | None = None
+    earlier_s: float = 0.0
 
     def save_student(self, folder: Where) -> bundles.BundleInfo:
         """Write the student as a bundle, into a folder or under a URI; with int8 also its ONNX file, beside."""
@@ -168,7 +170,7 @@ def run(
         outcome = Outcome({**row, "status": "failed", "reason": reason_of(error)})
     finally:
         inputs.images.close(row["trial_id"])
-    outcome.row["wall_s"] = time.perf_counter() - start
+    outcome.row["wall_s"] = outcome.earlier_s + time.perf_counter() - start
     return outcome
 
 
@@ -234,7 +236,6 @@ def steps(
         start = before_training(student, network, config, removable, first_pool, rungs, teacher.info, checkpoint)
         if rungs.is_enough(config):
             kd = kd.model_copy(update={"num_steps": 0})
-        distillation_start = time.perf_counter()
         state = distillation.distil(
             student := start.student,
             network,
@@ -245,7 +246,7 @@ def steps(
             checkpoint=checkpoint,
             observer=observer,
         )
-        row["distillation_wall_s"] = time.perf_counter() - distillation_start
+        row["distillation_wall_s"] = state.seconds
         rungs.measured[ladder.RECOVERED] = (state.best_kl, state.best_agreement)
         selected = rungs.nearest(ladder.RECOVERED, *rungs.measured)  # the first of equals: distillation
         if selected is not ladder.RECOVERED:
@@ -265,7 +266,7 @@ def steps(
             f"sparsity {row['achieved_sparsity']:.4f} instead of pruning.sparsity={config.pruning.sparsity}: "
             "pruned weights do not stay zero in this network"
         )
-        return Outcome({**row, "status": "failed", "reason": reason})
+        return Outcome({**row, "status": "failed", "reason": reason}, earlier_s=state.earlier_s)
     return measured_for_use(config, teacher, network, own, rungs, held_out.rows)
 
 
@@ -297,8 +298,8 @@ def measured_for_use(
     row |= speed.columns(config.latency, network, of_another_shape, files, info.input_shape, device)
     images = Batch(0, own.pool.images, own.pool.labels, own.rounds.key)
     rows = (*reference_rows, *own.rounds.rows)
-    int8 = None if files is None else files.int8
-    return Outcome(row, student, info, pruned, (images,), tuple(own.state.epochs), rows, int8)
+    int8, state = None if files is None else files.int8, own.state
+    return Outcome(row, student, info, pruned, (images,), tuple(state.epochs), rows, int8, state.earlier_s)
 
 
 def num_prunable(student: nn.Module) -> int:
