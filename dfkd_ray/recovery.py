@@ -1,6 +1,6 @@
 """The Python function `recover(network, …)`: makes one network smaller in memory, without files and Ray."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, Unpack
@@ -37,7 +37,7 @@ def recover(
     sparsity: float = 0.75,
     effort: Effort = "standard",
     settings: Mapping[str, Any] | None = None,
-    test: Sequence[Batch] | None = None,
+    test: Iterable[Batch] | None = None,
     cache_root: Where | None = None,
     progress: bool = True,
     download: bool = False,
@@ -73,8 +73,8 @@ def recover(
         teacher = network if isinstance(network, Teacher) else bundles.load(network, download=download)
     data = with_overrides({"teacher": teacher.name}, {"pruning.sparsity": sparsity, **(settings or {})})
     config = validate(TrialConfig, with_effort(data, effort), "settings")
-    check_batches(test)
-    inputs = trial.Inputs(test, images=trial.Local(cache_root))
+    batches = None if test is None else checked_batches(test)
+    inputs = trial.Inputs(batches, images=trial.Local(cache_root))
     outcome = trial.run(config, teacher, inputs, observer=trial.Observer(progress=bars() if progress else None))
     if outcome.student is None:
         raise RuntimeError(f"the recovery has failed: {outcome.row['reason']}")
@@ -90,11 +90,16 @@ def check_network(network: Any) -> None:
         raise ValueError(f"network is {kind}: expected an nn.Module, a teacher, or the name or folder of a bundle")
 
 
-def check_batches(test: Any) -> None:
-    """`ValueError` for test batches that are none."""
-    for batch in test or ():
+def checked_batches(test: Any) -> list[Batch]:
+    """Test batches as a list; `ValueError` for anything else."""
+    kind = type(test).__name__
+    if not isinstance(test, Iterable):
+        raise ValueError(f"test: expected a list of dfkd_ray.batches.Batch, got a value of type {kind}")
+    batches = list(test)
+    for batch in batches:
         if not isinstance(batch, Batch):
             raise ValueError(f"test: expected a list of dfkd_ray.batches.Batch, got a {type(batch).__name__} in it")
+    return batches
 
 
 def bars() -> Any:

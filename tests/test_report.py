@@ -275,6 +275,30 @@ def test_networks_of_one_name_are_told_apart():
     ]
 
 
+def test_students_of_several_test_sets_are_networks_of_their_own():
+    tests = [
+        ("a" * 64, "mine", 30),
+        ("b" * 64, "mine", 30),
+        ("c" * 64, "bundled", 10_000),
+        ("c" * 64, "bundled", 10_000),
+    ]
+    rows = [
+        full_row(n, seed=n, test_sha256=sha256, test_set=name, num_test_images=num, recovered_accuracy=0.5 + n / 10)
+        for n, (sha256, name, num) in enumerate(tests)
+    ]
+    rows.append(full_row(9, network="resnet8", test_sha256="d" * 64, test_set="other", num_test_images=5))
+    found = frame(rows)
+    assert found["network"].tolist() == [
+        "resnet20, on mine (30 images) [aaaaaaaa]",
+        "resnet20, on mine (30 images) [bbbbbbbb]",
+        "resnet20, on bundled (10000 images)",
+        "resnet20, on bundled (10000 images)",
+        "resnet8",
+    ]
+    configs = aggregates.configurations(found).set_index("network")["num_seeds"]
+    assert sorted(configs) == [1, 1, 1, 2] and configs["resnet20, on bundled (10000 images)"] == 2
+
+
 def test_many_sparsities_are_rounded_to_levels_a_figure_can_show():
     rows = [full_row(n, sparsity=0.5 + n / 100) for n in range(40)]
     levels = frame(rows)["level"]

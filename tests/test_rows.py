@@ -128,6 +128,21 @@ def test_results_say_which_versions_are_mixed_and_nothing_where_none_are(tmp_pat
     assert sorted(folded["num_seeds"]) == [1, 3], "rows of two algorithms are no repetitions of each other"
 
 
+def test_trials_of_several_test_sets_are_no_repetitions_of_each_other(tmp_path, run_cli):
+    rows = [trial_row(number, 0.5, number, trial_id=f"t-{number}") for number in range(4)]
+    for number, row in enumerate(rows):
+        row |= {"test_sha256": "ab"[number % 2] * 64, "test_set": "mine", "num_test_images": 10 + number % 2}
+    results.write(tmp_path, "trials", rows, "a")
+    folded = results.fold_seeds(results.read(tmp_path, "trials"))
+    assert folded["num_seeds"].tolist() == [2, 2]
+    assert sorted(folded["num_test_images"]) == [10, 11]
+    out = run_cli("results", str(tmp_path), "--mean-std").out
+    assert "aaaaaaaaaaaa" in out and "bbbbbbbbbbbb" in out
+    assert out.splitlines()[-1].endswith("measured on several test sets: their accuracies cannot be compared")
+    out = run_cli("results", str(tmp_path), "--where", "num_test_images=10").out
+    assert "several test sets" not in out and "aaaaaaaaaaaa" not in out
+
+
 @pytest.mark.parametrize("mean_std", [[], ["--mean-std"]], ids=["rows", "folded"])
 def test_results_show_older_versions_last_and_say_that_their_kl_is_on_other_images(tmp_path, run_cli, mean_std):
     made = [("t-1", 3, True, 0.3), ("t-2", 2, None, 0.01), ("t-3", 2, None, 0.02), ("t-4", 3, True, 0.2)]

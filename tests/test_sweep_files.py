@@ -49,6 +49,21 @@ def test_all_errors_of_all_combinations_come_at_once():
     assert any("1.5" in line for line in lines) and any("did you mean distillation.temperature" in x for x in lines)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"base": {"teacher": "t", "synthesis": {"seed": 42}}},
+        {"grid": {"synthesis.seed": [7, 8, 9]}},
+        {"grid": [{"pruning.sparsity": [0.5]}, {"distillation.seed": [5]}]},
+        {"grid": {"synthesis": [{"method": "noise", "seed": 9}]}},
+    ],
+)
+def test_seeds_never_replaces_a_seed_that_the_file_sets(changes):
+    with pytest.raises(ValueError, match=r"seeds=2 runs every combination with seeds 0 to 1, and \w+.seed is set too"):
+        load(**{"grid": {"pruning.sparsity": [0.5]}, "seeds": 2} | changes)
+    assert load(**{"grid": {"pruning.sparsity": [0.5]}} | changes).seeds == 1
+
+
 def test_tiny_fixes_axes_and_seeds_and_equal_points_are_one_trial():
     grid = {"pruning.sparsity": [0.5, 0.9], "distillation.temperature": [2.0, 4.0]}
     tiny = {"pruning.sparsity": 0.6, "synthesis.seed": 7, "distillation.seed": 7}

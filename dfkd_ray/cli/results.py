@@ -178,6 +178,7 @@ def heading(text: str, kind: Format) -> str:
 def main_columns(rows: Any, table: str) -> list[str]:
     """The main columns that are not empty: differing fields and main metrics."""
     from dfkd_ray.results import REFERENCE_KIND, SEEDS, varied_fields
+    from dfkd_ray.results.selecting import TEST_SET, num_tested_twice
 
     if table != "trials":
         names = [name for name in rows.columns if name not in ("written_at_s", "teacher_hash", "host", "numerics")]
@@ -187,6 +188,8 @@ def main_columns(rows: Any, table: str) -> list[str]:
         names = ["num_seeds"] if folded else ["trial_id"]
         names += [name for name in REFERENCE_KIND if rows[name].nunique(dropna=False) > 1]
         names = ["teacher", *fields, *names, *METRICS]
+        if num_tested_twice(rows):
+            names.append(TEST_SET)
         if not folded and (rows["status"] != "finished").any():
             names += ["status", "reason"]
     return [name for name in names if rows[name].notna().any()] or names[:1]

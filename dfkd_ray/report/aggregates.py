@@ -6,6 +6,7 @@ to select. Standard deviations are sample standard deviations (n - 1), null for 
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import pandas as pd
 
@@ -59,7 +60,8 @@ def prepared(trials: Frame) -> Frame:
 def network_labels(trials: Frame) -> Series:
     """A label per row, equal for equal teacher (by hash), student, structure and its target: `resnet34 → resnet18`.
 
-    To tell equal labels apart, the teacher's name, the student's arguments and the teacher's hash are appended.
+    To tell equal labels apart, the teacher's name, the student's arguments and the teacher's hash are appended; where a
+    network was measured on several test sets, the test set.
     """
     name = trials["teacher"].fillna("unknown").map(lambda text: str(text).rstrip("/").rpartition("/")[2])
     identity = trials["teacher_hash"].fillna(trials["teacher"]).fillna("unknown")
@@ -77,7 +79,21 @@ def network_labels(trials: Frame) -> Series:
     # mixes them.
     fields = ("structure", "pattern", "target")
     columns = (trials.get(f"pruning.{name}", pd.Series(index=trials.index, dtype=object)) for name in fields)
-    return labels + pd.Series([structure_label(*map(str, row)) for row in zip(*columns, strict=True)], trials.index)
+    labels += pd.Series([structure_label(*map(str, row)) for row in zip(*columns, strict=True)], trials.index)
+    return labels + test_set_labels(trials, labels)
+
+
+def test_set_labels(trials: Frame, networks: Series) -> Series:
+    """What the label of a network says of its test set: nothing where it has one, so that no table mixes several."""
+    if "test_sha256" not in trials:
+        return pd.Series("", trials.index)
+    sha256, num = trials["test_sha256"], trials["num_test_images"].astype("Int64").astype(str)
+    name = ", on " + trials["test_set"].fillna("unknown") + " (" + num + " images)"
+    sets = pd.DataFrame({"network": networks, "name": name, "sha256": sha256}).dropna(subset=["sha256"])
+    several: Any = sets.groupby("network")["sha256"].transform("nunique")
+    alike: Any = sets.groupby(["network", "name"])["sha256"].transform("nunique")
+    labels = (sets["name"] + (" [" + sets["sha256"].str[:8] + "]").where(alike > 1, "")).where(several > 1, "")
+    return labels.reindex(trials.index, fill_value="")
 
 
 def structure_label(structure: str, pattern: str, target: str) -> str:

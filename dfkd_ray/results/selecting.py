@@ -26,6 +26,7 @@ CONDITION = re.compile(r"\s*([\w.]+)\s*(==|!=|<=|>=|=|<|>)\s*(.*?)\s*")
 TRUTHS = {"true": True, "false": False}
 NUM_SEEDS = "num_seeds"
 ALGORITHMS = ("trial_version", "synthesis_version")
+TEST_SET = "test_sha256"
 MADE_OF = ("teacher_architecture", "teacher_hash", "real_data", *ALGORITHMS)
 # Columns that may explain different numbers of equal trials, other than config fields.
 MADE_BY = {
@@ -162,14 +163,15 @@ def seed_groups(trials: pd.DataFrame, fixed: Sequence[str] | None = None) -> pd.
 def fold_seeds(trials: pd.DataFrame) -> pd.DataFrame:
     """Finished trials, grouped over seeds: one row per group with the mean of each number and its std as `<name>_std`.
 
-    The standard deviation is the sample's (n - 1), null for one seed. The order is `BEST_FIRST`.
+    Trials of several test sets are in several groups. The standard deviation is the sample's (n - 1), null for one
+    seed. The order is `BEST_FIRST`.
     """
     trials = trials.loc[trials["status"] == "finished"]
     numeric = (pa.float64(), pa.int64())
     known = {WRITTEN_AT, *ALGORITHMS}
     numbers = [name for name, (kind, _, _) in METRICS.items() if kind in numeric and name not in known]
-    fixed = fixed_columns()
-    group = seed_groups(trials)
+    fixed = [*fixed_columns(), TEST_SET]
+    group = seed_groups(trials, fixed)
     groups: Any = trials.groupby(group.to_numpy(), sort=False)
     spread = groups[numbers].std().add_suffix(STD)
     folded = pd.concat(
@@ -200,7 +202,7 @@ def mixtures(frame: pd.DataFrame) -> list[str]:
 
 
 def mixed(frame: pd.DataFrame) -> str | None:
-    """`mixtures` as one line of text, and whether KL and agreement can be compared; None if nothing is mixed.
+    """`mixtures` as one line of text, and whether accuracies, KL and agreement can be compared; None if all can be.
 
     On mixtures of one method's images the KL does not choose between methods: of a ResNet-20 at sparsity 0.98, students
     of `adi` are 2.1 points better than those of `deepinversion`, of which the reference images are, and 0.025 nats
@@ -208,6 +210,9 @@ def mixed(frame: pd.DataFrame) -> str | None:
     """
     found, sets = mixtures(frame), reference_sets(frame)
     says = [f"rows that were made differently: {'; '.join(found)}; their numbers may differ for it"] if found else []
+    if num := num_tested_twice(frame):
+        whose = "one teacher" if num == 1 else f"{num} teachers"
+        says.append(f"students of {whose} were measured on several test sets: their accuracies cannot be compared")
     if len(sets) > 1:
         numbers = ", ".join(f"{what}: {num} row{'' if num == 1 else 's'}" for what, num in sets.items())
         says.append(f"KL and agreement on two kinds of reference images cannot be compared ({numbers})")
@@ -218,6 +223,14 @@ def mixed(frame: pd.DataFrame) -> str | None:
             "reference.mixed_with=shapes is fairer"
         )
     return "; ".join(says) or None
+
+
+def num_tested_twice(frame: pd.DataFrame) -> int:
+    """The number of teachers whose students were measured on more than one test set."""
+    if not {"teacher_hash", TEST_SET} <= set(frame.columns):
+        return 0
+    num_sets: Any = frame.groupby("teacher_hash", dropna=False)[TEST_SET].nunique()
+    return int((num_sets > 1).sum())
 
 
 def inverting_methods(frame: pd.DataFrame) -> list[str]:

@@ -37,9 +37,8 @@ from dfkd_ray.sweep.search import (
     random_points,
     shown,
 )
-from dfkd_ray.sweep.sweep_config import SweepConfig
+from dfkd_ray.sweep.sweep_config import SEED_FIELDS, SweepConfig, parts_of
 
-SEED_FIELDS = ("synthesis.seed", "distillation.seed")
 SECTIONS = ("pruning", "student", "synthesis", "distillation", "reference", "reference.synthesis")
 MOST_DRAWS = 100  # per trial of a random search, before its space counts as exhausted
 MOST_DRAWS_IN_ALL = 1_000_000
@@ -192,11 +191,6 @@ def override_errors(sweep: SweepConfig, overrides: Mapping[str, Any]) -> list[st
         for name in sorted(overrides)
         if (hit := next((other for other in varied if other == name or other.startswith(name + ".")), None))
     ]
-
-
-def parts_of(values: Sequence[Any]) -> dict[str, None]:
-    """The dotted field names inside those values that are mappings."""
-    return dict.fromkeys(name for value in values if isinstance(value, Mapping) for name in flat(value))
 
 
 def grid_points(sweep: SweepConfig) -> Iterator[Point]:

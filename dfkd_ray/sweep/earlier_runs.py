@@ -44,7 +44,7 @@ def check_one_meaning(
     if not before:
         return
     rows = results.read(place, "trials")
-    rows = rows.loc[rows["trial_id"].isin(before) & (rows["status"] == "finished")]
+    rows = rows.loc[rows["trial_id"].isin(before) & rows["status"].isin(results.FINAL)]
     keys = {(job.teacher.hash, job.config.synthesis): reals[job.id](0).key for job in todo if job.id in reals}
     now = {name: evaluation.test_set(test) if test else {} for name, test in tests.items()}
     advice = f"give the same as before, or another `results` than {place}"

@@ -4,12 +4,12 @@ The number of trials is computed and bounded before any trial config is made.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
 
-from dfkd_ray.config import STRICT, Effort, TrialConfig, validate
+from dfkd_ray.config import STRICT, Effort, TrialConfig, flat, validate
 from dfkd_ray.config.fields import NUMBER, UNION_TAGS, hint, known_fields, plain, value_fault
 from dfkd_ray.config.parsing import MOST_VALUES, name_fault
 from dfkd_ray.plain import LARGEST, fault, given, named
@@ -17,6 +17,7 @@ from dfkd_ray.sweep.expectations import Expectation
 from dfkd_ray.sweep.search import MOST_TRIALS, SearchConfig, StopConfig
 
 MOST_AXES_SHOWN = 6
+SEED_FIELDS = ("synthesis.seed", "distillation.seed")  # what `seeds` varies
 SETTINGS = "sweep.yaml"  # in a results place: the last sweep file that ran there
 Line = Annotated[str, plain(1, 20_000)]
 SENTENCE, RANGES = UNION_TAGS
@@ -102,6 +103,11 @@ class SweepConfig(BaseModel):
                 f"seeds={self.seeds} goes with grid; a search tries every point with one seed: leave seeds out, and "
                 "run the best points as a grid with several"
             )
+        if self.seeds > 1 and (fixed := self.own_seeds()):
+            raise ValueError(
+                f"seeds={self.seeds} runs every combination with seeds 0 to {self.seeds - 1}, and {fixed[0]} is set "
+                "too: leave one of the two out"
+            )
         if self.search is not None and self.stop is not None and self.search.objective != "reference_kl":
             raise ValueError(
                 f"stop ends trials by their reference_kl, and search.objective is {self.search.objective}: leave stop "
@@ -117,6 +123,14 @@ class SweepConfig(BaseModel):
                 f"may have: {axes_text(self)}"
             )
         return self
+
+    def own_seeds(self) -> list[str]:
+        """The seeds that base or grid set themselves."""
+        told = dict.fromkeys(flat(self.base))
+        for grid in self.grids:
+            for name, values in grid.items():
+                told |= dict.fromkeys((name, *(f"{name}.{part}" for part in parts_of(values))))
+        return [name for name in SEED_FIELDS if name in told]
 
     @property
     def grids(self) -> list[dict[str, list[Any]]]:
@@ -178,3 +192,8 @@ def axes_text(sweep: SweepConfig) -> str:
     more = f" x {len(longest) - MOST_AXES_SHOWN} fields more" if len(longest) > MOST_AXES_SHOWN else ""
     others = f"; and {len(sweep.grids) - 1} grids more" if len(sweep.grids) > 1 else ""
     return text + more + others
+
+
+def parts_of(values: Sequence[Any]) -> dict[str, None]:
+    """The dotted field names inside those values that are mappings."""
+    return dict.fromkeys(name for value in values if isinstance(value, Mapping) for name in flat(value))
