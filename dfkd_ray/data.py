@@ -349,7 +349,7 @@ def open_folder(folder: Path, image_shape: Sequence[int] | None) -> LabelledImag
     if found.left_out:
         endings = ", ".join(f"{count} {one_line(ending, 12)}" for ending, count in found.left_out.most_common(4))
         count = found.left_out.total()
-        notes += (f"{one_line(folder, 80)}: {count} files are left out, no images or hidden ({endings})",)
+        notes += (f"{one_line(folder, 80)}: {count} files are left out: no images, hidden or in no class ({endings})",)
     return LabelledImages(
         f"{name}/" if name in OPENERS else name,
         partial(decode_images, tuple(found.files), image_shape=(c, h, w)),

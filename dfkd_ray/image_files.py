@@ -35,7 +35,7 @@ NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 class ClassFolders(NamedTuple):
     """The contents of a folder of class folders; `labels` are indices into `names`, one per file.
 
-    `left_out`: number of files that are no images, by ending, and of hidden ones.
+    `left_out`: number of files that are no images, by ending, of hidden ones, and of images outside all class folders.
     """
 
     names: list[str]
@@ -118,15 +118,17 @@ def class_folders(folder: Path) -> ClassFolders:
     expected = f"{one_line(folder, 120)}: expected class folders with images"
     try:
         with os.scandir(folder) as entries:
-            folders = [entry.name for entry in entries if os.path.isdir(entry.path)]
-            names = in_order([name for name in folders if not is_hidden(name)])
+            is_folder = {entry.name: os.path.isdir(entry.path) for entry in entries}
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{expected} (there is no such folder)") from None
+    names = in_order([name for name, is_one in is_folder.items() if is_one and not is_hidden(name)])
     if not names:
         raise ValueError(f"{expected} (there is none in it)")
     files: list[str] = []
     labels: list[int] = []
-    left_out: Counter[str] = Counter(["hidden"] * (len(folders) - len(names)))
+    left_out: Counter[str] = Counter("hidden" for name, is_one in is_folder.items() if is_one and is_hidden(name))
+    loose = [name for name, is_one in is_folder.items() if not is_one and not is_hidden(name)]
+    left_out += Counter("in no class" for name in loose if name.lower().endswith(EXTENSIONS))
     for label, name in enumerate(names):
         try:
             name.encode()

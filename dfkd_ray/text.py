@@ -2,7 +2,8 @@
 
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 MAX_MESSAGE = 280  # characters of an error's line
@@ -38,6 +39,17 @@ def shortened(text: str, most: int) -> str:
         return text
     head = (most - 1) // 2
     return f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"
+
+
+def last_parts(paths: Iterable[str]) -> dict[str, str]:
+    """Each path or URI by its last part; those that share it by as many more as tell them apart."""
+    parts = {path: [part.rpartition("@")[2] for part in path.split("/") if part] or [path] for path in paths}
+    called: dict[str, str] = {}
+    for num in range(1, 1 + max(map(len, parts.values()), default=0)):
+        ends = {path: "/".join(own[-num:]) for path, own in parts.items() if path not in called}
+        seen = Counter(ends.values())
+        called |= {path: end for path, end in ends.items() if seen[end] == 1}
+    return {path: called.get(path, path) for path in parts}
 
 
 def one_line(text: object, most: int = MAX_MESSAGE) -> str:

@@ -72,10 +72,13 @@ def test_row_and_bundle_of_a_student_name_the_test_set_or_have_no_accuracy(run_c
     for number, name in enumerate("bdj"):
         (tmp_path / "pets" / "test" / name).mkdir(parents=True)
         Image.new("L", (16, 16), number * 90).save(tmp_path / "pets" / "test" / name / "0.png")
+    for loose in ("a.png", "b.PNG", "readme.txt"):
+        (tmp_path / "pets" / "test" / loose).write_bytes(b"")
     words = ["recover", str(tmp_path / "t"), "--cache", str(tmp_path / "cache"), *TINY]
     done = run_cli(*words, "--out", str(tmp_path / "o"), "--test-data", str(tmp_path / "pets"))
     assert done.code == 0, done.err
     assert "note: pets has no images of the network's a, c, e, f and 3 more" in done.err
+    assert "2 files are left out: no images, hidden or in no class (2 in no class)" in done.err
     row = json.loads((tmp_path / "o" / "row.json").read_text())
     student = bundles.read_info(tmp_path / "o" / "student")
     assert (row["test_set"], row["num_test_images"], student.test_accuracy) == ("pets", 3, row["recovered_accuracy"])
@@ -374,6 +377,22 @@ def test_a_nan_loss_marks_the_trial_with_exit_1(run_cli, tiny_teacher, tmp_path)
     assert_one_error(done, 1, "failed", "loss is")
     row = json.loads((tmp_path / "o" / "row.json").read_text())
     assert row["status"] == "failed" and "FloatingPointError" in row["reason"]
+
+
+def test_a_failed_trial_leaves_the_row_of_the_student_that_is_there(run_cli, tiny_teacher, tmp_path):
+    out = tmp_path / "o"
+    run = ["recover", str(tiny_teacher), "--out", str(out), *TINY]
+    assert run_cli(*run).code == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    done = run_cli(*run, "--set", "synthesis.bn_weight=1e38")
+    assert_one_error(done, 1, "its row is failed.json; row.json, student and images stay those of t-")
+    failed = json.loads((out / "failed.json").read_text())
+    assert failed["status"] == "failed" and failed["trial_id"] != json.loads(before["row.json"])["trial_id"]
+    assert {name: (out / name).read_bytes() for name in before} == before
+    assert run_cli(*run).code == 0 and not (out / "failed.json").exists()
+    (out / "failed.json").write_text("somebody's own")
+    assert_one_error(run_cli(*run), 2, "failed.json")
+    assert (out / "failed.json").read_text() == "somebody's own"
 
 
 def test_bench_inversion_prints_both_ratios(run_cli, tiny_teacher):

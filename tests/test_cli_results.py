@@ -76,6 +76,8 @@ def test_rows_are_sorted_by_columns_either_way_nulls_last_and_cut(ids):
         (["--where", "seed=0"], "the end of several columns; expected one of synthesis.seed"),
         (["--where", "agreement"], "expected NAME, one of"),
         (["--where", "agreement>high"], "agreement is a number, 'high' is none"),
+        (["--where", "agreement>=nan"], "agreement is a number, 'nan' is none"),
+        (["--columns", ""], "expected names of columns"),
         (["--where", "status>a"], "status is text"),
         (["--where", "real_data>true"], "real_data is true or false"),
         (["--where", "agreement<null"], "null has no order"),

@@ -13,6 +13,7 @@ from dfkd_ray import bundles, cache_entries, report, results
 from dfkd_ray.cli import live, names, show
 from dfkd_ray.report import figures
 from dfkd_ray.storage import folder
+from dfkd_ray.text import last_parts
 from table_rows import full_row, trial_row
 
 HOSTILE = [
@@ -36,6 +37,19 @@ def acts(text: str) -> list[str]:
 def as_seen(name: str) -> str:
     """A name as it must be shown."""
     return "".join(sign.encode("unicode_escape").decode() if acts(sign) or sign == "\n" else sign for sign in name)
+
+
+def test_paths_are_called_by_as_much_of_their_end_as_tells_them_apart():
+    paths = ["runs/a/net", "runs/b/net", "s3://key:secret@bucket/net", "other", "runs/b/net", "net/"]
+    assert last_parts(paths) == {
+        "runs/a/net": "a/net",
+        "runs/b/net": "b/net",
+        "s3://key:secret@bucket/net": "bucket/net",
+        "other": "other",
+        "net/": "net",
+    }
+    assert last_parts(["x/y", "/x/y", "/"]) == {"x/y": "x/y", "/x/y": "/x/y", "/": "/"}
+    assert last_parts([]) == {}
 
 
 def test_nothing_that_is_shown_acts_and_what_is_plain_stays():

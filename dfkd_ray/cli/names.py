@@ -1,12 +1,11 @@
 """Short names of trials: teacher, method, and the fields in which the trials of a sweep differ."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from dfkd_ray.cli import tables
 from dfkd_ray.config import LEFT_OUT, OF_TEACHER, TrialConfig, flat, follows
-from dfkd_ray.text import shown
+from dfkd_ray.text import last_parts, shown
 
 Parts = Mapping[str, str]  # heading → text, in the order of the name
 NAMED = ("teacher", "synthesis.method", "pruning.sparsity")
@@ -39,7 +38,8 @@ def parts_of(trials: Mapping[str, TrialConfig]) -> dict[str, Parts]:
     ]
     if OF_TEACHER in differing and is_of_teacher(plain.values()):
         differing.remove(OF_TEACHER)
-    return {name: parts_of_one(values, differing) for name, values in plain.items()}
+    called = last_parts(str(values["teacher"]) for values in plain.values())
+    return {name: parts_of_one(values, differing, called) for name, values in plain.items()}
 
 
 def is_of_teacher(trials: Iterable[Mapping[str, Any]]) -> bool:
@@ -48,9 +48,11 @@ def is_of_teacher(trials: Iterable[Mapping[str, Any]]) -> bool:
     return len(seen) == len({teacher for teacher, _ in seen})
 
 
-def parts_of_one(values: Mapping[str, Any], differing: Sequence[str]) -> Parts:
-    """The parts of the name of a trial with these fields."""
-    parts = {"network": Path(str(values["teacher"])).name, "method": str(values["synthesis.method"])}
+def parts_of_one(values: Mapping[str, Any], differing: Sequence[str], called: Mapping[str, str] | None = None) -> Parts:
+    """The parts of the name of a trial with these fields; `called`: teachers by the names that tell them apart."""
+    teacher = str(values["teacher"])
+    network = last_parts([teacher])[teacher] if called is None else called[teacher]
+    parts = {"network": network, "method": str(values["synthesis.method"])}
     parts["sparsity"] = short(values["pruning.sparsity"])
     fields = [field for field in differing if field in values and field not in NAMED and not follows(field)]
     return parts | {field: short(values[field]) for field in fields}

@@ -13,7 +13,7 @@ from dfkd_ray.cli import checks
 from dfkd_ray.cli.show import short_names
 from dfkd_ray.cli.streams import say
 from dfkd_ray.ladder import RUNGS
-from dfkd_ray.text import is_null, shown
+from dfkd_ray.text import is_null, last_parts, shown
 
 Format = Literal["table", "csv", "markdown", "latex", "json", "parquet"]
 SUFFIXES: dict[str, Format] = {".csv": "csv", ".md": "markdown", ".tex": "latex", ".json": "json"}
@@ -139,6 +139,8 @@ def chosen_columns(rows: Any, table: str, kind: Format, columns: str | None) -> 
 
     if columns is not None:
         names = [column_of(name.strip(), list(rows.columns)) for name in columns.split(",") if name.strip()]
+        if not names:
+            raise ValueError(f"--columns {columns!r}: expected names of columns, with commas between them")
     elif kind in ("csv", "json"):
         names = list(rows.columns)
     else:
@@ -204,7 +206,8 @@ def cells(rows: Any, names: Sequence[str]) -> list[list[str]]:
             spreads = rows[f"{name}_std"]
             texts = [a if is_null(b) else f"{a} ± {b:.2g}" for a, b in zip(texts, spreads, strict=True)]
         if name == "teacher":
-            texts = [Path(text).name for text in texts]
+            called = last_parts(texts)
+            texts = [called[text] for text in texts]
         columns.append([shown(text) for text in texts])
     return [list(row) for row in zip(*columns, strict=True)]
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "dfkd_ray.recovery/1"
 ROW, UNFINISHED = "row.json", ".recovery.json"  # the second claims the folder until the first exists
+FAILED = "failed.json"  # the row of a failed trial, beside a finished one
 
 
 def is_row(data: bytes) -> bool:
@@ -91,6 +92,7 @@ def recover(
 
     place = targets.check(out, targets.Product("a recovery", {ROW: is_row, UNFINISHED: targets.claims(SCHEMA)}))
     targets.check(place / "student", bundles.BUNDLE)
+    targets.check_file(place, FAILED, is_row, "the row of a failed trial")
     root = caches.check_target(cache or caches.default_folder()).uri
     loaded = load_teacher(teacher, trust_code, download=download)
     test = open_test(loaded, test_data, data_root, download)
@@ -114,12 +116,21 @@ def recover(
         outcome.save_student(place / "student")
         picture = class_grid(outcome.batches, loaded.info.num_classes, loaded.info.space)
         place.write("images.png", picture)
-    results.write_json(place.path / ROW, row)
+    before_it = json.loads((place.read(ROW) or b"null").decode())
+    # The row of the student that is there stays with it.
+    is_beside = row["status"] == "failed" and before_it is not None and before_it["status"] == "finished"
+    results.write_json(place.path / (FAILED if is_beside else ROW), row)
     trial.remove_checkpoints(place)  # not needed any more: the row is on disk
     place.remove(UNFINISHED)
     if row["status"] == "failed":
-        say(f"error: trial {row['trial_id']} failed: {row['reason']}", error=True)
+        kept = (
+            f"; its row is {FAILED}; {ROW}, student and images stay those of {before_it['trial_id']}"
+            if is_beside
+            else ""
+        )
+        say(f"error: trial {row['trial_id']} failed: {row['reason']}{kept}", error=True)
         raise typer.Exit(1)
+    place.remove(FAILED)
     print_ladder(row, out)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from dfkd_ray.cli import tables
 from dfkd_ray.cli.streams import say
 from dfkd_ray.ladder import BESIDE, QUANTISED, RUNGS, TEACHER, ended_early
-from dfkd_ray.text import is_null, shown
+from dfkd_ray.text import is_null, last_parts, shown
 
 TITLE = "closest to the teacher first (reference KL); accuracies in % of the test set"
 LEGEND = (
@@ -159,7 +159,9 @@ def trials_table(rows: Any, fields: Sequence[str], width: int | None, place: obj
 
 def trial_columns(rows: Any, fields: Sequence[str]) -> list[tables.Column]:
     """All columns of the final table; of the rungs those that some row has."""
-    named = [("network", [Path(text_of(name)).name for name in rows["teacher"]])]
+    teachers = [text_of(name) for name in rows["teacher"]]
+    called = last_parts(teachers)
+    named = [("network", [called[name] for name in teachers])]
     for name, field in zip(short_names(fields), fields, strict=True):
         named.append((name, [text_of(value) for value in rows[field]]))
     columns = []

@@ -12,11 +12,11 @@ from typing import Any
 import pandas as pd
 
 from dfkd_ray.report.specification import Level, Specification
-from dfkd_ray.report.wording import Frame, base_name, number, plus_minus, short
+from dfkd_ray.report.wording import Frame, number, plus_minus, short
 from dfkd_ray.results import selecting
 from dfkd_ray.results.measurements import HIGH, LOW
 from dfkd_ray.results.metrics import Metric
-from dfkd_ray.text import code, is_null, table
+from dfkd_ray.text import code, is_null, last_parts, table
 
 BOLD = "**"
 MOST_LINES = 200  # of an axis
@@ -124,16 +124,17 @@ def entries_of(level: Level, trials: Frame) -> list[Line]:
     assert level.column is not None
     values = trials[level.column]
     found = sorted(values.dropna().unique().tolist()) + ([None] if values.isna().any() else [])
-    return [Line(label_of(level.column, value), {level.column: value}, None) for value in found]
+    teachers = last_parts(str(value) for value in found if value is not None) if level.column == "teacher" else {}
+    return [Line(label_of(teachers.get(value, value)), {level.column: value}, None) for value in found]
 
 
-def label_of(column: str, value: Any) -> str:
+def label_of(value: Any) -> str:
     """The label of a value from rows; a name that could be markup becomes a code span."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():  # pandas reads whole numbers with nulls as floats
         return str(int(value))
-    text = base_name(value) if column == "teacher" else short(value)
+    text = short(value)
     return text if all(sign.isalnum() or sign in SIMPLE for sign in text.replace("–", "-")) else code(text)
 
 

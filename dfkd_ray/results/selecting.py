@@ -1,5 +1,6 @@
 """Choosing among rows: simple comparisons, sorting, seeds folded into mean and standard deviation. Pure pandas."""
 
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -82,7 +83,9 @@ def matching(frame: pd.DataFrame, condition: str) -> pd.Series:
         try:
             value = float(text)
         except ValueError:
-            raise ValueError(f"{condition!r}: {name} is a number, {text!r} is none") from None
+            value = math.nan
+        if math.isnan(value):  # nothing is equal to it, above or below it
+            raise ValueError(f"{condition!r}: {name} is a number, {text!r} is none")
     elif not equality:
         raise ValueError(f"{condition!r}: {name} is text; expected = or !=")
     met = COMPARISONS[sign](there, value).reindex(column.index, fill_value=sign == "!=")
