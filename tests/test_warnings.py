@@ -167,9 +167,10 @@ def test_few_images_of_many_classes_are_not_the_first_classes_and_follow_the_key
 @pytest.fixture
 def of_images(tmp_path):
     teacher = make_teacher(tmp_path / "t", num_classes=3)
-    config = validate(TrialConfig, tiny_trial("t"))
 
     def found(labels=(0, 1, 2), agreement=1.0, confidence=0.9, histogram="[10, 10, 10]", about=(), num_steps=1, **row):
+        architecture = row.pop("architecture", None)
+        config = validate(TrialConfig, tiny_trial("t", **{"student.architecture": architecture}))
         labels = np.array(labels * 10)
         pool = Pool(np.zeros((len(labels), 1, 32, 32), np.uint8), labels)
         row = {"class_histogram": histogram, "image_confidence": confidence, "selected": "recovered", **row}
@@ -186,7 +187,8 @@ def of_images(tmp_path):
         ({"labels": (0, 1)}, "1 of 3 classes have no image"),
         ({"histogram": "[30, 0, 0]"}, "predicts 2 of 3 classes for none"),
         ({"confidence": 0.35}, "not sure"),
-        ({"selected": "pruned"}, "plain pruning"),
+        ({"selected": "pruned"}, "plain pruning is closest"),
+        ({"selected": "pruned", "architecture": "resnet8"}, "its first random weights is closest"),
         ({"num_steps": 0}, "of an untrained generator: use another method"),
     ],
 )

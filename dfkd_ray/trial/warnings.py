@@ -70,7 +70,9 @@ def warnings_of(
             f"{row['image_confidence']:.2f}"
         )
     if row.get("selected") == PRUNED.name and config.distillation.num_steps > 0 and not ended_early(row):
+        is_new = config.student.architecture is not None and config.student.weights is None
+        what = "the network with its first random weights" if is_new else "plain pruning"
         yield (
-            "plain pruning is closest to the teacher and is the student: training on the images did not improve it "
-            "(more or better images, or a lower distillation.learning_rate, may)"
+            f"{what} is closest to the teacher and is the student: training on the images did not improve it (more or "
+            "better images, or a lower distillation.learning_rate, may)"
         )
