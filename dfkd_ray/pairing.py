@@ -50,7 +50,10 @@ class Pairs(TorchFunctionMode):
         known = set[nn.Module](batchnorm.layers(teacher))
         for name, layer in teacher.named_modules(remove_duplicate=False):
             twin = own.get(name)
-            if layer in known and isinstance(twin, batchnorm.BatchNorm):
+            if not (layer in known and isinstance(twin, batchnorm.BatchNorm)):
+                continue
+            # A layer may have several names, of which `kept` knows one.
+            if name in kept or id(twin.running_mean) not in self.twins:
                 channels = torch.tensor(kept[name], device=device) if name in kept else slice(None)
                 self.twins[id(twin.running_mean)] = (layer, channels)
 

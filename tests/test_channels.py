@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import dfkd_ray
 from dfkd_ray import bundles, exporting, latency, models, sweep, trial, untrusted
 from dfkd_ray.cli import names
 from dfkd_ray.compression import channels, dependencies, layerwise, least_squares, operations, pruning, shape_edits
@@ -24,6 +25,7 @@ from dfkd_ray.results.selecting import matching
 from dfkd_ray.sweep import estimate
 from dfkd_ray.trial import identity, speed, structure
 from helpers import (
+    TINY_SETS,
     TINY_WORDS,
     costs_of,
     jobs_of,
@@ -257,6 +259,54 @@ def test_channels_that_cannot_go_alone_stay_and_are_named(kind):
     choice = chosen(network, (3, 4, 4), wants(0.2))
     assert set(choice.widths) == {"second"} and error_of(network, choice, (3, 4, 4)) < 1e-5
     assert "channels that stay: first" in choice.warnings[-1]
+
+
+def block(num_in: int, num_out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(num_in, num_out, 3, padding=1, bias=False), nn.BatchNorm2d(num_out), nn.ReLU())
+
+
+class Branches(nn.Module):
+    """A network with layers that do not run in every pass: `what` says which."""
+
+    def __init__(self, what: str):
+        super().__init__()
+        self.what = what
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.stem = nn.Sequential(self.conv1, self.bn1, nn.ReLU())  # its layers have two names each
+        self.a, self.b, self.aux = block(16, 24), block(16, 24), nn.Linear(16, 5)
+        self.fc = nn.Linear(24, 5)
+
+    def forward(self, x):
+        branch = self.b if self.what == "images" and x.mean() > 1 else self.a
+        x = self.stem(x)
+        logits = self.fc(branch(x).mean((2, 3)))
+        if self.what == "training" and self.training:
+            return logits, self.aux(x.mean((2, 3)))
+        return logits
+
+
+def branching(what: str) -> nn.Module:
+    torch.manual_seed(0)
+    network = Branches(what)
+    randomise_statistics(network)
+    return network.eval()
+
+
+def test_a_network_whose_layers_run_on_some_images_only_is_refused_by_their_names():
+    text = refusal(lambda: channels.prepare(branching("images"), (3, 8, 8)), "it depends on the image whether")
+    assert "a.0, b.0 of this network run" in text
+
+
+@pytest.mark.parametrize("what", ["never", "training"])
+def test_layers_of_two_names_and_heads_of_training_alone_lose_channels_and_train(what):
+    settings = TINY_SETS | {"pruning.structure": "channels", "latency.repeats": 3}
+    about: Any = {"input_shape": (3, 16, 16), "num_classes": 5, "mean": 0.5, "std": 0.25}
+    done = dfkd_ray.recover(branching(what), sparsity=0.5, settings=settings, progress=False, **about)
+    widths = json.loads(done.row["channels"])
+    assert done.row["status"] == "finished" and widths["conv1"][0] < 16
+    student: Any = done.student.train()
+    assert student(torch.randn(4, 3, 16, 16)).shape == (4, 5)
+    assert (student.aux.in_features < 16) == (what == "training"), "a layer that never runs stays as it is"
 
 
 class Spread(nn.Module):

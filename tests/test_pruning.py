@@ -3,9 +3,11 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from dfkd_ray.compression import moments, pruning, saliency
+import dfkd_ray
+from dfkd_ray.compression import computed_weights, moments, pruning, saliency
 from dfkd_ray.compression.pruning import CRITERIA
 from dfkd_ray.config import FROM_IMAGES, PruningConfig, validate
 from helpers import refusal, tiny_network
@@ -356,6 +358,45 @@ def test_every_kind_of_convolution_and_linear_layer_is_pruned(layer):
     pruning.apply(layer, pruning.masks(layer, PruningConfig(sparsity=0.5)))
     assert int((layer.weight == 0).sum()) == round(0.5 * layer.weight.numel())
     assert (layer.bias != 0).all()
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        weight = (self.weight - self.weight.mean((1, 2, 3), keepdim=True)) / (self.weight.std((1, 2, 3), keepdim=True))
+        return F.conv2d(x, weight, self.bias)
+
+
+class Normalised(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, F.normalize(self.weight.to(torch.float64), dim=1).float(), self.bias)
+
+
+class Blurred(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(F.conv2d(x, torch.ones(x.shape[1], 1, 1, 1), groups=x.shape[1]))
+
+
+def test_a_layer_whose_zeros_are_none_in_what_it_computes_with_is_refused():
+    image = torch.zeros(1, 4, 8, 8)
+    network = nn.Sequential(nn.Conv2d(4, 4, 1), Standardised(4, 8, 3), Standardised(8, 8, 3)).train()
+    before = copy.deepcopy(network.state_dict())
+    refusal(lambda: computed_weights.refuse(network, image), "layer 1 and 1 more computes its weight in forward")
+    assert network.training and not any(module._forward_hooks for module in network.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    fine = nn.Sequential(nn.Conv2d(4, 4, 1), Normalised(4, 8, 3), Blurred(8, 8, 3), nn.ConvTranspose2d(8, 4, 3))
+    computed_weights.refuse(fine.to(memory_format=torch.channels_last), image)
+    computed_weights.refuse(nn.Linear(8, 2), torch.zeros(1, 8))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"pruning.sparsity": 0.5}, {"pruning.structure": "n_of_m", "pruning.sparsity": 0.5}]
+)
+def test_a_trial_refuses_such_a_layer_before_anything_is_made(fields):
+    network = nn.Sequential(
+        Standardised(1, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
+    )
+    about = {"input_shape": (1, 8, 8), "num_classes": 3, "mean": 0.5, "std": 0.25, "progress": False}
+    refusal(lambda: dfkd_ray.recover(network, settings=fields, **about), "computes its weight in forward")
 
 
 def test_non_zero_parameters_include_biases_and_batchnorm():

@@ -36,6 +36,7 @@ LEAST_KEPT = 0.1  # of a group's channels
 TOLERANCE = 0.02  # between the wanted share and the one achieved; beyond it the row has a warning
 CLOSE = 0.01  # of the logits of masked and sliced network, relative to the largest; a wrong slice is far beyond it
 NUM_TRIED = 4  # images in that comparison
+PROBES = ((1, 0), (3, 0), (1, 3), (1, -3), (0, 0))  # (scale, shift) of the images on which a branch is looked for
 STEPS = 24  # of the bisection: its last step is less than a channel
 MEASURED_STEPS = 6  # of it where each step is measured
 MEASURED_TOLERANCE = 0.05  # in the place of `TOLERANCE` there
@@ -73,6 +74,7 @@ def prepare(network: nn.Module, image_shape: Sequence[int], importance: str = "m
     device = next(network.parameters()).device
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(NUM_TRIED, *image_shape, generator=generator).to(device)
+    refuse_branches(network, images)
     found = dependencies.find(network, images[:1])
     left_out = dict(found.fixed)
     groups = []
@@ -101,6 +103,23 @@ def prepare(network: nn.Module, image_shape: Sequence[int], importance: str = "m
             f"pruning.structure=channels: no channel of this network can be removed ({one_line(why, 200)})"
         )
     return Prepared(tuple(groups), left_out, operations.macs(network, images[:1]))
+
+
+@torch.no_grad()
+def refuse_branches(network: nn.Module, images: Tensor) -> None:
+    """`ValueError` for a network in which it depends on the images which layers run.
+
+    What a layer reads is found in one pass: a layer that did not run in it would be left as it is, and not fit.
+    """
+    probes = [image[None] * scale + shift for image in images for scale, shift in PROBES]
+    ran = [frozenset(operations.macs(network, probe)) for probe in probes]
+    sometimes = sorted(frozenset.union(*ran) - frozenset.intersection(*ran))
+    if sometimes:
+        named = one_line(", ".join(name.rpartition(".")[0] for name in sometimes), 120)
+        raise ValueError(
+            f"pruning.structure=channels: it depends on the image whether {named} of this network run, so what they "
+            "read cannot be told; use pruning.structure=unstructured"
+        )
 
 
 def difference(network: nn.Module, groups: Sequence[Group], images: Tensor) -> str | None:

@@ -13,6 +13,8 @@ decided here: `channels` compares each kind of removal with the network.
 
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,10 +79,19 @@ class Found:
 
 @torch.no_grad()
 def find(network: nn.Module, image: Tensor) -> Found:
-    """The groups of a network (eval mode) from one normalised image, (1, channels, height, width)."""
-    with Trace(network) as trace:
-        output = network(image)
-    trace.fix(trace.labels_of(output), "is the output")
+    """The groups of a network (eval mode) from one normalised image, (1, channels, height, width).
+
+    A second pass is that of training, for heads that run there only: they read channels too.
+    """
+    copy = deepcopy(network)
+    with Trace(copy) as trace:
+        outputs = [copy(image)]
+        for module in copy.modules():
+            module.training = not isinstance(module, BatchNorm)
+        with suppress(RuntimeError, TypeError, ValueError):  # as of a network that trains on several images only
+            outputs.append(copy(image))
+    for each in tensors_in(outputs):
+        trace.fix(trace.labels_of(each), "is the output")
     return trace.found()
 
 

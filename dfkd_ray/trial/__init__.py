@@ -29,7 +29,7 @@ from dfkd_ray import (
 )
 from dfkd_ray.batches import Batch, BatchSource
 from dfkd_ray.bundles import Teacher, starts
-from dfkd_ray.compression import pruning
+from dfkd_ray.compression import computed_weights, pruning
 from dfkd_ray.compression.channels import Prepared
 from dfkd_ray.config import TrialConfig
 from dfkd_ray.devices import Runtime
@@ -193,6 +193,9 @@ def check(config: TrialConfig, teacher: Teacher, trust_code: Sequence[str], on_g
         student = starting_student(config, teacher, torch.device("cpu"), trust_code)
         starting.check(student, config, teacher)
     removable = structure.prepared(student, config, teacher)
+    if config.pruning.sparsity > 0 or config.student.weights is not None:
+        device = next(student.parameters()).device
+        computed_weights.refuse(student, torch.zeros(1, *teacher.info.image_shape, device=device))
     speed.check(config.latency)
     quantisation.check(config, teacher, student)
     if config.distillation.bn_mode not in ("auto", "trained") and not batchnorm.layers(student):
