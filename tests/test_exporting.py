@@ -299,6 +299,27 @@ class Branching(nn.Module):
         return self.inner(x * 2 if bool(x.sum() > 1e9) else x)
 
 
+class Answers(nn.Module):
+    """It answers with a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = plain()
+
+    def forward(self, x):
+        return {"logits": self.inner(x), "images": x}
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch-export"])
+def test_a_network_that_branches_is_refused_in_one_line_and_one_that_answers_with_a_dict_exported(
+    format, tmp_path, capfd
+):
+    call = lambda: dfkd_ray.export(teacher_of(Branching()), tmp_path / NAMES[format], format=format)  # noqa: E731
+    refusal(call, "its code branches on the values of images")
+    assert capfd.readouterr().err == "" and left(tmp_path) == []
+    assert dfkd_ray.export(teacher_of(Answers()), tmp_path / NAMES[format], format=format).comparison.agreement == 1.0
+
+
 class Fixed(nn.Module):
     """Its code holds a size of the batch."""
 

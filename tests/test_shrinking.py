@@ -43,7 +43,7 @@ def test_the_sweep_keeps_fewer_multiplications_the_faster_it_is_to_be(tiny_teach
 
 @pytest.mark.parametrize("faster", [1.0, 0.5, 21.0, float("nan")])
 def test_a_speed_that_cannot_be_sought_is_refused(faster):
-    refusal(lambda: shrinking.sweep_of("t", faster), "expected more than 1 and at most 20")
+    refusal(lambda: shrinking.check(faster, 0.5), "expected more than 1 and at most 20")
 
 
 def test_a_row_gives_a_student_and_its_int8_file_and_what_has_no_number_is_no_candidate():
@@ -99,8 +99,8 @@ def test_the_command_runs_the_sweep_exports_what_it_chose_and_says_when_nothing_
         assert file.stat().st_size > 1000
         card = (tmp_path / "found" / "student.onnx.md").read_text()
         assert f"trial `{best.trial_id}`" in card and ("- int8" in card) == best.is_int8
-    ran = done([*words, "--faster", "1.5", "--lose-at-most", "-1"], tmp_path)  # the trials are there
-    assert ran.returncode == 1 and "nothing is 1.5 times as fast and loses at most -1 points" in ran.stdout, ran.stderr
+    ran = done([*words, "--faster", "1.5", "--lose-at-most", "0"], tmp_path)  # the trials are there
+    assert ran.returncode == 1 and "nothing is 1.5 times as fast and loses at most 0 points" in ran.stdout, ran.stderr
     assert not file.exists(), "the file of an earlier choice is not left for this one's"
 
 
@@ -109,6 +109,11 @@ def test_a_folder_with_other_files_and_a_speed_that_cannot_be_sought_are_refused
     for words, said in (
         (["--out", str(tmp_path)], "thesis.txt"),
         (["--out", str(tmp_path / "new"), "--faster", "0.5"], "expected more than 1"),
+        (
+            ["--out", str(tmp_path / "new"), "--lose-at-most", "nan"],
+            "expected a number of percentage points, 0 or more",
+        ),
+        (["--out", str(tmp_path / "new"), "--lose-at-most", "-1"], "expected a number of percentage points, 0 or more"),
     ):
         ran = run_cli("shrink", str(tiny_teacher), *words)
         assert ran.code == 2 and said in ran.err and len(ran.err.splitlines()) == 1, ran.err

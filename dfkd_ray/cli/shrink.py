@@ -48,6 +48,7 @@ def shrink(
     from dfkd_ray.sweep import shrinking
 
     fields = configs.parse_overrides(set_ or [])
+    shrinking.check(faster, lose_at_most)
     data = shrinking.sweep_of(teacher, faster, int8=int8, fields=fields)
     exporting.check_installed("shrink")
     place = targets.check(out, targets.Product("a result of shrink", {CLAIM: targets.claims(SCHEMA)}))

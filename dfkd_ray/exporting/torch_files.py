@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,12 +45,13 @@ def program(network: nn.Module, input_shape: Sequence[int]) -> Any:
     images = adapting.random_images(input_shape, 3)
     shapes = {INPUT: {0: torch.export.Dim("batch")}}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), redirect_stderr(io.StringIO()):  # it prints the whole graph before it refuses
             return torch.export.export(Whole(network), (images,), dynamic_shapes=shapes, strict=False)
     except Exception as error:
-        raise ValueError(
-            f"the network cannot be exported with a free batch size: torch.export says {reason(error, 200)}"
-        ) from error
+        why = f"torch.export says {reason(error, 200)}"
+        if "data-dependent expression" in str(error):
+            why = "its code branches on the values of images, and a file has one sequence of operations"
+        raise ValueError(f"the network cannot be exported with a free batch size: {why}") from error
 
 
 def program_files(exported: Any, texts: Mapping[str, str]) -> dict[str, bytes]:

@@ -4,6 +4,7 @@
 turns its rows into students and int8 files with their speed and loss; `choose` picks one.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,13 +54,19 @@ class Candidate:
         return f"{kept}, int8" if self.is_int8 else kept
 
 
-def sweep_of(teacher: str, faster: float, *, int8: bool = True, fields: Mapping[str, Any] | None = None) -> dict:
-    """The plain data of a sweep file. `fields`: dotted fields over these; a share or importance is then the only one.
-
-    `ValueError` if `faster` is not above 1 and at most `FASTEST`.
-    """
+def check(faster: float, lose_at_most: float) -> None:
+    """`ValueError` if `faster` is not above 1 and at most `FASTEST`, or `lose_at_most` is no number from 0 on."""
     if not 1 < faster <= FASTEST:
         raise ValueError(f"faster={faster:g}: expected more than 1 and at most {FASTEST:g} times")
+    if not 0 <= lose_at_most < math.inf:
+        raise ValueError(f"lose_at_most={lose_at_most:g}: expected a number of percentage points, 0 or more")
+
+
+def sweep_of(teacher: str, faster: float, *, int8: bool = True, fields: Mapping[str, Any] | None = None) -> dict:
+    """The plain data of a sweep file.
+
+    `fields`: dotted fields over these; a share or importance is then the only one.
+    """
     base = {
         "teacher": teacher,
         "pruning.structure": "channels",
