@@ -226,6 +226,37 @@ def test_computed_weights_of_the_users_own_network_stay_computed(kind):
     assert first.hash == second.hash and torch.equal(network(IMAGES), expected)
 
 
+class Goes(Net):
+    """A network that goes by an attribute."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self._calls = how, 0
+
+    def forward(self, x):
+        self._calls += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *[(1.0, 2.0), ("mean", "max"), ((1, 2), (2, 1)), ({"a": 1}, {"a": 2}), (None, False), ({1, 2}, {1, 3})],
+        *[(torch.ones(2), torch.zeros(2)), (torch.tensor(1.0), torch.tensor(2.0)), (F.relu, F.relu6)],
+        *[(lambda x: x + 1, lambda x: x + 2), (nn.ReLU.forward, nn.Tanh.forward)],
+    ],
+)
+def test_networks_in_memory_that_go_by_other_attributes_have_other_hashes(values):
+    def hash_of(value):
+        torch.manual_seed(0)
+        network = Goes(value)
+        network(IMAGES)
+        return bundles.Teacher.from_network(network, **DESCRIBED).hash
+
+    assert hash_of(values[0]) == hash_of(values[0]) != hash_of(values[1])
+    assert hash_of(object()) == hash_of(object()), "an object says nothing of its content"
+
+
 # ---- layouts ---------------------------------------------------------------------------------------------------------
 
 

@@ -149,6 +149,11 @@ def test_a_missing_teacher_is_said():
     assert errors_of({}) == ["config: teacher: missing, a value is needed"]
 
 
+def test_a_dotted_name_in_a_file_is_told_to_be_nested():
+    (line,) = errors_of({"teacher": "t", "distillation.num_steps": 6})
+    assert line == "config: distillation.num_steps: write it nested, distillation: {num_steps: …}"
+
+
 def test_an_unknown_synthesis_method_is_refused_with_the_methods_there_are():
     (line,) = errors_of({"teacher": "t", "synthesis": {"method": "gan"}})
     assert line.startswith("config: synthesis.method: unknown method 'gan'; expected ")

@@ -1,6 +1,7 @@
 """Activation records as a whole: fitted in shards, written, read, refused, and what is reconstructed from them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jsonschema
@@ -8,12 +9,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 
 from dfkd_ray import bundles, evaluation, synthesis, trial
 from dfkd_ray.config import RecordsConfig, TrialConfig, validate
 from dfkd_ray.records import finishing, fitting, format, taps
 from dfkd_ray.synthesis import reconstruction
-from helpers import make_teacher
+from helpers import make_teacher, refusal
 
 LENET = {"architecture": "lenet5", "num_classes": 3, "image_shape": (1, 32, 32)}
 CPU = torch.device("cpu")
@@ -90,6 +92,36 @@ def test_a_layers_part_holds_the_mean_and_covariance_of_its_outputs(teacher):
         x.name for x in teacher.record("all").info.layers
     ]
     assert teacher.record("all").info.parts[0].statistics == "low_rank", "6x28x28 units have no dense covariance"
+
+
+class Heads(nn.Module):
+    """Two linear heads, of which the mean is the answer (`both`), or the second; the ReLU works in place."""
+
+    def __init__(self, both: bool):
+        super().__init__()
+        self.conv, self.relu = nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True)
+        self.a, self.b, self.both = nn.Linear(4, 3), nn.Linear(4, 3), both
+
+    def forward(self, x):
+        x = self.relu(self.conv(input=x)).mean((2, 3))
+        first, second = self.a(x), self.b(x)
+        return (first + second) / 2 if self.both else second
+
+
+def test_values_are_those_before_a_relu_that_works_in_place_and_the_last_layer_gives_the_logits():
+    torch.manual_seed(0)
+    network, images = Heads(both=False).eval(), torch.randn(5, 1, 6, 6)
+    found = taps.find(network, (1, 6, 6))
+    assert [tap.name for tap in found] == ["conv", "a", "b"] and found[0].in_shape == (1, 6, 6)
+    with taps.recorded(network, found) as values:
+        logits = network(images)
+    torch.testing.assert_close(values.outputs[0], network.conv(images).flatten(1))
+    assert (values.outputs[0] < 0).any() and torch.equal(values.outputs[-1], logits)
+    values.outputs[0].sum().backward()
+    refusal(
+        lambda: taps.find(Heads(both=True).eval(), (1, 6, 6)), "the last layer that runs, b, does not give the logits"
+    )
+    assert [tap.name for tap in taps.find(nn.Sequential(nn.Flatten(), nn.Linear(36, 3), nn.LogSoftmax(1)), (1, 6, 6))]
 
 
 # The smallest records of the teacher above have 0.1 to 0.2 MB, the uncut ones 0.4 to 6 MB (top: 0.07).
@@ -493,17 +525,43 @@ def test_the_command_writes_all_records_prints_their_sizes_and_ray_workers_write
         (["--storage", "exemplars", "--allow-exemplars"], ["choose kinds spectral and spectral_pairs"]),
         (["--limit", "1"], ["no example of class"]),
         (["--max-size", "0"], ["--max-size 0.0: expected a number of MB above 0"]),
+        (["--temperature", "-8"], ["--temperature -8: expected 1e-06 to 1e+06"]),
+        (["--temperature", "nan"], ["--temperature nan: expected"]),
         (["--max-size", "nan"], ["--max-size nan: expected a number of MB above 0"]),
         (["--max-size", "0.07"], ["--max-size", "the smallest all record", "give more"]),
         (["--max-size", "9", "--storage", "exemplars", "--allow-exemplars"], ["--max-size bounds Gaussian records"]),
     ],
-    ids=["kind", "share", "storage", "exemplars", "kinds of exemplars", "class", "size", "nan", "small", "other"],
+    ids=[
+        *(
+            "kind",
+            "share",
+            "storage",
+            "exemplars",
+            "kinds of exemplars",
+            "class",
+            "size",
+            "temperature",
+            "no temperature",
+        ),
+        *("nan", "small", "other"),
+    ],
 )
 def test_wrong_words_are_one_line(dataset, run_cli, words, parts):
     data, folder = dataset
     done = run_cli("teacher", "record", str(folder), "--dataset", str(data), *words)
     assert done.code == 2 and len(done.err.splitlines()) == 1 and all(part in done.err for part in parts), done.err
     assert not (folder / "records").exists()
+
+
+def test_a_kind_that_is_given_twice_is_recorded_once(dataset, run_cli):
+    data, folder = dataset
+    headers = []
+    for kinds in (["top"], ["top, all", "top"]):
+        words = [word for kind in kinds for word in ("--kinds", kind)]
+        assert run_cli("teacher", "record", str(folder), "--dataset", str(data), *words).code == 0
+        headers.append(bundles.load(str(folder)).record("top").info.num_examples)
+        shutil.rmtree(folder / "records")
+    assert headers[0] == headers[1]
 
 
 def test_the_command_says_the_sizes_before_the_pass_and_keeps_to_them(dataset, run_cli):

@@ -28,6 +28,7 @@ from dfkd_ray.bundles.folders import (
 from dfkd_ray.bundles.in_memory import Description, completed
 from dfkd_ray.bundles.weights import check_head, check_values, filled
 from dfkd_ray.description import BundleInfo
+from dfkd_ray.models import attributes
 from dfkd_ray.records import format, taps
 from dfkd_ray.records.format import Record
 from dfkd_ray.storage import Folder, Where
@@ -54,7 +55,8 @@ class Teacher:
     def from_network(cls, network: nn.Module, **description: Unpack[Description]) -> "Teacher":
         """A teacher from a network in memory: a frozen copy in eval mode on the CPU; the network is not modified.
 
-        The hash covers the network's structure and all its weights.
+        The hash covers the network's structure, all its weights, and the plain attributes of its modules, by which a
+        `forward` may go.
         `ValueError` for an invalid or missing description, or if the network's output is not (batch, num_classes)
         logits.
         """
@@ -64,7 +66,8 @@ class Teacher:
         models.checks.check_state(own, IN_MEMORY)
         own.cpu()
         kind = type(network)
-        structure = hashlib.sha256(f"{kind.__module__}.{kind.__qualname__}\n{own!r}".encode()).hexdigest()
+        text = f"{kind.__module__}.{kind.__qualname__}\n{own!r}\n{attributes.text_of(own)}"
+        structure = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
         arguments = {"network": kind.__qualname__, "structure_sha256": structure}
         name = given.pop("name")
         info = untrusted.validated(BundleInfo, {"architecture": IN_MEMORY, "arguments": arguments, **given}, name)

@@ -149,7 +149,7 @@ def teacher_record(
     ] = None,
     temperature: Annotated[float, typer.Option(help="logits are divided by it")] = 8.0,
     num_exemplars: Annotated[int, typer.Option(min=1, help="exemplars per class")] = 100,
-    limit: Annotated[int | None, typer.Option(min=1, help="record the first so many training images only")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="record so many of the training images, at random")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Ray workers, a shard each; 0: this process, without Ray")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of this process, or of each worker")] = 2,
     address: Address = None,
@@ -163,9 +163,9 @@ def teacher_record(
     Networks without BatchNorm need such a record to be recovered or distilled without data. Images held out of the
     teacher's training are left out here too.
     """
-    from dfkd_ray.records import format
+    from dfkd_ray.records import consistency, format
 
-    chosen = [kind for given in kinds or format.KINDS for kind in given.split(",")]
+    chosen = list(dict.fromkeys(kind.strip() for given in kinds or format.KINDS for kind in given.split(",")))
     wrong = [kind for kind in chosen if kind not in format.KINDS]
     if wrong:
         raise ValueError(f"--kinds {wrong[0]}: expected {', '.join(format.KINDS)}")
@@ -173,6 +173,9 @@ def teacher_record(
         raise ValueError(f"--storage {storage!r}: expected {' or '.join(format.STORAGES)}")
     if not 0 < share <= 1:
         raise ValueError(f"--share {share}: expected a number above 0 and at most 1")
+    low, high = consistency.TEMPERATURES
+    if not low <= temperature <= high:
+        raise ValueError(f"--temperature {temperature:g}: expected {low:g} to {high:g}")
     if max_size is not None and not 0 < max_size < float("inf"):
         raise ValueError(f"--max-size {max_size}: expected a number of MB above 0")
     if storage == "exemplars" and max_size is not None:

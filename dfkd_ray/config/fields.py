@@ -123,7 +123,9 @@ def describe(model: type[BaseModel], error: Mapping[str, Any], where: str) -> st
     message = error["msg"].removeprefix("Value error, ").replace(f"{LARGEST_FLOAT:.0f}", f"{LARGEST_FLOAT:g}")
     message = message[0].lower() + message[1:]
     if error["type"] == "extra_forbidden":
-        message = f"unknown field{hint(model, path)}"
+        section, dot, name = str(error["loc"][-1]).rpartition(".")
+        is_dotted = dot and path in known_fields(model)
+        message = f"write it nested, {section}: {{{name}: …}}" if is_dotted else f"unknown field{hint(model, path)}"
     elif error["type"] == "missing":
         message = "missing, a value is needed"
     elif error["type"] == "union_tag_invalid":

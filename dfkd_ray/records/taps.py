@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+NUM_COMPARED, CLOSE = 2, 1e-2  # images on which the last layer is compared with the logits; of the largest logit
 
 
 @dataclass(frozen=True)
@@ -49,18 +50,23 @@ def find(network: nn.Module, image_shape: Sequence[int]) -> list[Tap]:
     `ValueError` if there is none, if a layer runs twice, or if the last layer's output is not the logits.
     """
     order: list[Tap] = []
+    last = torch.zeros(0)
 
     def hook(name: str):
-        def seen(_module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
-            order.append(Tap(name, tuple(given[0].shape[1:]), tuple(out.shape[1:])))
+        def seen(_module: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor], out: Tensor) -> None:
+            nonlocal last
+            read, last = input_of(given, named), out.clone()  # a ReLU in place would change it
+            order.append(Tap(name, tuple(read.shape[1:]), tuple(out.shape[1:])))
 
         return seen
 
-    hooks = [m.register_forward_hook(hook(name)) for name, m in network.named_modules() if isinstance(m, LAYERS)]
+    layers = [(name, module) for name, module in network.named_modules() if isinstance(module, LAYERS)]
+    hooks = [module.register_forward_hook(hook(name), with_kwargs=True) for name, module in layers]
     try:
         with torch.no_grad():
             device = next(network.parameters()).device
-            logits = network(torch.zeros(1, *image_shape, device=device))
+            images = torch.randn(NUM_COMPARED, *image_shape, generator=torch.Generator().manual_seed(0))
+            logits = network(images.to(device))
     finally:
         for handle in hooks:
             handle.remove()
@@ -72,9 +78,22 @@ def find(network: nn.Module, image_shape: Sequence[int]) -> list[Tap]:
         raise ValueError(
             f"activation records: layer {twice} runs more than once in a forward pass; its values are not one set"
         )
-    if order[-1].out_shape != tuple(logits.shape[1:]):
+    if not are_logits(last, logits):
         raise ValueError(f"activation records: the last layer that runs, {names[-1]}, does not give the logits")
     return order
+
+
+def input_of(given: tuple[Tensor, ...], named: dict[str, Tensor]) -> Tensor:
+    """The input of a layer, whichever way it was called."""
+    return given[0] if given else named["input"]
+
+
+def are_logits(values: Tensor, logits: Tensor) -> bool:
+    """Whether a layer's values are the logits. Those behind a softmax may differ by a number for each image."""
+    if values.shape != logits.shape:
+        return False
+    own, others = (each.float() - each.float().mean(1, keepdim=True) for each in (values, logits))
+    return float((own - others).abs().max()) <= CLOSE * float(others.abs().max())
 
 
 @contextmanager
@@ -84,17 +103,18 @@ def recorded(network: nn.Module, taps: Sequence[Tap]) -> Iterator[Values]:
     first = taps[0].name
 
     def hook(name: str):
-        def seen(_module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
+        def seen(_module: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor], out: Tensor) -> None:
             if name == first:
                 values.inputs.clear()
                 values.outputs.clear()
-            values.inputs.append(given[0].float().flatten(1))
-            values.outputs.append(out.float().flatten(1))
+            # Copies: what comes after the layer may work in place, as many a ReLU does.
+            values.inputs.append(input_of(given, named).float().flatten(1).clone())
+            values.outputs.append(out.float().flatten(1).clone())
 
         return seen
 
     modules = dict(network.named_modules())
-    hooks = [modules[tap.name].register_forward_hook(hook(tap.name)) for tap in taps]
+    hooks = [modules[tap.name].register_forward_hook(hook(tap.name), with_kwargs=True) for tap in taps]
     try:
         yield values
     finally:
