@@ -157,7 +157,8 @@ def distil(
         unreached.zero_gradients(student, decode(reference.images[:1], runtime.space, device)),
     ):
         if state.step == 0:
-            look(state, student, config, reference, {}, candidate=last_pruning < 0)
+            is_result = not pruned.is_new or config.num_steps == 0
+            look(state, student, config, reference, {}, candidate=last_pruning < 0 and is_result)
             observer.looked(state)
         sums: dict[str, Tensor] = {}
         while state.step < config.num_steps:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dfkd_ray
+from dfkd_ray import models
 from dfkd_ray.compression import computed_weights, moments, pruning, saliency
 from dfkd_ray.compression.pruning import CRITERIA
 from dfkd_ray.config import FROM_IMAGES, PruningConfig, validate
@@ -386,6 +387,11 @@ def test_a_layer_whose_zeros_are_none_in_what_it_computes_with_is_refused():
     fine = nn.Sequential(nn.Conv2d(4, 4, 1), Normalised(4, 8, 3), Blurred(8, 8, 3), nn.ConvTranspose2d(8, 4, 3))
     computed_weights.refuse(fine.to(memory_format=torch.channels_last), image)
     computed_weights.refuse(nn.Linear(8, 2), torch.zeros(1, 8))
+
+
+def test_networks_of_standardised_weights_are_refused():
+    network = models.build("timm:test_nfnet", {}, num_classes=10, image_shape=(3, 32, 32))
+    refusal(lambda: computed_weights.refuse(network, torch.zeros(1, 3, 32, 32)), "computes its weight in forward")
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,19 @@ def test_a_student_of_higher_agreement_and_higher_kl_is_not_kept(monkeypatch):
     assert (row["selected"], row["best_step"], row["reference_kl"], row["agreement"]) == ("recovered", 2, 1.0, 0.5)
 
 
+@pytest.mark.parametrize("enough_kl", [0.0, 1e6])
+def test_a_new_student_is_never_the_one_with_its_first_random_weights(enough_kl):
+    fields = {
+        "student.architecture": "resnet8",
+        "student.arguments": {"width_multiplier": 0.5},
+        "pruning.sparsity": 0.0,
+    }
+    ruined = {"distillation.learning_rate": 1e3, "distillation.clip_norm": 1e3, "enough_kl": enough_kl}
+    row = recovered(**fields, **ruined).row
+    assert row["selected"] == "recovered" and row["best_step"] > 0
+    assert recovered(**fields, **{"distillation.num_steps": 0}).row["best_step"] == 0, "none is trained"
+
+
 def test_where_training_ruins_a_student_the_pruned_one_is_kept_and_said():
     settings = {"pruning.sparsity": 0.3, "distillation.learning_rate": 50.0, "distillation.clip_norm": 100.0}
     settings["reconstruction.num_images"] = 0
@@ -102,7 +115,7 @@ def test_where_training_ruins_a_student_the_pruned_one_is_kept_and_said():
 
 
 class Restores(nn.Module):
-    """Gives its convolution other weights in every forward pass."""
+    """Gives its convolution other weights in every forward pass of several images."""
 
     def __init__(self):
         super().__init__()
@@ -111,7 +124,8 @@ class Restores(nn.Module):
         self.register_buffer("own", torch.randn(4, 1, 3, 3))
 
     def forward(self, x):
-        self.conv.weight.data.copy_(self.get_buffer("own"))
+        if len(x) > 1:
+            self.conv.weight.data.copy_(self.get_buffer("own"))
         return self.fc(self.bn(self.conv(x)).mean(dim=(2, 3)))
 
 
@@ -168,12 +182,22 @@ def test_few_images_of_many_classes_are_not_the_first_classes_and_follow_the_key
 def of_images(tmp_path):
     teacher = make_teacher(tmp_path / "t", num_classes=3)
 
-    def found(labels=(0, 1, 2), agreement=1.0, confidence=0.9, histogram="[10, 10, 10]", about=(), num_steps=1, **row):
+    def found(
+        labels=(0, 1, 2),
+        agreement=1.0,
+        confidence=0.9,
+        histogram="[10, 10, 10]",
+        about=(),
+        num_steps=1,
+        agreed=0.5,
+        **row,
+    ):
         architecture = row.pop("architecture", None)
         config = validate(TrialConfig, tiny_trial("t", **{"student.architecture": architecture}))
         labels = np.array(labels * 10)
         pool = Pool(np.zeros((len(labels), 1, 32, 32), np.uint8), labels)
         row = {"class_histogram": histogram, "image_confidence": confidence, "selected": "recovered", **row}
+        row["agreement"] = agreed
         other = replace(teacher, info=teacher.info.model_copy(update={"trained": True, **dict(about)}))
         return list(warnings_of(config, other, row, [{"label_agreement": agreement, "num_steps": num_steps}], pool))
 
@@ -188,7 +212,7 @@ def of_images(tmp_path):
         ({"histogram": "[30, 0, 0]"}, "predicts 2 of 3 classes for none"),
         ({"confidence": 0.35}, "not sure"),
         ({"selected": "pruned"}, "plain pruning is closest"),
-        ({"selected": "pruned", "architecture": "resnet8"}, "its first random weights is closest"),
+        ({"architecture": "resnet8", "agreed": 0.1, "pruned_agreement": 0.1}, "it has learned nothing"),
         ({"num_steps": 0}, "of an untrained generator: use another method"),
     ],
 )

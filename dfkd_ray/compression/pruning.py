@@ -22,12 +22,14 @@ Masks = dict[str, Tensor]
 class Pruned:
     """The pruning state of a network: the config and the current masks (1: the weight is kept).
 
-    `channels`: layer → the output channels that it has kept, of layers that have lost some.
+    `channels`: layer → the output channels that it has kept, of layers that have lost some. `is_new`: the weights are
+    random ones, not pruned: such a network is no result before it is trained.
     """
 
     config: PruningConfig
     masks: Masks = field(default_factory=dict)
     channels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    is_new: bool = False
 
 
 KINDS = (

@@ -130,6 +130,11 @@ class StudentConfig(BaseModel):
         default=True, description="zeros of that file's Conv and Linear weights stay zero; false: they are trained"
     )
 
+    @property
+    def is_new(self) -> bool:
+        """Whether it starts from random weights."""
+        return self.architecture is not None and self.weights is None
+
     @model_serializer(mode="wrap")
     def _fields_that_act(self, plain: Any) -> dict[str, Any]:
         """Without the fields of a file if there is none: trials from before there were such fields keep their ids."""
@@ -345,7 +350,7 @@ class TrialConfig(BaseModel):
                 )
             if self.pruning.target == "latency" and self.latency.runtime == "none":
                 raise ValueError("pruning.target=latency is measured; set latency.runtime=pytorch or onnxruntime")
-        new_student = self.student.architecture is not None and self.student.weights is None
+        new_student = self.student.is_new
         if new_student and self.distillation.bn_mode not in ("auto", "trained"):
             raise ValueError("a student from scratch has no BatchNorm statistics yet; set distillation.bn_mode=trained")
         self.refuse_unpaired()

@@ -244,14 +244,16 @@ def steps(
             network,
             rounds.pool_at,
             kd,
-            pruning.Pruned(config.pruning, start.masks, start.kept),
+            pruning.Pruned(config.pruning, start.masks, start.kept, config.student.is_new),
             reference,
             checkpoint=checkpoint,
             observer=observer,
         )
         row["distillation_wall_s"] = state.seconds
         rungs.measured[ladder.RECOVERED] = (state.best_kl, state.best_agreement)
-        selected = rungs.nearest(ladder.RECOVERED, *rungs.measured)  # the first of equals: distillation
+        is_trained = config.student.is_new and state.step > 0
+        # The first of equals: distillation. Random weights are no result, though they may be nearer.
+        selected = ladder.RECOVERED if is_trained else rungs.nearest(ladder.RECOVERED, *rungs.measured)
         if selected is not ladder.RECOVERED:
             student.load_state_dict(rungs.states[selected])
             student.eval()

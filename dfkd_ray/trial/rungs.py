@@ -74,6 +74,8 @@ class Rungs:
     def is_enough(self, config: TrialConfig) -> bool:
         """Whether the nearest student so far is so near to the teacher that its repair ends there."""
         kl = self.measured[self.nearest()][0]
+        if config.student.is_new:  # it has not begun
+            return False
         return config.pruning.schedule == "one_shot" and ladder.is_enough(kl, config.enough_kl)
 
 

@@ -69,10 +69,14 @@ def warnings_of(
             "the teacher is not sure of the images: the mean probability of its answers is "
             f"{row['image_confidence']:.2f}"
         )
-    if row.get("selected") == PRUNED.name and config.distillation.num_steps > 0 and not ended_early(row):
-        is_new = config.student.architecture is not None and config.student.weights is None
-        what = "the network with its first random weights" if is_new else "plain pruning"
+    agreed, first = row.get("agreement"), row.get(str(PRUNED.agreement))
+    if config.student.is_new and config.distillation.num_steps > 0 and None not in (agreed, first) and agreed <= first:
         yield (
-            f"{what} is closest to the teacher and is the student: training on the images did not improve it (more or "
-            "better images, or a lower distillation.learning_rate, may)"
+            "the new student agrees with the teacher no more than it did with its first random weights: it has learned "
+            "nothing (more or better images, or more steps, may help)"
+        )
+    if row.get("selected") == PRUNED.name and config.distillation.num_steps > 0 and not ended_early(row):
+        yield (
+            "plain pruning is closest to the teacher and is the student: training on the images did not improve it "
+            "(more or better images, or a lower distillation.learning_rate, may)"
         )
