@@ -71,7 +71,8 @@ def recover(
 
     Writes OUT/student (a bundle; with quantisation.int8=true also its int8.onnx), OUT/row.json, OUT/images.png. Prints
     the accuracy of the stages teacher, pruned, BatchNorm re-estimated, reconstructed layer by layer, recovered,
-    quantised. After an interruption, the same command resumes from its checkpoint.
+    quantised. After an interruption, the same command resumes from its checkpoint. A trial that fails where another
+    has finished leaves all of that as it is, and its own row in OUT/failed.json.
     """
     data = configs.read_yaml(config) if config else {}
     options = {
