@@ -113,7 +113,9 @@ def test_what_is_no_network_and_no_batch_is_refused_by_its_type():
         with pytest.raises(ValueError, match=f"network is {says}.*: expected an nn.Module"):
             recovery.check_network(given)
     with pytest.raises(ValueError, match=r"expected a list of dfkd_ray.batches.Batch, got a tuple"):
-        recovery.check_batches([([0], [0])])
+        recovery.checked_batches([([0], [0])])
+    with pytest.raises(ValueError, match=r"expected a list of dfkd_ray.batches.Batch, got a value of type int"):
+        recovery.checked_batches(3)
 
 
 def batch_of(*shape):

@@ -385,7 +385,7 @@ def test_a_failed_trial_leaves_the_row_of_the_student_that_is_there(run_cli, tin
     assert run_cli(*run).code == 0
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     done = run_cli(*run, "--set", "synthesis.bn_weight=1e38")
-    assert_one_error(done, 1, "its row is failed.json; row.json, student and images stay those of t-")
+    assert_one_error(done, 1, "its row is failed.json; row.json, student and images stay those of another trial")
     failed = json.loads((out / "failed.json").read_text())
     assert failed["status"] == "failed" and failed["trial_id"] != json.loads(before["row.json"])["trial_id"]
     assert {name: (out / name).read_bytes() for name in before} == before

@@ -362,19 +362,19 @@ def test_every_kind_of_convolution_and_linear_layer_is_pruned(layer):
 
 
 class Standardised(nn.Conv2d):
-    def forward(self, x):
+    def forward(self, input):
         weight = (self.weight - self.weight.mean((1, 2, 3), keepdim=True)) / (self.weight.std((1, 2, 3), keepdim=True))
-        return F.conv2d(x, weight, self.bias)
+        return F.conv2d(input, weight, self.bias)
 
 
 class Normalised(nn.Conv2d):
-    def forward(self, x):
-        return F.conv2d(x, F.normalize(self.weight.to(torch.float64), dim=1).float(), self.bias)
+    def forward(self, input):
+        return F.conv2d(input, F.normalize(self.weight.to(torch.float64), dim=1).float(), self.bias)
 
 
 class Blurred(nn.Conv2d):
-    def forward(self, x):
-        return super().forward(F.conv2d(x, torch.ones(x.shape[1], 1, 1, 1), groups=x.shape[1]))
+    def forward(self, input):
+        return super().forward(F.conv2d(input, torch.ones(input.shape[1], 1, 1, 1), groups=input.shape[1]))
 
 
 def test_a_layer_whose_zeros_are_none_in_what_it_computes_with_is_refused():

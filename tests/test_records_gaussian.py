@@ -84,7 +84,8 @@ SINGULAR = {
 def test_a_singular_covariance_is_shrunk_and_says_how_much(kind):
     covariance = SINGULAR[kind]()
     factor, shrinkage = gaussian.cholesky(covariance)
-    assert 0 < shrinkage <= 1e-5
+    rounding_decides = kind == "as_many_examples_as_units"  # on some processors it is regular by a rounding error
+    assert 0 <= shrinkage <= 1e-5 and (shrinkage > 0 or rounding_decides)
     identity = torch.eye(len(covariance), dtype=torch.float64)
     expected = (1 - shrinkage) * covariance + shrinkage * covariance.diagonal().mean() * identity
     torch.testing.assert_close(factor @ factor.T, expected, rtol=1e-8, atol=1e-10 * float(covariance.max()))

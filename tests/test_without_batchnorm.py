@@ -295,7 +295,7 @@ def test_training_on_real_labels_alone_learns_them_and_is_selected_by_kl(teacher
     looks = cast(list[dict[str, float]], outcome.epochs)
     assert [look["loss"] == look["label"] for look in looks[1:]] == [True] * 3
     assert looks[-1]["label"] < 0.5 * looks[1]["label"]
-    best = min(looks, key=lambda look: look["reference_kl"])
+    best = min(looks[1:], key=lambda look: look["reference_kl"])  # random weights are no result
     assert outcome.row["best_step"] == best["step"] and outcome.row["agreement"] == best["agreement"]
     assert outcome.row["reference_kl"] == best["reference_kl"]
 

@@ -119,17 +119,13 @@ def recover(
         place.write("images.png", picture)
     before_it = json.loads((place.read(ROW) or b"null").decode())
     # The row of the student that is there stays with it.
-    is_beside = row["status"] == "failed" and before_it is not None and before_it["status"] == "finished"
-    results.write_json(place.path / (FAILED if is_beside else ROW), row)
+    stays = before_it is not None and before_it["status"] == "finished"
+    results.write_json(place.path / (FAILED if stays and row["status"] == "failed" else ROW), row)
     trial.remove_checkpoints(place)  # not needed any more: the row is on disk
     place.remove(UNFINISHED)
     if row["status"] == "failed":
-        kept = (
-            f"; its row is {FAILED}; {ROW}, student and images stay those of {before_it['trial_id']}"
-            if is_beside
-            else ""
-        )
-        say(f"error: trial {row['trial_id']} failed: {row['reason']}{kept}", error=True)
+        note = f"; its row is {FAILED}; {ROW}, student and images stay those of another trial" if stays else ""
+        say(f"error: trial {row['trial_id']} failed: {row['reason']}{note}", error=True)
         raise typer.Exit(1)
     place.remove(FAILED)
     print_ladder(row, out)

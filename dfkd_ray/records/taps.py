@@ -89,9 +89,12 @@ def input_of(given: tuple[Tensor, ...], named: dict[str, Tensor]) -> Tensor:
 
 
 def are_logits(values: Tensor, logits: Tensor) -> bool:
-    """Whether a layer's values are the logits. Those behind a softmax may differ by a number for each image."""
-    if values.shape != logits.shape:
-        return False
+    """Whether a layer's values are the logits. Those behind a softmax may differ by a number for each image.
+
+    Values that are not finite cannot be compared; the pass over the data refuses them by their layer.
+    """
+    if values.shape != logits.shape or not (values.isfinite().all() and logits.isfinite().all()):
+        return values.shape == logits.shape
     own, others = (each.float() - each.float().mean(1, keepdim=True) for each in (values, logits))
     return float((own - others).abs().max()) <= CLOSE * float(others.abs().max())
 

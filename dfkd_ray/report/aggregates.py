@@ -85,7 +85,7 @@ def network_labels(trials: Frame) -> Series:
 
 def test_set_labels(trials: Frame, networks: Series) -> Series:
     """What the label of a network says of its test set: nothing where it has one, so that no table mixes several."""
-    if "test_sha256" not in trials:
+    if "test_sha256" not in trials or trials["test_sha256"].isna().all():
         return pd.Series("", trials.index)
     sha256, num = trials["test_sha256"], trials["num_test_images"].astype("Int64").astype(str)
     name = ", on " + trials["test_set"].fillna("unknown") + " (" + num + " images)"

@@ -70,7 +70,8 @@ def warnings_of(
             f"{row['image_confidence']:.2f}"
         )
     agreed, first = row.get("agreement"), row.get(str(PRUNED.agreement))
-    if config.student.is_new and config.distillation.num_steps > 0 and None not in (agreed, first) and agreed <= first:
+    trains = config.student.is_new and config.distillation.num_steps > 0
+    if trains and agreed is not None and first is not None and agreed <= first:
         yield (
             "the new student agrees with the teacher no more than it did with its first random weights: it has learned "
             "nothing (more or better images, or more steps, may help)"
