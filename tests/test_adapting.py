@@ -307,7 +307,9 @@ def test_a_network_of_volumes_runs_contiguous_and_is_recovered():
     network = Volumes().eval()
     expected = network(IMAGES)
     torch.testing.assert_close(bundles.Teacher.from_network(network, **DESCRIBED).network(IMAGES), expected)
-    done = dfkd_ray.recover(network, sparsity=0.5, settings=TINY_SETS, progress=False, **DESCRIBED)
+    # In bfloat16 PyTorch 2.14 gives garbage for thin volumes on CPUs with AMX.
+    plain = dict.fromkeys(("synthesis.precision", "reference.synthesis.precision", "distillation.precision"), "float32")
+    done = dfkd_ray.recover(network, sparsity=0.5, settings=TINY_SETS | plain, progress=False, **DESCRIBED)
     assert done.row["status"] == "finished"
 
 
