@@ -73,10 +73,9 @@ class Rungs:
 
     def is_enough(self, config: TrialConfig) -> bool:
         """Whether the nearest student so far is so near to the teacher that its repair ends there."""
-        kl = self.measured[self.nearest()][0]
-        if config.student.is_new:  # it has not begun
+        if config.student.is_new or config.pruning.schedule != "one_shot":  # it is no student yet
             return False
-        return config.pruning.schedule == "one_shot" and ladder.is_enough(kl, config.enough_kl)
+        return ladder.is_enough(self.measured[self.nearest()][0], config.enough_kl)
 
 
 @dataclass(frozen=True)
